@@ -1,0 +1,106 @@
+"""What a vision transformer attends to: the last block's attention and the scores read off it."""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+
+def attention_scores(attn: Tensor) -> Tensor:
+    """FAMT's attention score of each patch.
+
+    Gui et al., arXiv 2211.15362 v3, section III. With A = `attn`, index 0 the class token, h over
+    heads and m over patches: `mean_h(A[h,0,n] * mean_m A[h,m,0])`, how much the class token looks
+    at patch n, plus `mean_h(mean_m A[h,m,n] * A[h,0,0])`, how much the patches do.
+
+    Args:
+        attn: `[B, H, N+1, N+1]` softmax attention, rows summing to 1.
+
+    Returns:
+        `[B, N]` float32, >= 0.
+
+    Raises:
+        ValueError: `attn` is not `[B, H, N+1, N+1]`.
+    """
+    attn = _checked(attn)
+    patch_to_cls = attn[:, :, 1:, 0].mean(2, keepdim=True)  # [B, H, 1]
+    by_cls = (attn[:, :, 0, 1:] * patch_to_cls).mean(1)
+    by_patches = (attn[:, :, 1:, 1:].mean(2) * attn[:, :, 0, :1]).mean(1)
+    return by_cls + by_patches
+
+
+def cls_attention(attn: Tensor) -> Tensor:
+    """AMT's attention score: the class token's row, each head scaled to [0, 1], mean over heads.
+
+    Gui et al., "Good Helper Is around You: Attention-driven Masked Image Modeling", AAAI 2023.
+    A head that looks at all patches alike says nothing and adds the same to every patch.
+
+    Args:
+        attn: `[B, H, N+1, N+1]` softmax attention.
+
+    Returns:
+        `[B, N]` float32 in [0, 1].
+
+    Raises:
+        ValueError: `attn` is not `[B, H, N+1, N+1]`.
+    """
+    row = _checked(attn)[:, :, 0, 1:]
+    low, high = row.amin(-1, keepdim=True), row.amax(-1, keepdim=True)
+    span = high - low
+    scaled = (row - low) / span.masked_fill(span == 0, 1.0)
+    return torch.where(span == 0, torch.ones_like(row), scaled).mean(1)
+
+
+@torch.no_grad()
+def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    """Softmax attention of a timm ViT's last block on whole, unmasked images.
+
+    Every block but the last runs as it always does, fused kernels included; of the last one only
+    the queries and keys are computed. The encoder's training flag is put back as it was found.
+
+    Args:
+        encoder: a timm `VisionTransformer` with a class token and no register tokens, such as
+            `MaskedAutoencoder.encoder`.
+        images: `[B, 3, H, W]` normalised as the encoder expects.
+
+    Returns:
+        `[B, heads, N+1, N+1]` float32; index 0 is the class token.
+
+    Raises:
+        ValueError: the encoder has not exactly one prefix token, or its last block has no joint
+            `qkv` projection.
+    """
+    if encoder.num_prefix_tokens != 1:
+        raise ValueError(
+            f"the encoder has {encoder.num_prefix_tokens} prefix tokens; the scores are defined "
+            "for a class token alone"
+        )
+    block = encoder.blocks[-1]
+    if not hasattr(block.attn, "qkv"):
+        raise ValueError(f"{type(block.attn).__name__} of the last block has no qkv projection")
+    training = encoder.training
+    encoder.eval()
+    try:
+        x = encoder.norm_pre(encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images))))
+        for earlier in encoder.blocks[:-1]:
+            x = earlier(x)
+        attention = block.attn
+        batch, tokens, _ = x.shape
+        width = attention.num_heads * attention.head_dim
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        qk = torch.nn.functional.linear(
+            block.norm1(x), weight[: 2 * width], None if bias is None else bias[: 2 * width]
+        )
+        q, k = qk.view(batch, tokens, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = attention.q_norm(q), attention.k_norm(k)
+        logits = (q * attention.scale) @ k.transpose(-2, -1)
+        return logits.float().softmax(-1)
+    finally:
+        encoder.train(training)
+
+
+def _checked(attn: Tensor) -> Tensor:
+    if attn.ndim != 4 or attn.shape[-1] != attn.shape[-2] or attn.shape[-1] < 2:
+        raise ValueError(f"attn must be [B, H, N+1, N+1], got {list(attn.shape)}")
+    return attn.float()

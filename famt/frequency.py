@@ -1,0 +1,214 @@
+"""How much frequency content each patch carries, from pixels (no model) or from tokens (a model's).
+
+Frequencies are in cycles per image side, so a score means the same at any resolution, and an image
+decoded at half size scores like the full one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PixelKind = Literal["lowpass", "highpass", "bandpass", "spectral_residual", "border_geodesic"]
+PIXEL_KINDS: tuple[PixelKind, ...] = get_args(PixelKind)
+DEFAULT_KIND: PixelKind = "border_geodesic"
+
+# (low, high) edges of the Gaussian pass band, in cycles per image side.
+_BANDS: dict[str, tuple[float, float]] = {
+    "lowpass": (0.0, 6.7),
+    "highpass": (6.7, math.inf),
+    "bandpass": (4.5, 22.4),
+    "border_geodesic": (0.0, 8.0),
+}
+_SPECTRAL_RESIDUAL_SIZE = 64
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def pixel_frequency(
+    images: Tensor,
+    grid: int,
+    kind: PixelKind = DEFAULT_KIND,
+    band: tuple[float, float] | None = None,
+) -> Tensor:
+    """Score every cell of a `grid` x `grid` raster laid over whole images by its frequency content.
+
+    - `lowpass`, `highpass`, `bandpass`: energy of the luminance in a Gaussian pass band, its mean
+      removed, smoothed over 3 x 3 cells. The three differ in their default band alone.
+    - `spectral_residual`: the log-amplitude spectrum less its local mean, back in pixels, squared
+      (Hou & Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, section 3).
+    - `border_geodesic`: low-passed CIE Lab colour; a cell's score is the length of the cheapest
+      path from the image border, where a step costs the colour difference of the two cells, and a
+      path starts at what its border cell differs from the rest of the border. Background reaches
+      the border cheaply; objects do not. (The boundary prior of Wei et al., "Geodesic Saliency
+      Using Background Priors", ECCV 2012, section 3, on a frequency-filtered image.)
+
+    Args:
+        images: `[B, 3, H, W]` float in [0, 1], RGB, upright.
+        grid: cells a side.
+        kind: which score; see the list above.
+        band: (low, high) edges of the pass band in cycles per image side, in place of the kind's
+            own; `spectral_residual` takes none.
+
+    Returns:
+        `[B, grid, grid]` float32, >= 0, mean 1 an image. An image without content (one colour)
+        scores 1 everywhere.
+
+    Raises:
+        ValueError: wrong shape or dtype, unknown kind, NaN or infinite pixels, a band that is not
+            0 <= low < high, or a band given to `spectral_residual`.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"images must be float [B, 3, H, W], got {images.dtype} {list(images.shape)}"
+        )
+    if grid < 2:
+        raise ValueError(f"grid must be at least 2 cells a side, got {grid}")
+    if not torch.isfinite(images).all():
+        raise ValueError("images hold NaN or infinite pixels")
+    images = images.float()
+    if kind == "spectral_residual":
+        if band is not None:
+            raise ValueError("spectral_residual looks at the whole spectrum and takes no band")
+        return _unit_mean(_spectral_residual(images, grid))
+    if kind not in _BANDS:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(PIXEL_KINDS)}")
+    low, high = _BANDS[kind] if band is None else band
+    if not 0 <= low < high:
+        raise ValueError(f"band must be 0 <= low < high, got ({low}, {high})")
+    if kind == "border_geodesic":
+        colour = F.adaptive_avg_pool2d(_gaussian_band(rgb_to_lab(images), low, high), grid)
+        return _unit_mean(_distance_from_border(colour))
+    wave = _gaussian_band(_luminance(images), low, high)
+    energy = (wave - wave.mean(dim=(-2, -1), keepdim=True)).abs()
+    return _unit_mean(_smooth(F.adaptive_avg_pool2d(energy, grid)).squeeze(1))
+
+
+def token_frequency(tokens: Tensor, cutoff: float = 0.15) -> Tensor:
+    """FAMT's frequency score of each token of a transformer's output.
+
+    Gui et al., "Exploring the Coordination of Frequency and Attention in Masked Image Modeling",
+    arXiv 2211.15362 v3, section III: a 1-D FFT along the raster-ordered tokens, per channel and
+    without shift; the magnitude times `1 - exp(-(j - m0)^2 / (2 d0))` with `m0 = (N - 1) / 2` and
+    `d0 = (cutoff N / 2)^2`; the inverse FFT; absolute values summed over channels, over the mean
+    token's sum before the filter.
+
+    Args:
+        tokens: `[B, N, C]` float, the class token dropped.
+        cutoff: width of the suppressed middle of the unshifted spectrum (its highest frequencies),
+            as a fraction of N / 2.
+
+    Returns:
+        `[B, N]` float32, >= 0. Tokens that are all zero score 0.
+
+    Raises:
+        ValueError: `tokens` is not `[B, N, C]`.
+    """
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens must be [B, N, C], got {list(tokens.shape)}")
+    tokens = tokens.float()
+    count = tokens.shape[1]
+    position = torch.arange(count, device=tokens.device, dtype=torch.float32) - (count - 1) / 2
+    gain = 1 - torch.exp(-(position**2) / (2 * (cutoff * count / 2) ** 2))
+    # A real gain scales the magnitude and leaves the phase as it is.
+    filtered = torch.fft.ifft(torch.fft.fft(tokens, dim=1) * gain[:, None], dim=1)
+    before = tokens.abs().sum(-1).mean(1, keepdim=True)
+    return filtered.abs().sum(-1) / before.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def rgb_to_lab(images: Tensor) -> Tensor:
+    """sRGB `[B, 3, H, W]` in [0, 1] to CIE Lab under D65 (IEC 61966-2-1 and CIE 15:2004)."""
+    linear = torch.where(images > 0.04045, ((images + 0.055) / 1.055) ** 2.4, images / 12.92)
+    to_xyz = images.new_tensor(
+        [
+            [0.4124564, 0.3575761, 0.1804375],
+            [0.2126729, 0.7151522, 0.0721750],
+            [0.0193339, 0.1191920, 0.9503041],
+        ]
+    )
+    white = images.new_tensor([0.95047, 1.0, 1.08883])
+    xyz = torch.einsum("ij,bjhw->bihw", to_xyz / white[:, None], linear)
+    delta = 6 / 29
+    root = torch.where(
+        xyz > delta**3, xyz.clamp_min(delta**3) ** (1 / 3), xyz / (3 * delta**2) + 4 / 29
+    )
+    x, y, z = root.unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+def _luminance(images: Tensor) -> Tensor:
+    return (images * images.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+
+
+def _gaussian_band(images: Tensor, low: float, high: float) -> Tensor:
+    """Keep frequencies between two Gaussian edges, in cycles per image side; `low` 0 keeps DC."""
+    height, width = images.shape[-2:]
+    fy = torch.fft.fftfreq(height, d=1 / height, device=images.device)[:, None]
+    fx = torch.fft.rfftfreq(width, d=1 / width, device=images.device)[None, :]
+    radius2 = fy**2 + fx**2
+    gain = torch.exp(-radius2 / (2 * high**2))
+    if low > 0:
+        gain = gain - torch.exp(-radius2 / (2 * low**2))
+    return torch.fft.irfft2(torch.fft.rfft2(images) * gain, s=(height, width))
+
+
+def _spectral_residual(images: Tensor, grid: int) -> Tensor:
+    """`[B, 3, H, W]` -> `[B, grid, grid]`, at the 64 px that Hou & Zhang found to fit human sight."""
+    size = (_SPECTRAL_RESIDUAL_SIZE, _SPECTRAL_RESIDUAL_SIZE)
+    small = F.interpolate(_luminance(images), size=size, mode="bilinear", antialias=True)
+    spectrum = torch.fft.fft2(small)
+    log_amplitude = spectrum.abs().clamp_min(1e-8).log()
+    local_mean = F.avg_pool2d(F.pad(log_amplitude, (1, 1, 1, 1), mode="circular"), 3, 1)
+    residual = torch.exp(log_amplitude - local_mean)
+    saliency = torch.fft.ifft2(torch.polar(residual, spectrum.angle())).abs() ** 2
+    return _smooth(F.adaptive_avg_pool2d(saliency, grid)).squeeze(1)
+
+
+def _distance_from_border(colour: Tensor) -> Tensor:
+    """Cheapest 8-connected path from the border to each cell: `[B, C, G, G]` -> `[B, G, G]`."""
+    batch, _, grid, _ = colour.shape
+    on_border = torch.ones(grid, grid, dtype=torch.bool, device=colour.device)
+    on_border[1:-1, 1:-1] = False
+    border = colour[:, :, on_border].transpose(1, 2)
+    # A path starts at its cell's mean distance to the nearest half of the border: an object that
+    # touches the border is not taken for background.
+    between = torch.cdist(border, border, compute_mode="donot_use_mm_for_euclid_dist")
+    start = between.sort(-1).values[..., 1 : border.shape[1] // 2 + 1].mean(-1)
+    distance = torch.full((batch, grid, grid), math.inf, device=colour.device)
+    distance[:, on_border] = start
+
+    full, head, tail = slice(None), slice(None, -1), slice(1, None)
+    steps = []  # each neighbour pair: the cells on one side, on the other, and the cost between
+    for here, there in [
+        ((head, full), (tail, full)),
+        ((full, head), (full, tail)),
+        ((head, head), (tail, tail)),
+        ((head, tail), (tail, head)),
+    ]:
+        cost = (colour[:, :, *here] - colour[:, :, *there]).square().sum(1).sqrt()
+        steps.append((here, there, cost))
+    while True:  # relax until nothing gets cheaper: the fixed point is the exact distance
+        relaxed = distance.clone()
+        for here, there, cost in steps:
+            for to, fro in ((here, there), (there, here)):
+                reached = torch.minimum(relaxed[:, *to], distance[:, *fro] + cost)
+                relaxed[:, *to] = reached
+        if torch.equal(relaxed, distance):
+            return distance
+        distance = relaxed
+
+
+def _smooth(cells: Tensor) -> Tensor:
+    """Mean over 3 x 3 cells of `[B, 1, G, G]`, the edge repeated."""
+    return F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
+def _unit_mean(scores: Tensor) -> Tensor:
+    """Divide each map of `[B, G, G]` by its mean; a map that is flat up to rounding becomes ones."""
+    scores = scores.clamp_min(0)
+    mean = scores.mean(dim=(-2, -1), keepdim=True)
+    flat = mean <= 1e-5
+    return torch.where(flat, torch.ones_like(scores), scores / mean.masked_fill(flat, 1.0))

@@ -1,0 +1,175 @@
+"""The masked autoencoder that only ever sees the patches it needs.
+
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Plain MAE is this class
+with a split drawn from uniform weights, 75 % masked and nothing thrown; FAMT is the same class with
+another split. Thrown patches have no tensor here at all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from famt.sampling import PatchSplit
+
+_norm = partial(nn.LayerNorm, eps=1e-6)  # as in timm's ViT
+
+
+@dataclass(frozen=True)
+class MAEConfig:
+    """Sizes of encoder and decoder."""
+
+    image_size: int
+    """side of the square input, px"""
+    patch_size: int
+    """side of a patch, px"""
+    width: int
+    """encoder token width"""
+    depth: int
+    """encoder blocks"""
+    heads: int
+    """encoder attention heads"""
+    decoder_width: int = 512
+    """decoder token width"""
+    decoder_depth: int = 8
+    """decoder blocks"""
+    decoder_heads: int = 16
+    """decoder attention heads"""
+    normalise_targets: bool = True
+    """reconstruct each patch less its own mean, over its own deviation (MAE, section 4.1)"""
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+
+MODELS: dict[str, MAEConfig] = {
+    "vit_nano_32": MAEConfig(32, 4, 96, 6, 3, 64, 2, 2),
+    "vit_micro_32": MAEConfig(32, 4, 192, 6, 3, 96, 2, 3),
+    "vit_tiny_32": MAEConfig(32, 4, 192, 12, 3, 128, 4, 4),
+    "vit_tiny": MAEConfig(224, 16, 192, 12, 3),
+    "vit_small": MAEConfig(224, 16, 384, 12, 6),
+    "vit_base": MAEConfig(224, 16, 768, 12, 12),
+    "vit_large": MAEConfig(224, 16, 1024, 24, 16),
+    "vit_huge": MAEConfig(224, 14, 1280, 32, 16),
+}
+
+
+class MaskedAutoencoder(nn.Module):
+    """A timm ViT encoder over visible patches and a light decoder that fills in the masked ones.
+
+    Attributes:
+        encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
+            are timm's own, and with the decoder's those of the official MAE checkpoints
+            (see `famt.export`).
+    """
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        if config.image_size % config.patch_size:
+            raise ValueError(
+                f"image size {config.image_size} is no multiple of patch size {config.patch_size}"
+            )
+        self.config = config
+        self.encoder = VisionTransformer(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=0,
+            weight_init="skip",
+        )
+        self.encoder.pos_embed = _sincos_positions(config.grid, config.width)
+        self.decoder_embed = nn.Linear(config.width, config.decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
+        self.decoder_pos_embed = _sincos_positions(config.grid, config.decoder_width)
+        self.decoder_blocks = nn.Sequential(
+            *(
+                Block(
+                    config.decoder_width,
+                    config.decoder_heads,
+                    qkv_bias=True,
+                    norm_layer=_norm,
+                )
+                for _ in range(config.decoder_depth)
+            )
+        )
+        self.decoder_norm = _norm(config.decoder_width)
+        self.decoder_pred = nn.Linear(config.decoder_width, config.patch_size**2 * 3)
+        self._initialise()
+
+    def forward(self, visible: Tensor, masked: Tensor, split: PatchSplit) -> Tensor:
+        """Mean squared error of the masked patches, predicted from the visible ones.
+
+        Args:
+            visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
+            masked: `[B, M, P*P*3]` float, normalised pixels of `split.masked`.
+            split: where the patches lie.
+
+        Returns:
+            scalar loss, float32.
+        """
+        latent = self.encode(visible, split.visible)
+        prediction = self.decode(latent, split)
+        return self.loss(prediction, masked)
+
+    def encode(self, patches: Tensor, index: Tensor) -> Tensor:
+        """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, 1+V, width]`."""
+        encoder, position = self.encoder, self.encoder.pos_embed
+        projection = encoder.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        tokens = F.linear(patches, weight, projection.bias) + position[0, 1 + index]
+        cls = (encoder.cls_token + position[:, :1]).expand(len(tokens), -1, -1)
+        return encoder.norm(encoder.blocks(torch.cat([cls.to(tokens.dtype), tokens], dim=1)))
+
+    def decode(self, latent: Tensor, split: PatchSplit) -> Tensor:
+        """Tokens `[B, 1+V, width]` -> predicted pixels of the masked patches `[B, M, P*P*3]`."""
+        position = self.decoder_pos_embed
+        seen = self.decoder_embed(latent)
+        seen_at = torch.cat(
+            [position[:, :1].expand(len(seen), -1, -1), position[0, 1 + split.visible]], dim=1
+        )
+        hidden = self.mask_token + position[0, 1 + split.masked]
+        tokens = torch.cat([seen + seen_at, hidden.to(seen.dtype)], dim=1)
+        tokens = self.decoder_blocks(tokens)[:, seen.shape[1] :]
+        return self.decoder_pred(self.decoder_norm(tokens))
+
+    def loss(self, prediction: Tensor, masked: Tensor) -> Tensor:
+        """Mean squared error against `masked`, in float32 whatever the autocast."""
+        target = self.target(masked)
+        return (prediction.float() - target).square().mean()
+
+    def target(self, masked: Tensor) -> Tensor:
+        """What the decoder is asked for: the pixels, by default normalised within each patch."""
+        masked = masked.float()
+        if not self.config.normalise_targets:
+            return masked
+        variance, mean = torch.var_mean(masked, dim=-1, keepdim=True)
+        return (masked - mean) / (variance + 1e-6).sqrt()
+
+    def _initialise(self) -> None:
+        """MAE's own initialisation: Xavier for every linear map, the patch projection included."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+
+def _sincos_positions(grid: int, width: int) -> nn.Parameter:
+    """`[1, 1 + grid**2, width]`, not trained; the class token's is zero (MAE, appendix A.1)."""
+    patches = build_sincos2d_pos_embed([grid, grid], width)
+    positions = torch.cat([torch.zeros(1, width), patches])[None]
+    return nn.Parameter(positions, requires_grad=False)

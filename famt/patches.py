@@ -1,0 +1,70 @@
+"""Images as patches of raw pixels, and only the patches that are wanted.
+
+A patch is flattened row by row, pixel by pixel, channels last: the order of MAE's targets, and the
+order in which the bytes of an interleaved image lie in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Interleaved images `[B, H, W, C]` to patches `[B, N, patch_size**2 * C]`, in raster order.
+
+    Raises:
+        ValueError: height or width is no multiple of `patch_size`.
+    """
+    return _patch_view(images, patch_size).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Inverse of `patchify` for square images: `[B, N, patch_size**2 * C]` -> `[B, H, W, C]`."""
+    batch, count, values = patches.shape
+    side = round(count**0.5)
+    if side * side != count:
+        raise ValueError(f"{count} patches make no square image")
+    cells = patches.view(batch, side, side, patch_size, patch_size, values // patch_size**2)
+    return cells.transpose(2, 3).reshape(batch, side * patch_size, side * patch_size, -1)
+
+
+def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
+    """The patches at raster positions `index`, copied once, the others untouched.
+
+    Args:
+        images: `[B, H, W, C]` interleaved, any dtype.
+        index: `[B, K]` int64.
+
+    Returns:
+        `[B, K, patch_size**2 * C]`, dtype of `images`.
+    """
+    cells = _patch_view(images, patch_size)
+    across = cells.shape[2]
+    batch = torch.arange(len(images), device=images.device)[:, None]
+    return cells[batch, index // across, index % across].flatten(2)
+
+
+def normalise(patches: Tensor) -> Tensor:
+    """uint8 RGB patches `[B, K, P*P*3]` to float32, ImageNet mean and deviation removed."""
+    mean = torch.tensor(IMAGENET_MEAN, device=patches.device) * 255
+    scale = 1 / (torch.tensor(IMAGENET_STD, device=patches.device) * 255)
+    return ((patches.unflatten(-1, (-1, 3)) - mean) * scale).flatten(-2)
+
+
+def normalise_images(images: Tensor) -> Tensor:
+    """uint8 `[B, H, W, 3]` to the float32 `[B, 3, H, W]` that an encoder takes."""
+    return normalise(images.flatten(2)).unflatten(-1, (-1, 3)).permute(0, 3, 1, 2).contiguous()
+
+
+def _patch_view(images: Tensor, patch_size: int) -> Tensor:
+    """`[B, H, W, C]` seen as `[B, rows, columns, P, P * C]`, nothing copied."""
+    batch, height, width, channels = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"{height} x {width} px is not divisible into patches of {patch_size} px")
+    rows, columns = height // patch_size, width // patch_size
+    view = images.reshape(batch, rows, patch_size, columns, patch_size * channels)
+    return view.transpose(2, 3)
