@@ -1,0 +1,1 @@
+"""What a user submits: thin scripts that parse, run a room's functions on Ray, and report."""

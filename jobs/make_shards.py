@@ -1,0 +1,76 @@
+"""Turn an image folder or a torchvision data set into shuffled webdataset shards.
+
+    python jobs/make_shards.py --source photos/ --out shards/
+    python jobs/make_shards.py --source cifar10 --out cifar/ --split train
+    python jobs/make_shards.py --source imagenet/val --out s3://bucket/imagenet --split val
+
+Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With `--holdout`
+a share of the images goes to a second split, `val`.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from pipeline.writer import Encoding, describe_dataset, open_source, write_shards
+
+
+@dataclass(frozen=True)
+class MakeShards:
+    """What to write where."""
+
+    source: str
+    """a folder of class folders, or a name: digits, cifar10, cifar100, flowers102, food101, stl10"""
+    out: str
+    """folder or object-store URL for the shards"""
+    split: str = "train"
+    """prefix of the shards; a named data set gives its training images for "train", else its test
+    images"""
+    holdout: float = 0.0
+    """share of the images that goes to split "val" in place of this one"""
+    samples_per_shard: int = 1000
+    """images a tar; ImageNet is usually cut at 1000 (about 110 MB)"""
+    seed: int = 0
+    """of the shuffle"""
+    encoding: Encoding = field(default_factory=Encoding)
+    download_to: str | None = None
+    """where torchvision keeps what it downloads"""
+
+
+def main(args: MakeShards) -> int:
+    """Write the shards; returns 1 if any image had to be skipped."""
+    classes, items = open_source(args.source, args.split, args.download_to)
+    if not 0 <= args.holdout < 1:
+        raise ValueError(f"--holdout {args.holdout} must be at least 0 and below 1")
+    order = np.random.default_rng(args.seed).permutation(len(items))
+    held_out = set(order[: int(len(items) * args.holdout)].tolist())
+    parts = {args.split: [item for n, item in enumerate(items) if n not in held_out]}
+    if held_out:
+        parts["val"] = [items[n] for n in sorted(held_out)]
+    skipped = 0
+    for split, part in parts.items():
+        with tqdm(total=len(part), desc=f"{split} shards", unit=" images") as bar:
+            written = write_shards(
+                part,
+                args.out,
+                split,
+                seed=args.seed,
+                samples_per_shard=args.samples_per_shard,
+                encoding=args.encoding,
+                on_sample=bar.update,
+            )
+        describe_dataset(args.out, classes, split, written, args.seed, args.source)
+        print(f"{split}: {written.samples} images in {len(written.shards)} shards at {args.out}")
+        for name, reason in written.skipped:
+            print(f"skipped {name}: {reason}", file=sys.stderr)
+        skipped += len(written.skipped)
+    return 1 if skipped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(MakeShards, description=__doc__)))

@@ -1,0 +1,179 @@
+"""Compute the frequency scores of tar shards, on Ray, into a cache that all experiments share.
+
+    python jobs/precompute_freq.py --shards 'data/train-*.tar' --cache scores/
+    ray job submit --working-dir . -- python jobs/precompute_freq.py \\
+        --shards 's3://bucket/imagenet/train-{000000..001281}.tar' --cache s3://bucket/scores
+
+One task a tar, which holds that tar in memory. What the cache has already is not computed again,
+whatever the tar's name: run it again after a crash, or over a data set that grew. Images that can't
+enter training are quarantined with a reason, and left out of training. A JSON summary is printed
+last.
+
+Exit code: 0 done; 1 a tar could not be scored, or more images are bad than --max-bad allows.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import obstore.exceptions
+import ray
+import torch
+import tyro
+from tqdm import tqdm
+
+from pipeline import storage
+from pipeline.cache import ScoreCache, ShardRecord
+from pipeline.precompute import ShardReport, precompute_shard
+from pipeline.scores import ScoreSpec
+
+_PUBLISH_EVERY = 10.0  # seconds; a driver that is killed loses at most this much of the manifest
+
+
+@dataclass(frozen=True)
+class PrecomputeFreq:
+    """What to score and where to put it."""
+
+    shards: list[str]
+    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
+    cache: str
+    """folder or object-store URL of the score cache; made if it is not there"""
+    spec: ScoreSpec = field(default_factory=ScoreSpec)
+    workers: int | None = None
+    """tasks at a time; all CPUs of the cluster if left out"""
+    max_bad: float = 0.01
+    """share of images that may be quarantined before the job counts as failed"""
+    summary: str | None = None
+    """file to write the JSON summary to as well"""
+
+
+@ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError, obstore.exceptions.GenericError])
+def _score(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardReport:
+    torch.set_num_threads(1)
+    return precompute_shard(url, cache, spec)
+
+
+def main(args: PrecomputeFreq) -> int:
+    """Run the job; see the module's docstring for the exit code."""
+    urls = storage.expand(args.shards)
+    cache = ScoreCache(args.cache, create=True)
+    ray.init(ignore_reinit_error=True, logging_level="warning")
+    todo = _not_in_cache(urls, cache, args.spec)
+    print(
+        f"{len(urls)} shards, {len(urls) - len(todo)} of them scored before; "
+        f"spec {args.spec.id}, cache {cache.url}",
+        flush=True,
+    )
+    started = published = time.monotonic()
+    reports: list[ShardReport] = []
+    failed: dict[str, str] = {}
+    unpublished: dict[str, ShardRecord] = {}
+    limit = args.workers or int(ray.cluster_resources().get("CPU", 1))
+    with tqdm(total=len(todo), desc="precompute", unit="shard") as bar:
+        for url, outcome in _run(todo, cache, args.spec, limit):
+            if isinstance(outcome, ShardReport):
+                reports.append(outcome)
+                unpublished[url] = ShardRecord(outcome.version, outcome.shard_id)
+                if outcome.damage:
+                    bar.write(f"damaged: {url}: {outcome.damage}", file=sys.stderr)
+            else:
+                failed[url] = outcome
+                bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
+            rate = sum(report.decoded for report in reports) / (time.monotonic() - started)
+            bad = sum(report.quarantined for report in reports)
+            bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
+            bar.update()
+            if time.monotonic() - published > _PUBLISH_EVERY:
+                cache.publish(unpublished)
+                unpublished.clear()
+                published = time.monotonic()
+    cache.publish(unpublished)
+    return _report(args, urls, reports, failed, cache, time.monotonic() - started)
+
+
+def _not_in_cache(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> list[str]:
+    """Shards that the manifests do not know as they are now, or that have no maps of this spec."""
+    known = cache.lookup(urls)
+
+    def is_done(url: str) -> bool:
+        return (
+            url in known
+            and storage.exists(url)
+            and storage.version(url) == known[url].version
+            and cache.has_maps(known[url].shard_id, spec)
+        )
+
+    with ThreadPoolExecutor(32) as pool:
+        return [url for url, done in zip(urls, pool.map(is_done, urls), strict=True) if not done]
+
+
+def _run(
+    urls: list[str], cache: ScoreCache, spec: ScoreSpec, limit: int
+) -> Iterator[tuple[str, ShardReport | str]]:
+    """Score shards, `limit` at a time; yields each with its report, or with what went wrong."""
+    waiting = iter(urls)
+    running: dict[ray.ObjectRef, str] = {}
+    while True:
+        while len(running) < limit and (url := next(waiting, None)) is not None:
+            running[_score.remote(url, cache, spec)] = url
+        if not running:
+            return
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        url = running.pop(done)
+        try:
+            yield url, ray.get(done)
+        except ray.exceptions.RayTaskError as error:
+            yield url, f"{type(error.cause).__name__}: {error.cause}"
+        except ray.exceptions.RayError as error:
+            yield url, str(error)
+
+
+def _report(
+    args: PrecomputeFreq,
+    urls: list[str],
+    reports: list[ShardReport],
+    failed: dict[str, str],
+    cache: ScoreCache,
+    seconds: float,
+) -> int:
+    records = cache.lookup([url for url in urls if url not in failed])
+    with ThreadPoolExecutor(32) as pool:
+        counts = list(pool.map(cache.count, [record.shard_id for record in records.values()]))
+    kept = sum(count.kept for count in counts)
+    quarantined = sum(count.quarantined for count in counts)
+    decoded = sum(report.decoded for report in reports)
+    bad = quarantined / max(1, kept + quarantined)
+    summary = {
+        "shards": len(urls),
+        "scored_now": len(reports),
+        "failed": failed,
+        "damaged": {report.url: report.damage for report in reports if report.damage},
+        "kept": kept,
+        "quarantined": quarantined,
+        "decoded_now": decoded,
+        "images_per_second": round(decoded / seconds, 1),
+        "seconds": round(seconds, 1),
+        "spec": {"id": args.spec.id, **args.spec.describe()},
+        "cache": cache.url,
+    }
+    text = json.dumps(summary)
+    if args.summary:
+        Path(args.summary).write_text(text + "\n")
+    print(text)
+    if bad > args.max_bad:
+        print(
+            f"{quarantined} of {kept + quarantined} images are quarantined, more than --max-bad "
+            f"{args.max_bad}",
+            file=sys.stderr,
+        )
+    return 1 if failed or bad > args.max_bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(PrecomputeFreq, description=__doc__)))

@@ -1,0 +1,293 @@
+"""The score cache: content-addressed zarr entries that all experiments share.
+
+This module alone knows the layout:
+
+    <cache>/shards/<shard id>/zarr.json       a zarr group; attributes: format, columns, bytes,
+                                              damage, kept, quarantined (key and reason of each)
+    <cache>/shards/<shard id>/samples         int64 [n, 3]: offset, size, label, in tar order
+    <cache>/shards/<shard id>/key             string [n]
+    <cache>/shards/<shard id>/<spec id>       float16 [n, G, G]; attributes: the spec, spelled out
+    <cache>/datasets/<folder>/<version>.json  for a folder of shards: name -> size, stamp, shard id
+
+A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an entry
+never changes and whoever writes it writes the same bytes. An object is put whole, data before
+metadata: an array or group whose `zarr.json` exists is complete, and two writers can't harm each
+other. A folder's manifest is versioned: a new version is put only if nobody else put it first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import obstore
+import zarr
+from numpy.typing import NDArray
+from obstore.exceptions import AlreadyExistsError
+from zarr.storage import MemoryStore, ObjectStore
+
+from pipeline import storage
+from pipeline.scores import ScoreSpec
+from pipeline.shards import Rejected
+from pipeline.storage import Version
+
+FORMAT = 1
+_KEEP_VERSIONS = 3
+
+
+class CacheError(RuntimeError):
+    """The cache lacks what was asked of it; the message names the shard and the remedy."""
+
+
+@dataclass(frozen=True)
+class ShardTable:
+    """What a shard holds: one entry a sample kept, in tar order, and what was left out.
+
+    Attributes:
+        key: sample names.
+        offset, size: int64 `[n]`, where the image's bytes lie in the tar.
+        label: int64 `[n]`, -1 where the sample has none.
+        rejected: what was quarantined, with reasons.
+        bytes: size of the tar.
+        damage: what is wrong with the tar itself, or None.
+    """
+
+    key: list[str]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    label: NDArray[np.int64]
+    rejected: list[Rejected]
+    bytes: int
+    damage: str | None
+
+
+@dataclass(frozen=True)
+class ShardCount:
+    """Samples of a shard that were kept and quarantined; together all that were seen."""
+
+    kept: int
+    quarantined: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the cache knows of the file at one URL: its state when it was read, and its content."""
+
+    version: Version
+    shard_id: str
+
+
+class ScoreCache:
+    """A score cache at a local path or an object-store URL.
+
+    Args:
+        url: its root folder.
+        create: make a local root that is not there.
+
+    Raises:
+        FileNotFoundError: a local root that is not there, without `create`.
+    """
+
+    def __init__(self, url: str, *, create: bool = False) -> None:
+        self.url = storage.normalise_url(url)
+        try:
+            self._store = storage.open_store(self.url, create=create)
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f"{self.url}: no score cache there ({error}); make one with "
+                "`python jobs/precompute_freq.py`"
+            ) from error
+
+    # Pickled to Ray workers: a store holds connections, its URL says all.
+    def __getstate__(self) -> str:
+        return self.url
+
+    def __setstate__(self, url: str) -> None:
+        self.__init__(url)  # type: ignore[misc]
+
+    def has_maps(self, shard_id: str, spec: ScoreSpec) -> bool:
+        """Whether the shard's table and its maps of this spec are there, whole."""
+        return self._exists(f"shards/{shard_id}/zarr.json") and self._exists(
+            f"shards/{shard_id}/{spec.id}/zarr.json"
+        )
+
+    def write(
+        self, shard_id: str, table: ShardTable, spec: ScoreSpec, maps: NDArray[np.float16]
+    ) -> None:
+        """Put a shard's entry. Parts that another writer put first stay as they are.
+
+        Raises:
+            ValueError: maps that do not fit the table and spec, or are not finite.
+            OSError: the store refused, a full disk say; nothing half-written is readable.
+        """
+        shape = (len(table.label), spec.grid, spec.grid)
+        if maps.shape != shape or maps.dtype != np.float16 or not np.isfinite(maps).all():
+            raise ValueError(
+                f"shard {shard_id}: maps of {spec.id} must be finite float16 {list(shape)}, "
+                f"got {maps.dtype} {list(maps.shape)}"
+            )
+        objects: dict[str, zarr.core.buffer.Buffer] = {}
+        group = zarr.create_group(
+            MemoryStore(store_dict=objects),
+            attributes={
+                "format": FORMAT,
+                "columns": ["offset", "size", "label"],
+                "bytes": table.bytes,
+                "kept": len(table.label),
+                "damage": table.damage,
+                "quarantined": [asdict(bad) for bad in table.rejected],
+            },
+        )
+        samples = np.stack([table.offset, table.size, table.label], axis=1)
+        names = np.array(table.key, dtype=np.dtypes.StringDType())
+        _add_array(group, "samples", samples)
+        _add_array(group, "key", names)
+        _add_array(group, spec.id, maps, {"spec": spec.describe()})
+        # Data first, then each array's metadata, then the group's, which completes the entry.
+        order = sorted(objects, key=lambda name: (name.endswith("zarr.json"), -name.count("/")))
+        for name in order:
+            obstore.put(self._store, f"shards/{shard_id}/{name}", objects[name].to_bytes())
+
+    def read_table(self, shard_id: str) -> ShardTable:
+        """The table of a shard.
+
+        Raises:
+            CacheError: no whole entry, or one of a newer format.
+        """
+        group = self._group(shard_id)
+        attributes = group.attrs.asdict()
+        offset, size, label = np.asarray(group["samples"][:]).T  # type: ignore[index]
+        return ShardTable(
+            key=[str(key) for key in group["key"][:]],  # type: ignore[index, union-attr]
+            offset=offset,
+            size=size,
+            label=label,
+            rejected=[Rejected(**bad) for bad in attributes["quarantined"]],  # type: ignore
+            bytes=attributes["bytes"],  # type: ignore[arg-type]
+            damage=attributes["damage"],  # type: ignore[arg-type]
+        )
+
+    def count(self, shard_id: str) -> ShardCount:
+        """How many samples a shard's entry keeps and quarantines, from its metadata alone."""
+        attributes = self._group(shard_id).attrs
+        return ShardCount(attributes["kept"], len(attributes["quarantined"]))  # type: ignore
+
+    def read_maps(self, shard_id: str, spec: ScoreSpec) -> NDArray[np.float16]:
+        """The maps `[n, G, G]` of a shard, in the order of its table.
+
+        Raises:
+            CacheError: no whole entry, or none of this spec.
+        """
+        group = self._group(shard_id)
+        if spec.id not in group:
+            raise CacheError(f"shard {shard_id} in {self.url} has no maps of {spec.id}")
+        return np.asarray(group[spec.id][:])  # type: ignore[index]
+
+    def manifest(self, folder: str) -> dict[str, ShardRecord]:
+        """What is known of the shards in a folder: file name -> record; empty if nothing is."""
+        versions = self._manifest_versions(folder)
+        if not versions:
+            return {}
+        text = obstore.get(self._store, f"{self._folder(folder)}/{versions[-1]:08d}.json").bytes()
+        manifest = json.loads(bytes(text))
+        _check_format(manifest["format"], f"manifest of {folder} in {self.url}")
+        return {
+            name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
+            for name, entry in manifest["shards"].items()
+        }
+
+    def publish(self, records: Mapping[str, ShardRecord]) -> None:
+        """Add records (URL -> record) to their folders' manifests, atomically folder by folder.
+
+        Two jobs that publish at once both succeed: whoever comes second merges and tries again.
+        """
+        folders: dict[str, dict[str, ShardRecord]] = {}
+        for url, record in records.items():
+            folder, name = storage.split_url(url)
+            folders.setdefault(folder, {})[name] = record
+        for folder, new in folders.items():
+            while not self._publish_once(folder, new):
+                pass
+
+    def lookup(self, urls: Iterable[str]) -> dict[str, ShardRecord]:
+        """Records of those URLs that the manifests know; whether they still hold is not checked."""
+        manifests: dict[str, dict[str, ShardRecord]] = {}
+        found = {}
+        for url in urls:
+            folder, name = storage.split_url(url)
+            if folder not in manifests:
+                manifests[folder] = self.manifest(folder)
+            if name in manifests[folder]:
+                found[url] = manifests[folder][name]
+        return found
+
+    def _publish_once(self, folder: str, new: Mapping[str, ShardRecord]) -> bool:
+        old = self.manifest(folder)
+        merged = {**old, **new}
+        if merged == old:
+            return True
+        shards = {
+            name: {
+                "size": record.version.size,
+                "stamp": record.version.stamp,
+                "id": record.shard_id,
+            }
+            for name, record in sorted(merged.items())
+        }
+        text = json.dumps({"format": FORMAT, "folder": folder, "shards": shards}, indent=1)
+        versions = self._manifest_versions(folder)
+        number = versions[-1] + 1 if versions else 1
+        try:
+            path = f"{self._folder(folder)}/{number:08d}.json"
+            obstore.put(self._store, path, text.encode(), mode="create")
+        except AlreadyExistsError:
+            return False
+        for outdated in versions[: -_KEEP_VERSIONS + 1]:
+            obstore.delete(self._store, f"{self._folder(folder)}/{outdated:08d}.json")
+        return True
+
+    def _manifest_versions(self, folder: str) -> list[int]:
+        listing = obstore.list_with_delimiter(self._store, self._folder(folder))
+        found = (re.search(r"/(\d{8})\.json$", meta["path"]) for meta in listing["objects"])
+        return sorted(int(match[1]) for match in found if match)
+
+    @staticmethod
+    def _folder(folder: str) -> str:
+        readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.rpartition("/")[2]) or "root"
+        return f"datasets/{readable}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+
+    def _group(self, shard_id: str) -> zarr.Group:
+        store = ObjectStore(self._store, read_only=True)
+        try:
+            group = zarr.open_group(store, path=f"shards/{shard_id}", mode="r")
+        except FileNotFoundError:
+            raise CacheError(f"{self.url} has no whole entry for shard {shard_id}") from None
+        _check_format(group.attrs["format"], f"shard {shard_id} in {self.url}")
+        return group
+
+    def _exists(self, path: str) -> bool:
+        try:
+            obstore.head(self._store, path)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def _add_array(
+    group: zarr.Group, name: str, data: NDArray, attributes: dict | None = None
+) -> None:
+    """One array in one chunk; zarr refuses chunks without extent, so an empty one gets a length."""
+    chunks = tuple(max(1, extent) for extent in data.shape)
+    group.create_array(name, data=data, chunks=chunks, attributes=attributes)
+
+
+def _check_format(found: object, where: str) -> None:
+    if found != FORMAT:
+        raise CacheError(
+            f"{where} has format {found}, and this version of FAMT reads format {FORMAT}; "
+            "use the version that wrote it, or another cache"
+        )

@@ -1,0 +1,287 @@
+"""The DALI graph: tar shards in, crops out, each with the row and the view it was cut by.
+
+One graph serves CPU and GPU; on a GPU the JPEGs are decoded there (`mixed`). Images stay uint8 and
+interleaved: patches are gathered before anything is made float, so thrown pixels cost no arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from pipeline.storage import is_remote
+from pipeline.table import ScoreTable
+
+Interpolation = Literal["bicubic", "bilinear"]
+_INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """A random resized crop and flip, drawn as torchvision's RandomResizedCrop does."""
+
+    area: tuple[float, float] = (0.2, 1.0)
+    """range of the crop's share of the image area"""
+    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """range of the crop's width over height, before it is squashed to a square"""
+    flip: float = 0.5
+    """probability of a left-right flip"""
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """The central square, `fraction` of the image's shorter side."""
+
+    fraction: float = 0.875
+
+
+@dataclass(frozen=True)
+class WholeView:
+    """The whole image, squashed to a square."""
+
+
+View = RandomView | CentreView | WholeView
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How crops are read and cut."""
+
+    batch_size: int = 64
+    """crops a step on this rank"""
+    image_size: int = 224
+    """side of the square crops, px"""
+    view: View = field(default_factory=RandomView)
+    """which part of an image a crop shows"""
+    interpolation: Interpolation = "bicubic"
+    """how crops are resized, with antialiasing"""
+    shuffle_buffer: int = 4096
+    """encoded samples held to draw from at random; 0 reads in shard order"""
+    threads: int = len(os.sched_getaffinity(0))
+    """CPU threads that decode"""
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops and where they come from.
+
+    Attributes:
+        images: `[B, S, S, 3]` uint8 on the training device.
+        rows: `[B]` int64 on the CPU, the image's row in the `ScoreTable`.
+        windows: `[B, 4]` float32 on the CPU: top, left, height, width of the crop in fractions of
+            the upright image.
+        flips: `[B]` bool on the CPU.
+    """
+
+    images: Tensor
+    rows: Tensor
+    windows: Tensor
+    flips: Tensor
+
+
+class CropLoader:
+    """Streams the kept samples of a table's shards, epoch by epoch.
+
+    Each rank reads its share of the samples; shares move on by one rank every epoch, so a rank
+    meets all the data. With `drop_last` every rank yields the same number of full batches an epoch
+    and what is left over is skipped (`remainder` of them, others each epoch); without it every
+    sample of the rank's share is yielded exactly once, the last batch being smaller.
+
+    Args:
+        table: which samples; its index is written to a temporary folder.
+        config: how to read and cut.
+        drop_last: see above; training wants it, evaluation must not.
+        rank, world_size: this process among those that share the epoch.
+        device: where crops end up; "cuda" decodes there.
+        seed: of shuffle, crops and flips; the same on all ranks.
+        state: of an earlier loader (`state()`); goes on with the very next batch.
+
+    Raises:
+        ValueError: fewer samples than one batch on every rank, or a state of another set-up.
+    """
+
+    def __init__(
+        self,
+        table: ScoreTable,
+        config: LoaderConfig,
+        *,
+        drop_last: bool,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        state: dict[str, object] | None = None,
+    ) -> None:
+        self.config, self.drop_last = config, drop_last
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device(device)
+        self._samples = len(table)
+        share = self._samples // world_size
+        if drop_last and share < config.batch_size:
+            raise ValueError(
+                f"{self._samples} samples over {world_size} ranks make no batch of "
+                f"{config.batch_size}; lower the batch size"
+            )
+        largest = -(-self._samples // world_size)
+        self._runs = -(-largest // config.batch_size)
+        self.steps_per_epoch = share // config.batch_size if drop_last else self._runs
+        self.remainder = (
+            self._samples - self.steps_per_epoch * config.batch_size * world_size
+            if drop_last
+            else 0
+        )
+        self.epoch, self.step = 0, 0
+        checkpoint = None
+        if state is not None:
+            if state["setup"] != self._setup(table, seed):
+                raise ValueError(
+                    "the loader's state belongs to other shards, another batch size, view, seed "
+                    f"or world size: {state['setup']} then, {self._setup(table, seed)} now"
+                )
+            self.epoch, self.step = int(state["epoch"]), int(state["step"])  # type: ignore
+            checkpoint = state["dali"]
+        self._indices = table.write_indices()
+        self._state_setup = self._setup(table, seed)
+        self._pipeline: Pipeline = _crop_graph(
+            paths=[_dali_path(url) for url in table.urls],
+            index_paths=[f"{self._indices.name}/{n}.idx" for n in range(len(table.urls))],
+            config=config,
+            rank=rank,
+            world_size=world_size,
+            on_gpu=self.device.type == "cuda",
+            batch_size=config.batch_size,
+            num_threads=config.threads,
+            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+            seed=seed + 1,  # DALI takes a seed of -1 for none; 0 and up are all valid here
+            enable_checkpointing=True,
+            checkpoint=checkpoint,
+            prefetch_queue_depth=2,
+        )
+        self._pipeline.build()
+
+    def __iter__(self) -> Iterator[CropBatch]:
+        """The rest of the current epoch."""
+        while self.step < self.steps_per_epoch:
+            batch = self._run()
+            self.step += 1
+            valid = self._share_size() - (self.step - 1) * self.config.batch_size
+            if valid >= self.config.batch_size:
+                yield batch
+            elif valid > 0:  # DALI fills the last batch up by repeating a sample
+                yield CropBatch(
+                    *(
+                        part[:valid]
+                        for part in (batch.images, batch.rows, batch.windows, batch.flips)
+                    )
+                )
+        for _ in range(self._runs - self.steps_per_epoch):
+            self._pipeline.run()
+        self.epoch, self.step = self.epoch + 1, 0
+
+    def state(self) -> dict[str, object]:
+        """All that a loader needs to go on with the batch after the last one yielded."""
+        return {
+            "setup": self._state_setup,
+            "epoch": self.epoch,
+            "step": self.step,
+            "dali": self._pipeline.checkpoint(),
+        }
+
+    def _run(self) -> CropBatch:
+        images, source, anchor, shape, extent, flip = self._pipeline.run()
+        rows = [int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source]
+        size = torch.from_numpy(extent.as_array()).double()
+        top_left = torch.from_numpy(anchor.as_array()).double() / size
+        height_width = torch.from_numpy(shape.as_array()).double() / size
+        return CropBatch(
+            images=torch.from_dlpack(images.as_tensor()),
+            rows=torch.tensor(rows),
+            windows=torch.cat([top_left, height_width], dim=1).float(),
+            flips=torch.from_numpy(flip.as_array().reshape(-1).astype(bool)),
+        )
+
+    def _share_size(self) -> int:
+        """Samples of this rank's share of the current epoch: contiguous, moving on every epoch."""
+        share = (self.rank + self.epoch) % self.world_size
+        end = (share + 1) * self._samples // self.world_size
+        return end - share * self._samples // self.world_size
+
+    def _setup(self, table: ScoreTable, seed: int) -> str:
+        """Everything that decides which sample comes next, spelled out."""
+        config = self.config
+        return (
+            f"{table.digest} batch={config.batch_size} size={config.image_size} "
+            f"view={config.view} interpolation={config.interpolation} "
+            f"shuffle={config.shuffle_buffer} drop_last={self.drop_last} seed={seed} "
+            f"rank={self.rank}/{self.world_size}"
+        )
+
+
+@pipeline_def(exec_dynamic=True)
+def _crop_graph(
+    paths: list[str],
+    index_paths: list[str],
+    config: LoaderConfig,
+    rank: int,
+    world_size: int,
+    on_gpu: bool,
+):  # type: ignore[no-untyped-def]
+    encoded = fn.readers.webdataset(
+        paths=paths,
+        index_paths=index_paths,
+        ext=["jpg"],
+        missing_component_behavior="error",
+        shard_id=rank,
+        num_shards=world_size,
+        pad_last_batch=True,
+        random_shuffle=config.shuffle_buffer > 0,
+        initial_fill=max(1, config.shuffle_buffer),
+        dont_use_mmap=True,
+        name="reader",
+    )
+    extent = fn.peek_image_shape(encoded)[:2]
+    flip = fn.random.coin_flip(
+        probability=config.view.flip if isinstance(config.view, RandomView) else 0.0
+    )
+    if isinstance(config.view, RandomView):
+        anchor, shape = fn.random_crop_generator(
+            extent,
+            random_area=list(config.view.area),
+            random_aspect_ratio=list(config.view.aspect_ratio),
+        )
+    else:
+        shape = extent
+        if isinstance(config.view, CentreView):
+            side = fn.reductions.min(extent, axes=[0], keep_dims=True)
+            side = fn.cast(side * config.view.fraction, dtype=types.INT64)
+            shape = fn.cat(side, side, axis=0)
+        anchor = fn.cast((extent - shape) // 2, dtype=types.INT64)
+    images = fn.decoders.image_slice(
+        encoded,
+        anchor,
+        shape,
+        axes=[0, 1],
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+    )
+    images = fn.resize(
+        images,
+        size=[config.image_size, config.image_size],
+        interp_type=_INTERPOLATIONS[config.interpolation],
+        antialias=True,
+    )
+    images = fn.flip(images, horizontal=flip)
+    source = fn.get_property(encoded, key="source_info")
+    return images, source, anchor, shape, extent, flip
+
+
+def _dali_path(url: str) -> str:
+    return url if is_remote(url) else os.path.abspath(url)

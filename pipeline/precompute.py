@@ -1,0 +1,149 @@
+"""Score one shard: the pure kernel under the Ray job, and the only judge of what enters training.
+
+One read of the tar serves its hash, its table, every decode and every score.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from pipeline import storage
+from pipeline.cache import ScoreCache, ShardTable
+from pipeline.scores import ScoreSpec
+from pipeline.shards import Rejected, Sample, content_id, list_shard
+
+_BATCH = 16  # small enough that a batch's planes stay in a core's cache
+_MAX_PIXELS = 100_000_000
+_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # what Pillow and DALI both decode
+
+
+@dataclass(frozen=True)
+class ShardScores:
+    """Result of scoring one tar: its table and `maps [n, G, G]` float16, one a sample kept."""
+
+    table: ShardTable
+    maps: NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What one task did with one tar.
+
+    Attributes:
+        version: size and stamp of the file as it was read.
+        kept, quarantined: samples; together all that were seen.
+        decoded: images decoded now; 0 if the cache had it all.
+    """
+
+    url: str
+    shard_id: str
+    version: storage.Version
+    kept: int
+    quarantined: int
+    decoded: int
+    damage: str | None
+
+
+class BadImage(ValueError):
+    """An image that can't enter training; the message says why."""
+
+
+def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardReport:
+    """Make the cache hold the table and the maps of the tar at `url`; compute only what it lacks.
+
+    Raises:
+        OSError: the tar can't be read, or the cache can't be written.
+        ValueError: the file is no tar.
+    """
+    before = storage.version(url)
+    data = storage.read(url)
+    if storage.version(url) != before or len(data) != before.size:
+        raise OSError(f"{url} changed while it was read; run again when nothing writes to it")
+    shard_id = content_id(data)
+    decoded = 0
+    if not cache.has_maps(shard_id, spec):
+        scored = score_shard(data, spec, url)
+        cache.write(shard_id, scored.table, spec, scored.maps)
+        decoded = len(scored.maps)
+    table = cache.read_table(shard_id)
+    return ShardReport(
+        url, shard_id, before, len(table.label), len(table.rejected), decoded, table.damage
+    )
+
+
+def score_shard(data: bytes, spec: ScoreSpec, name: str = "tar") -> ShardScores:
+    """Decode and score every image of a tar in memory.
+
+    Args:
+        data: the bytes of the tar.
+        spec: which score.
+        name: what to call the tar in an error.
+
+    Raises:
+        ValueError: `data` is not a tar, or holds no image at all.
+    """
+    listing = list_shard(data)
+    if not listing.samples and not listing.rejected:
+        raise ValueError(f"{name}: no image in it ({listing.damage or 'the tar itself is whole'})")
+    view = memoryview(data)
+    kept: list[Sample] = []
+    rejected: list[Rejected] = list(listing.rejected)
+    maps: list[torch.Tensor] = []
+    batch: list[NDArray[np.uint8]] = []
+    for sample in listing.samples:
+        try:
+            image = decode(view[sample.offset : sample.offset + sample.size], spec.size)
+        except BadImage as error:
+            rejected.append(Rejected(sample.key, str(error)))
+            continue
+        kept.append(sample)
+        batch.append(image)
+        if len(batch) == _BATCH:
+            maps.append(spec.score(torch.from_numpy(np.stack(batch))))
+            batch.clear()
+    if batch:
+        maps.append(spec.score(torch.from_numpy(np.stack(batch))))
+    stacked = torch.cat(maps) if maps else torch.empty(0, spec.grid, spec.grid)
+    table = ShardTable(
+        key=[sample.key for sample in kept],
+        offset=np.array([sample.offset for sample in kept], np.int64),
+        size=np.array([sample.size for sample in kept], np.int64),
+        label=np.array([sample.label for sample in kept], np.int64),
+        rejected=sorted(rejected, key=lambda bad: bad.key),
+        bytes=len(data),
+        damage=listing.damage,
+    )
+    return ShardScores(table, stacked.to(torch.float16).numpy())
+
+
+def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
+    """Decode an image upright, as RGB, squashed to `[size, size, 3]` uint8.
+
+    A JPEG is decoded at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still at least `size`.
+
+    Raises:
+        BadImage: undecodable, cut off, of a format that DALI does not read, or absurdly large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+                if image.width * image.height > _MAX_PIXELS:
+                    raise BadImage(f"{image.width} x {image.height} px is absurdly large")
+                image.draft("RGB", (size, size))
+                upright = ImageOps.exif_transpose(image)
+                small = upright.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    except BadImage:
+        raise
+    except Image.UnidentifiedImageError:
+        raise BadImage(f"no {', '.join(_FORMATS)} image") from None
+    except Exception as error:  # decoders raise anything on hostile bytes; each is the image's fault
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+    return np.asarray(small)

@@ -1,0 +1,158 @@
+"""What is inside a webdataset tar: which members are images, where their bytes lie, their labels.
+
+Nothing is ever extracted: a sample is an offset and a size in the tar, so a member's name can point
+nowhere. The same two numbers make the DALI index, which is why a sample left out here never reaches
+training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+LABEL_EXTENSION = "cls"
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a shard: where its bytes lie in the tar, and its class (`NO_LABEL` if none)."""
+
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """One member that can't enter training, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ShardListing:
+    """All that a tar holds: `samples` in tar order, `rejected` with reasons, and its damage.
+
+    Attributes:
+        damage: what is wrong with the tar itself, or None; the samples before the damage stand.
+    """
+
+    samples: list[Sample]
+    rejected: list[Rejected]
+    damage: str | None
+
+
+def content_id(data: bytes) -> str:
+    """The name of a shard in the cache: SHA-256 of its bytes, 32 hex digits of it."""
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def list_shard(data: bytes) -> ShardListing:
+    """Find the images of a tar in memory.
+
+    A sample is a member named `<key>.<jpg|jpeg|png|webp>`, whatever the case; its class is the
+    integer text of `<key>.cls`, or of the `.cls` under the name up to its first dot, as webdataset
+    groups files. Keys may hold dots, spaces and folders. Other members are ignored.
+    """
+    members, damage = _members(data)
+    labels = {
+        member.name.rpartition(".")[0]: member
+        for member in members
+        if _extension(member.name) == LABEL_EXTENSION and member.isreg()
+    }
+    samples: list[Sample] = []
+    rejected: list[Rejected] = []
+    seen: set[str] = set()
+    labelled: set[str] = set()
+    for member in members:
+        if _extension(member.name) not in IMAGE_EXTENSIONS or member.isdir():
+            continue
+        key = member.name.rpartition(".")[0]
+        label_key = key if key in labels else _webdataset_key(member.name)
+        labelled.add(label_key)
+        try:
+            _check_member(member, key, seen, len(data))
+            label = _read_label(data, labels.get(label_key))
+        except ValueError as error:
+            rejected.append(Rejected(member.name, str(error)))
+            continue
+        seen.add(key)
+        samples.append(Sample(key, member.offset_data, member.size, label))
+    rejected += [
+        Rejected(labels[key].name, "a class without an image") for key in labels.keys() - labelled
+    ]
+    return ShardListing(samples, sorted(rejected, key=lambda bad: bad.key), damage)
+
+
+def write_dali_index(path: Path, samples: Iterable[tuple[int, int, int]]) -> None:
+    """Write the index of one tar for DALI's webdataset reader.
+
+    DALI echoes a sample's name with its data, so the name carries the sample's row.
+
+    Args:
+        path: file to write.
+        samples: (row, offset, size) of each image to be read, in tar order.
+    """
+    lines = [f"jpg {offset} {size} {row}" for row, offset, size in samples]
+    path.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
+
+
+def _members(data: bytes) -> tuple[list[tarfile.TarInfo], str | None]:
+    members: list[tarfile.TarInfo] = []
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            for member in tar:
+                members.append(member)
+                tar.members.clear()  # tarfile keeps every header it met; a shard has thousands
+            end = tar.offset
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
+        return members, f"not readable as a tar beyond {len(members)} members: {error}"
+    if members and members[-1].offset_data + members[-1].size > len(data):
+        return members, f"cut off inside {members[-1].name} at {len(data)} bytes"
+    # tarfile stops at a broken header as quietly as at the end-of-archive mark, a block of zeros.
+    if data[end : end + tarfile.BLOCKSIZE].strip(b"\0") or end >= len(data):
+        return members, f"cut off or broken at byte {min(end, len(data))}: no end-of-archive mark"
+    return members, None
+
+
+def _check_member(member: tarfile.TarInfo, key: str, seen: set[str], length: int) -> None:
+    if not member.isreg() or member.issparse():
+        raise ValueError("not a regular file")
+    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+        raise ValueError("name points outside the shard")
+    if member.size == 0:
+        raise ValueError("empty")
+    if member.offset_data + member.size > length:
+        raise ValueError("cut off by the end of the tar")
+    if key in seen:
+        raise ValueError("duplicate key")
+
+
+def _read_label(data: bytes, member: tarfile.TarInfo | None) -> int:
+    if member is None:
+        return NO_LABEL
+    text = data[member.offset_data : member.offset_data + member.size]
+    try:
+        label = int(text)
+    except ValueError:
+        raise ValueError(f"its class {text[:20]!r} is no integer") from None
+    if not 0 <= label < 2**31:
+        raise ValueError(f"its class {label} is out of range")
+    return label
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()
+
+
+def _webdataset_key(name: str) -> str:
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + file.partition(".")[0]

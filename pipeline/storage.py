@@ -1,0 +1,128 @@
+"""Bytes at a path or URL: local folders and anything that obstore reaches (s3, gs, az).
+
+Object stores take their settings from the environment, as obstore and DALI both do:
+`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT_URL`, `AWS_ALLOW_HTTP`.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import braceexpand
+import obstore
+from obstore.store import LocalStore, ObjectStore, from_url
+
+
+@dataclass(frozen=True)
+class Version:
+    """What tells one state of a file from another without reading it.
+
+    Attributes:
+        size: bytes.
+        stamp: the object's etag, or the file's modification time in ns.
+    """
+
+    size: int
+    stamp: str
+
+
+def is_remote(url: str) -> bool:
+    """Whether `url` names an object store rather than a local path."""
+    return "://" in url and not url.startswith("file://")
+
+
+def normalise_url(url: str) -> str:
+    """The one name of a file or folder: a URL as it is, a local path made absolute."""
+    if is_remote(url):
+        return url.rstrip("/")
+    return str(Path(url.removeprefix("file://")).expanduser().resolve())
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """(folder, name) of a normalised URL."""
+    folder, _, name = url.rpartition("/")
+    return folder, name
+
+
+def open_store(url: str, *, create: bool = False) -> ObjectStore:
+    """An obstore store rooted at the folder `url`; a local one is made if `create`."""
+    url = normalise_url(url)
+    if is_remote(url):
+        return from_url(url)
+    return LocalStore(url, mkdir=create)
+
+
+def expand(patterns: list[str]) -> list[str]:
+    """Shard URLs named by paths, brace patterns, local wildcards or folders of tars, in order.
+
+    Args:
+        patterns: such as `data/train-*.tar`, `s3://bucket/train-{000000..001023}.tar` or `data/`.
+
+    Returns:
+        normalised URLs, each once.
+
+    Raises:
+        FileNotFoundError: a pattern matches no tar.
+    """
+    urls: list[str] = []
+    for pattern in patterns:
+        found = [url for one in braceexpand.braceexpand(pattern) for url in _matches(one)]
+        if not found:
+            raise FileNotFoundError(
+                f"{pattern}: no such shards; give tars, a folder of tars, or a pattern in quotes"
+            )
+        urls += found
+    return list(dict.fromkeys(urls))
+
+
+def _matches(pattern: str) -> list[str]:
+    if is_remote(pattern):
+        if pattern.endswith(".tar"):
+            return [normalise_url(pattern)]
+        listing = obstore.list_with_delimiter(open_store(pattern))
+        names = sorted(meta["path"] for meta in listing["objects"])
+        return [f"{normalise_url(pattern)}/{name}" for name in names if name.endswith(".tar")]
+    path = pattern.removeprefix("file://")
+    if os.path.isdir(path):
+        path = os.path.join(glob.escape(path), "*.tar")
+    if os.path.isfile(path):
+        return [normalise_url(path)]
+    return [normalise_url(name) for name in sorted(glob.glob(path))]
+
+
+def version(url: str) -> Version:
+    """Size and stamp of the file at a normalised `url`, without reading it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(url):
+        info = os.stat(url)
+        return Version(info.st_size, str(info.st_mtime_ns))
+    folder, name = split_url(url)
+    meta = obstore.head(open_store(folder), name)
+    return Version(meta["size"], meta["e_tag"] or meta["last_modified"].isoformat())
+
+
+def exists(url: str) -> bool:
+    """Whether there is a file at a normalised `url`."""
+    try:
+        version(url)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def read(url: str) -> bytes:
+    """All bytes of the file at a normalised `url`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    if not is_remote(url):
+        return Path(url).read_bytes()
+    folder, name = split_url(url)
+    return bytes(obstore.get(open_store(folder), name).bytes())

@@ -1,0 +1,128 @@
+"""All score maps of a training set in RAM, and the DALI index that carries their row numbers."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.cache import CacheError, ScoreCache, ShardTable
+from pipeline.scores import ScoreSpec
+from pipeline.shards import write_dali_index
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Every sample of a set of shards: row r is one image, the same in all arrays.
+
+    Attributes:
+        urls: shards, in the order that rows follow.
+        maps: `[R, G, G]` float16, mean 1 an image.
+        labels: `[R]` int64, -1 where a sample has none.
+        first_row: `[S + 1]`, rows of shard s are `first_row[s] : first_row[s + 1]`.
+        shard_ids: content id of each shard.
+    """
+
+    urls: list[str]
+    maps: Tensor
+    labels: Tensor
+    first_row: list[int]
+    shard_ids: list[str]
+    _tables: list[ShardTable]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the shards' contents in their order: equal digests mean equal rows."""
+        return hashlib.sha256(" ".join(self.shard_ids).encode()).hexdigest()[:12]
+
+    def key(self, row: int) -> str:
+        """`<url>:<sample key>` of a row, to name a sample in an error or a log."""
+        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        return f"{self.urls[shard]}:{self._tables[shard].key[row - self.first_row[shard]]}"
+
+    def write_indices(self) -> tempfile.TemporaryDirectory[str]:
+        """DALI index files `<shard number>.idx` in a folder that lives as long as the result."""
+        folder = tempfile.TemporaryDirectory(prefix="famt-index-")
+        for number, (first, table) in enumerate(zip(self.first_row, self._tables, strict=False)):
+            rows = range(first, first + len(table.label))
+            samples = zip(rows, table.offset.tolist(), table.size.tolist(), strict=True)
+            write_dali_index(Path(folder.name) / f"{number}.idx", samples)
+        return folder
+
+
+def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> ScoreTable:
+    """Resolve shards through the cache's manifests and read their maps into RAM.
+
+    Args:
+        patterns: shards; see `storage.expand`.
+        cache: where the scores are.
+        spec: which score.
+
+    Raises:
+        CacheError: a shard that the cache does not know, that changed since it was scored, or that
+            has no maps of this spec. Names the first such shard, the reason, the number of others,
+            and the command that repairs it.
+        FileNotFoundError: a pattern that matches nothing.
+    """
+    urls = storage.expand(patterns)
+    records = cache.lookup(urls)
+    with ThreadPoolExecutor(32) as pool:
+        stale = [
+            f"{url}: {reason}"
+            for url, reason in pool.map(
+                lambda url: (url, _staleness(url, records, cache, spec)), urls
+            )
+            if reason
+        ]
+        if stale:
+            others = f" (and {len(stale) - 1} more shards)" if len(stale) > 1 else ""
+            raise CacheError(f"{stale[0]}{others}. {_remedy(patterns, cache, spec)}")
+        ids = [records[url].shard_id for url in urls]
+        tables = list(pool.map(cache.read_table, ids))
+        maps = list(pool.map(lambda shard: cache.read_maps(shard, spec), ids))
+    counts = [len(table.label) for table in tables]
+    if not sum(counts):
+        raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
+    return ScoreTable(
+        urls=urls,
+        maps=torch.from_numpy(np.concatenate(maps)),
+        labels=torch.from_numpy(np.concatenate([table.label for table in tables])),
+        first_row=np.concatenate([[0], np.cumsum(counts)]).tolist(),
+        shard_ids=ids,
+        _tables=tables,
+    )
+
+
+def _staleness(url: str, records: dict, cache: ScoreCache, spec: ScoreSpec) -> str | None:
+    if url not in records:
+        return f"the score cache {cache.url} does not know this shard"
+    try:
+        if storage.version(url) != records[url].version:
+            return f"changed since its scores were put into {cache.url}"
+    except FileNotFoundError:
+        return "no such file"
+    if not cache.has_maps(records[url].shard_id, spec):
+        return f"the score cache {cache.url} has no maps of {spec.id} for it"
+    return None
+
+
+def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
+    shards = " ".join(f"'{pattern}'" for pattern in patterns)
+    options = "".join(
+        f" --spec.{name.replace('_', '-')} {value}"
+        for name, value in spec.describe().items()
+        if name != "code_version" and value != ScoreSpec().describe()[name]
+    )
+    return (
+        f"Remedy: python jobs/precompute_freq.py --shards {shards} --cache {cache.url}{options}"
+    )

@@ -1,0 +1,231 @@
+"""Images and classes into webdataset shards, shuffled once and for all."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import obstore
+import torchvision.datasets
+import webdataset
+from PIL import Image, ImageOps
+
+from pipeline import storage
+from pipeline.shards import IMAGE_EXTENSIONS
+
+TORCHVISION_SOURCES = ("cifar10", "cifar100", "flowers102", "food101", "stl10")
+DIGITS = "digits"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a source: a name to trace it by, its class, and how to get at it."""
+
+    name: str
+    label: int
+    load: Callable[[], Path | Image.Image]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored. Files are copied byte for byte unless `max_side` is given."""
+
+    max_side: int | None = None
+    """shrink images whose longer side is above this many px, and store them as JPEG"""
+    quality: int = 90
+    """JPEG quality of what is re-encoded"""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: shard names, samples in them, and what was left out, with reasons."""
+
+    shards: list[str]
+    samples: int
+    skipped: list[tuple[str, str]]
+
+
+def open_source(
+    source: str, split: str, download_to: str | None = None
+) -> tuple[list[str], list[Item]]:
+    """Class names and items of an image folder, a torchvision data set, or scikit-learn's digits.
+
+    Args:
+        source: a folder `class/name.jpg`, one of `TORCHVISION_SOURCES`, or "digits".
+        split: "train" for the training half of a torchvision data set, else its test half.
+        download_to: where torchvision keeps its files; it downloads what is not there.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+    """
+    if source == DIGITS:
+        return _digits()
+    if source in TORCHVISION_SOURCES:
+        return _torchvision(source, split, download_to or str(Path.home() / ".cache" / "torchvision"))
+    if not Path(source).is_dir():
+        raise FileNotFoundError(
+            f"{source} is no folder; give a folder of class folders, or one of "
+            f"{', '.join((DIGITS, *TORCHVISION_SOURCES))}"
+        )
+    folder = torchvision.datasets.ImageFolder(source, allow_empty=True)
+    if not folder.samples:
+        raise FileNotFoundError(f"{source} holds no images in class folders (class/name.jpg)")
+    return folder.classes, [
+        Item(str(Path(path).relative_to(source)), label, lambda path=path: Path(path))
+        for path, label in folder.samples
+    ]
+
+
+def write_shards(
+    items: Sequence[Item],
+    out: str,
+    split: str,
+    *,
+    seed: int,
+    samples_per_shard: int,
+    encoding: Encoding,
+    on_sample: Callable[[], None] = lambda: None,
+) -> Written:
+    """Write `<out>/<split>-%06d.tar`, in an order shuffled by `seed`.
+
+    A shard appears under its name only when it is whole. The same items and seed give the same
+    bytes, so the score cache knows them again. An image that can't be read is skipped and reported.
+
+    Args:
+        items: what to write.
+        out: local folder or object-store URL; made if it is not there.
+        split: prefix of the shards' names.
+        samples_per_shard: the last shard may hold fewer.
+        on_sample: called once an item.
+
+    Raises:
+        FileExistsError: `out` has shards of this split already.
+    """
+    store = storage.open_store(out, create=True)
+    taken = obstore.list_with_delimiter(store)["objects"]
+    if any(re.fullmatch(rf"{re.escape(split)}-\d{{6}}\.tar", meta["path"]) for meta in taken):
+        raise FileExistsError(f"{out} has {split} shards already; remove them or choose another")
+    shards: list[str] = []
+    skipped: list[tuple[str, str]] = []
+
+    def publish(path: str) -> None:
+        name = Path(path).name
+        with open(path, "rb") as file:
+            obstore.put(store, name, file)
+        Path(path).unlink()
+        shards.append(name)
+
+    with tempfile.TemporaryDirectory(prefix="famt-shards-") as scratch:
+        writer = webdataset.ShardWriter(
+            f"{scratch}/{split}-%06d.tar",
+            maxcount=samples_per_shard,
+            maxsize=1 << 40,
+            post=publish,
+            verbose=0,
+            mtime=0,
+        )
+        for number in np.random.default_rng(seed).permutation(len(items)).tolist():
+            item = items[number]
+            try:
+                extension, data = _encode(item.load(), encoding)
+            except (OSError, ValueError, Image.DecompressionBombError) as error:
+                skipped.append((item.name, f"{type(error).__name__}: {error}"))
+            else:
+                key = f"{number:08d}-{safe_key(item.name)}"
+                writer.write({"__key__": key, extension: data, "cls": str(item.label).encode()})
+            on_sample()
+        writer.close()
+    return Written(shards, len(items) - len(skipped), skipped)
+
+
+def describe_dataset(
+    out: str, classes: list[str], split: str, written: Written, seed: int, source: str
+) -> None:
+    """Add a split to `<out>/dataset.json`.
+
+    Raises:
+        ValueError: the file is there and speaks of other classes.
+    """
+    store = storage.open_store(out)
+    try:
+        described = json.loads(bytes(obstore.get(store, "dataset.json").bytes()))
+    except FileNotFoundError:
+        described = {"classes": classes, "splits": {}}
+    if described["classes"] != classes:
+        raise ValueError(f"{out}/dataset.json has other classes; give each data set its own folder")
+    described["splits"][split] = {
+        "samples": written.samples,
+        "shards": written.shards,
+        "skipped": written.skipped,
+        "seed": seed,
+        "source": source,
+    }
+    obstore.put(store, "dataset.json", json.dumps(described, indent=1).encode())
+
+
+def safe_key(name: str) -> str:
+    """A source name less its suffix, letters, digits, `-` and `_` kept, all else turned into `_`."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name.rpartition(".")[0] or name)
+
+
+def _encode(source: Path | Image.Image, encoding: Encoding) -> tuple[str, bytes]:
+    if isinstance(source, Path):
+        suffix = source.suffix.lower().lstrip(".")
+        if suffix in IMAGE_EXTENSIONS and encoding.max_side is None:
+            return suffix, source.read_bytes()
+        with Image.open(source) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        lossless = suffix not in ("jpg", "jpeg", "webp") and encoding.max_side is None
+    else:
+        image, lossless = source, encoding.max_side is None
+    if encoding.max_side is not None:
+        image.thumbnail((encoding.max_side, encoding.max_side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    if lossless:
+        image.save(buffer, "PNG")
+        return "png", buffer.getvalue()
+    image.save(buffer, "JPEG", quality=encoding.quality)
+    return "jpg", buffer.getvalue()
+
+
+def _torchvision(source: str, split: str, root: str) -> tuple[list[str], list[Item]]:
+    factory = {
+        "cifar10": torchvision.datasets.CIFAR10,
+        "cifar100": torchvision.datasets.CIFAR100,
+        "flowers102": torchvision.datasets.Flowers102,
+        "food101": torchvision.datasets.Food101,
+        "stl10": torchvision.datasets.STL10,
+    }[source]
+    half = "train" if split == "train" else "test"
+    chosen = {"train": half == "train"} if source.startswith("cifar") else {"split": half}
+    dataset = factory(root, download=True, **chosen)
+    targets = getattr(dataset, "targets", None)
+    if targets is None:
+        targets = dataset._labels if hasattr(dataset, "_labels") else dataset.labels
+    classes = getattr(dataset, "classes", None) or [str(n) for n in range(max(targets) + 1)]
+    return list(classes), [
+        Item(f"{source}-{half}-{number:06d}", int(label), lambda n=number: dataset[n][0])
+        for number, label in enumerate(targets)
+    ]
+
+
+def _digits() -> tuple[list[str], list[Item]]:
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 px, enlarged to 32 x 32."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    return [str(digit) for digit in range(10)], [
+        Item(f"digit-{number:04d}", int(label), lambda n=number: _digit_image(digits.images[n]))
+        for number, label in enumerate(digits.target)
+    ]
+
+
+def _digit_image(values: np.ndarray) -> Image.Image:
+    pixels = np.round(values / 16 * 255).astype(np.uint8)
+    return Image.fromarray(pixels).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC)
