@@ -19,7 +19,10 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     Raises:
         ValueError: height or width is no multiple of `patch_size`.
     """
-    return _patch_view(images, patch_size).flatten(3).flatten(1, 2)
+    down, across = _grid(images, patch_size)
+    batch, channels = images.shape[0], images.shape[3]
+    cells = images.reshape(batch, down, patch_size, across, patch_size * channels)
+    return cells.transpose(2, 3).reshape(batch, down * across, -1)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
@@ -42,17 +45,22 @@ def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
     Returns:
         `[B, K, patch_size**2 * C]`, dtype of `images`.
     """
-    cells = _patch_view(images, patch_size)
-    across = cells.shape[2]
-    batch = torch.arange(len(images), device=images.device)[:, None]
-    return cells[batch, index // across, index % across].flatten(2)
+    batch, height, width, channels = images.shape
+    down, across = _grid(images, patch_size)
+    # One line of one patch is contiguous; whole lines are copied, at the speed of memory.
+    lines = images.reshape(batch * height * across, patch_size * channels)
+    first = torch.arange(batch, device=index.device)[:, None] * down + index // across
+    line = torch.arange(patch_size, device=index.device) + first[..., None] * patch_size
+    line = line * across + (index % across)[..., None]
+    return lines.index_select(0, line.flatten()).view(*index.shape, -1)
 
 
 def normalise(patches: Tensor) -> Tensor:
     """uint8 RGB patches `[B, K, P*P*3]` to float32, ImageNet mean and deviation removed."""
-    mean = torch.tensor(IMAGENET_MEAN, device=patches.device) * 255
-    scale = 1 / (torch.tensor(IMAGENET_STD, device=patches.device) * 255)
-    return ((patches.unflatten(-1, (-1, 3)) - mean) * scale).flatten(-2)
+    pixels = patches.shape[-1] // 3
+    deviation = torch.tensor(IMAGENET_STD, device=patches.device).repeat(pixels) * 255
+    mean = torch.tensor(IMAGENET_MEAN, device=patches.device).repeat(pixels) * 255
+    return patches.float().sub_(mean).div_(deviation)
 
 
 def normalise_images(images: Tensor) -> Tensor:
@@ -60,11 +68,9 @@ def normalise_images(images: Tensor) -> Tensor:
     return normalise(images.flatten(2)).unflatten(-1, (-1, 3)).permute(0, 3, 1, 2).contiguous()
 
 
-def _patch_view(images: Tensor, patch_size: int) -> Tensor:
-    """`[B, H, W, C]` seen as `[B, rows, columns, P, P * C]`, nothing copied."""
-    batch, height, width, channels = images.shape
+def _grid(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches in `[B, H, W, C]`."""
+    height, width = images.shape[1:3]
     if height % patch_size or width % patch_size:
         raise ValueError(f"{height} x {width} px is not divisible into patches of {patch_size} px")
-    rows, columns = height // patch_size, width // patch_size
-    view = images.reshape(batch, rows, patch_size, columns, patch_size * channels)
-    return view.transpose(2, 3)
+    return height // patch_size, width // patch_size

@@ -35,6 +35,8 @@ from pipeline.scores import ScoreSpec
 
 _PUBLISH_EVERY = 10.0  # seconds; a driver that is killed loses at most this much of the manifest
 
+_SHOWN = 10  # quarantined samples named on the terminal
+
 
 @dataclass(frozen=True)
 class PrecomputeFreq:
@@ -106,7 +108,7 @@ def _not_in_cache(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> list[s
             url in known
             and storage.exists(url)
             and storage.version(url) == known[url].version
-            and cache.has_maps(known[url].shard_id, spec)
+            and cache.has_entry(known[url].shard_id, spec)
         )
 
     with ThreadPoolExecutor(32) as pool:
@@ -146,7 +148,12 @@ def _report(
     with ThreadPoolExecutor(32) as pool:
         counts = list(pool.map(cache.count, [record.shard_id for record in records.values()]))
     kept = sum(count.kept for count in counts)
-    quarantined = sum(count.quarantined for count in counts)
+    bad_samples = [
+        f"{url}:{rejected.key}: {rejected.reason}"
+        for url, count in zip(records, counts, strict=True)
+        for rejected in count.rejected
+    ]
+    quarantined = len(bad_samples)
     decoded = sum(report.decoded for report in reports)
     bad = quarantined / max(1, kept + quarantined)
     summary = {
@@ -166,12 +173,12 @@ def _report(
     if args.summary:
         Path(args.summary).write_text(text + "\n")
     print(text)
+    for line in bad_samples[:_SHOWN]:
+        print(f"quarantined: {line}", file=sys.stderr)
+    if quarantined > _SHOWN:
+        print(f"... and {quarantined - _SHOWN} more", file=sys.stderr)
     if bad > args.max_bad:
-        print(
-            f"{quarantined} of {kept + quarantined} images are quarantined, more than --max-bad "
-            f"{args.max_bad}",
-            file=sys.stderr,
-        )
+        print(f"more than --max-bad {args.max_bad} of the images are quarantined", file=sys.stderr)
     return 1 if failed or bad > args.max_bad else 0
 
 

@@ -67,10 +67,10 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class ShardCount:
-    """Samples of a shard that were kept and quarantined; together all that were seen."""
+    """Samples of a shard that were kept, and those rejected; together all that were seen."""
 
     kept: int
-    quarantined: int
+    rejected: list[Rejected]
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,11 @@ class ScoreCache:
     def __setstate__(self, url: str) -> None:
         self.__init__(url)  # type: ignore[misc]
 
-    def has_maps(self, shard_id: str, spec: ScoreSpec) -> bool:
-        """Whether the shard's table and its maps of this spec are there, whole."""
-        return self._exists(f"shards/{shard_id}/zarr.json") and self._exists(
-            f"shards/{shard_id}/{spec.id}/zarr.json"
+    def has_entry(self, shard_id: str, spec: ScoreSpec | None) -> bool:
+        """Whether the shard's table is there, whole, and its maps of `spec` if one is given."""
+        entry = f"shards/{shard_id}"
+        return self._exists(f"{entry}/zarr.json") and (
+            spec is None or self._exists(f"{entry}/{spec.id}/zarr.json")
         )
 
     def write(
@@ -166,7 +167,7 @@ class ScoreCache:
             offset=offset,
             size=size,
             label=label,
-            rejected=[Rejected(**bad) for bad in attributes["quarantined"]],  # type: ignore
+            rejected=_rejected(attributes["quarantined"]),  # type: ignore[arg-type]
             bytes=attributes["bytes"],  # type: ignore[arg-type]
             damage=attributes["damage"],  # type: ignore[arg-type]
         )
@@ -174,7 +175,7 @@ class ScoreCache:
     def count(self, shard_id: str) -> ShardCount:
         """How many samples a shard's entry keeps and quarantines, from its metadata alone."""
         attributes = self._group(shard_id).attrs
-        return ShardCount(attributes["kept"], len(attributes["quarantined"]))  # type: ignore
+        return ShardCount(attributes["kept"], _rejected(attributes["quarantined"]))  # type: ignore
 
     def read_maps(self, shard_id: str, spec: ScoreSpec) -> NDArray[np.float16]:
         """The maps `[n, G, G]` of a shard, in the order of its table.
@@ -275,6 +276,10 @@ class ScoreCache:
         except FileNotFoundError:
             return False
         return True
+
+
+def _rejected(quarantined: list[dict[str, str]]) -> list[Rejected]:
+    return [Rejected(**bad) for bad in quarantined]
 
 
 def _add_array(

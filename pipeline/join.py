@@ -64,14 +64,18 @@ def join_weights(
         attention: `[B, grid**2]` attention scores of the crops, if there are any.
 
     Returns:
-        `[B, grid**2]` float32, >= 0.
+        `[B, grid**2]` float32, >= 0; all ones if there is no signal at all.
     """
     device = crops.images.device
-    maps = table.maps[crops.rows].to(device)
-    windows, flips = crops.windows.to(device), crops.flips.to(device)
-    signals = {"frequency": crop_maps(maps, windows, flips, grid).flatten(1)}
+    signals: dict[str, Tensor] = {}
+    if table.maps is not None:
+        maps = table.maps[crops.rows].to(device)
+        windows, flips = crops.windows.to(device), crops.flips.to(device)
+        signals["frequency"] = crop_maps(maps, windows, flips, grid).flatten(1)
     if attention is not None:
         signals["attention"] = attention
+    if not signals:
+        return torch.ones(len(crops.rows), grid**2, device=device)
     return patch_weights(
         signals,
         {"frequency": config.frequency_exponent, "attention": config.attention_exponent},

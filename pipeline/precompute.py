@@ -21,7 +21,8 @@ from pipeline.shards import Rejected, Sample, content_id, list_shard
 
 _BATCH = 16  # small enough that a batch's planes stay in a core's cache
 _MAX_PIXELS = 100_000_000
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP")  # what Pillow and DALI both decode
+_FORMATS = ("JPEG", "PNG", "WEBP")  # what Pillow and DALI both decode
+Image.init()  # Pillow knows WebP only then
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardRepor
         raise OSError(f"{url} changed while it was read; run again when nothing writes to it")
     shard_id = content_id(data)
     decoded = 0
-    if not cache.has_maps(shard_id, spec):
+    if not cache.has_entry(shard_id, spec):
         scored = score_shard(data, spec, url)
         cache.write(shard_id, scored.table, spec, scored.maps)
         decoded = len(scored.maps)

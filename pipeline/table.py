@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.cache import CacheError, ScoreCache, ShardTable
+from pipeline.cache import CacheError, ScoreCache, ShardRecord, ShardTable
 from pipeline.scores import ScoreSpec
 from pipeline.shards import write_dali_index
 
@@ -24,14 +25,14 @@ class ScoreTable:
 
     Attributes:
         urls: shards, in the order that rows follow.
-        maps: `[R, G, G]` float16, mean 1 an image.
+        maps: `[R, G, G]` float16, mean 1 an image; None if no score was asked for.
         labels: `[R]` int64, -1 where a sample has none.
         first_row: `[S + 1]`, rows of shard s are `first_row[s] : first_row[s + 1]`.
         shard_ids: content id of each shard.
     """
 
     urls: list[str]
-    maps: Tensor
+    maps: Tensor | None
     labels: Tensor
     first_row: list[int]
     shard_ids: list[str]
@@ -60,13 +61,13 @@ class ScoreTable:
         return folder
 
 
-def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> ScoreTable:
+def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -> ScoreTable:
     """Resolve shards through the cache's manifests and read their maps into RAM.
 
     Args:
         patterns: shards; see `storage.expand`.
         cache: where the scores are.
-        spec: which score.
+        spec: which score; None reads tables without maps, for work that needs no scores.
 
     Raises:
         CacheError: a shard that the cache does not know, that changed since it was scored, or that
@@ -89,13 +90,13 @@ def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> Score
             raise CacheError(f"{stale[0]}{others}. {_remedy(patterns, cache, spec)}")
         ids = [records[url].shard_id for url in urls]
         tables = list(pool.map(cache.read_table, ids))
-        maps = list(pool.map(lambda shard: cache.read_maps(shard, spec), ids))
+        maps = list(pool.map(lambda shard: cache.read_maps(shard, spec), ids)) if spec else []
     counts = [len(table.label) for table in tables]
     if not sum(counts):
         raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
     return ScoreTable(
         urls=urls,
-        maps=torch.from_numpy(np.concatenate(maps)),
+        maps=torch.from_numpy(np.concatenate(maps)) if spec else None,
         labels=torch.from_numpy(np.concatenate([table.label for table in tables])),
         first_row=np.concatenate([[0], np.cumsum(counts)]).tolist(),
         shard_ids=ids,
@@ -103,7 +104,9 @@ def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> Score
     )
 
 
-def _staleness(url: str, records: dict, cache: ScoreCache, spec: ScoreSpec) -> str | None:
+def _staleness(
+    url: str, records: dict[str, ShardRecord], cache: ScoreCache, spec: ScoreSpec | None
+) -> str | None:
     if url not in records:
         return f"the score cache {cache.url} does not know this shard"
     try:
@@ -111,18 +114,19 @@ def _staleness(url: str, records: dict, cache: ScoreCache, spec: ScoreSpec) -> s
             return f"changed since its scores were put into {cache.url}"
     except FileNotFoundError:
         return "no such file"
-    if not cache.has_maps(records[url].shard_id, spec):
-        return f"the score cache {cache.url} has no maps of {spec.id} for it"
+    if not cache.has_entry(records[url].shard_id, spec):
+        wanted = f"maps of {spec.id}" if spec else "whole entry"
+        return f"the score cache {cache.url} has no {wanted} for it"
     return None
 
 
-def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
-    shards = " ".join(f"'{pattern}'" for pattern in patterns)
-    options = "".join(
-        f" --spec.{name.replace('_', '-')} {value}"
-        for name, value in spec.describe().items()
-        if name != "code_version" and value != ScoreSpec().describe()[name]
-    )
-    return (
-        f"Remedy: python jobs/precompute_freq.py --shards {shards} --cache {cache.url}{options}"
-    )
+def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -> str:
+    command = ["python jobs/precompute_freq.py --shards", *(f"'{each}'" for each in patterns)]
+    command.append(f"--cache {cache.url}")
+    default = ScoreSpec()
+    for field in dataclasses.fields(ScoreSpec):
+        value = getattr(spec or default, field.name)
+        if value != getattr(default, field.name):
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            command.append(f"--spec.{field.name.replace('_', '-')} {text}")
+    return f"Remedy: {' '.join(command)}"

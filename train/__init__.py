@@ -1,0 +1,1 @@
+"""The training programs: pre-training, the linear probe, figures."""

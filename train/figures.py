@@ -1,0 +1,166 @@
+"""Pictures of what a run does to images.
+
+    python -m train.figures --checkpoint runs/first --cache scores/ --shards 'shards/val-*.tar' \\
+        --out picture.png
+
+A row an image: the crop, its frequency map, the encoder's attention, the weights, the split (masked
+patches dark, thrown ones struck out) and the reconstruction.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import matplotlib
+import torch
+import tyro
+from numpy.typing import NDArray
+from torch import Tensor
+
+from famt.attention import attention_scores, last_attention
+from famt.geometry import crop_maps
+from famt.mae import MaskedAutoencoder
+from famt.patches import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    normalise,
+    normalise_images,
+    patchify,
+    unpatchify,
+)
+from famt.sampling import PatchSplit
+from pipeline.cache import ScoreCache
+from pipeline.join import JoinConfig, PatchBatch, join_weights, split_crops
+from pipeline.loader import CropLoader, LoaderConfig, RandomView
+from pipeline.scores import ScoreSpec
+from pipeline.table import load_table
+from train.checkpoint import load_model
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+
+COLUMNS = ("crop", "frequency", "attention", "weights", "split", "reconstruction")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A picture of a checkpoint at work."""
+
+    checkpoint: Path
+    """checkpoint file, or folder of a run"""
+    cache: str
+    """score cache that knows the shards"""
+    shards: list[str]
+    """where the images come from"""
+    out: Path
+    """PNG file to write"""
+    images: int = 6
+    """rows of the picture"""
+    attention: Literal["off", "live"] = "live"
+    """whether the weights take the attention in"""
+    join: JoinConfig = field(default_factory=JoinConfig)
+    view: RandomView = field(default_factory=lambda: RandomView(area=(0.6, 1.0)))
+    spec: ScoreSpec = field(default_factory=ScoreSpec)
+    seed: int = 0
+    """of the choice of images, their crops and their splits"""
+
+
+@torch.inference_mode()
+def main(config: Figures) -> Path:
+    """Draw the picture; returns where it is."""
+    model = load_model(config.checkpoint)
+    table = load_table(config.shards, ScoreCache(config.cache), config.spec)
+    loader = CropLoader(
+        table,
+        LoaderConfig(
+            batch_size=min(config.images, len(table)),
+            image_size=model.config.image_size,
+            view=config.view,
+            threads=1,
+        ),
+        drop_last=True,
+        seed=config.seed,
+    )
+    crops = next(iter(loader))
+    grid, patch_size = model.config.grid, model.config.patch_size
+    assert table.maps is not None
+    frequency = crop_maps(table.maps[crops.rows], crops.windows, crops.flips, grid)
+    attention = attention_scores(
+        last_attention(model.encoder, normalise_images(crops.images))
+    )
+    weights = join_weights(
+        crops, table, grid, config.join, attention if config.attention == "live" else None
+    )
+    generator = torch.Generator().manual_seed(config.seed)
+    batch = split_crops(crops, table, weights, patch_size, config.join, generator)
+    patches = patchify(crops.images, patch_size)
+    panels = [
+        crops.images.numpy(),
+        frequency.numpy(),
+        attention.view(-1, grid, grid).numpy(),
+        weights.view(-1, grid, grid).numpy(),
+        unpatchify(_show_split(patches, batch.split), patch_size).numpy(),
+        unpatchify(_reconstruct(model, patches, batch), patch_size).numpy(),
+    ]
+    return draw(panels, config.out)
+
+
+def draw(panels: list[NDArray], out: Path) -> Path:
+    """Save rows of panels as a PNG: images `[B, H, W, 3]` uint8 or maps `[B, G, G]`."""
+    rows = len(panels[0])
+    figure, axes = plt.subplots(
+        rows, len(panels), figsize=(2 * len(panels), 2 * rows + 0.3), squeeze=False
+    )
+    for row in range(rows):
+        for column, panel in enumerate(panels):
+            axis = axes[row][column]
+            axis.imshow(panel[row], cmap="magma", interpolation="nearest")
+            axis.set_axis_off()
+            if row == 0:
+                axis.set_title(COLUMNS[column], fontsize=11)
+    figure.tight_layout(pad=0.3)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    return out
+
+
+def _show_split(patches: Tensor, split: PatchSplit) -> Tensor:
+    shown = patches.clone()
+    side = round((patches.shape[-1] / 3) ** 0.5)
+    line = torch.arange(side)
+    cross = torch.zeros(side, side, dtype=torch.bool)
+    cross[line, line] = cross[line, side - 1 - line] = True
+    struck = torch.where(cross[..., None], 230, 160).expand(side, side, 3).flatten().to(torch.uint8)
+    dark = (patches.float() * 0.2).to(torch.uint8)
+    for row in range(len(patches)):
+        shown[row, split.masked[row]] = dark[row, split.masked[row]]
+        shown[row, split.thrown[row]] = struck
+    return shown
+
+
+def _reconstruct(model: MaskedAutoencoder, patches: Tensor, batch: PatchBatch) -> Tensor:
+    """The crop with its masked patches as predicted, and thrown ones left grey."""
+    split = batch.split
+    masked = normalise(batch.masked)
+    latent = model.encode(normalise(batch.visible), split.visible)
+    predicted = model.decode(latent, split)
+    if model.config.normalise_targets:  # the prediction lacks each patch's own mean and deviation
+        variance, mean = torch.var_mean(masked, dim=-1, keepdim=True)
+        predicted = predicted * (variance + 1e-6).sqrt() + mean
+    pixels = predicted.unflatten(-1, (-1, 3)) * torch.tensor(IMAGENET_STD) + torch.tensor(
+        IMAGENET_MEAN
+    )
+    shown = torch.full_like(patches, 160)
+    index = torch.arange(len(patches))[:, None]
+    shown[index, split.visible] = batch.visible
+    shown[index, split.masked] = (pixels.flatten(-2).clamp(0, 1) * 255).to(torch.uint8)
+    return shown
+
+
+if __name__ == "__main__":
+    print(main(tyro.cli(Figures, description=__doc__)))
+    sys.exit(0)
