@@ -81,7 +81,7 @@ def pixel_frequency(
         raise ValueError(f"band must be 0 <= low < high, got ({low}, {high})")
     if kind == "border_geodesic":
         colour = F.adaptive_avg_pool2d(_gaussian_band(rgb_to_lab(images), low, high), grid)
-        return _unit_mean(_distance_from_border(colour))
+        return _unit_mean(_distance_from_border(colour), flat_below=1e-2)  # in CIE Lab units
     wave = _gaussian_band(_luminance(images), low, high)
     energy = (wave - wave.mean(dim=(-2, -1), keepdim=True)).abs()
     return _unit_mean(_smooth(F.adaptive_avg_pool2d(energy, grid)).squeeze(1))
@@ -164,6 +164,8 @@ def _spectral_residual(images: Tensor, grid: int) -> Tensor:
     local_mean = F.avg_pool2d(F.pad(log_amplitude, (1, 1, 1, 1), mode="circular"), 3, 1)
     residual = torch.exp(log_amplitude - local_mean)
     saliency = torch.fft.ifft2(torch.polar(residual, spectrum.angle())).abs() ** 2
+    flat = (small.amax((1, 2, 3)) - small.amin((1, 2, 3))) < 1e-4  # its spectrum is rounding noise
+    saliency = saliency.masked_fill(flat[:, None, None, None], 0.0)
     return _smooth(F.adaptive_avg_pool2d(saliency, grid)).squeeze(1)
 
 
@@ -206,9 +208,9 @@ def _smooth(cells: Tensor) -> Tensor:
     return F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
-def _unit_mean(scores: Tensor) -> Tensor:
-    """Divide each map of `[B, G, G]` by its mean; a map that is flat up to rounding becomes ones."""
+def _unit_mean(scores: Tensor, flat_below: float = 1e-5) -> Tensor:
+    """Divide each map of `[B, G, G]` by its mean; a map whose mean is just rounding becomes ones."""
     scores = scores.clamp_min(0)
     mean = scores.mean(dim=(-2, -1), keepdim=True)
-    flat = mean <= 1e-5
+    flat = mean <= flat_below
     return torch.where(flat, torch.ones_like(scores), scores / mean.masked_fill(flat, 1.0))

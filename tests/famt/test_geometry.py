@@ -1,0 +1,97 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from famt.geometry import crop_maps, overlap
+
+windows = st.tuples(
+    st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0.02, 1), st.floats(0.02, 1)
+).map(lambda w: (w[0], w[1], w[2] * (1 - w[0]), w[3] * (1 - w[1])))
+
+
+def _crop(maps, window, flip, grid):
+    return crop_maps(
+        maps, torch.tensor([window], dtype=maps.dtype), torch.tensor([flip]), grid
+    )
+
+
+def _supersampled(scores, window, flip, grid, samples=60):
+    """Look the map up at many points of every output cell, and average."""
+    top, left, height, width = window
+    side = len(scores)
+    result = torch.zeros(grid, grid, dtype=scores.dtype)
+    points = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
+    for i in range(grid):
+        for j in range(grid):
+            y = ((top + (i + points) / grid * height) * side).long().clamp(0, side - 1)
+            x = ((left + (j + points) / grid * width) * side).long().clamp(0, side - 1)
+            result[i, grid - 1 - j if flip else j] = scores[y][:, x].mean()
+    return result
+
+
+@settings(max_examples=40, deadline=None)
+@given(windows, st.booleans(), st.integers(1, 6), st.integers(2, 7), st.integers(0, 99))
+def test_a_crop_equals_a_brute_force_area_mean(window, flip, grid, side, seed):
+    maps = torch.rand(1, side, side, dtype=torch.float64,
+                      generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    expected = _supersampled(maps[0], window, flip, grid)
+    torch.testing.assert_close(_crop(maps, window, flip, grid)[0], expected, atol=0.04, rtol=0)
+
+
+@given(st.integers(1, 20), st.integers(0, 99))
+def test_the_full_window_is_the_identity(side, seed):
+    maps = torch.rand(1, side, side, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(_crop(maps, (0.0, 0.0, 1.0, 1.0), False, side), maps)
+
+
+@settings(deadline=None)
+@given(windows, st.booleans(), st.integers(1, 16))
+def test_a_crop_is_linear_in_the_map(window, flip, grid):
+    a, b = torch.rand(2, 1, 14, 14, dtype=torch.float64)
+    combined = _crop(2 * a - 3 * b, window, flip, grid)
+    separate = 2 * _crop(a, window, flip, grid) - 3 * _crop(b, window, flip, grid)
+    torch.testing.assert_close(combined, separate)
+
+
+@settings(deadline=None)
+@given(windows, st.integers(1, 16))
+def test_a_flip_reverses_columns_and_twice_is_none(window, grid):
+    maps = torch.rand(1, 14, 14)
+    flipped = _crop(maps, window, True, grid)
+    torch.testing.assert_close(flipped.flip(-1), _crop(maps, window, False, grid))
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_the_full_window_keeps_the_mean_at_any_grid(side, grid):
+    maps = torch.rand(1, side, side, dtype=torch.float64)
+    torch.testing.assert_close(
+        _crop(maps, (0.0, 0.0, 1.0, 1.0), False, grid).mean(), maps.mean()
+    )
+
+
+@given(st.floats(0, 0.99), st.floats(0.005, 1), st.integers(1, 20), st.integers(1, 20))
+def test_rows_of_the_overlap_sum_to_one(start, length, cells, map_cells):
+    length = min(length, 1 - start)
+    shares = overlap(torch.tensor([start]), torch.tensor([length]), cells, map_cells)
+    assert (shares >= 0).all()
+    torch.testing.assert_close(shares.sum(-1), torch.ones(1, cells))
+
+
+def test_views_of_a_batch_do_not_mix():
+    maps = torch.rand(3, 14, 14)
+    cut = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.1, 0.5, 0.6], [0.5, 0.5, 0.25, 0.5]])
+    flips = torch.tensor([True, False, True])
+    together = crop_maps(maps, cut, flips, 8)
+    for n in range(3):
+        alone = crop_maps(maps[n : n + 1], cut[n : n + 1], flips[n : n + 1], 8)
+        torch.testing.assert_close(together[n : n + 1], alone)
+
+
+def test_half_precision_maps_are_cropped_in_float32():
+    assert _crop(torch.rand(1, 4, 4).half(), (0.0, 0.0, 1.0, 1.0), False, 4).dtype == torch.float32
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"windows \[B, 4\]"):
+        crop_maps(torch.rand(2, 4, 4), torch.rand(1, 4), torch.zeros(2, dtype=torch.bool), 4)

@@ -1,0 +1,197 @@
+"""The masked autoencoder against a naive re-statement of MAE, and what it must not look at."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from famt.mae import MODELS, MAEConfig, MaskedAutoencoder
+from famt.patches import gather_patches, normalise, normalise_images
+from famt.sampling import PatchSplit, sample_patches
+
+TINY = MAEConfig(32, 8, 24, 2, 3, decoder_width=16, decoder_depth=2, decoder_heads=2)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return MaskedAutoencoder(TINY)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(
+        0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def _split(mask, throw, batch=3, patches=16):
+    weights = torch.ones(batch, patches)
+    return sample_patches(weights, mask, throw, torch.Generator().manual_seed(2))
+
+
+def _loss(model, images, split):
+    size = model.config.patch_size
+    return model(
+        normalise(gather_patches(images, split.visible, size)),
+        normalise(gather_patches(images, split.masked, size)),
+        split,
+    )
+
+
+def _layer_norm(x, state, name):
+    return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+
+def _linear(x, state, name):
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def _block(x, state, name, heads):
+    batch, tokens, width = x.shape
+    qkv = _linear(_layer_norm(x, state, f"{name}.norm1"), state, f"{name}.attn.qkv")
+    q, k, v = qkv.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+    attn = (q @ k.transpose(-2, -1) / (width // heads) ** 0.5).softmax(-1)
+    mixed = (attn @ v).transpose(1, 2).reshape(batch, tokens, width)
+    x = x + _linear(mixed, state, f"{name}.attn.proj")
+    hidden = F.gelu(_linear(_layer_norm(x, state, f"{name}.norm2"), state, f"{name}.mlp.fc1"))
+    return x + _linear(hidden, state, f"{name}.mlp.fc2")
+
+
+def _naive_mae_loss(state, config, images, visible):
+    """MAE as its paper tells it: embed every patch, drop the hidden ones, fill in mask tokens in
+    raster order, predict every patch, and average the error over the hidden ones."""
+    x = normalise_images(images)
+    tokens = F.conv2d(
+        x,
+        state["encoder.patch_embed.proj.weight"],
+        state["encoder.patch_embed.proj.bias"],
+        stride=config.patch_size,
+    )
+    tokens = tokens.flatten(2).transpose(1, 2) + state["encoder.pos_embed"][:, 1:]
+    batch, count, _ = tokens.shape
+    cls = state["encoder.cls_token"] + state["encoder.pos_embed"][:, :1]
+    kept = torch.stack([tokens[b, visible[b]] for b in range(batch)])
+    latent = torch.cat([cls.expand(batch, -1, -1), kept], 1)
+    for n in range(config.depth):
+        latent = _block(latent, state, f"encoder.blocks.{n}", config.heads)
+    latent = _linear(_layer_norm(latent, state, "encoder.norm"), state, "decoder_embed")
+    full = state["mask_token"].expand(batch, count, -1).clone()
+    for b in range(batch):
+        full[b, visible[b]] = latent[b, 1:]
+    full = torch.cat([latent[:, :1], full], 1) + state["decoder_pos_embed"]
+    for n in range(config.decoder_depth):
+        full = _block(full, state, f"decoder_blocks.{n}", config.decoder_heads)
+    predicted = _linear(_layer_norm(full, state, "decoder_norm"), state, "decoder_pred")[:, 1:]
+    error, hidden = 0.0, 0
+    side = config.image_size // config.patch_size
+    for b in range(batch):
+        for n in set(range(count)) - set(visible[b].tolist()):
+            top, left = n // side * config.patch_size, n % side * config.patch_size
+            patch = x[b, :, top : top + config.patch_size, left : left + config.patch_size]
+            target = patch.permute(1, 2, 0).flatten()
+            if config.normalise_targets:
+                target = (target - target.mean()) / (target.var() + 1e-6) ** 0.5
+            error = error + ((predicted[b, n] - target) ** 2).mean()
+            hidden += 1
+    return error / hidden
+
+
+@pytest.mark.parametrize("normalise_targets", [True, False])
+def test_plain_mae_equals_a_naive_restatement(images, normalise_targets):
+    torch.manual_seed(0)
+    config = MAEConfig(32, 8, 24, 2, 3, 16, 2, 2, normalise_targets=normalise_targets)
+    model = MaskedAutoencoder(config)
+    split = _split(0.75, 0.0)
+    expected = _naive_mae_loss(model.state_dict(), config, images, split.visible)
+    torch.testing.assert_close(_loss(model, images, split), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_thrown_patches_change_nothing_to_the_bit(model, images):
+    split = _split(0.45, 0.40)
+    scrambled = images.clone()
+    side = 4
+    for b, thrown in enumerate(split.thrown.tolist()):
+        for n in thrown:
+            top, left = n // side * 8, n % side * 8
+            scrambled[b, top : top + 8, left : left + 8] = torch.randint(0, 256, (8, 8, 3))
+    assert not torch.equal(images, scrambled)
+    results = []
+    for pixels in (images, scrambled):
+        model.zero_grad()
+        loss = _loss(model, pixels, split)
+        loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((loss, gradients))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+    assert len(results[0][1]) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_visible_and_masked_pixels_do_matter(model, images):
+    split = _split(0.45, 0.40)
+    before = _loss(model, images, split)
+    for group in (split.visible, split.masked):
+        changed = images.clone()
+        n = int(group[0, 0])
+        top, left = n // 4 * 8, n % 4 * 8
+        changed[0, top : top + 8, left : left + 8] = torch.randint(0, 256, (8, 8, 3))
+        assert _loss(model, changed, split) != before
+
+
+def test_the_order_within_a_group_does_not_matter(model, images):
+    split = _split(0.45, 0.40)
+    reversed_split = PatchSplit(split.masked.flip(1), split.thrown, split.visible.flip(1))
+    torch.testing.assert_close(_loss(model, images, split), _loss(model, images, reversed_split))
+
+
+def test_all_patches_visible_is_the_plain_timm_forward(model, images):
+    index = torch.arange(16).expand(3, -1)
+    tokens = model.encode(normalise(gather_patches(images, index, 8)), index)
+    expected = model.encoder.forward_features(normalise_images(images))
+    torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_can_be_learned(model, images):
+    split = _split(0.45, 0.40)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    first = _loss(model, images, split).item()
+    for _ in range(150):
+        loss = _loss(model, images, split)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.item() < 0.5 * first
+
+
+def test_positions_are_fixed_and_the_class_token_has_none(model):
+    assert not model.encoder.pos_embed.requires_grad
+    assert not model.decoder_pos_embed.requires_grad
+    assert (model.encoder.pos_embed[:, 0] == 0).all()
+    first = model.encoder.pos_embed[0, 1]  # at (0, 0) every sine is 0 and every cosine 1
+    assert sorted(first.tolist()) == [0.0] * 12 + [1.0] * 12
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8), ("vit_large", 303.3),
+     ("vit_huge", 630.8)],
+)  # fmt: skip
+def test_presets_have_the_sizes_of_their_namesakes(name, millions):
+    with torch.device("meta"):
+        config = MODELS[name]
+        count = sum(p.numel() for p in _meta_encoder(config).parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.15)
+
+
+def _meta_encoder(config):
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.width,
+        depth=config.depth, num_heads=config.heads, num_classes=0, weight_init="skip",
+    )  # fmt: skip
+
+
+def test_a_patch_size_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="no multiple"):
+        MaskedAutoencoder(MAEConfig(30, 8, 24, 1, 3))
