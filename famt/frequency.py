@@ -156,7 +156,7 @@ def _gaussian_band(images: Tensor, low: float, high: float) -> Tensor:
 
 
 def _spectral_residual(images: Tensor, grid: int) -> Tensor:
-    """`[B, 3, H, W]` -> `[B, grid, grid]`, at the 64 px that Hou & Zhang found to fit human sight."""
+    """`[B, 3, H, W]` -> `[B, grid, grid]`, seen at 64 px as Hou & Zhang do."""
     size = (_SPECTRAL_RESIDUAL_SIZE, _SPECTRAL_RESIDUAL_SIZE)
     small = F.interpolate(_luminance(images), size=size, mode="bilinear", antialias=True)
     spectrum = torch.fft.fft2(small)
@@ -209,7 +209,7 @@ def _smooth(cells: Tensor) -> Tensor:
 
 
 def _unit_mean(scores: Tensor, flat_below: float = 1e-5) -> Tensor:
-    """Divide each map of `[B, G, G]` by its mean; a map whose mean is just rounding becomes ones."""
+    """Divide maps `[B, G, G]` by their means; one whose mean is just rounding becomes ones."""
     scores = scores.clamp_min(0)
     mean = scores.mean(dim=(-2, -1), keepdim=True)
     flat = mean <= flat_below

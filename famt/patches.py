@@ -45,7 +45,7 @@ def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
     Returns:
         `[B, K, patch_size**2 * C]`, dtype of `images`.
     """
-    batch, height, width, channels = images.shape
+    batch, height, _, channels = images.shape
     down, across = _grid(images, patch_size)
     # One line of one patch is contiguous; whole lines are copied, at the speed of memory.
     lines = images.reshape(batch * height * across, patch_size * channels)

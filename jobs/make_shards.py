@@ -4,8 +4,8 @@
     python jobs/make_shards.py --source cifar10 --out cifar/ --split train
     python jobs/make_shards.py --source imagenet/val --out s3://bucket/imagenet --split val
 
-Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With `--holdout`
-a share of the images goes to a second split, `val`.
+Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With
+`--holdout` a share of the images goes to a second split, `val`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class MakeShards:
     """What to write where."""
 
     source: str
-    """a folder of class folders, or a name: digits, cifar10, cifar100, flowers102, food101, stl10"""
+    """a folder of class folders, or a data set: digits, cifar10, cifar100, flowers102, food101 or
+    stl10"""
     out: str
     """folder or object-store URL for the shards"""
     split: str = "train"

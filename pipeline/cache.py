@@ -17,6 +17,7 @@ other. A folder's manifest is versioned: a new version is put only if nobody els
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -27,7 +28,7 @@ import numpy as np
 import obstore
 import zarr
 from numpy.typing import NDArray
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from zarr.storage import MemoryStore, ObjectStore
 
 from pipeline import storage
@@ -96,11 +97,10 @@ class ScoreCache:
         self.url = storage.normalise_url(url)
         try:
             self._store = storage.open_store(self.url, create=create)
-        except (OSError, ValueError) as error:
+        except FileNotFoundError:
             raise FileNotFoundError(
-                f"{self.url}: no score cache there ({error}); make one with "
-                "`python jobs/precompute_freq.py`"
-            ) from error
+                f"{self.url}: no score cache there; make one with `python jobs/precompute_freq.py`"
+            ) from None
 
     # Pickled to Ray workers: a store holds connections, its URL says all.
     def __getstate__(self) -> str:
@@ -150,8 +150,11 @@ class ScoreCache:
         _add_array(group, spec.id, maps, {"spec": spec.describe()})
         # Data first, then each array's metadata, then the group's, which completes the entry.
         order = sorted(objects, key=lambda name: (name.endswith("zarr.json"), -name.count("/")))
-        for name in order:
-            obstore.put(self._store, f"shards/{shard_id}/{name}", objects[name].to_bytes())
+        try:
+            for name in order:
+                obstore.put(self._store, f"shards/{shard_id}/{name}", objects[name].to_bytes())
+        except BaseError as error:
+            raise OSError(f"score cache {self.url}: could not write {shard_id}: {error}") from error
 
     def read_table(self, shard_id: str) -> ShardTable:
         """The table of a shard.
@@ -189,17 +192,12 @@ class ScoreCache:
         return np.asarray(group[spec.id][:])  # type: ignore[index]
 
     def manifest(self, folder: str) -> dict[str, ShardRecord]:
-        """What is known of the shards in a folder: file name -> record; empty if nothing is."""
-        versions = self._manifest_versions(folder)
-        if not versions:
-            return {}
-        text = obstore.get(self._store, f"{self._folder(folder)}/{versions[-1]:08d}.json").bytes()
-        manifest = json.loads(bytes(text))
-        _check_format(manifest["format"], f"manifest of {folder} in {self.url}")
-        return {
-            name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
-            for name, entry in manifest["shards"].items()
-        }
+        """What is known of the shards in a folder: file name -> record; empty if nothing is.
+
+        Raises:
+            CacheError: a manifest of a newer format.
+        """
+        return self._read_manifest(folder)[1]
 
     def publish(self, records: Mapping[str, ShardRecord]) -> None:
         """Add records (URL -> record) to their folders' manifests, atomically folder by folder.
@@ -227,7 +225,7 @@ class ScoreCache:
         return found
 
     def _publish_once(self, folder: str, new: Mapping[str, ShardRecord]) -> bool:
-        old = self.manifest(folder)
+        number, old = self._read_manifest(folder)
         merged = {**old, **new}
         if merged == old:
             return True
@@ -240,21 +238,40 @@ class ScoreCache:
             for name, record in sorted(merged.items())
         }
         text = json.dumps({"format": FORMAT, "folder": folder, "shards": shards}, indent=1)
-        versions = self._manifest_versions(folder)
-        number = versions[-1] + 1 if versions else 1
         try:
-            path = f"{self._folder(folder)}/{number:08d}.json"
-            obstore.put(self._store, path, text.encode(), mode="create")
+            obstore.put(
+                self._store, self._manifest_path(folder, number + 1), text.encode(), mode="create"
+            )
         except AlreadyExistsError:
             return False
-        for outdated in versions[: -_KEEP_VERSIONS + 1]:
-            obstore.delete(self._store, f"{self._folder(folder)}/{outdated:08d}.json")
+        for outdated in self._manifest_versions(folder)[:-_KEEP_VERSIONS]:
+            with contextlib.suppress(FileNotFoundError):  # another publisher was faster
+                obstore.delete(self._store, self._manifest_path(folder, outdated))
         return True
+
+    def _read_manifest(self, folder: str) -> tuple[int, dict[str, ShardRecord]]:
+        """The newest version's number and content; (0, {}) if there is none."""
+        while versions := self._manifest_versions(folder):
+            try:
+                path = self._manifest_path(folder, versions[-1])
+                manifest = json.loads(bytes(obstore.get(self._store, path).bytes()))
+            except FileNotFoundError:
+                continue  # outdated and cleared away since it was listed
+            _check_format(manifest["format"], f"manifest of {folder} in {self.url}")
+            return versions[-1], {
+                name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
+                for name, entry in manifest["shards"].items()
+            }
+        return 0, {}
 
     def _manifest_versions(self, folder: str) -> list[int]:
         listing = obstore.list_with_delimiter(self._store, self._folder(folder))
         found = (re.search(r"/(\d{8})\.json$", meta["path"]) for meta in listing["objects"])
         return sorted(int(match[1]) for match in found if match)
+
+    @classmethod
+    def _manifest_path(cls, folder: str, number: int) -> str:
+        return f"{cls._folder(folder)}/{number:08d}.json"
 
     @staticmethod
     def _folder(folder: str) -> str:
@@ -282,9 +299,7 @@ def _rejected(quarantined: list[dict[str, str]]) -> list[Rejected]:
     return [Rejected(**bad) for bad in quarantined]
 
 
-def _add_array(
-    group: zarr.Group, name: str, data: NDArray, attributes: dict | None = None
-) -> None:
+def _add_array(group: zarr.Group, name: str, data: NDArray, attributes: dict | None = None) -> None:
     """One array in one chunk; zarr refuses chunks without extent, so an empty one gets a length."""
     chunks = tuple(max(1, extent) for extent in data.shape)
     group.create_array(name, data=data, chunks=chunks, attributes=attributes)

@@ -1,7 +1,7 @@
 """The DALI graph: tar shards in, crops out, each with the row and the view it was cut by.
 
 One graph serves CPU and GPU; on a GPU the JPEGs are decoded there (`mixed`). Images stay uint8 and
-interleaved: patches are gathered before anything is made float, so thrown pixels cost no arithmetic.
+interleaved: patches are gathered before anything is made float: thrown pixels cost no arithmetic.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Literal
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from pipeline.storage import is_remote
 from pipeline.table import ScoreTable
@@ -202,7 +204,7 @@ class CropLoader:
         top_left = torch.from_numpy(anchor.as_array()).double() / size
         height_width = torch.from_numpy(shape.as_array()).double() / size
         return CropBatch(
-            images=torch.from_dlpack(images.as_tensor()),
+            images=from_dlpack(images.as_tensor()),
             rows=torch.tensor(rows),
             windows=torch.cat([top_left, height_width], dim=1).float(),
             flips=torch.from_numpy(flip.as_array().reshape(-1).astype(bool)),
@@ -233,7 +235,7 @@ def _crop_graph(
     rank: int,
     world_size: int,
     on_gpu: bool,
-):  # type: ignore[no-untyped-def]
+) -> tuple[DataNode, ...]:
     encoded = fn.readers.webdataset(
         paths=paths,
         index_paths=index_paths,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.cache import ScoreCache, ShardTable
@@ -138,13 +138,17 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
                 if image.width * image.height > _MAX_PIXELS:
                     raise BadImage(f"{image.width} x {image.height} px is absurdly large")
+                if image.format == "WEBP" and bytes(data[12:16]) == b"VP8X":
+                    raise BadImage("extended WebP (alpha, animation or metadata) is not supported")
                 image.draft("RGB", (size, size))
                 upright = ImageOps.exif_transpose(image)
                 small = upright.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
     except BadImage:
         raise
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadImage(f"no {', '.join(_FORMATS)} image") from None
-    except Exception as error:  # decoders raise anything on hostile bytes; each is the image's fault
+    except (
+        Exception
+    ) as error:  # decoders raise anything on hostile bytes; each is the image's fault
         raise BadImage(f"{type(error).__name__}: {error}") from error
     return np.asarray(small)

@@ -111,7 +111,6 @@ def _members(data: bytes) -> tuple[list[tarfile.TarInfo], str | None]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
                 members.append(member)
-                tar.members.clear()  # tarfile keeps every header it met; a shard has thousands
             end = tar.offset
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         return members, f"not readable as a tar beyond {len(members)} members: {error}"

@@ -48,10 +48,16 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def open_store(url: str, *, create: bool = False) -> ObjectStore:
-    """An obstore store rooted at the folder `url`; a local one is made if `create`."""
+    """An obstore store rooted at the folder `url`; a local one is made if `create`.
+
+    Raises:
+        FileNotFoundError: a local folder that is not there, without `create`.
+    """
     url = normalise_url(url)
     if is_remote(url):
         return from_url(url)
+    if not create and not os.path.isdir(url):
+        raise FileNotFoundError(f"{url}: no such folder")
     return LocalStore(url, mkdir=create)
 
 
@@ -68,8 +74,8 @@ def expand(patterns: list[str]) -> list[str]:
         FileNotFoundError: a pattern matches no tar.
     """
     urls: list[str] = []
-    for pattern in patterns:
-        found = [url for one in braceexpand.braceexpand(pattern) for url in _matches(one)]
+    for pattern in (one for each in patterns for one in braceexpand.braceexpand(each)):
+        found = _matches(pattern)
         if not found:
             raise FileNotFoundError(
                 f"{pattern}: no such shards; give tars, a folder of tars, or a pattern in quotes"

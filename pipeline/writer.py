@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,9 @@ def open_source(
     if source == DIGITS:
         return _digits()
     if source in TORCHVISION_SOURCES:
-        return _torchvision(source, split, download_to or str(Path.home() / ".cache" / "torchvision"))
+        return _torchvision(
+            source, split, download_to or str(Path.home() / ".cache" / "torchvision")
+        )
     if not Path(source).is_dir():
         raise FileNotFoundError(
             f"{source} is no folder; give a folder of class folders, or one of "
@@ -77,7 +80,7 @@ def open_source(
     if not folder.samples:
         raise FileNotFoundError(f"{source} holds no images in class folders (class/name.jpg)")
     return folder.classes, [
-        Item(str(Path(path).relative_to(source)), label, lambda path=path: Path(path))
+        Item(str(Path(path).relative_to(source)), label, partial(Path, path))
         for path, label in folder.samples
     ]
 
@@ -170,7 +173,7 @@ def describe_dataset(
 
 
 def safe_key(name: str) -> str:
-    """A source name less its suffix, letters, digits, `-` and `_` kept, all else turned into `_`."""
+    """A source name less its suffix, all but letters, digits, `-` and `_` turned into `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name.rpartition(".")[0] or name)
 
 
@@ -210,9 +213,14 @@ def _torchvision(source: str, split: str, root: str) -> tuple[list[str], list[It
         targets = dataset._labels if hasattr(dataset, "_labels") else dataset.labels
     classes = getattr(dataset, "classes", None) or [str(n) for n in range(max(targets) + 1)]
     return list(classes), [
-        Item(f"{source}-{half}-{number:06d}", int(label), lambda n=number: dataset[n][0])
+        Item(f"{source}-{half}-{number:06d}", int(label), partial(_picture, dataset, number))
         for number, label in enumerate(targets)
     ]
+
+
+def _picture(dataset: torchvision.datasets.VisionDataset, number: int) -> Image.Image:
+    image: Image.Image = dataset[number][0]
+    return image.convert("RGB")
 
 
 def _digits() -> tuple[list[str], list[Item]]:
@@ -221,7 +229,7 @@ def _digits() -> tuple[list[str], list[Item]]:
 
     digits = load_digits()
     return [str(digit) for digit in range(10)], [
-        Item(f"digit-{number:04d}", int(label), lambda n=number: _digit_image(digits.images[n]))
+        Item(f"digit-{number:04d}", int(label), partial(_digit_image, digits.images[number]))
         for number, label in enumerate(digits.target)
     ]
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, the last few kept, read without running code."""
+"""Checkpoints of a run: written whole or not at all, the last few kept."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
-        raise OSError(f"{path}: could not be written, earlier checkpoints stand ({error})") from error
+        raise OSError(
+            f"{path}: could not be written, earlier checkpoints stand ({error})"
+        ) from error
     for old in _all(folder)[:-_KEEP]:
         old.unlink()
     return path

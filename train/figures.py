@@ -40,7 +40,7 @@ from pipeline.table import load_table
 from train.checkpoint import load_model
 
 matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
+import matplotlib.pyplot as plt
 
 COLUMNS = ("crop", "frequency", "attention", "weights", "split", "reconstruction")
 
@@ -88,9 +88,7 @@ def main(config: Figures) -> Path:
     grid, patch_size = model.config.grid, model.config.patch_size
     assert table.maps is not None
     frequency = crop_maps(table.maps[crops.rows], crops.windows, crops.flips, grid)
-    attention = attention_scores(
-        last_attention(model.encoder, normalise_images(crops.images))
-    )
+    attention = attention_scores(last_attention(model.encoder, normalise_images(crops.images)))
     weights = join_weights(
         crops, table, grid, config.join, attention if config.attention == "live" else None
     )

@@ -283,7 +283,7 @@ class Run:
             path = self.config.out / f"nan-rank{self.here.rank}-step{self.step:08d}.txt"
             path.write_text("\n".join(self.table.key(row) for row in crops.rows.tolist()) + "\n")
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step}; the batch's samples are in {path}. "
+                f"the loss is {loss.item()} at step {self.step}; the samples are in {path}. "
                 "Lower --optimiser.base-learning-rate, or look at those images"
             )
 

@@ -11,9 +11,7 @@ windows = st.tuples(
 
 
 def _crop(maps, window, flip, grid):
-    return crop_maps(
-        maps, torch.tensor([window], dtype=maps.dtype), torch.tensor([flip]), grid
-    )
+    return crop_maps(maps, torch.tensor([window], dtype=maps.dtype), torch.tensor([flip]), grid)
 
 
 def _supersampled(scores, window, flip, grid, samples=60):
@@ -65,9 +63,7 @@ def test_a_flip_reverses_columns_and_twice_is_none(window, grid):
 @given(st.integers(1, 20), st.integers(1, 20))
 def test_the_full_window_keeps_the_mean_at_any_grid(side, grid):
     maps = torch.rand(1, side, side, dtype=torch.float64)
-    torch.testing.assert_close(
-        _crop(maps, (0.0, 0.0, 1.0, 1.0), False, grid).mean(), maps.mean()
-    )
+    torch.testing.assert_close(_crop(maps, (0.0, 0.0, 1.0, 1.0), False, grid).mean(), maps.mean())
 
 
 @given(st.floats(0, 0.99), st.floats(0.005, 1), st.integers(1, 20), st.integers(1, 20))

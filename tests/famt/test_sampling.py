@@ -52,9 +52,7 @@ def test_the_order_of_draws_agrees_with_torch_multinomial():
 
 
 @settings(deadline=None)
-@given(
-    st.integers(2, 200), st.floats(0.05, 0.9), st.floats(0, 0.9), st.integers(0, 999)
-)
+@given(st.integers(2, 200), st.floats(0.05, 0.9), st.floats(0, 0.9), st.integers(0, 999))
 def test_the_split_is_a_partition(patches, mask, throw, seed):
     throw = min(throw, 0.95 - mask)
     if throw < 0 or int(patches * mask) < 1:

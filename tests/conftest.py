@@ -1,0 +1,41 @@
+"""Real shards and a real cache for every test that wants them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from samples import photo_members, score, tar_bytes
+
+from pipeline.cache import ScoreCache
+from pipeline.scores import ScoreSpec
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Shards on disk with their scores in a cache."""
+
+    folder: Path
+    shards: list[str]
+    cache: ScoreCache
+    spec: ScoreSpec
+
+
+@pytest.fixture
+def spec() -> ScoreSpec:
+    return ScoreSpec(grid=7)
+
+
+@pytest.fixture
+def scored(tmp_path: Path, spec: ScoreSpec) -> Scored:
+    """Three shards of 10, 7 and 9 images, scored."""
+    first = 0
+    shards = []
+    (tmp_path / "shards").mkdir()
+    for number, count in enumerate((10, 7, 9)):
+        path = tmp_path / "shards" / f"train-{number:06d}.tar"
+        path.write_bytes(tar_bytes(photo_members(count, first)))
+        shards.append(path)
+        first += count
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    score(shards, cache, spec)
+    return Scored(tmp_path / "shards", [str(path) for path in shards], cache, spec)

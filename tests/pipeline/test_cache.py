@@ -1,0 +1,141 @@
+import json
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from samples import photo_members, tar_bytes
+
+from pipeline.cache import CacheError, ScoreCache, ShardRecord
+from pipeline.precompute import score_shard
+from pipeline.scores import ScoreSpec
+from pipeline.shards import Rejected
+from pipeline.storage import Version
+
+ID = "0123abcd" * 4
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return ScoreCache(str(tmp_path / "cache"), create=True)
+
+
+@pytest.fixture
+def entry(spec):
+    members = [*photo_members(5), ("bad ü.jpg", b"garbage")]
+    return score_shard(tar_bytes(members), spec)
+
+
+def _objects(cache, shard_id=ID):
+    root = Path(cache.url) / "shards" / shard_id
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_an_entry_comes_back_as_it_was_written(cache, entry, spec):
+    cache.write(ID, entry.table, spec, entry.maps)
+    table = cache.read_table(ID)
+    assert table.key == entry.table.key
+    for name in ("offset", "size", "label"):
+        np.testing.assert_array_equal(getattr(table, name), getattr(entry.table, name))
+    assert [bad.key for bad in table.rejected] == ["bad ü"]
+    assert (table.bytes, table.damage) == (entry.table.bytes, None)
+    np.testing.assert_array_equal(cache.read_maps(ID, spec), entry.maps)
+    assert cache.count(ID).kept == 5
+
+
+def test_an_entry_is_complete_only_when_its_last_object_is_there(cache, entry, spec, tmp_path):
+    cache.write(ID, entry.table, spec, entry.maps)
+    written = _objects(cache)
+    root = Path(cache.url) / "shards" / ID
+    times = {name: (root / name).stat().st_mtime_ns for name in written}
+    order = sorted(written, key=times.__getitem__)
+    assert order[-1] == "zarr.json"
+    for cut in range(len(order)):  # a writer that is killed after each object in turn
+        shutil.rmtree(root)
+        for name in order[:cut]:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(written[name])
+        assert not cache.has_entry(ID, spec)
+        with pytest.raises(CacheError, match="no whole entry"):
+            cache.read_table(ID)
+        cache.write(ID, entry.table, spec, entry.maps)
+        assert _objects(cache) == written
+        assert cache.has_entry(ID, spec)
+
+
+def test_a_second_spec_joins_the_same_entry(cache, entry, spec):
+    other = ScoreSpec(kind="lowpass", grid=3)
+    cache.write(ID, entry.table, spec, entry.maps)
+    before = _objects(cache)
+    assert not cache.has_entry(ID, other)
+    with pytest.raises(CacheError, match=other.id):
+        cache.read_maps(ID, other)
+    cache.write(ID, entry.table, other, np.ones((5, 3, 3), np.float16))
+    after = _objects(cache)
+    assert {name: after[name] for name in before} == before
+    assert cache.has_entry(ID, spec)
+    assert cache.has_entry(ID, other)
+
+
+@pytest.mark.parametrize(
+    "maps",
+    [np.ones((4, 7, 7), np.float16), np.ones((5, 7, 7), np.float32),
+     np.full((5, 7, 7), np.nan, np.float16)],
+    ids=["too few", "float32", "NaN"],
+)  # fmt: skip
+def test_maps_that_do_not_fit_are_never_written(cache, entry, spec, maps):
+    with pytest.raises(ValueError, match="finite float16"):
+        cache.write(ID, entry.table, spec, maps)
+    assert not cache.has_entry(ID, None)
+
+
+def test_a_cache_of_a_newer_format_is_refused(cache, entry, spec):
+    cache.write(ID, entry.table, spec, entry.maps)
+    path = Path(cache.url) / "shards" / ID / "zarr.json"
+    metadata = json.loads(path.read_text())
+    metadata["attributes"]["format"] = 99
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(CacheError, match=r"format 99.*reads format 1"):
+        cache.read_table(ID)
+
+
+def _record(n):
+    return ShardRecord(Version(n, f"stamp {n}"), f"{n:032x}")
+
+
+def test_manifests_are_merged_by_folder(cache):
+    cache.publish({"/data/a/0.tar": _record(0), "s3://b/c/1.tar": _record(1)})
+    cache.publish({"/data/a/2.tar": _record(2), "/data/a/0.tar": _record(3)})
+    assert cache.manifest("/data/a") == {"0.tar": _record(3), "2.tar": _record(2)}
+    assert cache.lookup(["s3://b/c/1.tar", "/data/a/9.tar"]) == {"s3://b/c/1.tar": _record(1)}
+    assert cache.manifest("/data") == {}
+
+
+def test_publishing_what_is_known_writes_nothing(cache):
+    cache.publish({"/data/0.tar": _record(0)})
+    before = list(Path(cache.url).rglob("*.json"))
+    cache.publish({"/data/0.tar": _record(0)})
+    assert list(Path(cache.url).rglob("*.json")) == before
+
+
+def test_many_publishers_at_once_lose_nothing(cache):
+    def publish(n):
+        ScoreCache(cache.url).publish({f"/data/{n}.tar": _record(n)})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(publish, range(40)))
+    assert cache.manifest("/data") == {f"{n}.tar": _record(n) for n in range(40)}
+    assert len(list(Path(cache.url).rglob("*.json"))) <= 4  # old versions are cleared away
+
+
+def test_a_missing_cache_is_named_with_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: no score cache.*precompute_freq\.py"):
+        ScoreCache(str(tmp_path / "nowhere"))
+
+
+def test_a_cache_travels_to_another_process(cache, entry, spec):
+    cache.write(ID, entry.table, spec, entry.maps)
+    twin = pickle.loads(pickle.dumps(cache))
+    assert twin.read_table(ID).rejected == [Rejected("bad ü", entry.table.rejected[0].reason)]

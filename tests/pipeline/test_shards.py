@@ -1,0 +1,109 @@
+import io
+import tarfile
+
+import pytest
+import webdataset
+from samples import tar_bytes
+
+from pipeline.shards import NO_LABEL, Rejected, content_id, list_shard, write_dali_index
+
+IMAGE = b"\xff\xd8 not decoded here"
+
+
+def test_offsets_point_at_the_bytes_that_webdataset_reads(tmp_path):
+    path = tmp_path / "a.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for n in range(5):
+            writer.write({"__key__": f"k{n}", "jpg": IMAGE + bytes([n]), "cls": str(n).encode()})
+    data = path.read_bytes()
+    listing = list_shard(data)
+    expected = [(s["__key__"], s["jpg"], int(s["cls"])) for s in webdataset.WebDataset(
+        str(path), shardshuffle=False)]  # fmt: skip
+    found = [(s.key, data[s.offset : s.offset + s.size], s.label) for s in listing.samples]
+    assert found == expected
+    assert listing.rejected == []
+    assert listing.damage is None
+
+
+def test_keys_with_dots_spaces_and_folders_and_any_image_suffix_are_welcome():
+    names = ["n01/my photo.v2.jpg", "b.JPEG", "c.png", "d.WebP", "ü.jpeg", "e.tar.gz.jpg"]
+    listing = list_shard(tar_bytes([(name, IMAGE) for name in names]))
+    assert [s.key for s in listing.samples] == [name.rpartition(".")[0] for name in names]
+    assert {s.label for s in listing.samples} == {NO_LABEL}
+
+
+def test_labels_are_found_wherever_they_stand():
+    members = [("a.cls", b"3"), ("a.jpg", IMAGE), ("b.v1.jpg", IMAGE), ("b.cls", b" 5\n"),
+               ("c.v1.jpg", IMAGE), ("c.v1.cls", b"7"), ("d.jpg", IMAGE)]  # fmt: skip
+    listing = list_shard(tar_bytes(members))
+    assert {s.key: s.label for s in listing.samples} == {"a": 3, "b.v1": 5, "c.v1": 7, "d": -1}
+    assert listing.rejected == []
+
+
+def test_other_components_are_ignored():
+    members = [("a.jpg", IMAGE), ("a.json", b"{}"), ("a.txt", b"hi"), ("README", b"x")]
+    listing = list_shard(tar_bytes(members))
+    assert [s.key for s in listing.samples] == ["a"]
+    assert listing.rejected == []
+
+
+@pytest.mark.parametrize(
+    ("members", "bad"),
+    [
+        ([("a.jpg", b"")], Rejected("a.jpg", "empty")),
+        ([("a.jpg", IMAGE), ("a.jpg", IMAGE)], Rejected("a.jpg", "duplicate key")),
+        ([("a.jpg", IMAGE), ("a.png", IMAGE)], Rejected("a.png", "duplicate key")),
+        ([("../a.jpg", IMAGE)], Rejected("../a.jpg", "name points outside the shard")),
+        (
+            [("a.jpg", IMAGE), ("a.cls", b"cat")],
+            Rejected("a.jpg", "its class b'cat' is no integer"),
+        ),
+        ([("a.jpg", IMAGE), ("a.cls", b"-4")], Rejected("a.jpg", "its class -4 is out of range")),
+        ([("a.cls", b"1")], Rejected("a.cls", "a class without an image")),
+    ],
+)
+def test_what_cannot_be_used_is_rejected_with_a_reason(members, bad):
+    listing = list_shard(tar_bytes([("good.jpg", IMAGE), *members]))
+    assert bad in listing.rejected
+    assert "good" in {s.key for s in listing.samples}
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_never_followed(kind):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    listing = list_shard(buffer.getvalue())
+    assert listing.samples == []
+    assert listing.rejected == [Rejected("a.jpg", "not a regular file")]
+
+
+def test_a_cut_tar_keeps_what_came_before_the_cut_and_is_reported():
+    whole = tar_bytes([(f"{n}.jpg", IMAGE * 100) for n in range(4)])
+    all_samples = list_shard(whole).samples
+    for length in range(0, len(whole), 97):
+        listing = list_shard(whole[:length])
+        kept = [s for s in all_samples if s.offset + s.size <= length]
+        assert listing.samples == kept
+        if length < len(whole) - 10240:
+            assert listing.damage
+    assert list_shard(whole).damage is None
+
+
+def test_garbage_is_reported_not_raised():
+    listing = list_shard(b"not a tar" * 1000)
+    assert listing.samples == []
+    assert "tar" in listing.damage
+
+
+def test_a_content_id_follows_the_bytes_alone():
+    assert content_id(b"a") == content_id(b"a")
+    assert content_id(b"a") != content_id(b"b")
+    assert len(content_id(b"a")) == 32
+
+
+def test_the_index_is_dalis_format(tmp_path):
+    write_dali_index(tmp_path / "i.idx", [(7, 512, 100), (8, 2048, 5)])
+    assert (tmp_path / "i.idx").read_text() == "v1.2 2\njpg 512 100 7\njpg 2048 5 8\n"

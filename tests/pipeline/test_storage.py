@@ -1,0 +1,56 @@
+import os
+
+import pytest
+
+from pipeline import storage
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("train-000000.tar", "train-000001.tar", "val-000000.tar", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    return tmp_path
+
+
+def test_braces_wildcards_folders_and_files_all_name_shards(folder):
+    train = [f"{folder}/train-00000{n}.tar" for n in range(2)]
+    assert storage.expand([f"{folder}/train-{{000000..000001}}.tar"]) == train
+    assert storage.expand([f"{folder}/train-*.tar"]) == train
+    assert storage.expand([train[1], train[0], train[1]]) == [train[1], train[0]]
+    assert storage.expand([str(folder)]) == [*train, f"{folder}/val-000000.tar"]
+    assert storage.expand([f"file://{folder}/val-*.tar"]) == [f"{folder}/val-000000.tar"]
+
+
+def test_braces_in_an_object_store_are_expanded_without_asking_it():
+    urls = storage.expand(["s3://bucket/a/train-{08..11}.tar"])
+    assert urls == [f"s3://bucket/a/train-{n:02d}.tar" for n in range(8, 12)]
+
+
+def test_relative_paths_and_links_get_one_name(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to(folder)
+    assert storage.normalise_url("link/val-000000.tar") == f"{folder}/val-000000.tar"
+
+
+@pytest.mark.parametrize("pattern", ["none-*.tar", "val-{000000..000001}.tar", "missing/"])
+def test_a_pattern_that_matches_nothing_is_an_error(folder, pattern):
+    with pytest.raises(FileNotFoundError, match="no such shards"):
+        storage.expand([f"{folder}/{pattern}"])
+
+
+def test_a_version_changes_with_size_or_time(folder):
+    path = folder / "val-000000.tar"
+    before = storage.version(str(path))
+    assert storage.version(str(path)) == before
+    os.utime(path, (1, 1))
+    touched = storage.version(str(path))
+    assert touched != before
+    path.write_bytes(b"xy")
+    os.utime(path, (1, 1))
+    assert storage.version(str(path)) != touched
+
+
+def test_reading_and_existence(folder):
+    assert storage.read(f"{folder}/notes.txt") == b"x"
+    assert storage.exists(f"{folder}/notes.txt")
+    assert not storage.exists(f"{folder}/other.txt")

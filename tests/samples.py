@@ -1,0 +1,55 @@
+"""Pictures, files and tars made on the spot."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pipeline.cache import ScoreCache, ShardRecord
+from pipeline.precompute import precompute_shard
+from pipeline.scores import ScoreSpec
+
+
+def photo(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
+    """A smooth colour picture with a bright object, `[height, width, 3]` uint8."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(40, 160, (4, 4, 3), dtype=np.uint8))
+    picture = np.array(small.resize((width, height), Image.Resampling.BICUBIC))
+    top, left = rng.integers(0, height // 2), rng.integers(0, width // 2)
+    picture[top : top + height // 3, left : left + width // 3] = rng.integers(160, 256, 3)
+    return picture
+
+
+def encode(picture: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+    """The bytes of a picture in a file format."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def tar_bytes(members: list[tuple[str, bytes]]) -> bytes:
+    """A tar of those files, in that order."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def photo_members(count: int, first: int = 0, **size: int) -> list[tuple[str, bytes]]:
+    """Members of a labelled shard: `img0007.jpg`, `img0007.cls`, ..."""
+    members = []
+    for n in range(first, first + count):
+        members.append((f"img{n:04d}.jpg", encode(photo(n, **size), quality=92)))
+        members.append((f"img{n:04d}.cls", str(n % 3).encode()))
+    return members
+
+
+def score(urls: list[Path], cache: ScoreCache, spec: ScoreSpec) -> None:
+    """What the Ray job does, in this process."""
+    reports = [precompute_shard(str(url), cache, spec) for url in urls]
+    cache.publish({r.url: ShardRecord(r.version, r.shard_id) for r in reports})
