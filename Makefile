@@ -1,0 +1,39 @@
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+
+.PHONY: demo test test-all lint format bench clean
+
+# One environment for everything, made anew when the dependencies change.
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -e '.[test]'
+	touch $@
+
+demo: .venv/installed  ## the whole path in minutes; DATA=<folder of class folders> for your images
+	$(BIN)/python -m jobs.demo $(if $(DATA),--data '$(DATA)')
+
+test: lint  ## lint and the fast tests
+	$(BIN)/python -m pytest
+
+test-all: lint  ## and the slow ones
+	$(BIN)/python -m pytest -m ''
+
+lint: .venv/installed
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: .venv/installed
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: .venv/installed  ## figures beside their bounds, as JSON lines
+	$(BIN)/python -m jobs.benchmark precompute
+	$(BIN)/python -m jobs.benchmark loader
+	$(BIN)/python -m jobs.benchmark step
+
+clean:
+	rm -rf .venv demo

@@ -1,0 +1,391 @@
+"""Measure what the project promises, each figure beside the bound it is held against.
+
+    python -m jobs.benchmark precompute --shards 'shards/train-*.tar'
+    python -m jobs.benchmark loader --shards 'shards/train-*.tar'
+    python -m jobs.benchmark step --model vit_base
+    python -m jobs.benchmark quality --photos human-seg/images --masks human-seg/masks
+
+Prints JSON lines: the figure, the bound from the same run, and their ratio. Rivals are measured in
+turn, round after round, and compared by their medians: a machine's mood hits them alike. Without
+`--shards`, photos of ImageNet's usual size are made up.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from famt.frequency import PIXEL_KINDS, pixel_frequency
+from famt.mae import MODELS, MaskedAutoencoder
+from famt.patches import normalise
+from famt.sampling import PatchSplit, sample_patches
+from pipeline import storage
+from pipeline.cache import ScoreCache, ShardRecord
+from pipeline.join import JoinConfig, join_weights, split_crops
+from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.precompute import precompute_shard, score_shard
+from pipeline.scores import ScoreSpec
+from pipeline.shards import content_id, list_shard
+from pipeline.table import load_table
+from pipeline.writer import Encoding, Item, write_shards
+
+Report = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Precompute:
+    """Images/s of scoring a shard on one core, beside the rates of only decoding it."""
+
+    shards: list[str] = field(default_factory=list)
+    """tars to measure on; the first is used"""
+    rounds: int = 5
+    """times that each rival is measured"""
+    images: int = 300
+    """images of the shard that are used"""
+
+    def run(self) -> Iterator[Report]:
+        torch.set_num_threads(1)
+        spec = ScoreSpec()
+        with _shards(self.shards) as shards:
+            data = storage.read(shards[0])
+            samples = list_shard(data).samples[: self.images]
+            data = data[: samples[-1].offset + samples[-1].size] + bytes(1024)
+            jpegs = [data[s.offset : s.offset + s.size] for s in samples]
+            rates = _rates(
+                {
+                    "score": lambda: (content_id(data), score_shard(data, spec)),
+                    "pillow_draft": partial(_pillow, jpegs, spec.size),
+                    "pillow_full": partial(_pillow, jpegs, None),
+                    "dali": _dali_decoder(shards[:1], len(jpegs)),
+                },
+                len(jpegs),
+                self.rounds,
+            )
+        figure = rates.pop("score")
+        for name, bound in rates.items():
+            yield _line("precompute", "images/s, one core", figure, f"decode only, {name}", bound)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Images/s of the loader with join and sampling, beside the bare DALI graph."""
+
+    shards: list[str] = field(default_factory=list)
+    """tars to measure on"""
+    rounds: int = 5
+    """epochs that each rival is measured for"""
+    batch_size: int = 64
+    """images a batch"""
+    threads: int = LoaderConfig.threads
+    """DALI's threads"""
+
+    def run(self) -> Iterator[Report]:
+        torch.set_num_threads(1)
+        spec, join = ScoreSpec(), JoinConfig()
+        with _shards(self.shards) as shards, tempfile.TemporaryDirectory() as folder:
+            cache = ScoreCache(folder, create=True)
+            for url in tqdm(storage.expand(shards), desc="scoring", unit="shard"):
+                report = precompute_shard(url, cache, spec)
+                cache.publish({url: ShardRecord(report.version, report.shard_id)})
+            table = load_table(shards, cache, spec)
+            config = LoaderConfig(batch_size=self.batch_size, threads=self.threads)
+            loader = CropLoader(table, config, drop_last=True)
+            indices = table.write_indices()
+            bare = _crop_graph(
+                table.urls,
+                [f"{indices.name}/{n}.idx" for n in range(len(table.urls))],
+                config,
+                batch_size=config.batch_size,
+                num_threads=config.threads,
+                seed=0,
+            )
+            bare.build()
+
+            def joined() -> None:
+                for crops in loader:
+                    weights = join_weights(crops, table, 14, join)
+                    batch = split_crops(crops, table, weights, 16, join)
+                    normalise(batch.visible)
+                    normalise(batch.masked)
+
+            def plain() -> None:
+                for _ in range(loader.steps_per_epoch):
+                    bare.run()
+
+            images = loader.steps_per_epoch * self.batch_size
+            rates = _rates({"joined": joined, "bare": plain}, images, self.rounds)
+        yield _line(
+            "loader",
+            f"images/s with join, sampling and normalisation, {self.threads} threads",
+            rates["joined"],
+            "bare DALI graph: decode, crop, resize, flip, normalise",
+            rates["bare"],
+        )
+
+
+@dataclass(frozen=True)
+class Step:
+    """Time of a FAMT step (45 % masked, 40 % thrown), beside this code's own plain MAE step."""
+
+    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
+    """which model"""
+    batch_size: int = 8
+    """images a step"""
+    rounds: int = 5
+    """steps that each rival is measured for"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes under autocast"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """what to compute on"""
+
+    def run(self) -> Iterator[Report]:
+        sizes = MODELS[self.model]
+        device = torch.device(self.device)
+        model = MaskedAutoencoder(sizes).to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+
+        def batch(mask: float, throw: float) -> tuple[torch.Tensor, torch.Tensor, PatchSplit]:
+            weights = torch.ones(self.batch_size, sizes.grid**2, device=device)
+            split = sample_patches(weights, mask, throw)
+            values = sizes.patch_size**2 * 3
+            return (
+                torch.randn(*split.visible.shape, values, device=device),
+                torch.randn(*split.masked.shape, values, device=device),
+                split,
+            )
+
+        batches = {"famt": batch(0.45, 0.40), "mae": batch(0.75, 0.0)}
+
+        def step(name: str) -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = model(*batches[name])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+
+        flops = {}
+        for name in batches:
+            with FlopCounterMode(display=False) as counter:
+                model(*batches[name]).backward()
+            flops[name] = counter.get_total_flops() / self.batch_size
+        rates = _rates(
+            {name: partial(step, name) for name in batches}, self.batch_size, self.rounds
+        )
+        milliseconds = {name: 1000 / rate for name, rate in rates.items()}
+        yield {
+            **_line(
+                "step",
+                f"ms an image of a FAMT step, {self.model}, {self.precision}, {self.device}",
+                milliseconds["famt"],
+                "ms an image of a plain MAE step",
+                milliseconds["mae"],
+            ),
+            "gflop": {name: round(count / 1e9, 2) for name, count in flops.items()},
+            "flop_ratio": round(flops["famt"] / flops["mae"], 3),
+            "gflop_per_second": {name: round(flops[name] / 1e9 * rates[name], 1) for name in flops},
+        }
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How well each kind of map tells objects from background, without any learning.
+
+    Area under the ROC curve of a 14 x 14 map against object masks, mean over photos. Beside each
+    figure: the same maps laid on other photos' masks (`elsewhere`), which shows how much of it is
+    just where photographers put their objects, and a centred Gaussian that looks at no image.
+    """
+
+    photos: Path
+    """folder of photos"""
+    masks: Path
+    """folder of masks of the same names: white where the object is"""
+    grid: int = 14
+    """cells a side"""
+
+    def run(self) -> Iterator[Report]:
+        spec = ScoreSpec(grid=self.grid)
+        images, truths = [], []
+        masks = {path.stem: path for path in self.masks.iterdir()}
+        for photo in tqdm(sorted(self.photos.iterdir()), desc="photos"):
+            truth = _object_cells(masks[photo.stem], self.grid)
+            if truth.any() and not truth.all():
+                size = (spec.size, spec.size)
+                with Image.open(photo) as image:
+                    squashed = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+                images.append(torch.from_numpy(np.array(squashed)))
+                truths.append(truth)
+        pixels = torch.stack(images).permute(0, 3, 1, 2) / 255
+        axis = torch.linspace(-1, 1, self.grid)
+        gaussian = torch.exp(-(axis[:, None] ** 2 + axis**2) / (2 * 0.5**2)).expand(
+            len(pixels), -1, -1
+        )
+        baseline = _auc(gaussian, truths)
+        for kind in PIXEL_KINDS:
+            maps = pixel_frequency(pixels, self.grid, kind)
+            yield {
+                **_line(
+                    "quality", f"AUC of {kind}", _auc(maps, truths), "centred Gaussian", baseline
+                ),
+                "elsewhere": round(_auc(maps.roll(len(maps) // 3, 0), truths), 4),
+                "photos": len(maps),
+            }
+
+
+Benchmark = (
+    Annotated[Precompute, tyro.conf.subcommand("precompute")]
+    | Annotated[Loader, tyro.conf.subcommand("loader")]
+    | Annotated[Step, tyro.conf.subcommand("step")]
+    | Annotated[Quality, tyro.conf.subcommand("quality")]
+)
+
+
+def main(benchmark: Benchmark) -> None:
+    """Print the benchmark's lines as they come."""
+    for line in benchmark.run():
+        print(json.dumps(line), flush=True)
+
+
+def _line(name: str, unit: str, figure: float, against: str, bound: float) -> Report:
+    return {
+        "benchmark": name,
+        "figure": round(figure, 4),
+        "unit": unit,
+        "bound": round(bound, 4),
+        "against": against,
+        "ratio": round(figure / bound, 3),
+    }
+
+
+def _rates(rivals: dict[str, Callable[[], object]], images: int, rounds: int) -> dict[str, float]:
+    """Median images/s of each rival, taking turns, after a round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for round_ in tqdm(range(rounds + 1), desc="rounds"):
+        for name, work in rivals.items():
+            started = time.perf_counter()
+            work()
+            if round_:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: images / statistics.median(each) for name, each in seconds.items()}
+
+
+def _pillow(jpegs: list[bytes], size: int | None) -> None:
+    for jpeg in jpegs:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            if size is not None:
+                image.draft("RGB", (size, size))
+            image.load()
+
+
+@pipeline_def(num_threads=1, device_id=None, prefetch_queue_depth=1)
+def _decode_graph(paths: list[str]) -> DataNode:
+    encoded = fn.readers.webdataset(paths=paths, ext=["jpg;jpeg;JPEG;png"])
+    return fn.decoders.image(encoded, output_type=types.RGB)
+
+
+def _dali_decoder(urls: list[str], images: int) -> Callable[[], None]:
+    batch_size = math.gcd(images, 50)
+    graph = _decode_graph(paths=urls, batch_size=batch_size)
+    graph.build()
+
+    def decode() -> None:
+        for _ in range(images // batch_size):
+            graph.run()
+
+    return decode
+
+
+@pipeline_def(device_id=None)
+def _crop_graph(paths: list[str], index_paths: list[str], config: LoaderConfig) -> DataNode:
+    encoded = fn.readers.webdataset(
+        paths=paths,
+        index_paths=index_paths,
+        ext=["jpg"],
+        random_shuffle=True,
+        initial_fill=config.shuffle_buffer,
+        dont_use_mmap=True,
+    )
+    images = fn.decoders.image_random_crop(encoded, random_area=[0.2, 1.0], output_type=types.RGB)
+    images = fn.resize(
+        images, size=[config.image_size] * 2, interp_type=types.INTERP_CUBIC, antialias=True
+    )
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=fn.random.coin_flip(),
+        mean=[123.675, 116.28, 103.53],
+        std=[58.395, 57.12, 57.375],
+        dtype=types.FLOAT,
+    )
+
+
+@contextmanager
+def _shards(patterns: list[str]) -> Iterator[list[str]]:
+    """The given shards, or one of 500 made-up photos of 500 x 375 px, about 100 KB each."""
+    if patterns:
+        yield storage.expand(patterns)
+        return
+    with tempfile.TemporaryDirectory(prefix="famt-benchmark-") as folder:
+        items = [Item(f"photo-{n}", 0, partial(_made_up_photo, n)) for n in range(500)]
+        write_shards(
+            items,
+            folder,
+            "photos",
+            seed=0,
+            samples_per_shard=500,
+            encoding=Encoding(max_side=500, quality=95),
+        )
+        yield storage.expand([folder])
+
+
+def _made_up_photo(seed: int) -> Image.Image:
+    """Smooth shapes under noise that falls off with frequency, as a photo's spectrum does."""
+    rng = np.random.default_rng(seed)
+    fy, fx = np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None, :]
+    amplitude = 1 / np.maximum(np.hypot(fy, fx), 1 / 500)
+    phase = np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
+    waves = np.fft.irfft2(amplitude * phase, s=(375, 500)).transpose(1, 2, 0)
+    levels = 128 + 50 * waves / waves.std()
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+
+
+def _object_cells(path: Path, grid: int) -> torch.Tensor:
+    """`[grid * grid]` bool: cells that the object covers by more than half."""
+    with Image.open(path) as mask:
+        cells = mask.convert("L").resize((grid * 16, grid * 16), Image.Resampling.BOX)
+    share = np.asarray(cells, np.float32).reshape(grid, 16, grid, 16).mean((1, 3)) / 255
+    return torch.from_numpy(share.flatten() > 0.5)
+
+
+def _auc(maps: torch.Tensor, truths: list[torch.Tensor]) -> float:
+    """Mean over photos of the chance that an object cell outscores a background cell."""
+    return statistics.mean(
+        float(roc_auc_score(truth.numpy(), scores.flatten().numpy()))
+        for scores, truth in zip(maps, truths, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Benchmark, description=__doc__))  # type: ignore[arg-type]
+    sys.exit(0)

@@ -1,0 +1,120 @@
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+from samples import encode, photo
+
+from jobs.make_shards import MakeShards, main
+from pipeline.writer import Encoding, safe_key
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for n in range(12):
+        path = tmp_path / "photos" / f"class {n % 3}" / f"my.photo {n}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(n)))
+    return tmp_path / "photos"
+
+
+def _read(shards):
+    return list(webdataset.WebDataset([str(s) for s in sorted(shards)], shardshuffle=False))
+
+
+def test_every_image_is_in_the_shards_once_as_it_was(folder, tmp_path):
+    out = tmp_path / "out"
+    assert main(MakeShards(source=str(folder), out=str(out), samples_per_shard=5)) == 0
+    shards = sorted(out.glob("*.tar"))
+    assert [s.name for s in shards] == [f"train-{n:06d}.tar" for n in range(3)]
+    samples = _read(shards)
+    assert {s["jpg"] for s in samples} == {p.read_bytes() for p in folder.rglob("*.jpg")}
+    for sample in samples:
+        number = int(sample["__key__"].split("_")[-1])
+        assert int(sample["cls"]) == number % 3
+        assert sample["jpg"] == encode(photo(number))
+        assert not set(sample["__key__"]) & set(". /")
+    described = json.loads((out / "dataset.json").read_text())
+    assert described["classes"] == ["class 0", "class 1", "class 2"]
+    assert described["splits"]["train"]["samples"] == 12
+    assert described["splits"]["train"]["seed"] == 0
+    assert [s["__key__"] for s in samples] != sorted(s["__key__"] for s in samples)
+
+
+def test_a_seed_repeats_to_the_byte_and_another_does_not(folder, tmp_path):
+    tars = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        main(MakeShards(source=str(folder), out=str(tmp_path / name), seed=seed))
+        tars.append((tmp_path / name / "train-000000.tar").read_bytes())
+    assert tars[0] == tars[1]
+    assert tars[0] != tars[2]
+
+
+def test_a_holdout_parts_the_images(folder, tmp_path):
+    main(MakeShards(source=str(folder), out=str(tmp_path / "o"), holdout=0.25))
+    train, val = (_read((tmp_path / "o").glob(f"{s}-*.tar")) for s in ("train", "val"))
+    assert (len(train), len(val)) == (9, 3)
+    assert not {s["jpg"] for s in train} & {s["jpg"] for s in val}
+
+
+def test_re_encoding_shrinks_the_longer_side(folder, tmp_path):
+    options = Encoding(max_side=24)
+    main(MakeShards(source=str(folder), out=str(tmp_path / "o"), encoding=options))
+    for sample in _read((tmp_path / "o").glob("*.tar")):
+        assert Image.open(io.BytesIO(sample["jpg"])).size == (24, 20)
+
+
+def test_other_formats_are_stored_without_loss(tmp_path):
+    path = tmp_path / "photos" / "a" / "x.bmp"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(encode(photo(0), "BMP"))
+    main(MakeShards(source=str(tmp_path / "photos"), out=str(tmp_path / "o")))
+    (sample,) = _read((tmp_path / "o").glob("*.tar"))
+    assert (np.array(Image.open(io.BytesIO(sample["png"]))) == photo(0)).all()
+
+
+def test_what_cannot_be_read_is_skipped_reported_and_fails_the_job(folder, tmp_path, capsys):
+    (folder / "class 0" / "broken.bmp").write_bytes(b"BM broken")
+    assert main(MakeShards(source=str(folder), out=str(tmp_path / "o"))) == 1
+    assert "skipped class 0/broken.bmp" in capsys.readouterr().err
+    described = json.loads((tmp_path / "o" / "dataset.json").read_text())
+    assert described["splits"]["train"]["samples"] == 12
+    assert described["splits"]["train"]["skipped"][0][0] == "class 0/broken.bmp"
+
+
+def test_shards_are_never_written_over(folder, tmp_path):
+    config = MakeShards(source=str(folder), out=str(tmp_path / "o"))
+    main(config)
+    with pytest.raises(FileExistsError, match="has train shards already"):
+        main(config)
+
+
+def test_the_digits_come_with_scikit_learn(tmp_path):
+    main(MakeShards(source="digits", out=str(tmp_path), samples_per_shard=2000))
+    samples = _read(tmp_path.glob("*.tar"))
+    assert len(samples) == 1797
+    assert Image.open(io.BytesIO(samples[0]["png"])).size == (32, 32)
+
+
+def test_an_unknown_source_is_an_error_that_lists_the_known(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cifar10"):
+        main(MakeShards(source=str(tmp_path / "none"), out=str(tmp_path / "o")))
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="no images"):
+        main(MakeShards(source=str(tmp_path / "empty"), out=str(tmp_path / "o")))
+
+
+def test_keys_hold_letters_digits_dashes_and_underscores():
+    assert safe_key("a b/ü.x y.jpg") == "a_b___x_y"
+
+
+def test_the_script_runs_by_its_path(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "jobs/make_shards.py", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert "--samples-per-shard" in done.stdout

@@ -1,0 +1,127 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from samples import photo_members, tar_bytes
+
+from jobs.precompute_freq import PrecomputeFreq, main
+from pipeline.cache import ScoreCache
+from pipeline.precompute import score_shard
+from pipeline.table import load_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for number in range(3):
+        path = tmp_path / "shards" / f"train-{number}.tar"
+        path.write_bytes(tar_bytes(photo_members(5, 5 * number)))
+    return tmp_path / "shards"
+
+
+def _config(shards, tmp_path, spec, **options):
+    return PrecomputeFreq(shards=[str(shards)], cache=str(tmp_path / "cache"), spec=spec, **options)
+
+
+def _summary(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def _files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_job_scores_everything_once(cluster, shards, tmp_path, spec, capsys):
+    config = _config(shards, tmp_path, spec, summary=str(tmp_path / "summary.json"))
+    assert main(config) == 0
+    first = _summary(capsys)
+    assert (first["shards"], first["scored_now"]) == (3, 3)
+    assert (first["kept"], first["quarantined"], first["decoded_now"]) == (15, 0, 15)
+    assert json.loads((tmp_path / "summary.json").read_text()) == first
+    table = load_table([str(shards)], ScoreCache(config.cache), spec)
+    expected = [score_shard(path.read_bytes(), spec).maps for path in sorted(shards.glob("*.tar"))]
+    np.testing.assert_array_equal(table.maps.numpy(), np.concatenate(expected))
+    before = _files(tmp_path / "cache")
+    assert main(config) == 0
+    assert _summary(capsys)["scored_now"] == 0
+    assert _files(tmp_path / "cache") == before
+
+
+def test_only_what_changed_is_scored_again(cluster, shards, tmp_path, spec, capsys):
+    config = _config(shards, tmp_path, spec)
+    main(config)
+    (shards / "train-1.tar").write_bytes(tar_bytes(photo_members(4, 100)))
+    (shards / "copy.tar").write_bytes((shards / "train-0.tar").read_bytes())
+    capsys.readouterr()
+    assert main(config) == 0
+    again = _summary(capsys)
+    assert (again["scored_now"], again["decoded_now"], again["kept"]) == (2, 4, 19)
+    assert len(load_table([str(shards)], ScoreCache(config.cache), spec)) == 19
+
+
+def test_bad_images_are_named_and_too_many_fail_the_job(cluster, shards, tmp_path, spec, capsys):
+    bad = [("broken.jpg", b"garbage"), *photo_members(9, 50)]
+    (shards / "train-9.tar").write_bytes(tar_bytes(bad))
+    assert main(_config(shards, tmp_path, spec, max_bad=0.05)) == 0
+    captured = capsys.readouterr()
+    assert "train-9.tar:broken: no JPEG" in captured.err
+    assert main(_config(shards, tmp_path, spec, max_bad=0.02)) == 1
+    assert "more than --max-bad" in capsys.readouterr().err
+
+
+def test_a_tar_that_cannot_be_scored_fails_alone(cluster, shards, tmp_path, spec, capsys):
+    (shards / "train-8.tar").write_bytes(b"no tar at all" * 100)
+    assert main(_config(shards, tmp_path, spec)) == 1
+    summary = _summary(capsys)
+    assert summary["kept"] == 15
+    ((url, reason),) = summary["failed"].items()
+    assert url.endswith("train-8.tar")
+    assert "no image in it" in reason
+
+
+def test_a_cut_tar_is_reported_and_its_whole_samples_kept(cluster, shards, tmp_path, spec, capsys):
+    whole = (shards / "train-2.tar").read_bytes()
+    (shards / "train-2.tar").write_bytes(whole[: len(whole) // 3])
+    assert main(_config(shards, tmp_path, spec, max_bad=1.0)) == 0
+    captured = capsys.readouterr()
+    assert "damaged" in captured.err
+    summary = json.loads(captured.out.strip().splitlines()[-1])
+    assert 10 < summary["kept"] < 15
+
+
+@pytest.mark.slow
+def test_it_runs_by_ray_job_submit_on_a_running_cluster(shards, tmp_path, spec):
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": (
+        f"{Path(sys.executable).parent}:{os.environ['PATH']}")}  # fmt: skip
+    environment.pop("RAY_ADDRESS", None)
+
+    def run(*command):
+        return subprocess.run(
+            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
+        )
+
+    run("ray", "start", "--head", "--num-cpus", "2", "--port", "6399", "--dashboard-port", "8299")
+    try:
+        done = run(
+            "ray", "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".",
+            "--", "python", "jobs/precompute_freq.py", "--shards", str(shards),
+            "--cache", str(tmp_path / "cache"), "--spec.grid", "7",
+        )  # fmt: skip
+    finally:
+        run("ray", "stop", "--force")
+    assert "succeeded" in done.stdout
+    assert len(load_table([str(shards)], ScoreCache(str(tmp_path / "cache")), spec)) == 15

@@ -1,0 +1,91 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from famt.mae import MODELS, MaskedAutoencoder
+from train import checkpoint
+from train.checkpoint import Checkpoint
+
+
+def _state(step, model=None):
+    return Checkpoint(
+        step=step,
+        model_name="vit_nano_32",
+        model=(model or MaskedAutoencoder(MODELS["vit_nano_32"])).state_dict(),
+        optimizer={"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 1)}]},
+        loaders=[{"setup": "x", "epoch": 1, "step": 2, "dali": b"\x00bytes"}],
+        generators=[torch.Generator().get_state()],
+        config={"seed": 0, "shards": ["a"]},
+    )
+
+
+def test_a_checkpoint_comes_back_whole(tmp_path):
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(MODELS["vit_nano_32"])
+    path = checkpoint.save(tmp_path, _state(7, model))
+    loaded = checkpoint.load(path)
+    assert (loaded.step, loaded.loaders[0]["dali"]) == (7, b"\x00bytes")
+    assert loaded.optimizer["param_groups"][0]["betas"] == (0.9, 1)
+    for name, value in checkpoint.load_model(tmp_path).state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step in (5, 50, 500):
+        checkpoint.save(tmp_path, _state(step))
+    assert [p.name for p in sorted(tmp_path.iterdir())] == [
+        "checkpoint-00000050.pt",
+        "checkpoint-00000500.pt",
+    ]
+    assert checkpoint.latest(tmp_path).name == "checkpoint-00000500.pt"
+
+
+def test_a_partial_file_is_never_taken_for_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-00000009.partial").write_bytes(b"half")
+    assert checkpoint.latest(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint-\*\.pt"):
+        checkpoint.load(tmp_path)
+
+
+def test_another_file_is_refused_by_name(tmp_path):
+    torch.save({"weights": torch.ones(1)}, tmp_path / "checkpoint-00000001.pt")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        checkpoint.load(tmp_path)
+    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"PK\x03\x04 cut off")
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("no right to mount here")
+    try:
+        checkpoint.save(tmp_path, _state(1))
+        (tmp_path / "ballast").write_bytes(b"\0" * (1 << 20))
+        with pytest.raises(OSError, match=r"00000002\.pt: could not be written"):
+            checkpoint.save(tmp_path, _state(2))
+        assert checkpoint.latest(tmp_path).name == "checkpoint-00000001.pt"
+        assert checkpoint.load(tmp_path).step == 1
+        assert not list(tmp_path.glob("*.partial"))
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_writer_that_is_killed_leaves_the_previous_one(tmp_path):
+    checkpoint.save(tmp_path, _state(1))
+    code = (
+        "import os, sys, torch; from pathlib import Path; from train import checkpoint\n"
+        "state = checkpoint.load(Path(sys.argv[1]))\n"
+        "os.fsync = lambda fd: os.kill(os.getpid(), 9)\n"
+        "checkpoint.save(Path(sys.argv[1]), state.__class__(**{**vars(state), 'step': 2}))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
+    assert killed.returncode == -9
+    assert checkpoint.load(tmp_path).step == 1

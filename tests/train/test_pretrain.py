@@ -1,0 +1,194 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline.join import JoinConfig
+from train import checkpoint
+from train.distributed import ranks
+from train.pretrain import OptimiserConfig, Pretrain, Run, main, parse
+
+
+@pytest.fixture
+def config(scored, tmp_path):
+    return Pretrain(
+        shards=scored.shards,
+        cache=scored.cache.url,
+        out=tmp_path / "run",
+        model="vit_nano_32",
+        epochs=3,
+        batch_size=8,
+        spec=scored.spec,
+        optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=1),
+        device="cpu",
+        threads=2,
+        log_steps=1,
+    )
+
+
+def _weights(folder):
+    return checkpoint.load(folder).model
+
+
+def _equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
+    config = dataclasses.replace(config, epochs=12)
+    main(config)
+    assert checkpoint.load(config.out).step == 36
+    events = EventAccumulator(str(config.out)).Reload()
+    losses = [event.value for event in events.Scalars("loss")]
+    assert len(losses) == 36
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
+    assert {"learning_rate", "images_per_second", "data_wait_share"} <= set(
+        events.Tags()["scalars"]
+    )
+    plan = capsys.readouterr().out
+    assert "64 = 28 masked + 26 thrown + 10 visible" in plan
+    assert "36 = 12 epochs x 3" in plan
+    assert "2 skipped each epoch" in plan
+
+
+@pytest.mark.parametrize("attention", ["off", "live"])
+def test_the_same_seed_gives_the_same_weights(config, tmp_path, attention):
+    config = dataclasses.replace(config, attention=attention)
+    main(config)
+    main(dataclasses.replace(config, out=tmp_path / "again"))
+    main(dataclasses.replace(config, out=tmp_path / "other", seed=1))
+    assert _equal(_weights(config.out), _weights(tmp_path / "again"))
+    assert not _equal(_weights(config.out), _weights(tmp_path / "other"))
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 8])
+def test_a_run_stopped_anywhere_ends_with_the_weights_of_one_that_was_not(
+    config, tmp_path, stop_after, monkeypatch
+):
+    main(config)
+    interrupted = dataclasses.replace(config, out=tmp_path / "stopped", checkpoint_minutes=0.0)
+    original = Run.train_step
+
+    def stopping(run, batch):
+        if run.step == stop_after:
+            raise _Stop
+        return original(run, batch)
+
+    monkeypatch.setattr(Run, "train_step", stopping)
+    with pytest.raises(_Stop):
+        main(interrupted)
+    monkeypatch.undo()
+    assert checkpoint.load(interrupted.out).step == stop_after
+    main(interrupted)
+    assert _equal(_weights(config.out), _weights(interrupted.out))
+
+
+def test_a_finished_run_is_left_alone(config):
+    main(config)
+    before = checkpoint.latest(config.out).stat()
+    main(config)
+    assert checkpoint.latest(config.out).stat() == before
+
+
+def test_another_run_in_the_same_folder_is_refused(config):
+    main(config)
+    with pytest.raises(ValueError, match="batch_size: 8 -> 4"):
+        main(dataclasses.replace(config, batch_size=4))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(config):
+    config = dataclasses.replace(
+        config, optimiser=OptimiserConfig(base_learning_rate=1e30, warmup_epochs=0)
+    )
+    with pytest.raises(FloatingPointError, match="nan-rank0-step"):
+        main(config)
+    (record,) = config.out.glob("nan-rank0-step*.txt")
+    names = record.read_text().splitlines()
+    assert len(names) == 8
+    assert all(".tar:img" in name for name in names)
+
+
+def test_live_attention_changes_the_masks_and_leaves_the_gradients_alone(config):
+    with ranks("cpu") as here:
+        run = Run(dataclasses.replace(config, attention="live"), here)
+        crops = next(iter(run.loader))
+        run.patches(crops)
+        assert run.model.training
+        assert all(p.grad is None for p in run.model.parameters())
+
+
+def test_plain_mae_needs_no_score_maps(config, scored):
+    arguments = ["--recipe", "mae", "--shards", *scored.shards, "--cache", "c", "--out", "o"]
+    parsed = parse(arguments)
+    assert parsed.join == JoinConfig(0.75, 0.0, frequency_exponent=0.0)
+    config = dataclasses.replace(config, join=parsed.join, epochs=1)
+    with ranks("cpu") as here:
+        assert Run(config, here).table.maps is None
+
+
+def test_single_options_override_the_recipe():
+    base = ["--shards", "a", "--cache", "c", "--out", "o"]
+    assert parse([*base]).join.mask_ratio == 0.45
+    assert parse([*base, "--recipe=mae", "--join.mask-ratio", "0.6"]).join == JoinConfig(
+        0.6, 0.0, frequency_exponent=0.0
+    )
+
+
+def test_bf16_trains(config):
+    main(dataclasses.replace(config, precision="bf16", epochs=1))
+    assert all(torch.isfinite(value).all() for value in _weights(config.out).values())
+
+
+def _command(config, *more):
+    return [
+        "-m", "train.pretrain", "--shards", *config.shards, "--cache", config.cache,
+        "--model", "vit_nano_32", "--epochs", "6", "--batch-size", "4", "--spec.grid", "7",
+        "--device", "cpu", "--threads", "1", "--log-steps", "1", "--checkpoint-minutes", "0",
+        *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path):
+    whole = [sys.executable, *_command(config, "--out", str(tmp_path / "whole"))]
+    subprocess.run(whole, check=True, capture_output=True)
+    killed = [sys.executable, *_command(config, "--out", str(tmp_path / "killed"))]
+    out = tmp_path / "killed"
+    for _ in range(4):
+        before = checkpoint.latest(out) if out.exists() else None
+        process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and (not out.exists() or checkpoint.latest(out) == before):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(killed, check=True, capture_output=True)
+    assert _equal(_weights(tmp_path / "whole"), _weights(out))
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_model_and_resume(config, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    for name, steps in (("a", 1), ("b", 2)):
+        for _ in range(steps):
+            subprocess.run(
+                [*torchrun, *_command(config, "--out", str(tmp_path / name))],
+                check=True,
+                capture_output=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+    assert _equal(_weights(tmp_path / "a"), _weights(tmp_path / "b"))
+    state = checkpoint.load(tmp_path / "a")
+    assert state.step == 18  # 26 samples: 13 a rank, 3 batches of 4 an epoch
+    assert len(state.loaders) == len(state.generators) == 2
+    json.dumps(state.config)
