@@ -40,7 +40,7 @@ def pixel_frequency(
       removed, smoothed over 3 x 3 cells. The three differ in their default band alone.
     - `spectral_residual`: the log-amplitude spectrum less its local mean, back in pixels, squared
       (Hou & Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, section 3).
-    - `border_geodesic`: low-passed CIE Lab colour; a cell's score is the length of the cheapest
+    - `border_geodesic`: CIE Lab of the low-passed image; a cell's score is the length of the cheapest
       path from the image border, where a step costs the colour difference of the two cells, and a
       path starts at what its border cell differs from the rest of the border. Background reaches
       the border cheaply; objects do not. (The boundary prior of Wei et al., "Geodesic Saliency
@@ -67,8 +67,6 @@ def pixel_frequency(
         )
     if grid < 2:
         raise ValueError(f"grid must be at least 2 cells a side, got {grid}")
-    if not torch.isfinite(images).all():
-        raise ValueError("images hold NaN or infinite pixels")
     images = images.float()
     if kind == "spectral_residual":
         if band is not None:
@@ -80,11 +78,11 @@ def pixel_frequency(
     if not 0 <= low < high:
         raise ValueError(f"band must be 0 <= low < high, got ({low}, {high})")
     if kind == "border_geodesic":
-        colour = F.adaptive_avg_pool2d(_gaussian_band(rgb_to_lab(images), low, high), grid)
+        colour = rgb_to_lab(_cells(_gaussian_band(images, low, high), grid).clamp(0, 1))
         return _unit_mean(_distance_from_border(colour), flat_below=1e-2)  # in CIE Lab units
     wave = _gaussian_band(_luminance(images), low, high)
     energy = (wave - wave.mean(dim=(-2, -1), keepdim=True)).abs()
-    return _unit_mean(_smooth(F.adaptive_avg_pool2d(energy, grid)).squeeze(1))
+    return _unit_mean(_smooth(_cells(energy, grid)).squeeze(1))
 
 
 def token_frequency(tokens: Tensor, cutoff: float = 0.15) -> Tensor:
@@ -166,7 +164,7 @@ def _spectral_residual(images: Tensor, grid: int) -> Tensor:
     saliency = torch.fft.ifft2(torch.polar(residual, spectrum.angle())).abs() ** 2
     flat = (small.amax((1, 2, 3)) - small.amin((1, 2, 3))) < 1e-4  # its spectrum is rounding noise
     saliency = saliency.masked_fill(flat[:, None, None, None], 0.0)
-    return _smooth(F.adaptive_avg_pool2d(saliency, grid)).squeeze(1)
+    return _smooth(_cells(saliency, grid)).squeeze(1)
 
 
 def _distance_from_border(colour: Tensor) -> Tensor:
@@ -176,31 +174,40 @@ def _distance_from_border(colour: Tensor) -> Tensor:
     on_border[1:-1, 1:-1] = False
     border = colour[:, :, on_border].transpose(1, 2)
     # A path starts at its cell's mean distance to the nearest half of the border: an object that
-    # touches the border is not taken for background.
+    # touches the border is not taken for background. The nearest of all is the cell itself, at 0.
+    half = border.shape[1] // 2
     between = torch.cdist(border, border, compute_mode="donot_use_mm_for_euclid_dist")
-    start = between.sort(-1).values[..., 1 : border.shape[1] // 2 + 1].mean(-1)
-    distance = torch.full((batch, grid, grid), math.inf, device=colour.device)
-    distance[:, on_border] = start
+    start = between.topk(half + 1, largest=False, sorted=False).values.sum(-1) / half
 
-    full, head, tail = slice(None), slice(None, -1), slice(1, None)
-    steps = []  # each neighbour pair: the cells on one side, on the other, and the cost between
-    for here, there in [
-        ((head, full), (tail, full)),
-        ((full, head), (full, tail)),
-        ((head, head), (tail, tail)),
-        ((head, tail), (tail, head)),
-    ]:
-        cost = (colour[:, :, *here] - colour[:, :, *there]).square().sum(1).sqrt()
-        steps.append((here, there, cost))
+    # The batch lies innermost, so that every operation below runs along memory.
+    padded = torch.full((grid + 2, grid + 2, batch), math.inf, device=colour.device)
+    distance = padded[1:-1, 1:-1]
+    distance[on_border] = start.T
+    cells = colour.permute(2, 3, 1, 0).contiguous()
+    padded_cells = F.pad(cells, (0, 0, 0, 0, 1, 1, 1, 1))
+    steps = []  # for each of 8 neighbours: its distance, as a view, and the cost of the step
+    for down, right in [(y, x) for y in range(3) for x in range(3) if (y, x) != (1, 1)]:
+        rows, columns = slice(down, down + grid), slice(right, right + grid)
+        cost = (padded_cells[rows, columns] - cells).square().sum(2).sqrt()
+        steps.append((padded[rows, columns], cost))
     while True:  # relax until nothing gets cheaper: the fixed point is the exact distance
-        relaxed = distance.clone()
-        for here, there, cost in steps:
-            for to, fro in ((here, there), (there, here)):
-                reached = torch.minimum(relaxed[:, *to], distance[:, *fro] + cost)
-                relaxed[:, *to] = reached
-        if torch.equal(relaxed, distance):
-            return distance
-        distance = relaxed
+        before = distance.clone()
+        for neighbour, cost in steps:
+            torch.minimum(distance, neighbour + cost, out=distance)
+        if torch.equal(before, distance):
+            return distance.permute(2, 0, 1)
+
+
+def _cells(planes: Tensor, grid: int) -> Tensor:
+    """Mean over each cell: `[B, C, H, W]` -> `[B, C, grid, grid]`.
+
+    Raises:
+        ValueError: NaN or infinite pixels, which a filter has spread over the image.
+    """
+    cells = F.adaptive_avg_pool2d(planes, grid)
+    if not torch.isfinite(cells).all():
+        raise ValueError("images hold NaN or infinite pixels")
+    return cells
 
 
 def _smooth(cells: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from samples import photo_members, score, tar_bytes
 
 from pipeline.cache import ScoreCache
@@ -39,3 +40,10 @@ def scored(tmp_path: Path, spec: ScoreSpec) -> Scored:
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     score(shards, cache, spec)
     return Scored(tmp_path / "shards", [str(path) for path in shards], cache, spec)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no GPU here"))

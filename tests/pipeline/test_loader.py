@@ -260,3 +260,17 @@ def test_the_joined_map_says_where_the_crop_was_cut(tmp_path):
             for row, flip in zip(crops.rows.tolist(), crops.flips, strict=True)
         }
     assert len(seen) == 16  # every orientation, flipped and not
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_the_same_crops_and_keeps_them(table):
+    batches = {}
+    for device in ("cpu", "cuda"):
+        loader = CropLoader(table, SMALL, drop_last=True, device=device, seed=7)
+        batches[device] = list(loader)
+    for cpu, gpu in zip(batches["cpu"], batches["cuda"], strict=True):
+        assert gpu.images.device.type == "cuda"
+        assert torch.equal(cpu.rows, gpu.rows)
+        torch.testing.assert_close(cpu.windows, gpu.windows)
+        difference = (cpu.images.float() - gpu.images.cpu().float()).abs().mean()
+        assert difference < 3  # another decoder and another resampling kernel

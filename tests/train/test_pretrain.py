@@ -192,3 +192,10 @@ def test_two_ranks_train_as_one_model_and_resume(config, tmp_path):
     assert state.step == 18  # 26 samples: 13 a rank, 3 batches of 4 an epoch
     assert len(state.loaders) == len(state.generators) == 2
     json.dumps(state.config)
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_under_bf16_with_live_attention(config):
+    config = dataclasses.replace(config, device="cuda", precision="bf16", attention="live")
+    main(config)
+    assert all(torch.isfinite(value).all() for value in _weights(config.out).values())
