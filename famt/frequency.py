@@ -40,11 +40,11 @@ def pixel_frequency(
       removed, smoothed over 3 x 3 cells. The three differ in their default band alone.
     - `spectral_residual`: the log-amplitude spectrum less its local mean, back in pixels, squared
       (Hou & Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, section 3).
-    - `border_geodesic`: CIE Lab of the low-passed image; a cell's score is the length of the cheapest
-      path from the image border, where a step costs the colour difference of the two cells, and a
-      path starts at what its border cell differs from the rest of the border. Background reaches
-      the border cheaply; objects do not. (The boundary prior of Wei et al., "Geodesic Saliency
-      Using Background Priors", ECCV 2012, section 3, on a frequency-filtered image.)
+    - `border_geodesic`: CIE Lab of the low-passed image. A cell's score is the length of the
+      cheapest path from the image border, where a step costs the colour difference of two cells,
+      and a path starts at what its border cell differs from the rest of the border. Background
+      reaches the border cheaply; objects do not. (The boundary prior of Wei et al., "Geodesic
+      Saliency Using Background Priors", ECCV 2012, section 3, on a frequency-filtered image.)
 
     Args:
         images: `[B, 3, H, W]` float in [0, 1], RGB, upright.

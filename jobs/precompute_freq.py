@@ -146,12 +146,12 @@ def _report(
 ) -> int:
     records = cache.lookup([url for url in urls if url not in failed])
     with ThreadPoolExecutor(32) as pool:
-        counts = list(pool.map(cache.count, [record.shard_id for record in records.values()]))
-    kept = sum(count.kept for count in counts)
+        entries = list(pool.map(cache.summary, [record.shard_id for record in records.values()]))
+    kept = sum(entry.kept for entry in entries)
     bad_samples = [
         f"{url}:{rejected.key}: {rejected.reason}"
-        for url, count in zip(records, counts, strict=True)
-        for rejected in count.rejected
+        for url, entry in zip(records, entries, strict=True)
+        for rejected in entry.rejected
     ]
     quarantined = len(bad_samples)
     decoded = sum(report.decoded for report in reports)

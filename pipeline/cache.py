@@ -21,8 +21,9 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 
 import numpy as np
 import obstore
@@ -67,11 +68,20 @@ class ShardTable:
 
 
 @dataclass(frozen=True)
-class ShardCount:
-    """Samples of a shard that were kept, and those rejected; together all that were seen."""
+class ShardSummary:
+    """A shard's table in numbers.
+
+    Attributes:
+        kept: samples that enter training.
+        rejected: those that do not, with reasons; with `kept`, all that were seen.
+        bytes: size of the tar.
+        damage: what is wrong with the tar itself, or None.
+    """
 
     kept: int
     rejected: list[Rejected]
+    bytes: int
+    damage: str | None
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,32 @@ class ShardRecord:
 
     version: Version
     shard_id: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is stored for one shard.
+
+    Attributes:
+        whole: False for what a killed writer left.
+        specs: ids of the maps that are there, whole.
+        bytes, objects: what it takes in the store.
+        modified: when its newest object was put.
+    """
+
+    shard_id: str
+    whole: bool
+    specs: list[str]
+    bytes: int
+    objects: int
+    modified: datetime
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    version: int
+    folder: str
+    records: dict[str, ShardRecord]
 
 
 class ScoreCache:
@@ -162,23 +198,37 @@ class ScoreCache:
         Raises:
             CacheError: no whole entry, or one of a newer format.
         """
+        summary = self.summary(shard_id)
         group = self._group(shard_id)
-        attributes = group.attrs.asdict()
         offset, size, label = np.asarray(group["samples"][:]).T  # type: ignore[index]
         return ShardTable(
             key=[str(key) for key in group["key"][:]],  # type: ignore[index, union-attr]
             offset=offset,
             size=size,
             label=label,
-            rejected=_rejected(attributes["quarantined"]),  # type: ignore[arg-type]
-            bytes=attributes["bytes"],  # type: ignore[arg-type]
-            damage=attributes["damage"],  # type: ignore[arg-type]
+            rejected=summary.rejected,
+            bytes=summary.bytes,
+            damage=summary.damage,
         )
 
-    def count(self, shard_id: str) -> ShardCount:
-        """How many samples a shard's entry keeps and quarantines, from its metadata alone."""
-        attributes = self._group(shard_id).attrs
-        return ShardCount(attributes["kept"], _rejected(attributes["quarantined"]))  # type: ignore
+    def summary(self, shard_id: str) -> ShardSummary:
+        """What a shard's entry says of itself, from its metadata alone.
+
+        Raises:
+            CacheError: no whole entry, or one of a newer format.
+        """
+        try:
+            text = obstore.get(self._store, f"shards/{shard_id}/zarr.json").bytes()
+        except FileNotFoundError:
+            raise self._no_entry(shard_id) from None
+        attributes = json.loads(bytes(text))["attributes"]
+        _check_format(attributes["format"], f"shard {shard_id} in {self.url}")
+        return ShardSummary(
+            kept=attributes["kept"],
+            rejected=[Rejected(**bad) for bad in attributes["quarantined"]],
+            bytes=attributes["bytes"],
+            damage=attributes["damage"],
+        )
 
     def read_maps(self, shard_id: str, spec: ScoreSpec) -> NDArray[np.float16]:
         """The maps `[n, G, G]` of a shard, in the order of its table.
@@ -186,6 +236,7 @@ class ScoreCache:
         Raises:
             CacheError: no whole entry, or none of this spec.
         """
+        self.summary(shard_id)  # refuses what is not whole or of another format
         group = self._group(shard_id)
         if spec.id not in group:
             raise CacheError(f"shard {shard_id} in {self.url} has no maps of {spec.id}")
@@ -197,7 +248,7 @@ class ScoreCache:
         Raises:
             CacheError: a manifest of a newer format.
         """
-        return self._read_manifest(folder)[1]
+        return self._read_manifest(_manifest_prefix(folder)).records
 
     def publish(self, records: Mapping[str, ShardRecord]) -> None:
         """Add records (URL -> record) to their folders' manifests, atomically folder by folder.
@@ -224,10 +275,54 @@ class ScoreCache:
                 found[url] = manifests[folder][name]
         return found
 
+    def folders(self) -> dict[str, dict[str, ShardRecord]]:
+        """Every folder of shards that the cache knows, with its manifest."""
+        found = {}
+        for prefix in obstore.list_with_delimiter(self._store, "datasets")["common_prefixes"]:
+            manifest = self._read_manifest(prefix)
+            if manifest.version:
+                found[manifest.folder] = manifest.records
+        return found
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry, whole or partial, in the order of shard ids."""
+        for prefix in obstore.list_with_delimiter(self._store, "shards")["common_prefixes"]:
+            objects = [meta for part in obstore.list(self._store, prefix) for meta in part]
+            if not objects:
+                continue  # a local folder whose files were removed
+            names = {meta["path"].removeprefix(f"{prefix}/") for meta in objects}
+            arrays = {name.partition("/")[0] for name in names if name.endswith("/zarr.json")}
+            yield Entry(
+                shard_id=prefix.rpartition("/")[2],
+                whole="zarr.json" in names,
+                specs=sorted(arrays - {"samples", "key"}),
+                bytes=sum(meta["size"] for meta in objects),
+                objects=len(objects),
+                modified=max(meta["last_modified"] for meta in objects),
+            )
+
+    def remove(self, shard_id: str) -> None:
+        """Delete an entry, the object that makes it whole first."""
+        paths = [
+            meta["path"]
+            for part in obstore.list(self._store, f"shards/{shard_id}")
+            for meta in part
+        ]
+        root = f"shards/{shard_id}/zarr.json"
+        if root in paths:
+            obstore.delete(self._store, root)
+        obstore.delete(self._store, [path for path in paths if path != root])
+
+    def stored_spec(self, shard_id: str, spec_id: str) -> ScoreSpec | None:
+        """The spec of stored maps, or None if other code wrote them."""
+        described = dict(self._group(shard_id)[spec_id].attrs)["spec"]
+        return ScoreSpec.from_description(described)  # type: ignore[arg-type]
+
     def _publish_once(self, folder: str, new: Mapping[str, ShardRecord]) -> bool:
-        number, old = self._read_manifest(folder)
-        merged = {**old, **new}
-        if merged == old:
+        prefix = _manifest_prefix(folder)
+        old = self._read_manifest(prefix)
+        merged = {**old.records, **new}
+        if merged == old.records:
             return True
         shards = {
             name: {
@@ -239,53 +334,45 @@ class ScoreCache:
         }
         text = json.dumps({"format": FORMAT, "folder": folder, "shards": shards}, indent=1)
         try:
-            obstore.put(
-                self._store, self._manifest_path(folder, number + 1), text.encode(), mode="create"
-            )
+            path = _manifest_path(prefix, old.version + 1)
+            obstore.put(self._store, path, text.encode(), mode="create")
         except AlreadyExistsError:
             return False
-        for outdated in self._manifest_versions(folder)[:-_KEEP_VERSIONS]:
+        for outdated in self._manifest_versions(prefix)[:-_KEEP_VERSIONS]:
             with contextlib.suppress(FileNotFoundError):  # another publisher was faster
-                obstore.delete(self._store, self._manifest_path(folder, outdated))
+                obstore.delete(self._store, _manifest_path(prefix, outdated))
         return True
 
-    def _read_manifest(self, folder: str) -> tuple[int, dict[str, ShardRecord]]:
-        """The newest version's number and content; (0, {}) if there is none."""
-        while versions := self._manifest_versions(folder):
+    def _read_manifest(self, prefix: str) -> _Manifest:
+        """The newest version of a manifest; version 0, which knows nothing, if there is none."""
+        while versions := self._manifest_versions(prefix):
             try:
-                path = self._manifest_path(folder, versions[-1])
-                manifest = json.loads(bytes(obstore.get(self._store, path).bytes()))
+                text = obstore.get(self._store, _manifest_path(prefix, versions[-1])).bytes()
             except FileNotFoundError:
                 continue  # outdated and cleared away since it was listed
-            _check_format(manifest["format"], f"manifest of {folder} in {self.url}")
-            return versions[-1], {
+            manifest = json.loads(bytes(text))
+            _check_format(manifest["format"], f"manifest {prefix} in {self.url}")
+            records = {
                 name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
                 for name, entry in manifest["shards"].items()
             }
-        return 0, {}
+            return _Manifest(versions[-1], manifest["folder"], records)
+        return _Manifest(0, "", {})
 
-    def _manifest_versions(self, folder: str) -> list[int]:
-        listing = obstore.list_with_delimiter(self._store, self._folder(folder))
+    def _manifest_versions(self, prefix: str) -> list[int]:
+        listing = obstore.list_with_delimiter(self._store, prefix)
         found = (re.search(r"/(\d{8})\.json$", meta["path"]) for meta in listing["objects"])
         return sorted(int(match[1]) for match in found if match)
-
-    @classmethod
-    def _manifest_path(cls, folder: str, number: int) -> str:
-        return f"{cls._folder(folder)}/{number:08d}.json"
-
-    @staticmethod
-    def _folder(folder: str) -> str:
-        readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.rpartition("/")[2]) or "root"
-        return f"datasets/{readable}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
 
     def _group(self, shard_id: str) -> zarr.Group:
         store = ObjectStore(self._store, read_only=True)
         try:
-            group = zarr.open_group(store, path=f"shards/{shard_id}", mode="r")
+            return zarr.open_group(store, path=f"shards/{shard_id}", mode="r", zarr_format=3)
         except FileNotFoundError:
-            raise CacheError(f"{self.url} has no whole entry for shard {shard_id}") from None
-        _check_format(group.attrs["format"], f"shard {shard_id} in {self.url}")
-        return group
+            raise self._no_entry(shard_id) from None
+
+    def _no_entry(self, shard_id: str) -> CacheError:
+        return CacheError(f"{self.url} has no whole entry for shard {shard_id}")
 
     def _exists(self, path: str) -> bool:
         try:
@@ -295,8 +382,13 @@ class ScoreCache:
         return True
 
 
-def _rejected(quarantined: list[dict[str, str]]) -> list[Rejected]:
-    return [Rejected(**bad) for bad in quarantined]
+def _manifest_prefix(folder: str) -> str:
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.rpartition("/")[2]) or "root"
+    return f"datasets/{readable}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+
+
+def _manifest_path(prefix: str, version: int) -> str:
+    return f"{prefix}/{version:08d}.json"
 
 
 def _add_array(group: zarr.Group, name: str, data: NDArray, attributes: dict | None = None) -> None:

@@ -22,7 +22,7 @@ class JoinConfig:
     """share of the patches that are hidden and reconstructed"""
     throw_ratio: float = 0.40
     """share of the patches that are left out of everything"""
-    frequency_exponent: float = 1.0
+    frequency_exponent: float = 0.25
     """power of the cached frequency score in the weight; 0 ignores it"""
     attention_exponent: float = 1.0
     """power of the attention score in the weight; 0 ignores it"""

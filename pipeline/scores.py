@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -36,6 +37,16 @@ class ScoreSpec:
         """The spec spelled out, as JSON keeps it."""
         described = json.loads(json.dumps(dataclasses.asdict(self)))
         return {**described, "code_version": _CODE_VERSION}
+
+    @classmethod
+    def from_description(cls, described: dict[str, Any]) -> ScoreSpec | None:
+        """The spec that `describe` spelled out, or None if other code's scores are meant."""
+        values = dict(described)
+        if values.pop("code_version", None) != _CODE_VERSION:
+            return None
+        if values["band"] is not None:
+            values["band"] = tuple(values["band"])
+        return cls(**values)
 
     @property
     def id(self) -> str:

@@ -42,8 +42,6 @@ from train.checkpoint import load_model
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-COLUMNS = ("crop", "frequency", "attention", "weights", "split", "reconstruction")
-
 
 @dataclass(frozen=True)
 class Figures:
@@ -95,30 +93,28 @@ def main(config: Figures) -> Path:
     generator = torch.Generator().manual_seed(config.seed)
     batch = split_crops(crops, table, weights, patch_size, config.join, generator)
     patches = patchify(crops.images, patch_size)
-    panels = [
-        crops.images.numpy(),
-        frequency.numpy(),
-        attention.view(-1, grid, grid).numpy(),
-        weights.view(-1, grid, grid).numpy(),
-        unpatchify(_show_split(patches, batch.split), patch_size).numpy(),
-        unpatchify(_reconstruct(model, patches, batch), patch_size).numpy(),
-    ]
-    return draw(panels, config.out)
+    columns = {
+        "crop": crops.images.numpy(),
+        "frequency": frequency.numpy(),
+        "attention": attention.view(-1, grid, grid).numpy(),
+        "weights": weights.view(-1, grid, grid).numpy(),
+        "split": unpatchify(_show_split(patches, batch.split), patch_size).numpy(),
+        "reconstruction": unpatchify(_reconstruct(model, patches, batch), patch_size).numpy(),
+    }
+    return draw(columns, config.out)
 
 
-def draw(panels: list[NDArray], out: Path) -> Path:
-    """Save rows of panels as a PNG: images `[B, H, W, 3]` uint8 or maps `[B, G, G]`."""
-    rows = len(panels[0])
+def draw(columns: dict[str, NDArray], out: Path) -> Path:
+    """Save a PNG of titled columns, each of images `[B, H, W, 3]` uint8 or maps `[B, G, G]`."""
+    rows = len(next(iter(columns.values())))
     figure, axes = plt.subplots(
-        rows, len(panels), figsize=(2 * len(panels), 2 * rows + 0.3), squeeze=False
+        rows, len(columns), figsize=(2 * len(columns), 2 * rows + 0.3), squeeze=False
     )
-    for row in range(rows):
-        for column, panel in enumerate(panels):
-            axis = axes[row][column]
-            axis.imshow(panel[row], cmap="magma", interpolation="nearest")
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(COLUMNS[column], fontsize=11)
+    for column, (title, panels) in enumerate(columns.items()):
+        axes[0][column].set_title(title, fontsize=11)
+        for row in range(rows):
+            axes[row][column].imshow(panels[row], cmap="magma", interpolation="nearest")
+            axes[row][column].set_axis_off()
     figure.tight_layout(pad=0.3)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)

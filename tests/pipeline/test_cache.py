@@ -42,7 +42,7 @@ def test_an_entry_comes_back_as_it_was_written(cache, entry, spec):
     assert [bad.key for bad in table.rejected] == ["bad ü"]
     assert (table.bytes, table.damage) == (entry.table.bytes, None)
     np.testing.assert_array_equal(cache.read_maps(ID, spec), entry.maps)
-    assert cache.count(ID).kept == 5
+    assert cache.summary(ID).kept == 5
 
 
 def test_an_entry_is_complete_only_when_its_last_object_is_there(cache, entry, spec, tmp_path):

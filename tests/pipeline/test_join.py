@@ -7,6 +7,7 @@ from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.table import load_table
 
 GRID, PATCH = 7, 8
+PLAIN = JoinConfig(frequency_exponent=1.0)
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def crops(table):
 
 
 def test_weights_are_the_area_means_of_each_crops_own_map(crops, table):
-    weights = join_weights(crops, table, GRID, JoinConfig())
+    weights = join_weights(crops, table, GRID, PLAIN)
     side = 420
     for n, row in enumerate(crops.rows.tolist()):
         top, left, height, width = crops.windows[n].tolist()
@@ -36,8 +37,8 @@ def test_weights_are_the_area_means_of_each_crops_own_map(crops, table):
 
 def test_attention_multiplies_and_exponents_apply(crops, table):
     attention = torch.rand(8, GRID**2)
-    both = join_weights(crops, table, GRID, JoinConfig(), attention)
-    alone = join_weights(crops, table, GRID, JoinConfig())
+    both = join_weights(crops, table, GRID, PLAIN, attention)
+    alone = join_weights(crops, table, GRID, PLAIN)
     relative = attention / attention.mean(1, keepdim=True)
     torch.testing.assert_close(both, alone * relative)
     only = join_weights(crops, table, GRID, JoinConfig(frequency_exponent=0.0), attention)
@@ -48,11 +49,11 @@ def test_attention_multiplies_and_exponents_apply(crops, table):
 
 def test_without_any_signal_weights_are_uniform(crops, scored):
     table = load_table(scored.shards, scored.cache, None)
-    assert (join_weights(crops, table, GRID, JoinConfig()) == 1).all()
+    assert (join_weights(crops, table, GRID, PLAIN) == 1).all()
 
 
 def test_a_batch_leaves_with_the_pixels_of_its_split_and_its_labels(crops, table):
-    weights = join_weights(crops, table, GRID, JoinConfig())
+    weights = join_weights(crops, table, GRID, PLAIN)
     batch = split_crops(crops, table, weights, PATCH, JoinConfig(0.5, 0.25))
     patches = patchify(crops.images, PATCH)
     for pixels, index in ((batch.visible, batch.split.visible), (batch.masked, batch.split.masked)):
@@ -63,11 +64,11 @@ def test_a_batch_leaves_with_the_pixels_of_its_split_and_its_labels(crops, table
 
 
 def test_heavy_patches_are_masked_and_light_ones_seen(crops, table):
-    weights = join_weights(crops, table, GRID, JoinConfig())
+    weights = join_weights(crops, table, GRID, PLAIN)
     generator = torch.Generator().manual_seed(0)
     masked = visible = 0.0
     for _ in range(50):
-        split = split_crops(crops, table, weights, PATCH, JoinConfig(), generator).split
+        split = split_crops(crops, table, weights, PATCH, PLAIN, generator).split
         masked += weights.gather(1, split.masked).mean()
         visible += weights.gather(1, split.visible).mean()
     assert masked > 1.2 * visible

@@ -5,7 +5,7 @@ from PIL import Image
 from famt.mae import MODELS, MaskedAutoencoder
 from train import checkpoint
 from train.checkpoint import Checkpoint
-from train.figures import COLUMNS, Figures, main
+from train.figures import Figures, main
 
 
 def test_a_picture_has_a_row_an_image_and_a_column_a_stage(scored, tmp_path):
@@ -24,5 +24,5 @@ def test_a_picture_has_a_row_an_image_and_a_column_a_stage(scored, tmp_path):
     height, width, _ = picture.shape
     assert 1.7 < width / height < 2.1  # 6 columns by 3 rows
     cells = [part for row in np.array_split(picture[40:], 3) for part in np.array_split(
-        row, len(COLUMNS), axis=1)]  # fmt: skip
+        row, 6, axis=1)]  # fmt: skip
     assert all(cell.std() > 1 for cell in cells)  # nothing is left blank

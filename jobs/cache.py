@@ -1,0 +1,213 @@
+"""Look after a score cache.
+
+    python jobs/cache.py ls --cache scores             # folders, images, scores, sizes
+    python jobs/cache.py ls --cache scores --bad       # every quarantined sample, with the reason
+    python jobs/cache.py verify --cache scores --sample 20
+    python jobs/cache.py gc --cache scores --dry-run
+    python jobs/cache.py show --cache scores --shards 'shards/val-*.tar' --out maps.png
+
+Exit code: 0 all is well; 1 `verify` found an entry that its tar contradicts.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from pipeline import storage
+from pipeline.cache import ScoreCache, ShardRecord
+from pipeline.loader import CropLoader, LoaderConfig, WholeView
+from pipeline.precompute import score_shard
+from pipeline.scores import ScoreSpec
+from pipeline.shards import content_id
+from pipeline.table import load_table
+from train.figures import draw
+
+
+@dataclass(frozen=True)
+class Ls:
+    """List what the cache holds: a block for each folder of shards that it knows."""
+
+    cache: str
+    """folder or object-store URL of the score cache"""
+    bad: bool = False
+    """print every quarantined sample and damaged tar instead, one a line"""
+
+    def run(self) -> int:
+        cache = ScoreCache(self.cache)
+        stored = {entry.shard_id: entry for entry in cache.entries()}
+        for folder, records in sorted(cache.folders().items()):
+            whole = {
+                name: record.shard_id
+                for name, record in sorted(records.items())
+                if record.shard_id in stored and stored[record.shard_id].whole
+            }
+            with ThreadPoolExecutor(32) as pool:
+                summaries = dict(zip(whole, pool.map(cache.summary, whole.values()), strict=True))
+            if self.bad:
+                for name, summary in summaries.items():
+                    if summary.damage:
+                        print(f"{folder}/{name}: {summary.damage}")
+                    for rejected in summary.rejected:
+                        print(f"{folder}/{name}:{rejected.key}: {rejected.reason}")
+                continue
+            specs = Counter(spec for shard_id in whole.values() for spec in stored[shard_id].specs)
+            kept = sum(summary.kept for summary in summaries.values())
+            bad = sum(len(summary.rejected) for summary in summaries.values())
+            size = sum(stored[shard_id].bytes for shard_id in set(whole.values()))
+            print(folder)
+            print(f"  {len(whole)} of {len(records)} shards whole, {_size(size)} of scores")
+            print(f"  {kept} images kept, {bad} quarantined")
+            for spec, shards in specs.most_common():
+                print(f"  {spec}: {shards} shards ({shards / max(1, len(records)):.0%})")
+        return 0
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Score a sample of entries again from their tars, and compare."""
+
+    cache: str
+    """folder or object-store URL of the score cache"""
+    sample: int = 10
+    """entries to check; each is one tar to read and score"""
+    seed: int = 0
+    """of the choice"""
+
+    def run(self) -> int:
+        cache = ScoreCache(self.cache)
+        known = [
+            (f"{folder}/{name}", record)
+            for folder, records in sorted(cache.folders().items())
+            for name, record in sorted(records.items())
+        ]
+        chosen = random.Random(self.seed).sample(known, min(self.sample, len(known)))
+        stored = {entry.shard_id: entry for entry in cache.entries()}
+        wrong = 0
+        for url, record in tqdm(chosen, desc="verify", unit="shard"):
+            entry = stored.get(record.shard_id)
+            specs = entry.specs if entry and entry.whole else []
+            problem = "no whole entry" if not specs else _contradiction(cache, url, record, specs)
+            if problem:
+                wrong += 1
+                tqdm.write(f"{url}: {problem}")
+        print(f"{len(chosen) - wrong} of {len(chosen)} entries agree with their tars")
+        return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class Gc:
+    """Remove entries that no manifest names, and what killed writers left behind."""
+
+    cache: str
+    """folder or object-store URL of the score cache"""
+    older_than_hours: float = 24.0
+    """leave newer ones: a job in progress has entries that no manifest names yet"""
+    dry_run: bool = False
+    """only say what would go"""
+
+    def run(self) -> int:
+        cache = ScoreCache(self.cache)
+        # Entries are listed before manifests are read: what is published meanwhile stays.
+        entries = list(cache.entries())
+        named = {
+            record.shard_id for records in cache.folders().values() for record in records.values()
+        }
+        limit = datetime.now(UTC) - timedelta(hours=self.older_than_hours)
+        freed = 0
+        for entry in entries:
+            if (entry.whole and entry.shard_id in named) or entry.modified > limit:
+                continue
+            reason = "no manifest names it" if entry.whole else "only partly written"
+            print(f"{entry.shard_id}: {_size(entry.bytes)}, {reason}")
+            freed += entry.bytes
+            if not self.dry_run:
+                cache.remove(entry.shard_id)
+        print(f"{_size(freed)} {'would be ' if self.dry_run else ''}freed")
+        return 0
+
+
+@dataclass(frozen=True)
+class Show:
+    """Draw photos with their score maps."""
+
+    cache: str
+    """folder or object-store URL of the score cache"""
+    shards: list[str]
+    """where the photos come from"""
+    out: Path
+    """PNG file to write"""
+    images: int = 6
+    """rows of the picture"""
+    spec: ScoreSpec = field(default_factory=ScoreSpec)
+    seed: int = 0
+    """of the choice of photos"""
+
+    def run(self) -> int:
+        table = load_table(self.shards, ScoreCache(self.cache), self.spec)
+        config = LoaderConfig(batch_size=min(self.images, len(table)), view=WholeView(), threads=1)
+        crops = next(iter(CropLoader(table, config, drop_last=True, seed=self.seed)))
+        assert table.maps is not None
+        maps = table.maps[crops.rows].float().numpy()
+        print(draw({"photo": crops.images.numpy(), self.spec.kind: maps}, self.out))
+        return 0
+
+
+Command = (
+    Annotated[Ls, tyro.conf.subcommand("ls")]
+    | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Gc, tyro.conf.subcommand("gc")]
+    | Annotated[Show, tyro.conf.subcommand("show")]
+)
+
+
+def main(command: Command) -> int:
+    """Run one command; see the module's docstring for the exit code."""
+    return command.run()
+
+
+def _contradiction(
+    cache: ScoreCache, url: str, record: ShardRecord, specs: list[str]
+) -> str | None:
+    """What the tar at `url` says against its entry, or None."""
+    shard_id = record.shard_id
+    if not storage.exists(url):
+        return "the tar is gone"
+    data = storage.read(url)
+    if content_id(data) != shard_id:
+        return "the tar has changed since it was scored; run jobs/precompute_freq.py again"
+    for spec_id in specs:
+        spec = cache.stored_spec(shard_id, spec_id)
+        if spec is None:
+            continue
+        scored = score_shard(data, spec, url)
+        maps = cache.read_maps(shard_id, spec)
+        if scored.table.key != cache.read_table(shard_id).key or maps.shape != scored.maps.shape:
+            return f"{spec_id}: other samples than in the tar"
+        # Another machine may round otherwise: one part in a thousand is a float16's own error.
+        difference = np.abs(maps.astype(np.float32) - scored.maps.astype(np.float32))
+        if difference.size and difference.max() > 1e-2:
+            return f"{spec_id}: maps differ by up to {difference.max():.3g}"
+    return None
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Command, description=__doc__)))  # type: ignore[arg-type]

@@ -1,0 +1,118 @@
+import dataclasses
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from samples import photo_members, score, tar_bytes
+
+from jobs.cache import Gc, Ls, Show, Verify, main
+from pipeline.cache import CacheError, ScoreCache
+from pipeline.scores import ScoreSpec
+from pipeline.table import load_table
+
+
+@pytest.fixture
+def with_bad(scored, spec):
+    path = scored.folder / "train-000003.tar"
+    path.write_bytes(tar_bytes([*photo_members(2, 60), ("oops.jpg", b"garbage")]).rstrip(b"\0"))
+    score([path], scored.cache, spec)
+    score([Path(scored.shards[0])], scored.cache, ScoreSpec(kind="lowpass", grid=7))
+    return scored
+
+
+def test_ls_tells_folders_counts_and_coverage(with_bad, capsys):
+    assert main(Ls(with_bad.cache.url)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{with_bad.folder}\n  4 of 4 shards whole")
+    assert "28 images kept, 1 quarantined" in out
+    assert f"{with_bad.spec.id}: 4 shards (100%)" in out
+    assert "lowpass" in out
+    assert "1 shards (25%)" in out
+
+
+def test_ls_bad_lists_every_reason(with_bad, capsys):
+    main(Ls(with_bad.cache.url, bad=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("train-000003.tar:oops: no JPEG" in line for line in lines)
+    assert all("train-000003.tar" in line for line in lines)
+
+
+def test_verify_agrees_with_a_sound_cache(with_bad, capsys):
+    assert main(Verify(with_bad.cache.url)) == 0
+    assert "4 of 4 entries agree" in capsys.readouterr().out
+
+
+def test_verify_finds_maps_that_are_not_the_tars(scored, capsys):
+    shard_id = load_table(scored.shards[:1], scored.cache, scored.spec).shard_ids[0]
+    table = scored.cache.read_table(shard_id)
+    maps = scored.cache.read_maps(shard_id, scored.spec)
+    scored.cache.write(shard_id, table, scored.spec, np.roll(maps, 1, axis=0))
+    assert main(Verify(scored.cache.url)) == 1
+    assert "train-000000.tar: border_geodesic" in capsys.readouterr().out
+
+
+def test_verify_finds_tars_that_changed_or_went(scored, capsys):
+    Path(scored.shards[0]).write_bytes(tar_bytes(photo_members(3, 70)))
+    Path(scored.shards[1]).unlink()
+    assert main(Verify(scored.cache.url)) == 1
+    out = capsys.readouterr().out
+    assert "train-000000.tar: the tar has changed" in out
+    assert "train-000001.tar: the tar is gone" in out
+    assert "1 of 3 entries agree" in out
+
+
+def _age(cache):
+    old = time.time() - 3 * 24 * 3600
+    for path in Path(cache.url).rglob("*"):
+        os.utime(path, (old, old))
+
+
+def test_gc_removes_what_no_manifest_names_and_partial_writes(scored, spec, tmp_path, capsys):
+    cache = scored.cache
+    ids = load_table(scored.shards, cache, spec).shard_ids
+    Path(scored.shards[0]).write_bytes(tar_bytes(photo_members(3, 70)))
+    score([Path(scored.shards[0])], cache, spec)  # the old entry has no name any more
+    partial = Path(cache.url) / "shards" / ("f" * 32)
+    shutil.copytree(Path(cache.url) / "shards" / ids[1], partial)
+    (partial / "zarr.json").unlink()
+    main(Gc(cache.url))
+    assert len(list(cache.entries())) == 5  # all are new: a job may be at work
+    _age(cache)
+    main(Gc(cache.url, dry_run=True))
+    assert len(list(cache.entries())) == 5
+    main(Gc(cache.url))
+    out = capsys.readouterr().out
+    assert f"{ids[0]}: " in out
+    assert "only partly written" in out
+    assert {entry.shard_id for entry in cache.entries()} >= set(ids[1:])
+    assert len(list(cache.entries())) == 3
+    assert len(load_table(scored.shards, cache, spec)) == 19
+
+
+def test_show_draws_photos_beside_their_maps(scored, tmp_path):
+    out = tmp_path / "maps.png"
+    main(Show(scored.cache.url, scored.shards, out, images=3, spec=scored.spec))
+    width, height = Image.open(out).size
+    assert 0.5 < width / height < 0.8
+
+
+def test_a_removed_entry_is_missed_by_name(scored, spec):
+    (shard_id,) = load_table(scored.shards[:1], scored.cache, spec).shard_ids
+    scored.cache.remove(shard_id)
+    assert not scored.cache.has_entry(shard_id, None)
+    with pytest.raises(CacheError, match="no whole entry"):
+        scored.cache.read_maps(shard_id, spec)
+    with pytest.raises(CacheError, match=r"has no maps of .*precompute_freq"):
+        load_table(scored.shards, ScoreCache(scored.cache.url), spec)
+
+
+def test_stored_specs_are_known_again(scored, spec):
+    (shard_id,) = load_table(scored.shards[:1], scored.cache, spec).shard_ids
+    assert scored.cache.stored_spec(shard_id, spec.id) == spec
+    banded = dataclasses.replace(spec, kind="bandpass", band=(1.0, 5.0))
+    assert ScoreSpec.from_description(banded.describe()) == banded
+    assert ScoreSpec.from_description({**spec.describe(), "code_version": -1}) is None

@@ -1,0 +1,105 @@
+"""The same path on an object store: a real S3 API, by HTTP on loopback."""
+
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import boto3
+import pytest
+from samples import encode, photo
+
+from jobs.make_shards import MakeShards, main
+from pipeline import storage
+from pipeline.cache import CacheError, ScoreCache, ShardRecord
+from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.precompute import precompute_shard
+from pipeline.table import load_table
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    """moto in a process of its own: DALI holds the interpreter while it waits for S3."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{url}/moto-api/").close()
+            break
+        except OSError:
+            time.sleep(0.1)
+    yield url
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def bucket(endpoint, monkeypatch):
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    urllib.request.urlopen(f"{endpoint}/moto-api/reset", data=b"").close()
+    boto3.client("s3").create_bucket(Bucket="images")
+    return "s3://images"
+
+
+@pytest.fixture
+def shards(bucket, tmp_path):
+    for n in range(20):
+        path = tmp_path / "photos" / f"c{n % 3}" / f"{n}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(photo(n)))
+    main(MakeShards(str(tmp_path / "photos"), out=f"{bucket}/shards", samples_per_shard=8))
+    return f"{bucket}/shards/train-{{000000..000002}}.tar"
+
+
+def _score(urls, cache, spec):
+    reports = [precompute_shard(url, cache, spec) for url in urls]
+    cache.publish({r.url: ShardRecord(r.version, r.shard_id) for r in reports})
+    return sum(report.decoded for report in reports)
+
+
+def test_shards_and_cache_on_s3_feed_the_loader(bucket, shards, spec):
+    urls = storage.expand([shards])
+    assert urls == storage.expand([f"{bucket}/shards"])
+    cache = ScoreCache(f"{bucket}/scores", create=True)
+    assert _score(urls, cache, spec) == 20
+    table = load_table([shards], ScoreCache(f"{bucket}/scores"), spec)
+    config = LoaderConfig(batch_size=5, image_size=32, shuffle_buffer=8, threads=2)
+    loader = CropLoader(table, config, drop_last=False)
+    assert sorted(row for crops in loader for row in crops.rows.tolist()) == list(range(20))
+    assert _score(urls, ScoreCache(f"{bucket}/scores"), spec) == 0  # a second run reuses it all
+
+
+def test_a_replaced_object_is_found_by_its_etag(bucket, shards, spec):
+    urls = storage.expand([shards])
+    cache = ScoreCache(f"{bucket}/scores", create=True)
+    _score(urls, cache, spec)
+    client = boto3.client("s3")
+    client.copy_object(
+        Bucket="images", Key="shards/train-000001.tar", CopySource="images/shards/train-000002.tar"
+    )
+    with pytest.raises(CacheError, match=r"train-000001\.tar: changed"):
+        load_table([shards], cache, spec)
+    assert _score(urls, cache, spec) == 0  # its content is known under another name
+    assert len(load_table([shards], cache, spec)) == 16
+
+
+def test_what_is_not_there_is_named(bucket, shards, spec):
+    cache = ScoreCache(f"{bucket}/scores", create=True)
+    with pytest.raises(CacheError, match="does not know this shard"):
+        load_table([shards], cache, spec)
+    with pytest.raises(FileNotFoundError, match="no such shards"):
+        storage.expand([f"{bucket}/nothing-here"])
+    assert not storage.exists(f"{bucket}/shards/train-000009.tar")
