@@ -15,6 +15,7 @@ Exit code: 0 done; 1 a tar could not be scored, or more images are bad than --ma
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -47,6 +48,9 @@ class PrecomputeFreq:
     cache: str
     """folder or object-store URL of the score cache; made if it is not there"""
     spec: ScoreSpec = field(default_factory=ScoreSpec)
+    watch: str | None = None
+    """run for ever: look again after this time (30s, 10m, 2h) for shards that are new or changed;
+    a training run takes them up when it starts or resumes"""
     workers: int | None = None
     """tasks at a time; all CPUs of the cluster if left out"""
     max_bad: float = 0.01
@@ -63,22 +67,41 @@ def _score(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardReport:
 
 def main(args: PrecomputeFreq) -> int:
     """Run the job; see the module's docstring for the exit code."""
+    pause = None if args.watch is None else _seconds(args.watch)
+    if pause is None:
+        return _run_once(args)
+    while True:
+        try:
+            _run_once(args)
+        except OSError as error:  # no shards yet, or a store that is out of reach for a while
+            print(f"{type(error).__name__}: {error}; trying again", file=sys.stderr)
+        time.sleep(pause)
+
+
+def _seconds(duration: str) -> float:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", duration)
+    if match is None:
+        raise ValueError(f"--watch {duration}: give a time such as 30s, 10m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _run_once(args: PrecomputeFreq) -> int:
     urls = storage.expand(args.shards)
     cache = ScoreCache(args.cache, create=True)
-    ray.init(ignore_reinit_error=True, logging_level="warning")
     todo = _not_in_cache(urls, cache, args.spec)
     print(
         f"{len(urls)} shards, {len(urls) - len(todo)} of them scored before; "
         f"spec {args.spec.id}, cache {cache.url}",
         flush=True,
     )
+    if todo:
+        ray.init(ignore_reinit_error=True, logging_level="warning")
     started = published = time.monotonic()
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
     unpublished: dict[str, ShardRecord] = {}
-    limit = args.workers or int(ray.cluster_resources().get("CPU", 1))
-    with tqdm(total=len(todo), desc="precompute", unit="shard") as bar:
-        for url, outcome in _run(todo, cache, args.spec, limit):
+    with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
+        for url, outcome in _run(todo, cache, args.spec, args.workers):
             if isinstance(outcome, ShardReport):
                 reports.append(outcome)
                 unpublished[url] = ShardRecord(outcome.version, outcome.shard_id)
@@ -116,12 +139,14 @@ def _not_in_cache(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> list[s
 
 
 def _run(
-    urls: list[str], cache: ScoreCache, spec: ScoreSpec, limit: int
+    urls: list[str], cache: ScoreCache, spec: ScoreSpec, workers: int | None
 ) -> Iterator[tuple[str, ShardReport | str]]:
-    """Score shards, `limit` at a time; yields each with its report, or with what went wrong."""
+    """Score shards, so many at a time; yields each with its report, or with what went wrong."""
     waiting = iter(urls)
     running: dict[ray.ObjectRef, str] = {}
-    while True:
+    while urls:
+        # Asked anew each time: a cluster grows and shrinks under a long job.
+        limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         while len(running) < limit and (url := next(waiting, None)) is not None:
             running[_score.remote(url, cache, spec)] = url
         if not running:

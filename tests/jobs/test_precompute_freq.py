@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import ray
 from samples import photo_members, tar_bytes
 
 from jobs.precompute_freq import PrecomputeFreq, main
-from pipeline.cache import ScoreCache
+from pipeline.cache import CacheError, ScoreCache
 from pipeline.precompute import score_shard
 from pipeline.table import load_table
 
@@ -125,3 +126,43 @@ def test_it_runs_by_ray_job_submit_on_a_running_cluster(shards, tmp_path, spec):
         run("ray", "stop", "--force")
     assert "succeeded" in done.stdout
     assert len(load_table([str(shards)], ScoreCache(str(tmp_path / "cache")), spec)) == 15
+
+
+@pytest.mark.parametrize("watch", ["10", "m", "5 m", "-1s"])
+def test_a_watch_without_a_time_is_refused(shards, tmp_path, spec, watch):
+    with pytest.raises(ValueError, match="30s, 10m or 2h"):
+        main(_config(shards, tmp_path, spec, watch=watch))
+
+
+@pytest.mark.slow
+def test_a_watch_takes_up_what_is_new_or_changed_and_training_sees_it_at_its_start(
+    shards, tmp_path, spec
+):
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    command = [
+        sys.executable, "jobs/precompute_freq.py", "--shards", str(shards), "--cache", cache.url,
+        "--spec.grid", "7", "--watch", "1s",
+    ]  # fmt: skip
+
+    def wait_for(images):
+        for _ in range(900):
+            try:
+                table = load_table([str(shards)], cache, spec)
+            except CacheError:
+                table = []
+            if len(table) == images:
+                return
+            time.sleep(0.1)
+        pytest.fail(f"never saw {images} images")
+
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    try:
+        wait_for(15)
+        (shards / "train-new.tar").write_bytes(tar_bytes(photo_members(3, 200)))
+        wait_for(18)
+        (shards / "train-0.tar").write_bytes(tar_bytes(photo_members(2, 300)))
+        wait_for(15)
+    finally:
+        job.terminate()
+        job.wait()
