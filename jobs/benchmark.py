@@ -130,10 +130,12 @@ class Loader:
                     normalise(batch.masked)
 
             def plain() -> None:
-                for _ in range(loader.steps_per_epoch):
+                for _ in range(runs):
                     bare.run()
 
-            images = loader.steps_per_epoch * self.batch_size
+            # Both decode the incomplete last batch of an epoch, which a loader then drops.
+            runs = math.ceil(len(table) / self.batch_size)
+            images = runs * self.batch_size
             rates = _rates({"joined": joined, "bare": plain}, images, self.rounds)
         yield _line(
             "loader",
