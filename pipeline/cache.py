@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from typing import Literal
 
 import numpy as np
 import obstore
@@ -186,11 +187,8 @@ class ScoreCache:
         _add_array(group, spec.id, maps, {"spec": spec.describe()})
         # Data first, then each array's metadata, then the group's, which completes the entry.
         order = sorted(objects, key=lambda name: (name.endswith("zarr.json"), -name.count("/")))
-        try:
-            for name in order:
-                obstore.put(self._store, f"shards/{shard_id}/{name}", objects[name].to_bytes())
-        except BaseError as error:
-            raise OSError(f"score cache {self.url}: could not write {shard_id}: {error}") from error
+        for name in order:
+            self._put(f"shards/{shard_id}/{name}", objects[name].to_bytes())
 
     def read_table(self, shard_id: str) -> ShardTable:
         """The table of a shard.
@@ -335,7 +333,7 @@ class ScoreCache:
         text = json.dumps({"format": FORMAT, "folder": folder, "shards": shards}, indent=1)
         try:
             path = _manifest_path(prefix, old.version + 1)
-            obstore.put(self._store, path, text.encode(), mode="create")
+            self._put(path, text.encode(), mode="create")
         except AlreadyExistsError:
             return False
         for outdated in self._manifest_versions(prefix)[:-_KEEP_VERSIONS]:
@@ -363,6 +361,17 @@ class ScoreCache:
         listing = obstore.list_with_delimiter(self._store, prefix)
         found = (re.search(r"/(\d{8})\.json$", meta["path"]) for meta in listing["objects"])
         return sorted(int(match[1]) for match in found if match)
+
+    def _put(
+        self, path: str, data: bytes, mode: Literal["create", "overwrite"] = "overwrite"
+    ) -> None:
+        try:
+            obstore.put(self._store, path, data, mode=mode)
+        except AlreadyExistsError:
+            raise
+        except BaseError as error:
+            reason = str(error).partition("\n")[0]
+            raise OSError(f"score cache {self.url}: could not write {path}: {reason}") from error
 
     def _group(self, shard_id: str) -> zarr.Group:
         store = ObjectStore(self._store, read_only=True)

@@ -22,10 +22,11 @@ def photo(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
     return picture
 
 
-def encode(picture: np.ndarray, kind: str = "JPEG", **options: object) -> bytes:
+def encode(picture: np.ndarray | Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     """The bytes of a picture in a file format."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **options)
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 

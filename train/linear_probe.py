@@ -43,8 +43,8 @@ class LinearProbe:
     """shards to test it on"""
     untrained: bool = False
     """probe the same encoder with fresh random weights instead: the floor to beat"""
-    pool: Pool = "mean"
-    """features are the mean of the patch tokens, or the class token"""
+    pool: Pool = "cls"
+    """features are the class token, as in MAE's own probe, or the mean of the patch tokens"""
     centre: float | None = None
     """share of the shorter side that is shown; 0.875, or all of it for 32-px models"""
     epochs: int = 100

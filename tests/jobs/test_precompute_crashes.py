@@ -1,0 +1,177 @@
+"""The cache under kills, concurrency and disks that refuse."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from samples import photo_members, tar_bytes
+
+from jobs.precompute_freq import PrecomputeFreq, main
+from pipeline.cache import ScoreCache
+from pipeline.precompute import precompute_shard
+from pipeline.table import load_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for number in range(12):
+        path = tmp_path / "shards" / f"train-{number:02d}.tar"
+        path.write_bytes(tar_bytes(photo_members(40, 40 * number, height=300, width=400)))
+    return tmp_path / "shards"
+
+
+def _command(shards, cache):
+    return [
+        sys.executable, "jobs/precompute_freq.py", "--shards", str(shards), "--cache", str(cache),
+        "--spec.grid", "7",
+    ]  # fmt: skip
+
+
+def _entries(cache):
+    root = Path(cache) / "shards"
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def _victims(job, kind):
+    """Processes of the job's own Ray: the driver, its raylet, or a worker in a task."""
+    family = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    if kind == "driver":
+        return family[:1]
+    wanted = "raylet/raylet" if kind == "raylet" else "ray::_score"
+    return [p for p in family if wanted in " ".join(p.cmdline()[:1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(int(os.environ.get("FAMT_KILLS", "3"))))
+def test_a_kill_at_any_moment_only_costs_the_work_in_hand(shards, tmp_path, spec, seed):
+    clean = ScoreCache(str(tmp_path / "clean"), create=True)
+    for path in sorted(shards.glob("*.tar")):
+        precompute_shard(str(path), clean, spec)
+    chance = random.Random(seed)
+    kind = ("worker", "driver", "raylet")[seed % 3]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(
+            _command(shards, tmp_path / "cache"), cwd=ROOT, stdout=log, stderr=log,
+            start_new_session=True,
+        )  # fmt: skip
+        wanted = chance.randrange(12)
+        killed = False
+        while job.poll() is None and not killed:
+            done = len(list((tmp_path / "cache" / "shards").glob("*/zarr.json")))
+            if done >= wanted:
+                time.sleep(chance.random() * 0.2)
+                try:
+                    for victim in _victims(job, kind):
+                        victim.kill()
+                        killed = True
+                except psutil.Error:
+                    pass
+            time.sleep(0.01)
+        try:
+            job.wait(60 if kind == "worker" else 5)
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGKILL)  # a driver without its raylet may wait for ever
+        job.wait()
+        for process in psutil.process_iter(["environ"]):  # what an orphaned cluster left
+            try:
+                if str(process.pid) != str(os.getpid()) and os.getsid(process.pid) == job.pid:
+                    process.kill()
+            except (psutil.Error, ProcessLookupError):
+                continue
+    assert killed, (tmp_path / "log").read_text()[-2000:]
+    done = subprocess.run(_command(shards, tmp_path / "cache"), cwd=ROOT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    assert _entries(tmp_path / "cache") == _entries(clean.url)
+    assert len(load_table([str(shards)], ScoreCache(str(tmp_path / "cache")), spec)) == 480
+
+
+@pytest.mark.slow
+def test_two_jobs_on_one_cache_at_once_lose_nothing(shards, tmp_path, spec):
+    """One on all shards, one on some of them and on a folder of its own."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(4):
+        data = tar_bytes(photo_members(30, 1000 + 30 * number))
+        (other / f"{number}.tar").write_bytes(data)
+    commands = [
+        _command(shards, tmp_path / "cache"),
+        [*_command(f"{shards}/train-0*.tar", tmp_path / "cache")[:4], str(other),
+         *_command(f"{shards}/train-0*.tar", tmp_path / "cache")[3:]],
+    ]  # fmt: skip
+    jobs = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.DEVNULL) for c in commands]
+    assert [job.wait() for job in jobs] == [0, 0]
+    cache = ScoreCache(str(tmp_path / "cache"))
+    assert len(load_table([str(shards)], cache, spec)) == 480
+    assert len(load_table([str(other)], cache, spec)) == 120
+    clean = ScoreCache(str(tmp_path / "clean"), create=True)
+    for path in [*shards.glob("*.tar"), *other.glob("*.tar")]:
+        precompute_shard(str(path), clean, spec)
+    assert _entries(cache.url) == _entries(clean.url)
+
+
+def test_many_writers_of_one_shard_write_one_entry(shards, tmp_path, spec):
+    url = str(shards / "train-00.tar")
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: precompute_shard(url, ScoreCache(cache.url), spec), range(8)))
+    clean = ScoreCache(str(tmp_path / "clean"), create=True)
+    precompute_shard(url, clean, spec)
+    assert _entries(cache.url) == _entries(clean.url)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 100 KB, mounted; skips where that is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no right to mount a disk here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_readable(shards, small_disk, spec):
+    cache = ScoreCache(str(small_disk / "cache"), create=True)
+    written = []
+
+    def fill():
+        for path in sorted(shards.glob("*.tar")):
+            written.append(precompute_shard(str(path), cache, spec))
+
+    with pytest.raises(OSError, match=r"could not write [\s\S]*No space left"):
+        fill()
+    assert 0 < len(written) < 12
+    whole = [entry for entry in cache.entries() if entry.whole]
+    assert {entry.shard_id for entry in whole} == {report.shard_id for report in written}
+    for report in written:
+        assert len(cache.read_maps(report.shard_id, spec)) == 40
+
+
+@pytest.mark.slow
+def test_a_job_on_a_full_disk_fails_and_finishes_when_there_is_room(shards, small_disk, spec):
+    done = subprocess.run(
+        _command(shards, small_disk / "cache"), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
+    assert main(PrecomputeFreq([str(shards)], str(small_disk / "cache"), spec=spec)) == 0
+    assert len(load_table([str(shards)], ScoreCache(str(small_disk / "cache")), spec)) == 480
+
+
+def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
+    cache = ScoreCache(str(small_disk / "cache"), create=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OSError, match=r"could not write [\s\S]*Read-only"):
+        precompute_shard(str(shards / "train-00.tar"), cache, spec)
