@@ -13,6 +13,7 @@ turn, round after round, and compared by their medians: a machine's mood hits th
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import statistics
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import ray
 import torch
 import tyro
 from nvidia.dali import fn, pipeline_def, types
@@ -40,11 +42,12 @@ from famt.frequency import PIXEL_KINDS, pixel_frequency
 from famt.mae import MODELS, MaskedAutoencoder
 from famt.patches import normalise
 from famt.sampling import PatchSplit, sample_patches
+from jobs.precompute_freq import score_shards
 from pipeline import storage
 from pipeline.cache import ScoreCache, ShardRecord
 from pipeline.join import JoinConfig, join_weights, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.precompute import precompute_shard, score_shard
+from pipeline.precompute import ShardReport, decode, precompute_shard, score_shard
 from pipeline.scores import ScoreSpec
 from pipeline.shards import content_id, list_shard
 from pipeline.table import load_table
@@ -82,9 +85,12 @@ class Precompute:
                 len(jpegs),
                 self.rounds,
             )
-        figure = rates.pop("score")
-        for name, bound in rates.items():
-            yield _line("precompute", "images/s, one core", figure, f"decode only, {name}", bound)
+            figure = rates.pop("score")
+            for name, bound in rates.items():
+                against = f"decode only, {name}"
+                yield _line("precompute", "images/s, one core", figure, against, bound)
+            yield _agreement(jpegs, spec)
+            yield _two_workers(data, spec, self.rounds)
 
 
 @dataclass(frozen=True)
@@ -291,6 +297,56 @@ def _rates(rivals: dict[str, Callable[[], object]], images: int, rounds: int) ->
             if round_:
                 seconds[name].append(time.perf_counter() - started)
     return {name: images / statistics.median(each) for name, each in seconds.items()}
+
+
+def _agreement(jpegs: list[bytes], spec: ScoreSpec) -> Report:
+    """Scores of DCT-scaled decodes against those of full decodes."""
+    full = []
+    for jpeg in jpegs:
+        with Image.open(io.BytesIO(jpeg)) as image:
+            whole = image.convert("RGB").resize((spec.size,) * 2, Image.Resampling.BILINEAR)
+            full.append(torch.from_numpy(np.array(whole)))
+    scaled = [torch.from_numpy(decode(jpeg, spec.size)) for jpeg in jpegs]
+    a, b = (spec.score(torch.stack(each)).flatten(1) for each in (scaled, full))
+    ranks = [scores.argsort(1).argsort(1).float() for scores in (a, b)]
+    correlations = [
+        float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True)
+    ]
+    return {
+        **_line(
+            "precompute",
+            "rank correlation of scores from scaled and full decodes, mean over photos",
+            statistics.mean(correlations),
+            "perfect agreement",
+            1.0,
+        ),
+        "worst_photo": round(min(correlations), 4),
+        "mean_absolute_error": round(float((a - b).abs().mean()), 4),
+    }
+
+
+def _two_workers(data: bytes, spec: ScoreSpec, rounds: int) -> Report:
+    """Rate of two Ray workers over that of one, on eight copies of a shard, each scored anew."""
+    ray.init(num_cpus=2, ignore_reinit_error=True, logging_level="warning", log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        urls = []
+        for number in range(8):
+            path = Path(folder) / f"{number}.tar"
+            path.write_bytes(data + bytes(512 * number))  # other bytes, so another entry
+            urls.append(str(path))
+        turn = itertools.count()
+
+        def score(workers: int) -> None:
+            cache = ScoreCache(f"{folder}/cache-{next(turn)}", create=True)
+            for _, report in score_shards(urls, cache, spec, workers):
+                if not isinstance(report, ShardReport):
+                    raise RuntimeError(report)
+
+        rates = _rates({"one": partial(score, 1), "two": partial(score, 2)}, len(urls), rounds)
+    ray.shutdown()
+    return _line(
+        "precompute", "shards/s of two Ray workers", rates["two"], "of one worker", rates["one"]
+    )
 
 
 def _pillow(jpegs: list[bytes], size: int | None) -> None:

@@ -101,7 +101,7 @@ def _run_once(args: PrecomputeFreq) -> int:
     failed: dict[str, str] = {}
     unpublished: dict[str, ShardRecord] = {}
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
-        for url, outcome in _run(todo, cache, args.spec, args.workers):
+        for url, outcome in score_shards(todo, cache, args.spec, args.workers):
             if isinstance(outcome, ShardReport):
                 reports.append(outcome)
                 unpublished[url] = ShardRecord(outcome.version, outcome.shard_id)
@@ -138,7 +138,7 @@ def _not_in_cache(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> list[s
         return [url for url, done in zip(urls, pool.map(is_done, urls), strict=True) if not done]
 
 
-def _run(
+def score_shards(
     urls: list[str], cache: ScoreCache, spec: ScoreSpec, workers: int | None
 ) -> Iterator[tuple[str, ShardReport | str]]:
     """Score shards, so many at a time; yields each with its report, or with what went wrong."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.cache import CacheError, ScoreCache, ShardRecord, ShardTable
+from pipeline.cache import CacheError, ScoreCache, ShardRecord
 from pipeline.scores import ScoreSpec
 from pipeline.shards import write_dali_index
 
@@ -36,7 +38,8 @@ class ScoreTable:
     labels: Tensor
     first_row: list[int]
     shard_ids: list[str]
-    _tables: list[ShardTable]
+    _places: NDArray[np.int64]
+    _cache: ScoreCache
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,14 +52,15 @@ class ScoreTable:
     def key(self, row: int) -> str:
         """`<url>:<sample key>` of a row, to name a sample in an error or a log."""
         shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
-        return f"{self.urls[shard]}:{self._tables[shard].key[row - self.first_row[shard]]}"
+        keys = self._cache.read_table(self.shard_ids[shard]).key
+        return f"{self.urls[shard]}:{keys[row - self.first_row[shard]]}"
 
     def write_indices(self) -> tempfile.TemporaryDirectory[str]:
         """DALI index files `<shard number>.idx` in a folder that lives as long as the result."""
         folder = tempfile.TemporaryDirectory(prefix="famt-index-")
-        for number, (first, table) in enumerate(zip(self.first_row, self._tables, strict=False)):
-            rows = range(first, first + len(table.label))
-            samples = zip(rows, table.offset.tolist(), table.size.tolist(), strict=True)
+        for number, (first, end) in enumerate(itertools.pairwise(self.first_row)):
+            offset, size = self._places[first:end].T.tolist()
+            samples = zip(range(first, end), offset, size, strict=True)
             write_dali_index(Path(folder.name) / f"{number}.idx", samples)
         return folder
 
@@ -88,19 +92,21 @@ def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -
         if stale:
             others = f" (and {len(stale) - 1} more shards)" if len(stale) > 1 else ""
             raise CacheError(f"{stale[0]}{others}. {_remedy(patterns, cache, spec)}")
-        ids = [records[url].shard_id for url in urls]
-        tables = list(pool.map(cache.read_table, ids))
-        maps = list(pool.map(lambda shard: cache.read_maps(shard, spec), ids)) if spec else []
-    counts = [len(table.label) for table in tables]
+    ids = [records[url].shard_id for url in urls]
+    rows = cache.read_rows(ids, spec)
+    counts = [len(shard.samples) for shard in rows]
     if not sum(counts):
         raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
+    samples = np.concatenate([shard.samples for shard in rows])
+    maps = [shard.maps for shard in rows if shard.maps is not None]
     return ScoreTable(
         urls=urls,
         maps=torch.from_numpy(np.concatenate(maps)) if spec else None,
-        labels=torch.from_numpy(np.concatenate([table.label for table in tables])),
-        first_row=np.concatenate([[0], np.cumsum(counts)]).tolist(),
+        labels=torch.from_numpy(samples[:, 2].copy()),
+        first_row=[0, *itertools.accumulate(counts)],
         shard_ids=ids,
-        _tables=tables,
+        _places=samples[:, :2],
+        _cache=cache,
     )
 
 

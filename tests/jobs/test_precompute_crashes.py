@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.cluster_utils import Cluster
 from samples import photo_members, tar_bytes
 
 from jobs.precompute_freq import PrecomputeFreq, main
@@ -175,3 +176,28 @@ def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=r"could not write [\s\S]*Read-only"):
         precompute_shard(str(shards / "train-00.tar"), cache, spec)
+
+
+@pytest.mark.slow
+def test_a_node_lost_in_mid_job_costs_only_time(shards, tmp_path, spec):
+    """Two Ray nodes on this machine; the one without the driver is killed while it works."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        lost = cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        job = subprocess.Popen(
+            _command(shards, tmp_path / "cache"), cwd=ROOT, stdout=subprocess.DEVNULL,
+            env={**os.environ, "RAY_ADDRESS": cluster.address},
+        )  # fmt: skip
+        while len(list((tmp_path / "cache" / "shards").glob("*/zarr.json"))) < 3:
+            assert job.poll() is None
+            time.sleep(0.05)
+        cluster.remove_node(lost, allow_graceful=False)
+        assert job.wait(180) == 0
+    finally:
+        cluster.shutdown()
+    assert len(load_table([str(shards)], ScoreCache(str(tmp_path / "cache")), spec)) == 480
+    clean = ScoreCache(str(tmp_path / "clean"), create=True)
+    for path in sorted(shards.glob("*.tar")):
+        precompute_shard(str(path), clean, spec)
+    assert _entries(tmp_path / "cache") == _entries(clean.url)

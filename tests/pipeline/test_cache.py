@@ -125,9 +125,27 @@ def test_many_publishers_at_once_lose_nothing(cache):
         ScoreCache(cache.url).publish({f"/data/{n}.tar": _record(n)})
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(publish, range(40)))
-    assert cache.manifest("/data") == {f"{n}.tar": _record(n) for n in range(40)}
-    assert len(list(Path(cache.url).rglob("*.json"))) <= 4  # old versions are cleared away
+        list(pool.map(publish, range(200)))
+    assert cache.manifest("/data") == {f"{n}.tar": _record(n) for n in range(200)}
+    assert len(list(Path(cache.url).rglob("*.json"))) <= 5  # old versions are cleared away
+
+
+def test_a_publisher_that_slept_through_many_versions_still_gets_its_records_in(cache, monkeypatch):
+    """Its number is free again, since the version that took it was cleared away meanwhile."""
+    cache.publish({"/data/0.tar": _record(0)})
+    put, slept = cache._put, []
+
+    def slow_put(*args, **options):
+        if not slept:
+            slept.append(True)
+            for n in range(1, 9):
+                ScoreCache(cache.url).publish({f"/data/{n}.tar": _record(n)})
+        return put(*args, **options)
+
+    monkeypatch.setattr(cache, "_put", slow_put)
+    cache.publish({"/data/late.tar": _record(99)})
+    expected = {f"{n}.tar": _record(n) for n in range(9)} | {"late.tar": _record(99)}
+    assert cache.manifest("/data") == expected
 
 
 def test_a_missing_cache_is_named_with_the_remedy(tmp_path):
