@@ -4,6 +4,7 @@
     python -m jobs.benchmark loader --shards 'shards/train-*.tar'
     python -m jobs.benchmark step --model vit_base
     python -m jobs.benchmark quality --photos human-seg/images --masks human-seg/masks
+    python -m jobs.benchmark scale --shards 20000
 
 Prints JSON lines: the figure, the bound from the same run, and their ratio. Rivals are measured in
 turn, round after round, and compared by their medians: a machine's mood hits them alike. Without
@@ -16,6 +17,7 @@ import io
 import itertools
 import json
 import math
+import resource
 import statistics
 import sys
 import tempfile
@@ -42,9 +44,10 @@ from famt.frequency import PIXEL_KINDS, pixel_frequency
 from famt.mae import MODELS, MaskedAutoencoder
 from famt.patches import normalise
 from famt.sampling import PatchSplit, sample_patches
+from jobs import precompute_freq
 from jobs.precompute_freq import score_shards
 from pipeline import storage
-from pipeline.cache import ScoreCache, ShardRecord
+from pipeline.cache import ScoreCache, ShardRecord, ShardTable
 from pipeline.join import JoinConfig, join_weights, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.precompute import ShardReport, decode, precompute_shard, score_shard
@@ -262,11 +265,78 @@ class Quality:
             }
 
 
+@dataclass(frozen=True)
+class Scale:
+    """What many shards cost at start: time and memory to resolve and load a large made-up cache."""
+
+    shards: int = 20_000
+    """shards of the made-up data set, each its own entry"""
+    images_per_shard: int = 20
+    """rows of each entry; the time goes by shards, the memory by images"""
+
+    def run(self) -> Iterator[Report]:
+        spec = ScoreSpec()
+        with tempfile.TemporaryDirectory(prefix="famt-scale-") as folder:
+            cache = ScoreCache(f"{folder}/cache", create=True)
+            maps = np.ones((self.images_per_shard, spec.grid, spec.grid), np.float16)
+            table = ShardTable(
+                key=[f"image-{n:08d}" for n in range(self.images_per_shard)],
+                offset=np.arange(self.images_per_shard) * 110_000,
+                size=np.full(self.images_per_shard, 109_000),
+                label=np.arange(self.images_per_shard),
+                rejected=[],
+                bytes=self.images_per_shard * 110_000,
+                damage=None,
+            )
+            Path(folder, "shards").mkdir()
+            records, seconds = {}, {}
+            started = time.perf_counter()
+            for number in tqdm(range(self.shards), desc="entries", unit="shard"):
+                path = Path(folder, "shards", f"train-{number:06d}.tar")
+                path.touch()
+                shard_id = f"{number:032x}"
+                cache.write(shard_id, table, spec, maps)
+                records[str(path)] = ShardRecord(storage.version(str(path)), shard_id)
+            seconds["write"] = time.perf_counter() - started
+            cache.publish(records)
+            before = _resident_bytes()
+            started = time.perf_counter()
+            loaded = load_table([f"{folder}/shards"], cache, spec)
+            seconds["load"] = time.perf_counter() - started
+            memory = _resident_bytes() - before
+            started = time.perf_counter()
+            with loaded.write_indices():
+                seconds["index"] = time.perf_counter() - started
+            started = time.perf_counter()
+            done = precompute_freq.main(
+                precompute_freq.PrecomputeFreq([f"{folder}/shards"], cache.url)
+            )
+            seconds["second_precompute"] = time.perf_counter() - started
+            entries = list(cache.entries())
+            images = self.shards * self.images_per_shard
+            assert loaded.maps is not None
+            yield {
+                **_line(
+                    "scale",
+                    f"MB of memory that the table of {images} images takes",
+                    memory / 1e6,
+                    "MB of its score maps alone",
+                    loaded.maps.nbytes / 1e6,
+                ),
+                "shards": self.shards,
+                "seconds": {name: round(each, 2) for name, each in seconds.items()},
+                "second_precompute_exit_code": done,
+                "objects": sum(entry.objects for entry in entries),
+                "stored_bytes_per_shard": round(sum(e.bytes for e in entries) / self.shards),
+            }
+
+
 Benchmark = (
     Annotated[Precompute, tyro.conf.subcommand("precompute")]
     | Annotated[Loader, tyro.conf.subcommand("loader")]
     | Annotated[Step, tyro.conf.subcommand("step")]
     | Annotated[Quality, tyro.conf.subcommand("quality")]
+    | Annotated[Scale, tyro.conf.subcommand("scale")]
 )
 
 
@@ -396,6 +466,12 @@ def _crop_graph(paths: list[str], index_paths: list[str], config: LoaderConfig) 
         std=[58.395, 57.12, 57.375],
         dtype=types.FLOAT,
     )
+
+
+def _resident_bytes() -> int:
+    """Memory that this process holds now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 @contextmanager
