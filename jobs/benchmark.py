@@ -19,7 +19,6 @@ import json
 import math
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +54,7 @@ from pipeline.scores import ScoreSpec
 from pipeline.shards import content_id, list_shard
 from pipeline.table import load_table
 from pipeline.writer import Encoding, Item, write_shards
+from train.program import run_program
 
 Report = dict[str, object]
 
@@ -521,5 +521,4 @@ def _auc(maps: torch.Tensor, truths: list[torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Benchmark, description=__doc__))  # type: ignore[arg-type]
-    sys.exit(0)
+    run_program(main, tyro.cli(Benchmark, description=__doc__))  # type: ignore[arg-type]

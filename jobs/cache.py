@@ -12,7 +12,6 @@ Exit code: 0 all is well; 1 `verify` found an entry that its tar contradicts.
 from __future__ import annotations
 
 import random
-import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from pipeline.scores import ScoreSpec
 from pipeline.shards import content_id
 from pipeline.table import load_table
 from train.figures import draw
+from train.program import run_program
 
 
 @dataclass(frozen=True)
@@ -210,4 +210,4 @@ def _size(count: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Command, description=__doc__)))  # type: ignore[arg-type]
+    run_program(main, tyro.cli(Command, description=__doc__))  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ Ends with the accuracy of a linear probe on the trained encoder and on the same 
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from pipeline.table import load_table
 from pipeline.writer import DIGITS
 from train import figures, linear_probe, pretrain
 from train.pretrain import OptimiserConfig, Pretrain
+from train.program import run_program
 
 _MODEL = "vit_nano_32"
 
@@ -111,5 +111,4 @@ def _stage(name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Demo, description=__doc__))
-    sys.exit(0)
+    run_program(main, tyro.cli(Demo, description=__doc__))

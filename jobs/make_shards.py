@@ -18,6 +18,7 @@ import tyro
 from tqdm import tqdm
 
 from pipeline.writer import Encoding, describe_dataset, open_source, write_shards
+from train.program import run_program
 
 
 @dataclass(frozen=True)
@@ -74,4 +75,4 @@ def main(args: MakeShards) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(MakeShards, description=__doc__)))
+    run_program(main, tyro.cli(MakeShards, description=__doc__))

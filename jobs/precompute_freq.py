@@ -33,6 +33,7 @@ from pipeline import storage
 from pipeline.cache import ScoreCache, ShardRecord
 from pipeline.precompute import ShardReport, precompute_shard
 from pipeline.scores import ScoreSpec
+from train.program import run_program
 
 _PUBLISH_EVERY = 10.0  # seconds; a driver that is killed loses at most this much of the manifest
 
@@ -208,4 +209,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(PrecomputeFreq, description=__doc__)))
+    run_program(main, tyro.cli(PrecomputeFreq, description=__doc__))

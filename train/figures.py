@@ -9,7 +9,6 @@ patches dark, thrown ones struck out) and the reconstruction.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,6 +37,7 @@ from pipeline.loader import CropLoader, LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
 from pipeline.table import load_table
 from train.checkpoint import load_model
+from train.program import run_program
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -101,7 +101,8 @@ def main(config: Figures) -> Path:
         "split": unpatchify(_show_split(patches, batch.split), patch_size).numpy(),
         "reconstruction": unpatchify(_reconstruct(model, patches, batch), patch_size).numpy(),
     }
-    return draw(columns, config.out)
+    print(draw(columns, config.out))
+    return config.out
 
 
 def draw(columns: dict[str, NDArray], out: Path) -> Path:
@@ -156,5 +157,4 @@ def _reconstruct(model: MaskedAutoencoder, patches: Tensor, batch: PatchBatch) -
 
 
 if __name__ == "__main__":
-    print(main(tyro.cli(Figures, description=__doc__)))
-    sys.exit(0)
+    run_program(main, tyro.cli(Figures, description=__doc__))

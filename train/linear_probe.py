@@ -10,7 +10,6 @@ stored features. Prints one JSON line with the top-1 accuracy on both sets.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +26,7 @@ from pipeline.loader import LoaderConfig
 from train.checkpoint import load_model
 from train.distributed import ranks
 from train.features import Pool, labelled_features
+from train.program import run_program
 
 
 @dataclass(frozen=True)
@@ -145,5 +145,4 @@ def _accuracy(classifier: nn.Module, features: Tensor, labels: Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(LinearProbe, description=__doc__))
-    sys.exit(0)
+    run_program(main, tyro.cli(LinearProbe, description=__doc__))

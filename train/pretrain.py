@@ -40,6 +40,7 @@ from pipeline.table import ScoreTable, load_table
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.distributed import Ranks, ranks
+from train.program import run_program
 
 Recipe = Literal["famt", "mae"]
 RECIPES: dict[str, JoinConfig] = {
@@ -371,4 +372,4 @@ def parse(arguments: list[str]) -> Pretrain:
 
 
 if __name__ == "__main__":
-    main(parse(sys.argv[1:]))
+    run_program(main, parse(sys.argv[1:]))

@@ -1,0 +1,25 @@
+"""How every program of this project ends: its exit code, and errors that a user can act on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+from pipeline.cache import CacheError
+
+Config = TypeVar("Config")
+
+# What wrong input raises: its message says what is wrong and what to do. Anything else is a defect
+# of the program, and shows where.
+_USERS = (CacheError, FloatingPointError, OSError, ValueError)
+
+
+def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
+    """Run `main(config)` and exit with the code that it returns (0 if none), or 2 on an error."""
+    try:
+        result = main(config)
+    except _USERS as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(result if type(result) is int else 0)
