@@ -78,7 +78,7 @@ def pixel_frequency(
     if not 0 <= low < high:
         raise ValueError(f"band must be 0 <= low < high, got ({low}, {high})")
     if kind == "border_geodesic":
-        colour = rgb_to_lab(_cells(_gaussian_band(images, low, high), grid).clamp(0, 1))
+        colour = rgb_to_lab(_finite(_band_cells(images, low, high, grid)).clamp(0, 1))
         return _unit_mean(_distance_from_border(colour), flat_below=1e-2)  # in CIE Lab units
     wave = _gaussian_band(_luminance(images), low, high)
     energy = (wave - wave.mean(dim=(-2, -1), keepdim=True)).abs()
@@ -198,13 +198,41 @@ def _distance_from_border(colour: Tensor) -> Tensor:
             return distance.permute(2, 0, 1)
 
 
+def _band_cells(images: Tensor, low: float, high: float, grid: int) -> Tensor:
+    """Cell means `[B, C, grid, grid]` of `_gaussian_band`, without filtering every pixel.
+
+    A Gaussian low-pass and the mean over a cell are linear and separable: one matrix a side.
+    """
+    height, width = images.shape[-2:]
+
+    def lowpass(edge: float) -> Tensor:
+        rows = _lowpass_means(height, edge, grid, images.device)
+        columns = rows if width == height else _lowpass_means(width, edge, grid, images.device)
+        return rows @ images @ columns.T
+
+    return lowpass(high) - lowpass(low) if low > 0 else lowpass(high)
+
+
+def _lowpass_means(length: int, edge: float, cells: int, device: torch.device) -> Tensor:
+    """`[cells, length]`: each cell's mean of a line of pixels under a Gaussian low-pass."""
+    frequency = torch.fft.rfftfreq(length, d=1 / length, device=device)
+    gain = torch.exp(-(frequency**2) / (2 * edge**2))
+    identity = torch.eye(length, device=device)
+    filtered = torch.fft.irfft(torch.fft.rfft(identity) * gain, n=length)
+    return F.adaptive_avg_pool1d(filtered, cells).T
+
+
 def _cells(planes: Tensor, grid: int) -> Tensor:
-    """Mean over each cell: `[B, C, H, W]` -> `[B, C, grid, grid]`.
+    """Mean over each cell: `[B, C, H, W]` -> `[B, C, grid, grid]`."""
+    return _finite(F.adaptive_avg_pool2d(planes, grid))
+
+
+def _finite(cells: Tensor) -> Tensor:
+    """`cells` themselves.
 
     Raises:
         ValueError: NaN or infinite pixels, which a filter has spread over the image.
     """
-    cells = F.adaptive_avg_pool2d(planes, grid)
     if not torch.isfinite(cells).all():
         raise ValueError("images hold NaN or infinite pixels")
     return cells

@@ -245,7 +245,7 @@ class Quality:
             if truth.any() and not truth.all():
                 size = (spec.size, spec.size)
                 with Image.open(photo) as image:
-                    squashed = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+                    squashed = image.convert("RGB").resize(size, Image.Resampling.BOX)
                 images.append(torch.from_numpy(np.array(squashed)))
                 truths.append(truth)
         pixels = torch.stack(images).permute(0, 3, 1, 2) / 255
@@ -374,7 +374,7 @@ def _agreement(jpegs: list[bytes], spec: ScoreSpec) -> Report:
     full = []
     for jpeg in jpegs:
         with Image.open(io.BytesIO(jpeg)) as image:
-            whole = image.convert("RGB").resize((spec.size,) * 2, Image.Resampling.BILINEAR)
+            whole = image.convert("RGB").resize((spec.size,) * 2, Image.Resampling.BOX)
             full.append(torch.from_numpy(np.array(whole)))
     scaled = [torch.from_numpy(decode(jpeg, spec.size)) for jpeg in jpegs]
     a, b = (spec.score(torch.stack(each)).flatten(1) for each in (scaled, full))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from famt.frequency import (
     DEFAULT_KIND,
     PIXEL_KINDS,
+    _band_cells,
     _distance_from_border,
     _gaussian_band,
     pixel_frequency,
@@ -100,6 +101,14 @@ def test_the_default_finds_an_object_anywhere_even_at_the_border():
         inside = torch.zeros(14, 14, dtype=torch.bool)
         inside[top // 4 : top // 4 + 4, left // 4 : left // 4 + 4] = True
         assert scores[inside].mean() > 3 * scores[~inside].mean()
+
+
+@pytest.mark.parametrize("band", [(0.0, 8.0), (2.0, 5.0), (3.0, math.inf)])
+@pytest.mark.parametrize("size", [(56, 56), (40, 66)])
+def test_cell_means_of_a_band_equal_the_means_of_the_filtered_image(band, size):
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    expected = torch.nn.functional.adaptive_avg_pool2d(_gaussian_band(images, *band), 14)
+    torch.testing.assert_close(_band_cells(images, *band, 14), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_spectral_residual_equals_the_paper_in_numpy():
