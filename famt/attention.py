@@ -48,8 +48,9 @@ def cls_attention(attn: Tensor) -> Tensor:
     row = _checked(attn)[:, :, 0, 1:]
     low, high = row.amin(-1, keepdim=True), row.amax(-1, keepdim=True)
     span = high - low
-    scaled = (row - low) / span.masked_fill(span == 0, 1.0)
-    return torch.where(span == 0, torch.ones_like(row), scaled).mean(1)
+    flat = span <= 1e-6 * high  # the same up to rounding
+    scaled = (row - low) / span.masked_fill(flat, 1.0)
+    return torch.where(flat, torch.ones_like(row), scaled).mean(1)
 
 
 @torch.no_grad()

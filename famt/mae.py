@@ -128,7 +128,7 @@ class MaskedAutoencoder(nn.Module):
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
         tokens = F.linear(patches, weight, projection.bias) + position[0, 1 + index]
         cls = (encoder.cls_token + position[:, :1]).expand(len(tokens), -1, -1)
-        return encoder.norm(encoder.blocks(torch.cat([cls.to(tokens.dtype), tokens], dim=1)))
+        return encoder.norm(encoder.blocks(torch.cat([cls, tokens], dim=1)))
 
     def decode(self, latent: Tensor, split: PatchSplit) -> Tensor:
         """Tokens `[B, 1+V, width]` -> predicted pixels of the masked patches `[B, M, P*P*3]`."""
@@ -138,7 +138,7 @@ class MaskedAutoencoder(nn.Module):
             [position[:, :1].expand(len(seen), -1, -1), position[0, 1 + split.visible]], dim=1
         )
         hidden = self.mask_token + position[0, 1 + split.masked]
-        tokens = torch.cat([seen + seen_at, hidden.to(seen.dtype)], dim=1)
+        tokens = torch.cat([seen + seen_at, hidden], dim=1)
         tokens = self.decoder_blocks(tokens)[:, seen.shape[1] :]
         return self.decoder_pred(self.decoder_norm(tokens))
 

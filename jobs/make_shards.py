@@ -6,6 +6,8 @@
 
 Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With
 `--holdout` a share of the images goes to a second split, `val`.
+
+Exit code: 0 done; 1 some images could not be read and were skipped, each named.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from pipeline.writer import Encoding, describe_dataset, open_source, write_shards
+from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
 from train.program import run_program
 
 
@@ -47,6 +49,8 @@ class MakeShards:
 def main(args: MakeShards) -> int:
     """Write the shards; returns 1 if any image had to be skipped."""
     classes, items = open_source(args.source, args.split, args.download_to)
+    if args.holdout and args.split == "val":
+        raise ValueError('--holdout makes a split "val" of its own; give this one another --split')
     if not 0 <= args.holdout < 1:
         raise ValueError(f"--holdout {args.holdout} must be at least 0 and below 1")
     order = np.random.default_rng(args.seed).permutation(len(items))
@@ -54,6 +58,7 @@ def main(args: MakeShards) -> int:
     parts = {args.split: [item for n, item in enumerate(items) if n not in held_out]}
     if held_out:
         parts["val"] = [items[n] for n in sorted(held_out)]
+    check_dataset(args.out, classes)
     skipped = 0
     for split, part in parts.items():
         with tqdm(total=len(part), desc=f"{split} shards", unit=" images") as bar:

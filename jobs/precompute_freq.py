@@ -30,11 +30,13 @@ import tyro
 from tqdm import tqdm
 
 from pipeline import storage
-from pipeline.cache import ScoreCache, ShardRecord
+from pipeline.cache import CacheError, ScoreCache, ShardRecord
 from pipeline.precompute import ShardReport, precompute_shard
 from pipeline.scores import ScoreSpec
 from train.program import run_program
 
+# What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
+_PASSING = (OSError, obstore.exceptions.BaseError, CacheError, ray.exceptions.RayError)
 _PUBLISH_EVERY = 10.0  # seconds; a driver that is killed loses at most this much of the manifest
 
 _SHOWN = 10  # quarantined samples named on the terminal
@@ -51,7 +53,7 @@ class PrecomputeFreq:
     spec: ScoreSpec = field(default_factory=ScoreSpec)
     watch: str | None = None
     """run for ever: look again after this time (30s, 10m, 2h) for shards that are new or changed;
-    a training run takes them up when it starts or resumes"""
+    a training run that starts after that takes them up"""
     workers: int | None = None
     """tasks at a time; all CPUs of the cluster if left out"""
     max_bad: float = 0.01
@@ -74,7 +76,7 @@ def main(args: PrecomputeFreq) -> int:
     while True:
         try:
             _run_once(args)
-        except OSError as error:  # no shards yet, or a store that is out of reach for a while
+        except _PASSING as error:
             print(f"{type(error).__name__}: {error}; trying again", file=sys.stderr)
         time.sleep(pause)
 

@@ -173,10 +173,11 @@ class ScoreCache:
     def write(
         self, shard_id: str, table: ShardTable, spec: ScoreSpec, maps: NDArray[np.float16]
     ) -> None:
-        """Put a shard's entry. Parts that another writer put first stay as they are.
+        """Put a shard's entry, or only the maps if its table is there already.
 
         Raises:
-            ValueError: maps that do not fit the table and spec, or are not finite.
+            ValueError: maps that do not fit the table and spec, or are not finite; a table that
+                differs from the stored one, which other maps go by.
             OSError: the store refused, a full disk say; nothing half-written is readable.
         """
         shape = (len(table.label), spec.grid, spec.grid)
@@ -184,6 +185,11 @@ class ScoreCache:
             raise ValueError(
                 f"shard {shard_id}: maps of {spec.id} must be finite float16 {list(shape)}, "
                 f"got {maps.dtype} {list(maps.shape)}"
+            )
+        stored = self.read_table(shard_id) if self.has_entry(shard_id, None) else None
+        if stored is not None and stored.key != table.key:
+            raise ValueError(
+                f"shard {shard_id}: maps of {spec.id} are for other samples than {self.url} keeps"
             )
         objects: dict[str, zarr.core.buffer.Buffer] = {}
         group = zarr.create_group(
@@ -205,7 +211,8 @@ class ScoreCache:
         # Data first, then each array's metadata, then the group's, which completes the entry.
         order = sorted(objects, key=lambda name: (name.endswith("zarr.json"), -name.count("/")))
         for name in order:
-            self._put(f"shards/{shard_id}/{name}", objects[name].to_bytes())
+            if stored is None or name.startswith(f"{spec.id}/"):
+                self._put(f"shards/{shard_id}/{name}", objects[name].to_bytes())
 
     def read_table(self, shard_id: str) -> ShardTable:
         """The table of a shard.
@@ -280,7 +287,19 @@ class ScoreCache:
                             f"shard {shard_id} in {self.url} has no maps of {name}"
                         ) from None
                     arrays.append(np.asarray(await array.getitem(...)))
-                return ShardRows(arrays[0], arrays[1] if spec else None)
+                rows = ShardRows(arrays[0], arrays[1] if spec else None)
+                # zarr reads a chunk that is gone as zeros, and no size or map is all zeros.
+                if (rows.samples[:, 1] <= 0).any() or (
+                    rows.maps is not None
+                    and (
+                        len(rows.maps) != len(rows.samples) or not rows.maps.any(axis=(1, 2)).all()
+                    )
+                ):
+                    raise CacheError(
+                        f"shard {shard_id} in {self.url} is damaged: an object of it is gone. "
+                        f"Remove {self.url}/shards/{shard_id} and run jobs/precompute_freq.py again"
+                    )
+                return rows
 
         async def read_all() -> list[ShardRows]:
             turn = asyncio.Semaphore(_CONCURRENT_READS)

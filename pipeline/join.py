@@ -25,7 +25,7 @@ class JoinConfig:
     frequency_exponent: float = 0.25
     """power of the cached frequency score in the weight; 0 ignores it"""
     attention_exponent: float = 1.0
-    """power of the attention score in the weight; 0 ignores it"""
+    """power of the attention score in the weight, where there is one; 0 ignores it"""
 
 
 @dataclass(frozen=True)

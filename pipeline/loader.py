@@ -67,8 +67,10 @@ class LoaderConfig:
     """how crops are resized, with antialiasing"""
     shuffle_buffer: int = 4096
     """encoded samples held to draw from at random; 0 reads in shard order"""
-    threads: int = len(os.sched_getaffinity(0))
-    """CPU threads that decode"""
+    threads: int = max(
+        1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    )
+    """CPU threads that decode; a rank's share of the machine's cores if left out"""
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,8 @@ class CropLoader:
 
     Each rank reads its share of the samples; shares move on by one rank every epoch, so a rank
     meets all the data. With `drop_last` every rank yields the same number of full batches an epoch
-    and what is left over is skipped (`remainder` of them, others each epoch); without it every
-    sample of the rank's share is yielded exactly once, the last batch being smaller.
+    and what is left over is skipped (`remainder` of them, others each epoch if shuffled); without
+    it every sample of the rank's share is yielded exactly once, the last batch being smaller.
 
     Args:
         table: which samples; its index is written to a temporary folder.
@@ -103,7 +105,7 @@ class CropLoader:
         drop_last: see above; training wants it, evaluation must not.
         rank, world_size: this process among those that share the epoch.
         device: where crops end up; "cuda" decodes there.
-        seed: of shuffle, crops and flips; the same on all ranks.
+        seed: of shuffle, crops and flips; the same on all ranks, who draw from it differently.
         state: of an earlier loader (`state()`); goes on with the very next batch.
 
     Raises:
@@ -162,7 +164,7 @@ class CropLoader:
             batch_size=config.batch_size,
             num_threads=config.threads,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-            seed=seed + 1,  # DALI takes a seed of -1 for none; 0 and up are all valid here
+            seed=1 + seed * world_size + rank,  # ranks must not draw the same crops
             enable_checkpointing=True,
             checkpoint=checkpoint,
             prefetch_queue_depth=2,

@@ -70,7 +70,9 @@ def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardRepor
     shard_id = content_id(data)
     decoded = 0
     if not cache.has_entry(shard_id, spec):
-        scored = score_shard(data, spec, url)
+        # A table that is there decides which samples there are: its other maps go by it.
+        known = cache.read_table(shard_id) if cache.has_entry(shard_id, None) else None
+        scored = score_shard(data, spec, url, known)
         cache.write(shard_id, scored.table, spec, scored.maps)
         decoded = len(scored.maps)
     table = cache.read_table(shard_id)
@@ -79,51 +81,72 @@ def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardRepor
     )
 
 
-def score_shard(data: bytes, spec: ScoreSpec, name: str = "tar") -> ShardScores:
+def score_shard(
+    data: bytes, spec: ScoreSpec, name: str = "tar", table: ShardTable | None = None
+) -> ShardScores:
     """Decode and score every image of a tar in memory.
 
     Args:
         data: the bytes of the tar.
         spec: which score.
         name: what to call the tar in an error.
+        table: score just these samples, which an earlier call on the same bytes kept.
 
     Raises:
-        ValueError: `data` is not a tar, or holds no image at all.
+        ValueError: `data` is not a tar, holds no image at all, or a sample of `table` does not
+            decode any more.
     """
-    listing = list_shard(data)
-    if not listing.samples and not listing.rejected:
-        raise ValueError(f"{name}: no image in it ({listing.damage or 'the tar itself is whole'})")
+    samples, rejected, damage = _samples(data, name, table)
     view = memoryview(data)
     kept: list[Sample] = []
-    rejected: list[Rejected] = list(listing.rejected)
     maps: list[torch.Tensor] = []
     batch: list[NDArray[np.uint8]] = []
+
+    def score_batch() -> None:
+        maps.append(spec.score(torch.from_numpy(np.stack(batch))))
+        batch.clear()
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
-        for sample in listing.samples:
+        for sample in samples:
             try:
-                image = decode(view[sample.offset : sample.offset + sample.size], spec.size)
+                batch.append(decode(view[sample.offset : sample.offset + sample.size], spec.size))
             except BadImage as error:
+                if table is not None:
+                    raise ValueError(
+                        f"{name}: {sample.key} was kept before and does not decode now ({error}); "
+                        "score with the Pillow that scored it first, or into another cache"
+                    ) from error
                 rejected.append(Rejected(sample.key, str(error)))
                 continue
             kept.append(sample)
-            batch.append(image)
             if len(batch) == _BATCH:
-                maps.append(spec.score(torch.from_numpy(np.stack(batch))))
-                batch.clear()
+                score_batch()
     if batch:
-        maps.append(spec.score(torch.from_numpy(np.stack(batch))))
+        score_batch()
     stacked = torch.cat(maps) if maps else torch.empty(0, spec.grid, spec.grid)
-    table = ShardTable(
+    new = ShardTable(
         key=[sample.key for sample in kept],
         offset=np.array([sample.offset for sample in kept], np.int64),
         size=np.array([sample.size for sample in kept], np.int64),
         label=np.array([sample.label for sample in kept], np.int64),
         rejected=sorted(rejected, key=lambda bad: bad.key),
         bytes=len(data),
-        damage=listing.damage,
+        damage=damage,
     )
-    return ShardScores(table, stacked.to(torch.float16).numpy())
+    return ShardScores(table or new, stacked.to(torch.float16).numpy())
+
+
+def _samples(
+    data: bytes, name: str, table: ShardTable | None
+) -> tuple[list[Sample], list[Rejected], str | None]:
+    if table is not None:
+        rows = zip(table.key, table.offset, table.size, table.label, strict=True)
+        return [Sample(k, int(o), int(s), int(c)) for k, o, s, c in rows], [], table.damage
+    listing = list_shard(data)
+    if not listing.samples and not listing.rejected:
+        raise ValueError(f"{name}: no image in it ({listing.damage or 'the tar itself is whole'})")
+    return listing.samples, list(listing.rejected), listing.damage
 
 
 def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
@@ -140,7 +163,12 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
                 raise BadImage(f"{image.width} x {image.height} px is absurdly large")
             if image.format == "WEBP" and bytes(data[12:16]) == b"VP8X":
                 raise BadImage("extended WebP (alpha, animation or metadata) is not supported")
+            if image.mode.startswith(("I", "F")):
+                raise BadImage(f"{image.mode} pixels of more than 8 bits are not supported")
             image.draft("RGB", (size, size))
+            # Pillow would also turn an image by its XMP; DALI and torchvision go by EXIF alone.
+            for xmp in ("xmp", "XML:com.adobe.xmp"):
+                image.info.pop(xmp, None)
             ImageOps.exif_transpose(image, in_place=True)
             upright = image if image.mode == "RGB" else image.convert("RGB")
             small = upright.resize((size, size), Image.Resampling.BOX)

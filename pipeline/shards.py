@@ -60,7 +60,8 @@ def list_shard(data: bytes) -> ShardListing:
 
     A sample is a member named `<key>.<jpg|jpeg|png|webp>`, whatever the case; its class is the
     integer text of `<key>.cls`, or of the `.cls` under the name up to its first dot, as webdataset
-    groups files. Keys may hold dots, spaces and folders. Other members are ignored.
+    groups files. Keys may hold dots, spaces and folders; but beside `<key>.jpg`, an image such as
+    `<key>.mask.png` is another component of that sample and rejected. Other members are ignored.
     """
     members, damage = _members(data)
     labels = {
@@ -72,14 +73,22 @@ def list_shard(data: bytes) -> ShardListing:
     rejected: list[Rejected] = []
     seen: set[str] = set()
     labelled: set[str] = set()
-    for member in members:
-        if _extension(member.name) not in IMAGE_EXTENSIONS or member.isdir():
-            continue
+    images = [
+        member
+        for member in members
+        if _extension(member.name) in IMAGE_EXTENSIONS
+        and not member.isdir()
+        and not PurePosixPath(member.name).name.startswith("._")  # macOS's shadow of a file
+    ]
+    stems = {member.name.rpartition(".")[0] for member in images}
+    for member in images:
         key = member.name.rpartition(".")[0]
         label_key = key if key in labels else _webdataset_key(member.name)
         labelled.add(label_key)
         try:
             _check_member(member, key, seen, len(data))
+            if key != _webdataset_key(member.name) and _webdataset_key(member.name) in stems:
+                raise ValueError("another component of a sample that has an image already")
             label = _read_label(data, labels.get(label_key))
         except ValueError as error:
             rejected.append(Rejected(member.name, str(error)))

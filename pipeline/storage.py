@@ -6,6 +6,7 @@ Object stores take their settings from the environment, as obstore and DALI both
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ def normalise_url(url: str) -> str:
     """The one name of a file or folder: a URL as it is, a local path made absolute."""
     if is_remote(url):
         return url.rstrip("/")
-    return str(Path(url.removeprefix("file://")).expanduser().resolve())
+    return os.path.abspath(os.path.expanduser(url.removeprefix("file://")))
 
 
 def split_url(url: str) -> tuple[str, str]:
@@ -62,7 +63,7 @@ def open_store(url: str, *, create: bool = False) -> ObjectStore:
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """Shard URLs named by paths, brace patterns, local wildcards or folders of tars, in order.
+    """Shard URLs named by paths, brace patterns, wildcards or folders of tars, in order.
 
     Args:
         patterns: such as `data/train-*.tar`, `s3://bucket/train-{000000..001023}.tar` or `data/`.
@@ -86,11 +87,14 @@ def expand(patterns: list[str]) -> list[str]:
 
 def _matches(pattern: str) -> list[str]:
     if is_remote(pattern):
-        if pattern.endswith(".tar"):
-            return [normalise_url(pattern)]
-        listing = obstore.list_with_delimiter(open_store(pattern))
+        folder, name = split_url(pattern.rstrip("/"))
+        if not name.endswith(".tar"):
+            folder, name = normalise_url(pattern), "*.tar"
+        if "*" not in name:
+            return [pattern]
+        listing = obstore.list_with_delimiter(open_store(folder))
         names = sorted(meta["path"] for meta in listing["objects"])
-        return [f"{normalise_url(pattern)}/{name}" for name in names if name.endswith(".tar")]
+        return [f"{folder}/{found}" for found in names if fnmatch.fnmatchcase(found, name)]
     path = pattern.removeprefix("file://")
     if os.path.isdir(path):
         path = os.path.join(glob.escape(path), "*.tar")

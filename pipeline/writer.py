@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import obstore
@@ -147,6 +148,22 @@ def write_shards(
     return Written(shards, len(items) - len(skipped), skipped)
 
 
+def check_dataset(out: str, classes: list[str]) -> dict[str, Any]:
+    """The content of `<out>/dataset.json`, or what a new one starts with.
+
+    Raises:
+        ValueError: the file is there and speaks of other classes.
+    """
+    try:
+        store = storage.open_store(out)
+        described: dict[str, Any] = json.loads(bytes(obstore.get(store, "dataset.json").bytes()))
+    except FileNotFoundError:
+        return {"classes": classes, "splits": {}}
+    if described["classes"] != classes:
+        raise ValueError(f"{out}/dataset.json has other classes; give each data set its own folder")
+    return described
+
+
 def describe_dataset(
     out: str, classes: list[str], split: str, written: Written, seed: int, source: str
 ) -> None:
@@ -155,13 +172,7 @@ def describe_dataset(
     Raises:
         ValueError: the file is there and speaks of other classes.
     """
-    store = storage.open_store(out)
-    try:
-        described = json.loads(bytes(obstore.get(store, "dataset.json").bytes()))
-    except FileNotFoundError:
-        described = {"classes": classes, "splits": {}}
-    if described["classes"] != classes:
-        raise ValueError(f"{out}/dataset.json has other classes; give each data set its own folder")
+    described = check_dataset(out, classes)
     described["splits"][split] = {
         "samples": written.samples,
         "shards": written.shards,
@@ -169,7 +180,8 @@ def describe_dataset(
         "seed": seed,
         "source": source,
     }
-    obstore.put(store, "dataset.json", json.dumps(described, indent=1).encode())
+    text = json.dumps(described, indent=1).encode()
+    obstore.put(storage.open_store(out), "dataset.json", text)
 
 
 def safe_key(name: str) -> str:
@@ -183,6 +195,8 @@ def _encode(source: Path | Image.Image, encoding: Encoding) -> tuple[str, bytes]
         if suffix in IMAGE_EXTENSIONS and encoding.max_side is None:
             return suffix, source.read_bytes()
         with Image.open(source) as opened:
+            if opened.mode.startswith(("I", "F")):
+                raise ValueError(f"{opened.mode} pixels of more than 8 bits are not supported")
             image = ImageOps.exif_transpose(opened).convert("RGB")
         lossless = suffix not in ("jpg", "jpeg", "webp") and encoding.max_side is None
     else:

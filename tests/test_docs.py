@@ -25,6 +25,11 @@ def test_every_file_and_module_that_a_page_names_is_there(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
+def test_no_page_has_a_gap_left_to_fill(page):
+    assert not re.findall(r"^[A-Z_]{4,}$", (ROOT / page).read_text(), re.M)
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_option_in_a_command_is_known_to_its_program(page):
     known = {
         path.stem: path.read_text() for path in [*ROOT.glob("jobs/*.py"), *ROOT.glob("train/*.py")]

@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     loaders: list[dict[str, object]]
     generators: list[Tensor]
-    config: dict[str, object]
+    config: dict[str, Any]
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -86,7 +87,7 @@ def load(path: Path) -> Checkpoint:
         path = found
     try:
         return Checkpoint(**torch.load(path, map_location="cpu", weights_only=True))
-    except (RuntimeError, TypeError, EOFError) as error:
+    except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
         raise ValueError(f"{path} is no whole checkpoint of this program: {error}") from error
 
 

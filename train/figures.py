@@ -3,15 +3,14 @@
     python -m train.figures --checkpoint runs/first --cache scores/ --shards 'shards/val-*.tar' \\
         --out picture.png
 
-A row an image: the crop, its frequency map, the encoder's attention, the weights, the split (masked
-patches dark, thrown ones struck out) and the reconstruction.
+A row an image: the crop, its frequency map, the encoder's attention, the weights as the run makes
+them, the split (masked patches dark, thrown ones struck out) and the reconstruction.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import matplotlib
 import torch
@@ -36,7 +35,7 @@ from pipeline.join import JoinConfig, PatchBatch, join_weights, split_crops
 from pipeline.loader import CropLoader, LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
 from pipeline.table import load_table
-from train.checkpoint import load_model
+from train.checkpoint import load, load_model
 from train.program import run_program
 
 matplotlib.use("agg")
@@ -57,11 +56,7 @@ class Figures:
     """PNG file to write"""
     images: int = 6
     """rows of the picture"""
-    attention: Literal["off", "live"] = "live"
-    """whether the weights take the attention in"""
-    join: JoinConfig = field(default_factory=JoinConfig)
     view: RandomView = field(default_factory=lambda: RandomView(area=(0.6, 1.0)))
-    spec: ScoreSpec = field(default_factory=ScoreSpec)
     seed: int = 0
     """of the choice of images, their crops and their splits"""
 
@@ -70,7 +65,9 @@ class Figures:
 def main(config: Figures) -> Path:
     """Draw the picture; returns where it is."""
     model = load_model(config.checkpoint)
-    table = load_table(config.shards, ScoreCache(config.cache), config.spec)
+    run = load(config.checkpoint).config
+    join, spec = JoinConfig(**run["join"]), ScoreSpec(**run["spec"])
+    table = load_table(config.shards, ScoreCache(config.cache), spec)
     loader = CropLoader(
         table,
         LoaderConfig(
@@ -87,11 +84,10 @@ def main(config: Figures) -> Path:
     assert table.maps is not None
     frequency = crop_maps(table.maps[crops.rows], crops.windows, crops.flips, grid)
     attention = attention_scores(last_attention(model.encoder, normalise_images(crops.images)))
-    weights = join_weights(
-        crops, table, grid, config.join, attention if config.attention == "live" else None
-    )
+    live = attention if run["attention"] == "live" else None
+    weights = join_weights(crops, table, grid, join, live)
     generator = torch.Generator().manual_seed(config.seed)
-    batch = split_crops(crops, table, weights, patch_size, config.join, generator)
+    batch = split_crops(crops, table, weights, patch_size, join, generator)
     patches = patchify(crops.images, patch_size)
     columns = {
         "crop": crops.images.numpy(),

@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -114,11 +114,12 @@ class Run:
 
     def __init__(self, config: Pretrain, here: Ranks) -> None:
         self.config, self.here = config, here
-        config.out.mkdir(parents=True, exist_ok=True)
+        if config.log_steps < 1 or config.epochs < 1:
+            raise ValueError("--log-steps and --epochs must be at least 1")
         found = checkpoint.latest(config.out)
-        self.resumed = checkpoint.load(found) if found else None
-        if self.resumed:
-            _refuse_another_run(self.resumed, config, here, found)
+        resumed = checkpoint.load(found) if found else None
+        if resumed:
+            _refuse_another_run(resumed, config, here, found)
 
         torch.manual_seed(config.seed)
         self.sizes = MODELS[config.model]
@@ -145,7 +146,7 @@ class Run:
             world_size=here.world_size,
             device=here.device,
             seed=config.seed,
-            state=self.resumed.loaders[here.rank] if self.resumed else None,
+            state=resumed.loaders[here.rank] if resumed else None,
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -169,11 +170,12 @@ class Run:
         )
         self.warmup_steps = warmup_steps
         self.step = 0
-        if self.resumed:
-            self.model.load_state_dict(self.resumed.model)
-            self.optimizer.load_state_dict(self.resumed.optimizer)
-            self.generator.set_state(self.resumed.generators[here.rank])
-            self.step = self.resumed.step
+        if resumed:
+            self.model.load_state_dict(resumed.model)
+            self.optimizer.load_state_dict(resumed.optimizer)
+            self.generator.set_state(resumed.generators[here.rank])
+            self.step = resumed.step
+        config.out.mkdir(parents=True, exist_ok=True)
         self.trained: nn.Module = (
             DistributedDataParallel(self.model) if here.world_size > 1 else self.model
         )
@@ -183,7 +185,7 @@ class Run:
         if self.here.is_main:
             print(self.plan(), flush=True)
         log = _Log(self) if self.here.is_main else None
-        saved = time.monotonic()
+        saved, started_at = time.monotonic(), self.step
         self.model.train()
         while self.loader.epoch < self.config.epochs:
             waiting = time.perf_counter()
@@ -202,7 +204,7 @@ class Run:
                         self.save()
                         saved = time.monotonic()
                 waiting = time.perf_counter()
-        if not self.resumed or self.step > self.resumed.step:
+        if self.step > started_at:
             self.save()
         if log:
             log.close()
@@ -242,7 +244,7 @@ class Run:
                 optimizer=self.optimizer.state_dict(),
                 loaders=loaders,
                 generators=generators,
-                config=describe(self.config),
+                config=describe(self.config, self.here),
             )
             checkpoint.save(self.config.out, state)
 
@@ -326,20 +328,20 @@ class _Log:
         self._writer.close()
 
 
-def describe(config: Pretrain) -> dict[str, object]:
-    """The configuration as plain data, as checkpoints keep it."""
-    plain: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return plain
+def describe(config: Pretrain, here: Ranks) -> dict[str, Any]:
+    """The configuration as plain data, as checkpoints keep it; `auto` says what was chosen."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return {**plain, "device": here.device.type}
 
 
 # What may differ between a run and its continuation.
-_FREE = ("out", "cache", "shards", "threads", "device", "checkpoint_minutes", "log_steps")
+_FREE = ("out", "cache", "shards", "threads", "checkpoint_minutes", "log_steps")
 
 
 def _refuse_another_run(
     resumed: Checkpoint, config: Pretrain, here: Ranks, found: Path | None
 ) -> None:
-    then, now = resumed.config, describe(config)
+    then, now = resumed.config, describe(config, here)
     changed = [name for name in now if name not in _FREE and then.get(name) != now[name]]
     if len(resumed.loaders) != here.world_size:
         raise ValueError(

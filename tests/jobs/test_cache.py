@@ -55,6 +55,13 @@ def test_verify_finds_maps_that_are_not_the_tars(scored, capsys):
     assert "train-000000.tar: border_geodesic" in capsys.readouterr().out
 
 
+def test_verify_finds_an_object_that_went_missing(scored, capsys):
+    shard_id = load_table(scored.shards[:1], scored.cache, scored.spec).shard_ids[0]
+    shutil.rmtree(Path(scored.cache.url) / "shards" / shard_id / "samples" / "c")
+    assert main(Verify(scored.cache.url)) == 1
+    assert "train-000000.tar: " in capsys.readouterr().out
+
+
 def test_verify_finds_tars_that_changed_or_went(scored, capsys):
     Path(scored.shards[0]).write_bytes(tar_bytes(photo_members(3, 70)))
     Path(scored.shards[1]).unlink()

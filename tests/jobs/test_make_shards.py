@@ -61,6 +61,20 @@ def test_a_holdout_parts_the_images(folder, tmp_path):
     assert not {s["jpg"] for s in train} & {s["jpg"] for s in val}
 
 
+def test_a_holdout_of_the_split_val_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="another --split"):
+        main(MakeShards(source=str(folder), out=str(tmp_path / "o"), split="val", holdout=0.25))
+
+
+def test_other_classes_in_one_folder_are_refused_before_anything_is_written(folder, tmp_path):
+    main(MakeShards(source=str(folder), out=str(tmp_path / "o")))
+    (folder / "class 9").mkdir()
+    (folder / "class 9" / "x.jpg").write_bytes(encode(photo(0)))
+    with pytest.raises(ValueError, match="other classes"):
+        main(MakeShards(source=str(folder), out=str(tmp_path / "o"), split="more"))
+    assert not list((tmp_path / "o").glob("more-*"))
+
+
 def test_re_encoding_shrinks_the_longer_side(folder, tmp_path):
     options = Encoding(max_side=24)
     main(MakeShards(source=str(folder), out=str(tmp_path / "o"), encoding=options))

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import shutil
@@ -63,6 +64,22 @@ def test_an_entry_is_complete_only_when_its_last_object_is_there(cache, entry, s
         cache.write(ID, entry.table, spec, entry.maps)
         assert _objects(cache) == written
         assert cache.has_entry(ID, spec)
+
+
+@pytest.mark.parametrize("name", ["samples", "maps"])
+def test_an_object_that_went_missing_is_never_read_as_zeros(cache, entry, spec, name):
+    cache.write(ID, entry.table, spec, entry.maps)
+    chunks = Path(cache.url) / "shards" / ID / (spec.id if name == "maps" else name) / "c"
+    shutil.rmtree(chunks)
+    with pytest.raises(CacheError, match="damaged: an object of it is gone"):
+        cache.read_rows([ID], spec)
+
+
+def test_maps_of_other_samples_are_refused(cache, entry, spec):
+    cache.write(ID, entry.table, spec, entry.maps)
+    other = dataclasses.replace(entry.table, key=[f"x{key}" for key in entry.table.key])
+    with pytest.raises(ValueError, match="for other samples"):
+        cache.write(ID, other, ScoreSpec(kind="lowpass", grid=7), entry.maps)
 
 
 def test_a_second_spec_joins_the_same_entry(cache, entry, spec):

@@ -85,6 +85,14 @@ def test_full_batches_leave_a_counted_remainder(table, world_size):
     assert seen == set(range(26))  # no sample is in the remainder for ever
 
 
+def test_ranks_draw_their_own_crops(table):
+    windows = [
+        next(iter(CropLoader(table, SMALL, drop_last=True, rank=rank, world_size=2))).windows
+        for rank in range(2)
+    ]
+    assert not torch.equal(*windows)
+
+
 def test_epochs_are_shuffled_anew_and_seeds_repeat(table):
     first = CropLoader(table, SMALL, drop_last=False, seed=1)
     again = CropLoader(table, SMALL, drop_last=False, seed=1)

@@ -106,3 +106,39 @@ def test_the_same_tar_is_never_scored_twice(tmp_path, spec):
     other = precompute_shard(str(tmp_path / "a.tar"), cache, ScoreSpec(kind="lowpass", grid=7))
     assert other.decoded == 4
     assert other.shard_id == first.shard_id
+
+
+def test_a_second_score_goes_by_the_table_of_the_first(tmp_path, spec, monkeypatch):
+    """Even if the decoder has become stricter: the maps of both must lie in the same rows."""
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes([*photo_members(3), ("odd.jpg", b"garbage")]))
+    first = precompute_shard(str(path), cache, spec)
+    table = cache.read_table(first.shard_id)
+    other = ScoreSpec(kind="lowpass", grid=7)
+    again = precompute_shard(str(path), cache, other)
+    assert (again.kept, again.quarantined) == (first.kept, first.quarantined) == (3, 1)
+    assert cache.read_table(first.shard_id).key == table.key
+
+    def stricter(data, size):
+        raise BadImage("not to my taste")
+
+    monkeypatch.setattr("pipeline.precompute.decode", stricter)
+    with pytest.raises(ValueError, match=r"a\.tar: img0000 was kept before.*not to my taste"):
+        precompute_shard(str(path), cache, ScoreSpec(kind="highpass", grid=7))
+    assert cache.read_table(first.shard_id).key == table.key
+
+
+def test_pixels_of_more_than_8_bits_are_refused():
+    ramp = Image.fromarray(np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32))
+    with pytest.raises(BadImage, match="more than 8 bits"):
+        decode(encode(ramp, "PNG"), 16)
+
+
+def test_an_orientation_in_xmp_alone_is_not_followed():
+    """DALI does not follow it, so the map would lie turned on the crop."""
+    picture = photo(3, 40, 60)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'  # noqa: E501
+    turned = encode(picture, quality=95, xmp=xmp)
+    assert b"tiff:Orientation" in turned
+    assert (decode(turned, 20) == decode(encode(picture, quality=95), 20)).all()

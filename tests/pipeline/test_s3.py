@@ -72,7 +72,9 @@ def _score(urls, cache, spec):
 
 def test_shards_and_cache_on_s3_feed_the_loader(bucket, shards, spec):
     urls = storage.expand([shards])
-    assert urls == storage.expand([f"{bucket}/shards"])
+    assert (
+        urls == storage.expand([f"{bucket}/shards"]) == storage.expand([f"{bucket}/shards/t*.tar"])
+    )
     cache = ScoreCache(f"{bucket}/scores", create=True)
     assert _score(urls, cache, spec) == 20
     table = load_table([shards], ScoreCache(f"{bucket}/scores"), spec)

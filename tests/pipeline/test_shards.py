@@ -41,7 +41,13 @@ def test_labels_are_found_wherever_they_stand():
 
 
 def test_other_components_are_ignored():
-    members = [("a.jpg", IMAGE), ("a.json", b"{}"), ("a.txt", b"hi"), ("README", b"x")]
+    members = [
+        ("a.jpg", IMAGE),
+        ("a.json", b"{}"),
+        ("a.txt", b"hi"),
+        ("README", b"x"),
+        ("d/._a.jpg", b"x"),
+    ]
     listing = list_shard(tar_bytes(members))
     assert [s.key for s in listing.samples] == ["a"]
     assert listing.rejected == []
@@ -59,6 +65,10 @@ def test_other_components_are_ignored():
             Rejected("a.jpg", "its class b'cat' is no integer"),
         ),
         ([("a.jpg", IMAGE), ("a.cls", b"-4")], Rejected("a.jpg", "its class -4 is out of range")),
+        (
+            [("a.jpg", IMAGE), ("a.mask.png", IMAGE), ("a.cls", b"1")],
+            Rejected("a.mask.png", "another component of a sample that has an image already"),
+        ),
         ([("a.cls", b"1")], Rejected("a.cls", "a class without an image")),
     ],
 )

@@ -26,10 +26,11 @@ def test_braces_in_an_object_store_are_expanded_without_asking_it():
     assert urls == [f"s3://bucket/a/train-{n:02d}.tar" for n in range(8, 12)]
 
 
-def test_relative_paths_and_links_get_one_name(folder, monkeypatch):
+def test_a_relative_path_gets_its_whole_name_and_a_link_keeps_its_own(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    (folder / "link").symlink_to(folder)
-    assert storage.normalise_url("link/val-000000.tar") == f"{folder}/val-000000.tar"
+    (folder / "link.tar").symlink_to(folder / "val-000000.tar")
+    assert storage.normalise_url("./link.tar") == f"{folder}/link.tar"
+    assert storage.read("link.tar") == b"x"
 
 
 @pytest.mark.parametrize("pattern", ["none-*.tar", "val-{000000..000001}.tar", "missing/"])

@@ -54,9 +54,10 @@ def test_another_file_is_refused_by_name(tmp_path):
     torch.save({"weights": torch.ones(1)}, tmp_path / "checkpoint-00000001.pt")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         checkpoint.load(tmp_path)
-    (tmp_path / "checkpoint-00000001.pt").write_bytes(b"PK\x03\x04 cut off")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
-        checkpoint.load(tmp_path)
+    for content in (b"PK\x03\x04 cut off", b"hello", b""):
+        (tmp_path / "checkpoint-00000001.pt").write_bytes(content)
+        with pytest.raises(ValueError, match="no whole checkpoint"):
+            checkpoint.load(tmp_path)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -1,23 +1,28 @@
 import numpy as np
-import torch
 from PIL import Image
 
-from famt.mae import MODELS, MaskedAutoencoder
-from train import checkpoint
-from train.checkpoint import Checkpoint
 from train.figures import Figures, main
+from train.pretrain import Pretrain
+from train.pretrain import main as pretrain
 
 
 def test_a_picture_has_a_row_an_image_and_a_column_a_stage(scored, tmp_path):
-    model = MaskedAutoencoder(MODELS["vit_nano_32"])
-    checkpoint.save(
-        tmp_path / "run" if (tmp_path / "run").mkdir() is None else tmp_path,
-        Checkpoint(1, "vit_nano_32", model.state_dict(), {}, [], [torch.zeros(1)], {}),
+    pretrain(
+        Pretrain(
+            shards=scored.shards,
+            cache=scored.cache.url,
+            out=tmp_path / "run",
+            model="vit_nano_32",
+            epochs=1,
+            batch_size=8,
+            spec=scored.spec,
+            device="cpu",
+        )
     )
     out = main(
         Figures(
             checkpoint=tmp_path / "run", cache=scored.cache.url, shards=scored.shards,
-            out=tmp_path / "new" / "picture.png", images=3, spec=scored.spec,
+            out=tmp_path / "new" / "picture.png", images=3,
         )
     )  # fmt: skip
     picture = np.array(Image.open(out).convert("RGB"))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -177,20 +178,35 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_model_and_resume(config, tmp_path):
+def test_two_ranks_are_killed_and_end_with_the_weights_of_two_that_were_not(config, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    for name, steps in (("a", 1), ("b", 2)):
-        for _ in range(steps):
-            subprocess.run(
-                [*torchrun, *_command(config, "--out", str(tmp_path / name))],
-                check=True,
-                capture_output=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-    assert _equal(_weights(tmp_path / "a"), _weights(tmp_path / "b"))
-    state = checkpoint.load(tmp_path / "a")
+    options = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+    whole, killed = (
+        [*torchrun, *_command(config, "--out", str(tmp_path / name))]
+        for name in ("whole", "killed")
+    )
+    subprocess.run(whole, check=True, **options)
+    out = tmp_path / "killed"
+    process = subprocess.Popen(killed, start_new_session=True, **options)
+    while process.poll() is None and not (out.exists() and checkpoint.latest(out)):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for worker in psutil.process_iter(["cmdline"]):  # torchrun's workers lead sessions of their own
+        if str(out) in " ".join(worker.info["cmdline"] or []):
+            worker.kill()
+            worker.wait()
+    assert 0 < checkpoint.load(out).step < 18
+    subprocess.run(killed, check=True, **options)
+    assert _equal(_weights(tmp_path / "whole"), _weights(out))
+    state = checkpoint.load(out)
     assert state.step == 18  # 26 samples: 13 a rank, 3 batches of 4 an epoch
     assert len(state.loaders) == len(state.generators) == 2
+    assert not torch.equal(*state.generators)
     json.dumps(state.config)
 
 
