@@ -169,7 +169,8 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
             # Pillow would also turn an image by its XMP; DALI and torchvision go by EXIF alone.
             for xmp in ("xmp", "XML:com.adobe.xmp"):
                 image.info.pop(xmp, None)
-            ImageOps.exif_transpose(image, in_place=True)
+            if "exif" in image.info or image.format == "PNG":  # a PNG may carry it at its end
+                ImageOps.exif_transpose(image, in_place=True)
             upright = image if image.mode == "RGB" else image.convert("RGB")
             small = upright.resize((size, size), Image.Resampling.BOX)
     except BadImage:
