@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from nvidia import nvimgcodec
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline import storage
@@ -173,6 +174,7 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
                 ImageOps.exif_transpose(image, in_place=True)
             upright = image if image.mode == "RGB" else image.convert("RGB")
             small = upright.resize((size, size), Image.Resampling.BOX)
+        _check_with_dalis_parser(data)
     except BadImage:
         raise
     except UnidentifiedImageError:
@@ -182,3 +184,15 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
     ) as error:  # decoders raise anything on hostile bytes; each is the image's fault
         raise BadImage(f"{type(error).__name__}: {error}") from error
     return np.asarray(small)
+
+
+def _check_with_dalis_parser(data: bytes | memoryview) -> None:
+    """Let the library that DALI reads images with judge the headers.
+
+    It refuses stray bytes between the segments of a JPEG, which Pillow skips: of 1,309 damaged
+    photos that Pillow accepted it refused 25, the same 25 that ended a DALI pipeline.
+    """
+    try:
+        _ = nvimgcodec.CodeStream(bytes(data)).width
+    except RuntimeError as error:
+        raise BadImage(f"DALI can't parse its headers ({error})") from error

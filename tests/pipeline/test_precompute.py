@@ -142,3 +142,11 @@ def test_an_orientation_in_xmp_alone_is_not_followed():
     turned = encode(picture, quality=95, xmp=xmp)
     assert b"tiff:Orientation" in turned
     assert (decode(turned, 20) == decode(encode(picture, quality=95), 20)).all()
+
+
+def test_stray_bytes_between_jpeg_segments_are_refused_as_dali_refuses_them():
+    data = encode(photo(0))
+    stray = data[:20] + b"stray" + data[20:]  # after the JFIF segment; Pillow looks past it
+    Image.open(io.BytesIO(stray)).load()
+    with pytest.raises(BadImage, match="DALI can't parse"):
+        decode(stray, 16)
