@@ -46,9 +46,10 @@ from famt.sampling import PatchSplit, sample_patches
 from jobs import precompute_freq
 from jobs.precompute_freq import score_shards
 from pipeline import storage
-from pipeline.cache import ScoreCache, ShardRecord, ShardTable
+from pipeline.cache import ScoreCache, ShardTable
 from pipeline.join import JoinConfig, join_weights, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.manifest import ShardRecord
 from pipeline.precompute import ShardReport, decode, precompute_shard, score_shard
 from pipeline.scores import ScoreSpec
 from pipeline.shards import content_id, list_shard
@@ -116,7 +117,7 @@ class Loader:
             cache = ScoreCache(folder, create=True)
             for url in tqdm(storage.expand(shards), desc="scoring", unit="shard"):
                 report = precompute_shard(url, cache, spec)
-                cache.publish({url: ShardRecord(report.version, report.shard_id)})
+                cache.manifests.publish({url: ShardRecord(report.version, report.shard_id)})
             table = load_table(shards, cache, spec)
             config = LoaderConfig(batch_size=self.batch_size, threads=self.threads)
             loader = CropLoader(table, config, drop_last=True)
@@ -298,7 +299,7 @@ class Scale:
                 cache.write(shard_id, table, spec, maps)
                 records[str(path)] = ShardRecord(storage.version(str(path)), shard_id)
             seconds["write"] = time.perf_counter() - started
-            cache.publish(records)
+            cache.manifests.publish(records)
             before = _resident_bytes()
             started = time.perf_counter()
             loaded = load_table([f"{folder}/shards"], cache, spec)

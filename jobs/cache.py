@@ -24,8 +24,9 @@ import tyro
 from tqdm import tqdm
 
 from pipeline import storage
-from pipeline.cache import CacheError, ScoreCache, ShardRecord
+from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
+from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import score_shard
 from pipeline.scores import ScoreSpec
 from pipeline.shards import content_id
@@ -46,7 +47,7 @@ class Ls:
     def run(self) -> int:
         cache = ScoreCache(self.cache)
         stored = {entry.shard_id: entry for entry in cache.entries()}
-        for folder, records in sorted(cache.folders().items()):
+        for folder, records in sorted(cache.manifests.folders().items()):
             whole = {
                 name: record.shard_id
                 for name, record in sorted(records.items())
@@ -88,7 +89,7 @@ class Verify:
         cache = ScoreCache(self.cache)
         known = [
             (f"{folder}/{name}", record)
-            for folder, records in sorted(cache.folders().items())
+            for folder, records in sorted(cache.manifests.folders().items())
             for name, record in sorted(records.items())
         ]
         chosen = random.Random(self.seed).sample(known, min(self.sample, len(known)))
@@ -121,7 +122,9 @@ class Gc:
         # Entries are listed before manifests are read: what is published meanwhile stays.
         entries = list(cache.entries())
         named = {
-            record.shard_id for records in cache.folders().values() for record in records.values()
+            record.shard_id
+            for records in cache.manifests.folders().values()
+            for record in records.values()
         }
         limit = datetime.now(UTC) - timedelta(hours=self.older_than_hours)
         freed = 0

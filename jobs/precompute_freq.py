@@ -30,7 +30,8 @@ import tyro
 from tqdm import tqdm
 
 from pipeline import storage
-from pipeline.cache import CacheError, ScoreCache, ShardRecord
+from pipeline.cache import ScoreCache
+from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import ShardReport, precompute_shard
 from pipeline.scores import ScoreSpec
 from train.program import run_program
@@ -118,16 +119,16 @@ def _run_once(args: PrecomputeFreq) -> int:
             bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
             bar.update()
             if time.monotonic() - published > _PUBLISH_EVERY:
-                cache.publish(unpublished)
+                cache.manifests.publish(unpublished)
                 unpublished.clear()
                 published = time.monotonic()
-    cache.publish(unpublished)
+    cache.manifests.publish(unpublished)
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
 
 
 def _not_in_cache(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> list[str]:
     """Shards that the manifests do not know as they are now, or that have no maps of this spec."""
-    known = cache.lookup(urls)
+    known = cache.manifests.lookup(urls)
 
     def is_done(url: str) -> bool:
         return (
@@ -172,7 +173,7 @@ def _report(
     cache: ScoreCache,
     seconds: float,
 ) -> int:
-    records = cache.lookup([url for url in urls if url not in failed])
+    records = cache.manifests.lookup([url for url in urls if url not in failed])
     with ThreadPoolExecutor(32) as pool:
         entries = list(pool.map(cache.summary, [record.shard_id for record in records.values()]))
     kept = sum(entry.kept for entry in entries)

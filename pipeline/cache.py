@@ -1,6 +1,6 @@
 """The score cache: content-addressed zarr entries that all experiments share.
 
-This module alone knows the layout:
+This module and `pipeline.manifest` alone know the layout:
 
     <cache>/shards/<shard id>/zarr.json       a zarr group; attributes: format, columns, bytes,
                                               damage, kept, quarantined (key and reason of each)
@@ -12,42 +12,32 @@ This module alone knows the layout:
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an entry
 never changes and whoever writes it writes the same bytes. An object is put whole, data before
 metadata: an array or group whose `zarr.json` exists is complete, and two writers can't harm each
-other. A folder's manifest is versioned: a new version is put only if nobody else put it first.
+other.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import obstore
 import zarr
 import zarr.api.asynchronous
 from numpy.typing import NDArray
-from obstore.exceptions import AlreadyExistsError, BaseError
 from zarr.storage import MemoryStore, ObjectStore
 
 from pipeline import storage
+from pipeline.manifest import FORMAT, CacheError, Manifests, check_format
 from pipeline.scores import ScoreSpec
 from pipeline.shards import Rejected
-from pipeline.storage import Version
 
-FORMAT = 1
-_KEEP_VERSIONS = 3
 _CONCURRENT_READS = 64
-
-
-class CacheError(RuntimeError):
-    """The cache lacks what was asked of it; the message names the shard and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -103,14 +93,6 @@ class ShardSummary:
 
 
 @dataclass(frozen=True)
-class ShardRecord:
-    """What the cache knows of the file at one URL: its state when it was read, and its content."""
-
-    version: Version
-    shard_id: str
-
-
-@dataclass(frozen=True)
 class Entry:
     """What is stored for one shard.
 
@@ -129,19 +111,15 @@ class Entry:
     modified: datetime
 
 
-@dataclass(frozen=True)
-class _Manifest:
-    version: int
-    folder: str
-    records: dict[str, ShardRecord]
-
-
 class ScoreCache:
     """A score cache at a local path or an object-store URL.
 
     Args:
         url: its root folder.
         create: make a local root that is not there.
+
+    Attributes:
+        manifests: which shard of which folder has which entry.
 
     Raises:
         FileNotFoundError: a local root that is not there, without `create`.
@@ -155,6 +133,7 @@ class ScoreCache:
             raise FileNotFoundError(
                 f"{self.url}: no score cache there; make one with `python jobs/precompute_freq.py`"
             ) from None
+        self.manifests = Manifests(self._store, self.url)
 
     # Pickled to Ray workers: a store holds connections, its URL says all.
     def __getstate__(self) -> str:
@@ -212,7 +191,7 @@ class ScoreCache:
         order = sorted(objects, key=lambda name: (name.endswith("zarr.json"), -name.count("/")))
         for name in order:
             if stored is None or name.startswith(f"{spec.id}/"):
-                self._put(f"shards/{shard_id}/{name}", objects[name].to_bytes())
+                storage.put(self._store, f"shards/{shard_id}/{name}", objects[name].to_bytes())
 
     def read_table(self, shard_id: str) -> ShardTable:
         """The table of a shard.
@@ -308,48 +287,6 @@ class ScoreCache:
         with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
             return pool.submit(asyncio.run, read_all()).result()
 
-    def manifest(self, folder: str) -> dict[str, ShardRecord]:
-        """What is known of the shards in a folder: file name -> record; empty if nothing is.
-
-        Raises:
-            CacheError: a manifest of a newer format.
-        """
-        return self._read_manifest(_manifest_prefix(folder)).records
-
-    def publish(self, records: Mapping[str, ShardRecord]) -> None:
-        """Add records (URL -> record) to their folders' manifests, atomically folder by folder.
-
-        Two jobs that publish at once both succeed: whoever comes second merges and tries again.
-        """
-        folders: dict[str, dict[str, ShardRecord]] = {}
-        for url, record in records.items():
-            folder, name = storage.split_url(url)
-            folders.setdefault(folder, {})[name] = record
-        for folder, new in folders.items():
-            while not self._publish_once(folder, new):
-                pass
-
-    def lookup(self, urls: Iterable[str]) -> dict[str, ShardRecord]:
-        """Records of those URLs that the manifests know; whether they still hold is not checked."""
-        manifests: dict[str, dict[str, ShardRecord]] = {}
-        found = {}
-        for url in urls:
-            folder, name = storage.split_url(url)
-            if folder not in manifests:
-                manifests[folder] = self.manifest(folder)
-            if name in manifests[folder]:
-                found[url] = manifests[folder][name]
-        return found
-
-    def folders(self) -> dict[str, dict[str, ShardRecord]]:
-        """Every folder of shards that the cache knows, with its manifest."""
-        found = {}
-        for prefix in obstore.list_with_delimiter(self._store, "datasets")["common_prefixes"]:
-            manifest = self._read_manifest(prefix)
-            if manifest.version:
-                found[manifest.folder] = manifest.records
-        return found
-
     def entries(self) -> Iterator[Entry]:
         """Every entry, whole or partial, in the order of shard ids."""
         for prefix in obstore.list_with_delimiter(self._store, "shards")["common_prefixes"]:
@@ -384,70 +321,6 @@ class ScoreCache:
         text = obstore.get(self._store, f"shards/{shard_id}/{spec_id}/zarr.json").bytes()
         return ScoreSpec.from_description(json.loads(bytes(text))["attributes"]["spec"])
 
-    def _publish_once(self, folder: str, new: Mapping[str, ShardRecord]) -> bool:
-        prefix = _manifest_prefix(folder)
-        old = self._read_manifest(prefix)
-        merged = {**old.records, **new}
-        if merged == old.records:
-            return True
-        shards = {
-            name: {
-                "size": record.version.size,
-                "stamp": record.version.stamp,
-                "id": record.shard_id,
-            }
-            for name, record in sorted(merged.items())
-        }
-        text = json.dumps({"format": FORMAT, "folder": folder, "shards": shards}, indent=1)
-        try:
-            path = _manifest_path(prefix, old.version + 1)
-            self._put(path, text.encode(), mode="create")
-        except AlreadyExistsError:
-            return False
-        versions = self._manifest_versions(prefix)
-        for outdated in versions[:-_KEEP_VERSIONS]:
-            with contextlib.suppress(FileNotFoundError):  # another publisher was faster
-                obstore.delete(self._store, _manifest_path(prefix, outdated))
-        # A publisher that was slow may have put a number that was taken and cleared away already.
-        # Then newer versions, which know nothing of it, are there: it has to merge into those.
-        return versions[-1] == old.version + 1 or not self._publish_is_missing(prefix, new)
-
-    def _publish_is_missing(self, prefix: str, new: Mapping[str, ShardRecord]) -> bool:
-        records = self._read_manifest(prefix).records
-        return any(records.get(name) != record for name, record in new.items())
-
-    def _read_manifest(self, prefix: str) -> _Manifest:
-        """The newest version of a manifest; version 0, which knows nothing, if there is none."""
-        while versions := self._manifest_versions(prefix):
-            try:
-                text = obstore.get(self._store, _manifest_path(prefix, versions[-1])).bytes()
-            except FileNotFoundError:
-                continue  # outdated and cleared away since it was listed
-            manifest = json.loads(bytes(text))
-            _check_format(manifest["format"], f"manifest {prefix} in {self.url}")
-            records = {
-                name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
-                for name, entry in manifest["shards"].items()
-            }
-            return _Manifest(versions[-1], manifest["folder"], records)
-        return _Manifest(0, "", {})
-
-    def _manifest_versions(self, prefix: str) -> list[int]:
-        listing = obstore.list_with_delimiter(self._store, prefix)
-        found = (re.search(r"/(\d{8})\.json$", meta["path"]) for meta in listing["objects"])
-        return sorted(int(match[1]) for match in found if match)
-
-    def _put(
-        self, path: str, data: bytes, mode: Literal["create", "overwrite"] = "overwrite"
-    ) -> None:
-        try:
-            obstore.put(self._store, path, data, mode=mode)
-        except AlreadyExistsError:
-            raise
-        except BaseError as error:
-            reason = str(error).partition("\n")[0]
-            raise OSError(f"score cache {self.url}: could not write {path}: {reason}") from error
-
     def _array(self, shard_id: str, name: str) -> NDArray:
         store = ObjectStore(self._store, read_only=True)
         path = f"shards/{shard_id}/{name}"
@@ -455,7 +328,7 @@ class ScoreCache:
 
     def _attributes(self, shard_id: str, text: bytes) -> dict[str, Any]:
         attributes: dict[str, Any] = json.loads(text)["attributes"]
-        _check_format(attributes["format"], f"shard {shard_id} in {self.url}")
+        check_format(attributes["format"], f"shard {shard_id} in {self.url}")
         return attributes
 
     def _no_entry(self, shard_id: str) -> CacheError:
@@ -469,24 +342,7 @@ class ScoreCache:
         return True
 
 
-def _manifest_prefix(folder: str) -> str:
-    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.rpartition("/")[2]) or "root"
-    return f"datasets/{readable}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
-
-
-def _manifest_path(prefix: str, version: int) -> str:
-    return f"{prefix}/{version:08d}.json"
-
-
 def _add_array(group: zarr.Group, name: str, data: NDArray, attributes: dict | None = None) -> None:
     """One array in one chunk; zarr refuses chunks without extent, so an empty one gets a length."""
     chunks = tuple(max(1, extent) for extent in data.shape)
     group.create_array(name, data=data, chunks=chunks, attributes=attributes)
-
-
-def _check_format(found: object, where: str) -> None:
-    if found != FORMAT:
-        raise CacheError(
-            f"{where} has format {found}, and this version of FAMT reads format {FORMAT}; "
-            "use the version that wrote it, or another cache"
-        )

@@ -11,9 +11,11 @@ import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import braceexpand
 import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 
@@ -136,3 +138,24 @@ def read(url: str) -> bytes:
         return Path(url).read_bytes()
     folder, name = split_url(url)
     return bytes(obstore.get(open_store(folder), name).bytes())
+
+
+def put(
+    store: ObjectStore,
+    path: str,
+    data: bytes,
+    mode: Literal["create", "overwrite"] = "overwrite",
+) -> None:
+    """Put an object whole: it appears under its name only when all of it is there.
+
+    Raises:
+        AlreadyExistsError: `mode` is "create" and it is there already.
+        OSError: the store refused, a full disk say.
+    """
+    try:
+        obstore.put(store, path, data, mode=mode)
+    except AlreadyExistsError:
+        raise
+    except BaseError as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"could not write {path}: {reason}") from error

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import storage
-from pipeline.cache import CacheError, ScoreCache, ShardRecord
+from pipeline.cache import ScoreCache
+from pipeline.manifest import CacheError, ShardRecord
 from pipeline.scores import ScoreSpec
 from pipeline.shards import write_dali_index
 
@@ -80,7 +81,7 @@ def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -
         FileNotFoundError: a pattern that matches nothing.
     """
     urls = storage.expand(patterns)
-    records = cache.lookup(urls)
+    records = cache.manifests.lookup(urls)
     with ThreadPoolExecutor(32) as pool:
         stale = [
             f"{url}: {reason}"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
-from pipeline.cache import CacheError
+from pipeline.manifest import CacheError
 
 Config = TypeVar("Config")
 

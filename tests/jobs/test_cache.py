@@ -10,7 +10,8 @@ from PIL import Image
 from samples import photo_members, score, tar_bytes
 
 from jobs.cache import Gc, Ls, Show, Verify, main
-from pipeline.cache import CacheError, ScoreCache
+from pipeline.cache import ScoreCache
+from pipeline.manifest import CacheError
 from pipeline.scores import ScoreSpec
 from pipeline.table import load_table
 

@@ -10,7 +10,7 @@ from PIL import Image
 from samples import encode, photo
 
 from jobs.make_shards import MakeShards, main
-from pipeline.writer import Encoding, safe_key
+from pipeline.writer import Encoding
 
 
 @pytest.fixture
@@ -112,18 +112,6 @@ def test_the_digits_come_with_scikit_learn(tmp_path):
     samples = _read(tmp_path.glob("*.tar"))
     assert len(samples) == 1797
     assert Image.open(io.BytesIO(samples[0]["png"])).size == (32, 32)
-
-
-def test_an_unknown_source_is_an_error_that_lists_the_known(tmp_path):
-    with pytest.raises(FileNotFoundError, match="cifar10"):
-        main(MakeShards(source=str(tmp_path / "none"), out=str(tmp_path / "o")))
-    (tmp_path / "empty" / "class").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="no images"):
-        main(MakeShards(source=str(tmp_path / "empty"), out=str(tmp_path / "o")))
-
-
-def test_keys_hold_letters_digits_dashes_and_underscores():
-    assert safe_key("a b/ü.x y.jpg") == "a_b___x_y"
 
 
 def test_the_script_runs_by_its_path(tmp_path):

@@ -11,7 +11,8 @@ import ray
 from samples import photo_members, tar_bytes
 
 from jobs.precompute_freq import PrecomputeFreq, main
-from pipeline.cache import CacheError, ScoreCache
+from pipeline.cache import ScoreCache
+from pipeline.manifest import CacheError
 from pipeline.precompute import score_shard
 from pipeline.table import load_table
 

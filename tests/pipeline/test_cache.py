@@ -2,18 +2,17 @@ import dataclasses
 import json
 import pickle
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from samples import photo_members, tar_bytes
 
-from pipeline.cache import CacheError, ScoreCache, ShardRecord
+from pipeline.cache import ScoreCache
+from pipeline.manifest import CacheError
 from pipeline.precompute import score_shard
 from pipeline.scores import ScoreSpec
 from pipeline.shards import Rejected
-from pipeline.storage import Version
 
 ID = "0123abcd" * 4
 
@@ -116,53 +115,6 @@ def test_a_cache_of_a_newer_format_is_refused(cache, entry, spec):
     path.write_text(json.dumps(metadata))
     with pytest.raises(CacheError, match=r"format 99.*reads format 1"):
         cache.read_table(ID)
-
-
-def _record(n):
-    return ShardRecord(Version(n, f"stamp {n}"), f"{n:032x}")
-
-
-def test_manifests_are_merged_by_folder(cache):
-    cache.publish({"/data/a/0.tar": _record(0), "s3://b/c/1.tar": _record(1)})
-    cache.publish({"/data/a/2.tar": _record(2), "/data/a/0.tar": _record(3)})
-    assert cache.manifest("/data/a") == {"0.tar": _record(3), "2.tar": _record(2)}
-    assert cache.lookup(["s3://b/c/1.tar", "/data/a/9.tar"]) == {"s3://b/c/1.tar": _record(1)}
-    assert cache.manifest("/data") == {}
-
-
-def test_publishing_what_is_known_writes_nothing(cache):
-    cache.publish({"/data/0.tar": _record(0)})
-    before = list(Path(cache.url).rglob("*.json"))
-    cache.publish({"/data/0.tar": _record(0)})
-    assert list(Path(cache.url).rglob("*.json")) == before
-
-
-def test_many_publishers_at_once_lose_nothing(cache):
-    def publish(n):
-        ScoreCache(cache.url).publish({f"/data/{n}.tar": _record(n)})
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(publish, range(200)))
-    assert cache.manifest("/data") == {f"{n}.tar": _record(n) for n in range(200)}
-    assert len(list(Path(cache.url).rglob("*.json"))) <= 5  # old versions are cleared away
-
-
-def test_a_publisher_that_slept_through_many_versions_still_gets_its_records_in(cache, monkeypatch):
-    """Its number is free again, since the version that took it was cleared away meanwhile."""
-    cache.publish({"/data/0.tar": _record(0)})
-    put, slept = cache._put, []
-
-    def slow_put(*args, **options):
-        if not slept:
-            slept.append(True)
-            for n in range(1, 9):
-                ScoreCache(cache.url).publish({f"/data/{n}.tar": _record(n)})
-        return put(*args, **options)
-
-    monkeypatch.setattr(cache, "_put", slow_put)
-    cache.publish({"/data/late.tar": _record(99)})
-    expected = {f"{n}.tar": _record(n) for n in range(9)} | {"late.tar": _record(99)}
-    assert cache.manifest("/data") == expected
 
 
 def test_a_missing_cache_is_named_with_the_remedy(tmp_path):

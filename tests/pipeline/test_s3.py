@@ -12,8 +12,9 @@ from samples import encode, photo
 
 from jobs.make_shards import MakeShards, main
 from pipeline import storage
-from pipeline.cache import CacheError, ScoreCache, ShardRecord
+from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import precompute_shard
 from pipeline.table import load_table
 
@@ -66,7 +67,7 @@ def shards(bucket, tmp_path):
 
 def _score(urls, cache, spec):
     reports = [precompute_shard(url, cache, spec) for url in urls]
-    cache.publish({r.url: ShardRecord(r.version, r.shard_id) for r in reports})
+    cache.manifests.publish({r.url: ShardRecord(r.version, r.shard_id) for r in reports})
     return sum(report.decoded for report in reports)
 
 

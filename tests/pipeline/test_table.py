@@ -5,7 +5,7 @@ import pytest
 import torch
 from samples import photo_members, tar_bytes
 
-from pipeline.cache import CacheError
+from pipeline.manifest import CacheError
 from pipeline.scores import ScoreSpec
 from pipeline.table import load_table
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.cache import CacheError
+from pipeline.manifest import CacheError
 from train.program import run_program
 
 

@@ -1,0 +1,167 @@
+"""Which shard of which folder has which entry in the score cache.
+
+A folder of shards has one manifest, an object that is versioned: a new version is put only if
+nobody else has put that number, so any number of jobs may publish at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import obstore
+from obstore.exceptions import AlreadyExistsError
+from obstore.store import ObjectStore
+
+from pipeline import storage
+from pipeline.storage import Version
+
+FORMAT = 1
+_KEEP_VERSIONS = 3
+
+
+class CacheError(RuntimeError):
+    """The cache lacks what was asked of it; the message names the shard and the remedy."""
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the cache knows of the file at one URL: its state when it was read, and its content."""
+
+    version: Version
+    shard_id: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    version: int
+    folder: str
+    records: dict[str, ShardRecord]
+
+
+class Manifests:
+    """The manifests of the cache in `store`; `url` names it in errors."""
+
+    def __init__(self, store: ObjectStore, url: str) -> None:
+        self._store, self._url = store, url
+
+    def read(self, folder: str) -> dict[str, ShardRecord]:
+        """What is known of the shards in a folder: file name -> record; empty if nothing is.
+
+        Raises:
+            CacheError: a manifest of a newer format.
+        """
+        return self._newest(_prefix(folder)).records
+
+    def publish(self, records: Mapping[str, ShardRecord]) -> None:
+        """Add records (URL -> record) to their folders' manifests, atomically folder by folder.
+
+        Two jobs that publish at once both succeed: whoever comes second merges and tries again.
+        """
+        folders: dict[str, dict[str, ShardRecord]] = {}
+        for url, record in records.items():
+            folder, name = storage.split_url(url)
+            folders.setdefault(folder, {})[name] = record
+        for folder, new in folders.items():
+            while not self._publish_once(folder, new):
+                pass
+
+    def lookup(self, urls: Iterable[str]) -> dict[str, ShardRecord]:
+        """Records of those URLs that the manifests know; whether they still hold is not checked."""
+        manifests: dict[str, dict[str, ShardRecord]] = {}
+        found = {}
+        for url in urls:
+            folder, name = storage.split_url(url)
+            if folder not in manifests:
+                manifests[folder] = self.read(folder)
+            if name in manifests[folder]:
+                found[url] = manifests[folder][name]
+        return found
+
+    def folders(self) -> dict[str, dict[str, ShardRecord]]:
+        """Every folder of shards that the cache knows, with its manifest."""
+        found = {}
+        for prefix in obstore.list_with_delimiter(self._store, "datasets")["common_prefixes"]:
+            manifest = self._newest(prefix)
+            if manifest.version:
+                found[manifest.folder] = manifest.records
+        return found
+
+    def _publish_once(self, folder: str, new: Mapping[str, ShardRecord]) -> bool:
+        prefix = _prefix(folder)
+        old = self._newest(prefix)
+        merged = {**old.records, **new}
+        if merged == old.records:
+            return True
+        shards = {
+            name: {
+                "size": record.version.size,
+                "stamp": record.version.stamp,
+                "id": record.shard_id,
+            }
+            for name, record in sorted(merged.items())
+        }
+        text = json.dumps({"format": FORMAT, "folder": folder, "shards": shards}, indent=1)
+        try:
+            path = _path(prefix, old.version + 1)
+            storage.put(self._store, path, text.encode(), mode="create")
+        except AlreadyExistsError:
+            return False
+        versions = self._versions(prefix)
+        for outdated in versions[:-_KEEP_VERSIONS]:
+            with contextlib.suppress(FileNotFoundError):  # another publisher was faster
+                obstore.delete(self._store, _path(prefix, outdated))
+        # A publisher that was slow may have put a number that was taken and cleared away already.
+        # Then newer versions, which know nothing of it, are there: it has to merge into those.
+        return versions[-1] == old.version + 1 or not self._is_missing(prefix, new)
+
+    def _is_missing(self, prefix: str, new: Mapping[str, ShardRecord]) -> bool:
+        records = self._newest(prefix).records
+        return any(records.get(name) != record for name, record in new.items())
+
+    def _newest(self, prefix: str) -> _Manifest:
+        """The newest version of a manifest; version 0, which knows nothing, if there is none."""
+        while versions := self._versions(prefix):
+            try:
+                text = obstore.get(self._store, _path(prefix, versions[-1])).bytes()
+            except FileNotFoundError:
+                continue  # outdated and cleared away since it was listed
+            manifest = json.loads(bytes(text))
+            check_format(manifest["format"], f"manifest {prefix} in {self._url}")
+            records = {
+                name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
+                for name, entry in manifest["shards"].items()
+            }
+            return _Manifest(versions[-1], manifest["folder"], records)
+        return _Manifest(0, "", {})
+
+    def _versions(self, prefix: str) -> list[int]:
+        listing = obstore.list_with_delimiter(self._store, prefix)
+        found = (re.search(r"/(\d{8})\.json$", meta["path"]) for meta in listing["objects"])
+        return sorted(int(match[1]) for match in found if match)
+
+
+def check_format(found: object, where: str) -> None:
+    """Refuse what another version of this program wrote.
+
+    Raises:
+        CacheError: `found` is not `FORMAT`.
+    """
+    if found != FORMAT:
+        raise CacheError(
+            f"{where} has format {found}, and this version of FAMT reads format {FORMAT}; "
+            "use the version that wrote it, or another cache"
+        )
+
+
+def _prefix(folder: str) -> str:
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.rpartition("/")[2]) or "root"
+    return f"datasets/{readable}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+
+
+def _path(prefix: str, version: int) -> str:
+    return f"{prefix}/{version:08d}.json"
