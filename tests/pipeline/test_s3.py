@@ -1,10 +1,12 @@
 """The same path on an object store: a real S3 API, by HTTP on loopback."""
 
+import json
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 
 import boto3
 import pytest
@@ -17,6 +19,11 @@ from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import precompute_shard
 from pipeline.table import load_table
+from train.checkpoint import load
+from train.pretrain import Pretrain
+from train.pretrain import main as pretrain
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +90,26 @@ def test_shards_and_cache_on_s3_feed_the_loader(bucket, shards, spec):
     loader = CropLoader(table, config, drop_last=False)
     assert sorted(row for crops in loader for row in crops.rows.tolist()) == list(range(20))
     assert _score(urls, ScoreCache(f"{bucket}/scores"), spec) == 0  # a second run reuses it all
+
+
+@pytest.mark.slow
+def test_the_whole_path_runs_on_s3(bucket, shards, tmp_path):
+    """Ray scores, training reads shards and scores, and a second experiment computes nothing."""
+    command = [
+        sys.executable, "jobs/precompute_freq.py", "--shards", shards,
+        "--cache", f"{bucket}/scores",
+    ]  # fmt: skip
+    summaries = []
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        summaries.append(json.loads(done.stdout.splitlines()[-1]))
+    assert [summary["decoded_now"] for summary in summaries] == [20, 0]
+    config = Pretrain(
+        shards=[shards], cache=f"{bucket}/scores", out=tmp_path / "run", model="vit_nano_32",
+        epochs=2, batch_size=8, device="cpu",
+    )  # fmt: skip
+    pretrain(config)
+    assert load(tmp_path / "run").step == 4
 
 
 def test_a_replaced_object_is_found_by_its_etag(bucket, shards, spec):
