@@ -158,11 +158,12 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
     Raises:
         BadImage: undecodable, cut off, of a format that DALI does not read, or absurdly large.
     """
+    data = bytes(data)  # once, for both libraries
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise BadImage(f"{image.width} x {image.height} px is absurdly large")
-            if image.format == "WEBP" and bytes(data[12:16]) == b"VP8X":
+            if image.format == "WEBP" and data[12:16] == b"VP8X":
                 raise BadImage("extended WebP (alpha, animation or metadata) is not supported")
             if image.mode.startswith(("I", "F")):
                 raise BadImage(f"{image.mode} pixels of more than 8 bits are not supported")
@@ -186,13 +187,13 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
     return np.asarray(small)
 
 
-def _check_with_dalis_parser(data: bytes | memoryview) -> None:
+def _check_with_dalis_parser(data: bytes) -> None:
     """Let the library that DALI reads images with judge the headers.
 
     It refuses stray bytes between the segments of a JPEG, which Pillow skips: of 1,309 damaged
     photos that Pillow accepted it refused 25, the same 25 that ended a DALI pipeline.
     """
     try:
-        _ = nvimgcodec.CodeStream(bytes(data)).width
+        _ = nvimgcodec.CodeStream(data).width
     except RuntimeError as error:
         raise BadImage(f"DALI can't parse its headers ({error})") from error

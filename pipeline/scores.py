@@ -56,5 +56,5 @@ class ScoreSpec:
 
     def score(self, images: torch.Tensor) -> torch.Tensor:
         """`[B, size, size, 3]` uint8 -> `[B, grid, grid]` float32, mean 1 an image."""
-        pixels = images.permute(0, 3, 1, 2).float() / 255
-        return pixel_frequency(pixels, self.grid, self.kind, self.band)
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return pixel_frequency(pixels.div_(255), self.grid, self.kind, self.band)
