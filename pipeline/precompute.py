@@ -98,7 +98,6 @@ def score_shard(
             decode any more.
     """
     samples, rejected, damage = _samples(data, name, table)
-    view = memoryview(data)
     kept: list[Sample] = []
     maps: list[torch.Tensor] = []
     batch: list[NDArray[np.uint8]] = []
@@ -111,7 +110,7 @@ def score_shard(
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
         for sample in samples:
             try:
-                batch.append(decode(view[sample.offset : sample.offset + sample.size], spec.size))
+                batch.append(decode(data[sample.offset : sample.offset + sample.size], spec.size))
             except BadImage as error:
                 if table is not None:
                     raise ValueError(
@@ -150,7 +149,7 @@ def _samples(
     return listing.samples, list(listing.rejected), listing.damage
 
 
-def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
+def decode(data: bytes, size: int) -> NDArray[np.uint8]:
     """Decode an image upright, as RGB, squashed to `[size, size, 3]` uint8.
 
     A JPEG is decoded at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still at least `size`.
@@ -158,7 +157,6 @@ def decode(data: bytes | memoryview, size: int) -> NDArray[np.uint8]:
     Raises:
         BadImage: undecodable, cut off, of a format that DALI does not read, or absurdly large.
     """
-    data = bytes(data)  # once, for both libraries
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             if image.width * image.height > _MAX_PIXELS:
