@@ -19,7 +19,6 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.storage import is_remote
 from pipeline.table import ScoreTable
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -144,18 +143,18 @@ class CropLoader:
         )
         self.epoch, self.step = 0, 0
         checkpoint = None
+        self._state_setup = self._setup(table, seed)
         if state is not None:
-            if state["setup"] != self._setup(table, seed):
+            if state["setup"] != self._state_setup:
                 raise ValueError(
                     "the loader's state belongs to other shards, another batch size, view, seed "
-                    f"or world size: {state['setup']} then, {self._setup(table, seed)} now"
+                    f"or world size: {state['setup']} then, {self._state_setup} now"
                 )
             self.epoch, self.step = int(state["epoch"]), int(state["step"])  # type: ignore
             checkpoint = state["dali"]
         self._indices = table.write_indices()
-        self._state_setup = self._setup(table, seed)
         self._pipeline: Pipeline = _crop_graph(
-            paths=[_dali_path(url) for url in table.urls],
+            paths=table.urls,
             index_paths=[f"{self._indices.name}/{n}.idx" for n in range(len(table.urls))],
             config=config,
             rank=rank,
@@ -285,7 +284,3 @@ def _crop_graph(
     images = fn.flip(images, horizontal=flip)
     source = fn.get_property(encoded, key="source_info")
     return images, source, anchor, shape, extent, flip
-
-
-def _dali_path(url: str) -> str:
-    return url if is_remote(url) else os.path.abspath(url)
