@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -63,7 +64,8 @@ def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
     Args:
         encoder: a timm `VisionTransformer` with a class token and no register tokens, such as
             `MaskedAutoencoder.encoder`.
-        images: `[B, 3, H, W]` normalised as the encoder expects.
+        images: `[B, 3, H, W]` normalised as the encoder expects; of another size than it was built
+            for, its positions are interpolated.
 
     Returns:
         `[B, heads, N+1, N+1]` float32; index 0 is the class token.
@@ -83,7 +85,7 @@ def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
     training = encoder.training
     encoder.eval()
     try:
-        x = encoder.norm_pre(encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images))))
+        x = encoder.norm_pre(_embed(encoder, images))
         for earlier in encoder.blocks[:-1]:
             x = earlier(x)
         attention = block.attn
@@ -99,6 +101,18 @@ def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
         return logits.float().softmax(-1)
     finally:
         encoder.train(training)
+
+
+def _embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    """Patch and class tokens with their positions, `[B, 1+N, C]`, at any image size."""
+    if tuple(images.shape[2:]) == encoder.patch_embed.img_size:
+        return encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images)))
+    patches = encoder.patch_embed.proj(images)
+    position = resample_abs_pos_embed(
+        encoder.pos_embed, list(patches.shape[2:]), list(encoder.patch_embed.grid_size)
+    )
+    cls = encoder.cls_token.expand(len(images), -1, -1)
+    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1) + position
 
 
 def _checked(attn: Tensor) -> Tensor:

@@ -45,6 +45,46 @@ def crop_maps(maps: Tensor, windows: Tensor, flips: Tensor, grid: int) -> Tensor
     return torch.where(flips[:, None, None], cropped.flip(-1), cropped)
 
 
+def paste_maps(maps: Tensor, crops: Tensor, windows: Tensor, flips: Tensor) -> Tensor:
+    """Write what was seen through a view back into the map of its image.
+
+    The transpose of `crop_maps`: a cell of the map takes on the mean of the crop over the part that
+    the view covers, and keeps its own value for the part that it does not.
+
+    Args:
+        maps: `[B, G, G]` float, the maps as they are.
+        crops: `[B, n, n]` float, values seen in the cells of the view.
+        windows, flips: the views, as in `crop_maps`.
+
+    Returns:
+        `[B, G, G]` float32, or float64 if `maps` is. A crop of the full window without flip at
+        `n == G` replaces the map; a map pasted with its own constant stays as it is.
+
+    Raises:
+        ValueError: shapes that do not fit one another.
+    """
+    batch = maps.shape[0]
+    if (
+        maps.ndim != 3
+        or crops.ndim != 3
+        or len(crops) != batch
+        or windows.shape != (batch, 4)
+        or flips.shape != (batch,)
+    ):
+        raise ValueError(
+            "expected maps [B, G, G], crops [B, n, n], windows [B, 4] and flips [B], got "
+            f"{list(maps.shape)}, {list(crops.shape)}, {list(windows.shape)}, {list(flips.shape)}"
+        )
+    if maps.dtype not in (torch.float32, torch.float64):
+        maps = maps.float()
+    crops, windows = crops.to(maps.dtype), windows.to(maps.dtype)
+    upright = torch.where(flips[:, None, None], crops.flip(-1), crops)
+    rows = _shared(windows[:, 0], windows[:, 2], crops.shape[1], maps.shape[1]).transpose(1, 2)
+    columns = _shared(windows[:, 1], windows[:, 3], crops.shape[2], maps.shape[2])
+    covered = rows.sum(2, keepdim=True) * columns.sum(1, keepdim=True)  # [B, G, G], 0 to 1
+    return maps * (1 - covered) + rows @ upright @ columns
+
+
 def overlap(start: Tensor, length: Tensor, cells: int, map_cells: int) -> Tensor:
     """Share of each of `cells` equal parts of [start, start + length] in each map cell of [0, 1].
 
@@ -54,9 +94,14 @@ def overlap(start: Tensor, length: Tensor, cells: int, map_cells: int) -> Tensor
     Returns:
         `[B, cells, map_cells]`; every row sums to 1.
     """
+    shared = _shared(start, length, cells, map_cells)
+    return shared / shared.sum(-1, keepdim=True)
+
+
+def _shared(start: Tensor, length: Tensor, cells: int, map_cells: int) -> Tensor:
+    """What each part and each map cell have in common, in map cells: `[B, cells, map_cells]`."""
     edges = torch.arange(cells + 1, device=start.device, dtype=start.dtype) / cells
     edges = (start[:, None] + length[:, None] * edges).clamp(0, 1) * map_cells
     low, high = edges[:, :-1, None], edges[:, 1:, None]
     cell = torch.arange(map_cells, device=start.device, dtype=start.dtype)
-    shared = (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).clamp_min(0)
-    return shared / shared.sum(-1, keepdim=True)
+    return (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).clamp_min(0)

@@ -162,7 +162,9 @@ class Show:
         crops = next(iter(CropLoader(table, config, drop_last=True, seed=self.seed)))
         assert table.maps is not None
         maps = table.maps[crops.rows].float().numpy()
-        print(draw({"photo": crops.images.numpy(), self.spec.kind: maps}, self.out))
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        draw({"photo": crops.images.numpy(), self.spec.kind: maps}).save(self.out)
+        print(self.out)
         return 0
 
 

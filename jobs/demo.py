@@ -26,7 +26,7 @@ from pipeline.loader import RandomView
 from pipeline.table import load_table
 from pipeline.writer import DIGITS
 from train import figures, linear_probe, pretrain
-from train.pretrain import OptimiserConfig, Pretrain
+from train.config import OptimiserConfig, Pretrain
 from train.program import run_program
 
 _MODEL = "vit_nano_32"

@@ -46,6 +46,15 @@ class PatchBatch:
     rows: Tensor
     labels: Tensor
 
+    def chunk(self, parts: int) -> list[PatchBatch]:
+        """The batch in equal parts, one after another."""
+        splits = zip(*(each.chunk(parts) for each in vars(self.split).values()), strict=True)
+        others = (each.chunk(parts) for each in (self.visible, self.masked, self.rows, self.labels))
+        return [
+            PatchBatch(visible, masked, PatchSplit(*split), rows, labels)
+            for split, visible, masked, rows, labels in zip(splits, *others, strict=True)
+        ]
+
 
 def join_weights(
     crops: CropBatch,

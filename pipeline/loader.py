@@ -89,6 +89,10 @@ class CropBatch:
     windows: Tensor
     flips: Tensor
 
+    def first(self, count: int) -> CropBatch:
+        """The first `count` crops."""
+        return CropBatch(*(part[:count] for part in vars(self).values()))
+
 
 class CropLoader:
     """Streams the kept samples of a table's shards, epoch by epoch.
@@ -105,6 +109,7 @@ class CropLoader:
         rank, world_size: this process among those that share the epoch.
         device: where crops end up; "cuda" decodes there.
         seed: of shuffle, crops and flips; the same on all ranks, who draw from it differently.
+        first_epoch: epochs that are counted as done; each has another shuffle and other crops.
         state: of an earlier loader (`state()`); goes on with the very next batch.
 
     Raises:
@@ -121,6 +126,7 @@ class CropLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         seed: int = 0,
+        first_epoch: int = 0,
         state: dict[str, object] | None = None,
     ) -> None:
         self.config, self.drop_last = config, drop_last
@@ -141,7 +147,7 @@ class CropLoader:
             if drop_last
             else 0
         )
-        self.epoch, self.step = 0, 0
+        self.epoch, self.step = first_epoch, 0
         checkpoint = None
         self._state_setup = self._setup(table, seed)
         if state is not None:
@@ -151,7 +157,11 @@ class CropLoader:
                     f"or world size: {state['setup']} then, {self._state_setup} now"
                 )
             self.epoch, self.step = int(state["epoch"]), int(state["step"])  # type: ignore
+            first_epoch = int(state["first_epoch"])  # type: ignore
             checkpoint = state["dali"]
+        self._first_epoch = first_epoch
+        # Ranks, and runs that begin at another epoch, must not draw the same crops.
+        seeds = np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)
         self._indices = table.write_indices()
         self._pipeline: Pipeline = _crop_graph(
             paths=table.urls,
@@ -163,7 +173,7 @@ class CropLoader:
             batch_size=config.batch_size,
             num_threads=config.threads,
             device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-            seed=1 + seed * world_size + rank,  # ranks must not draw the same crops
+            seed=int(seeds[0]),
             enable_checkpointing=True,
             checkpoint=checkpoint,
             prefetch_queue_depth=2,
@@ -179,12 +189,7 @@ class CropLoader:
             if valid >= self.config.batch_size:
                 yield batch
             elif valid > 0:  # DALI fills the last batch up by repeating a sample
-                yield CropBatch(
-                    *(
-                        part[:valid]
-                        for part in (batch.images, batch.rows, batch.windows, batch.flips)
-                    )
-                )
+                yield batch.first(valid)
         for _ in range(self._runs - self.steps_per_epoch):
             self._pipeline.run()
         self.epoch, self.step = self.epoch + 1, 0
@@ -193,6 +198,7 @@ class CropLoader:
         """All that a loader needs to go on with the batch after the last one yielded."""
         return {
             "setup": self._state_setup,
+            "first_epoch": self._first_epoch,
             "epoch": self.epoch,
             "step": self.step,
             "dali": self._pipeline.checkpoint(),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipeline import storage
@@ -39,7 +38,7 @@ class ScoreTable:
     labels: Tensor
     first_row: list[int]
     shard_ids: list[str]
-    _places: NDArray[np.int64]
+    _places: Tensor
     _cache: ScoreCache
 
     def __len__(self) -> int:
@@ -106,7 +105,7 @@ def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -
         labels=torch.from_numpy(samples[:, 2].copy()),
         first_row=[0, *itertools.accumulate(counts)],
         shard_ids=ids,
-        _places=samples[:, :2],
+        _places=torch.from_numpy(samples[:, :2].copy()),
         _cache=cache,
     )
 

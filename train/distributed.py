@@ -1,14 +1,20 @@
-"""One process or many: what torchrun sets up, and what a single process does without it."""
+"""One process or many: what torchrun or Ray Train sets up, and what one process does without."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
+
+Shared = TypeVar("Shared")
 
 
 @dataclass(frozen=True)
@@ -16,12 +22,14 @@ class Ranks:
     """This process among those of the run.
 
     Attributes:
-        rank, world_size: 0 and 1 without torchrun.
+        rank, world_size: 0 and 1 without a launcher.
+        node: a name that the ranks of one machine have in common.
         device: what this process computes on.
     """
 
     rank: int
     world_size: int
+    node: str
     device: torch.device
 
     @property
@@ -37,25 +45,58 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
+    def share(self, make: Callable[[], Shared]) -> Shared:
+        """One result of `make` for all ranks of a machine, its tensors in shared memory.
+
+        The first rank of each machine makes it; what one rank then writes into a tensor, all of
+        that machine read.
+
+        Raises:
+            Exception: what `make` raised, on every rank.
+        """
+        if self.world_size == 1:
+            return make()
+        leads = self.gather(self.node).index(self.node) == self.rank
+        made: Shared | Exception | None = None
+        if leads:
+            try:
+                made = make()
+            except Exception as error:  # the other ranks wait for an answer
+                made = error
+        torch.multiprocessing.set_sharing_strategy("file_system")  # by name, not by open file
+        packed = bytes(ForkingPickler.dumps(made)) if leads else b""
+        first = next(each for each in self.gather((self.node, packed)) if each[0] == self.node)
+        shared = made if leads else pickle.loads(first[1])
+        self.gather(None)  # the leader keeps its tensors until all have opened them
+        if isinstance(shared, Exception):
+            raise shared
+        return shared  # type: ignore[return-value]
+
 
 @contextmanager
 def ranks(device: str) -> Iterator[Ranks]:
-    """Join the process group that torchrun announces (NCCL on GPUs, gloo on CPUs), then leave it.
+    """Join the process group that a launcher announces (NCCL on GPUs, gloo on CPUs), and leave it.
+
+    A process group that exists already (Ray Train's) is used as it is.
 
     Args:
         device: "auto" for a GPU if there is one, "cpu" or "cuda".
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    world_size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    node = os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", "0"))
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if world_size == 1:
-        yield Ranks(0, 1, chosen)
-        return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    ours = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
+    if ours:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), world_size, chosen)
+        if dist.is_initialized():
+            yield Ranks(dist.get_rank(), dist.get_world_size(), node, chosen)
+        else:
+            yield Ranks(0, 1, node, chosen)
     finally:
-        dist.destroy_process_group()
+        if ours:
+            dist.destroy_process_group()

@@ -12,10 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib
+import numpy as np
 import torch
 import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from famt.attention import attention_scores, last_attention
@@ -32,14 +35,11 @@ from famt.patches import (
 from famt.sampling import PatchSplit
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, join_weights, split_crops
-from pipeline.loader import CropLoader, LoaderConfig, RandomView
+from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_table
+from pipeline.table import ScoreTable, load_table
 from train.checkpoint import load, load_model
 from train.program import run_program
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def main(config: Figures) -> Path:
     """Draw the picture; returns where it is."""
     model = load_model(config.checkpoint)
     run = load(config.checkpoint).config
-    join, spec = JoinConfig(**run["join"]), ScoreSpec(**run["spec"])
+    spec = ScoreSpec(**run["spec"])
     table = load_table(config.shards, ScoreCache(config.cache), spec)
     loader = CropLoader(
         table,
@@ -80,50 +80,68 @@ def main(config: Figures) -> Path:
         seed=config.seed,
     )
     crops = next(iter(loader))
-    grid, patch_size = model.config.grid, model.config.patch_size
-    assert table.maps is not None
-    frequency = crop_maps(table.maps[crops.rows], crops.windows, crops.flips, grid)
-    attention = attention_scores(last_attention(model.encoder, normalise_images(crops.images)))
-    live = attention if run["attention"] == "live" else None
-    weights = join_weights(crops, table, grid, join, live)
-    generator = torch.Generator().manual_seed(config.seed)
-    batch = split_crops(crops, table, weights, patch_size, join, generator)
-    patches = patchify(crops.images, patch_size)
-    columns = {
-        "crop": crops.images.numpy(),
-        "frequency": frequency.numpy(),
-        "attention": attention.view(-1, grid, grid).numpy(),
-        "weights": weights.view(-1, grid, grid).numpy(),
-        "split": unpatchify(_show_split(patches, batch.split), patch_size).numpy(),
-        "reconstruction": unpatchify(_reconstruct(model, patches, batch), patch_size).numpy(),
-    }
-    print(draw(columns, config.out))
+    join, attends = JoinConfig(**run["join"]), run["attention"] != "off"
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    picture(model, table, crops, join, attends, config.seed).save(config.out)
+    print(config.out)
     return config.out
 
 
-def draw(columns: dict[str, NDArray], out: Path) -> Path:
-    """Save a PNG of titled columns, each of images `[B, H, W, 3]` uint8 or maps `[B, G, G]`."""
+@torch.no_grad()
+def picture(
+    model: MaskedAutoencoder,
+    table: ScoreTable,
+    crops: CropBatch,
+    join: JoinConfig,
+    attends: bool,
+    seed: int = 0,
+) -> Image.Image:
+    """Draw crops as a run sees them now, a row each.
+
+    Args:
+        attends: attention enters the weights. It is the model's own on these very crops, also
+            where a run reads it from maps of an earlier time.
+    """
+    grid, patch_size = model.config.grid, model.config.patch_size
+    device = crops.images.device
+    attention = attention_scores(last_attention(model.encoder, normalise_images(crops.images)))
+    weights = join_weights(crops, table, grid, join, attention if attends else None)
+    generator = torch.Generator(device).manual_seed(seed)
+    batch = split_crops(crops, table, weights, patch_size, join, generator)
+    patches = patchify(crops.images, patch_size)
+    columns = {"crop": crops.images}
+    if table.maps is not None:
+        columns["frequency"] = crop_maps(table.maps[crops.rows], crops.windows, crops.flips, grid)
+    columns |= {
+        "attention": attention.view(-1, grid, grid),
+        "weights": weights.view(-1, grid, grid),
+        "split": unpatchify(_show_split(patches, batch.split), patch_size),
+        "reconstruction": unpatchify(_reconstruct(model, patches, batch), patch_size),
+    }
+    return draw({title: panels.cpu().numpy() for title, panels in columns.items()})
+
+
+def draw(columns: dict[str, NDArray]) -> Image.Image:
+    """A picture of titled columns, each of images `[B, H, W, 3]` uint8 or maps `[B, G, G]`."""
     rows = len(next(iter(columns.values())))
-    figure, axes = plt.subplots(
-        rows, len(columns), figsize=(2 * len(columns), 2 * rows + 0.3), squeeze=False
-    )
+    figure = Figure(figsize=(2 * len(columns), 2 * rows + 0.3), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, panels) in enumerate(columns.items()):
         axes[0][column].set_title(title, fontsize=11)
         for row in range(rows):
             axes[row][column].imshow(panels[row], cmap="magma", interpolation="nearest")
             axes[row][column].set_axis_off()
     figure.tight_layout(pad=0.3)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=100)
-    plt.close(figure)
-    return out
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _show_split(patches: Tensor, split: PatchSplit) -> Tensor:
     shown = patches.clone()
     side = round((patches.shape[-1] / 3) ** 0.5)
     line = torch.arange(side)
-    cross = torch.zeros(side, side, dtype=torch.bool)
+    cross = torch.zeros(side, side, dtype=torch.bool, device=patches.device)
     cross[line, line] = cross[line, side - 1 - line] = True
     struck = torch.where(cross[..., None], 230, 160).expand(side, side, 3).flatten().to(torch.uint8)
     dark = (patches.float() * 0.2).to(torch.uint8)
@@ -142,11 +160,10 @@ def _reconstruct(model: MaskedAutoencoder, patches: Tensor, batch: PatchBatch) -
     if model.config.normalise_targets:  # the prediction lacks each patch's own mean and deviation
         variance, mean = torch.var_mean(masked, dim=-1, keepdim=True)
         predicted = predicted * (variance + 1e-6).sqrt() + mean
-    pixels = predicted.unflatten(-1, (-1, 3)) * torch.tensor(IMAGENET_STD) + torch.tensor(
-        IMAGENET_MEAN
-    )
+    deviation, mean = (torch.tensor(v).to(predicted) for v in (IMAGENET_STD, IMAGENET_MEAN))
+    pixels = predicted.unflatten(-1, (-1, 3)) * deviation + mean
     shown = torch.full_like(patches, 160)
-    index = torch.arange(len(patches))[:, None]
+    index = torch.arange(len(patches), device=patches.device)[:, None]
     shown[index, split.visible] = batch.visible
     shown[index, split.masked] = (pixels.flatten(-2).clamp(0, 1) * 255).to(torch.uint8)
     return shown

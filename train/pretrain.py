@@ -2,111 +2,56 @@
 
     python -m train.pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
     torchrun --nproc-per-node 8 -m train.pretrain --shards ... --cache ... --out ... \\
-        --model vit_base --batch-size 512 --epochs 800
+        --model vit_base --batch-size 512 --epochs 800 --precision bf16
 
-`--recipe famt` (45 % masked by weight, 40 % thrown) or `--recipe mae` (75 % masked at random) sets
-the defaults; single options override them. A run goes on from the last checkpoint in `--out`.
+`--recipe` sets the defaults of other options, which still override it:
+
+    famt        45 % masked by cached frequency score and rolling attention, 40 % thrown
+    mae         75 % masked at random, nothing thrown
+
+A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and leave.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import contextlib
 import math
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator
 
 import torch
-import tyro
+from PIL import Image
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from famt.attention import attention_scores, last_attention
 from famt.mae import MODELS, MaskedAutoencoder
-from famt.patches import normalise, normalise_images
+from famt.patches import normalise
 from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, join_weights, split_crops
-from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
-from pipeline.scores import ScoreSpec
+from pipeline.loader import CropBatch, CropLoader, LoaderConfig
 from pipeline.table import ScoreTable, load_table
-from train import checkpoint
+from train import checkpoint, figures
+from train.attention import LiveAttention, RollingAttention
 from train.checkpoint import Checkpoint
+from train.config import PLAIN_MAE, Pretrain, parse
 from train.distributed import Ranks, ranks
+from train.log import Log
 from train.program import run_program
+from train.streams import SideStream, Stop
+from train.timing import Clock
 
-Recipe = Literal["famt", "mae"]
-RECIPES: dict[str, JoinConfig] = {
-    "famt": JoinConfig(mask_ratio=0.45, throw_ratio=0.40),
-    "mae": JoinConfig(mask_ratio=0.75, throw_ratio=0.0, frequency_exponent=0.0),
-}
-
-
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """AdamW with cosine decay after a linear warm-up, as MAE pre-trains."""
-
-    base_learning_rate: float = 1.5e-4
-    """learning rate for 256 images a step; it grows with the effective batch"""
-    weight_decay: float = 0.05
-    """not applied to biases and norms"""
-    warmup_epochs: float = 40.0
-    """epochs of linear warm-up from 0"""
-
-
-@dataclass(frozen=True)
-class Pretrain:
-    """A pre-training run."""
-
-    shards: list[str]
-    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
-    cache: str
-    """folder or object-store URL of the score cache"""
-    out: Path
-    """folder of the run: checkpoints and TensorBoard events"""
-    recipe: Recipe = "famt"
-    """sets the defaults of --join; see above"""
-    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
-    """encoder and decoder; the names on _32 take 32-px images"""
-    epochs: int = 800
-    """passes over the data"""
-    batch_size: int = 64
-    """images a step on each rank"""
-    attention: Literal["off", "live"] = "off"
-    """live weighs patches by the current encoder's attention on every whole crop as well"""
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
-    join: JoinConfig = field(default_factory=JoinConfig)
-    view: RandomView = field(default_factory=RandomView)
-    spec: ScoreSpec = field(default_factory=ScoreSpec)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """how crops are resized"""
-    shuffle_buffer: int = 4096
-    """encoded images held to draw from at random"""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """bf16 computes under autocast; it pays on GPUs and, for wide models, on recent CPUs"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """what to train on"""
-    threads: int = LoaderConfig.threads
-    """CPU threads that decode, on each rank"""
-    checkpoint_minutes: float = 10.0
-    """time between checkpoints; one is written at the end of the run in any case"""
-    log_steps: int = 20
-    """steps between log points"""
-    seed: int = 0
-    """of weights, shuffle, crops and sampling"""
+_SHOWN = 6  # crops in a picture
 
 
 def main(config: Pretrain) -> None:
     """Train until `config.epochs` are done, going on from the last checkpoint if there is one."""
-    with ranks(config.device) as here:
-        Run(config, here).train()
+    with ranks(config.device) as here, Stop() as stop:
+        Run(config, here).train(stop)
 
 
 class Run:
@@ -114,22 +59,22 @@ class Run:
 
     def __init__(self, config: Pretrain, here: Ranks) -> None:
         self.config, self.here = config, here
-        if config.log_steps < 1 or config.epochs < 1:
-            raise ValueError("--log-steps and --epochs must be at least 1")
-        found = checkpoint.latest(config.out)
-        resumed = checkpoint.load(found) if found else None
-        if resumed:
-            _refuse_another_run(resumed, config, here, found)
+        self.sizes = MODELS[config.model]
+        self.clock = Clock(here.device)
+        self.side = SideStream(here.device)
+        weighs = config.join.frequency_exponent != 0
+        self.table: ScoreTable = here.share(
+            lambda: load_table(
+                config.shards, ScoreCache(config.cache), config.spec if weighs else None
+            )
+        )
+        resumed, exact = checkpoint.resume(config, self._identity())
 
         torch.manual_seed(config.seed)
-        self.sizes = MODELS[config.model]
-        self.model = MaskedAutoencoder(self.sizes).to(here.device)
+        self.model = MaskedAutoencoder(self.sizes, config.decoder).to(here.device)
+        first_epoch = resumed.epoch if resumed else 0
         self.generator = torch.Generator(here.device).manual_seed(
-            config.seed * here.world_size + here.rank
-        )
-        weighs = config.join.frequency_exponent != 0
-        self.table: ScoreTable = load_table(
-            config.shards, ScoreCache(config.cache), config.spec if weighs else None
+            (config.seed + first_epoch) * here.world_size + here.rank
         )
         self.loader = CropLoader(
             self.table,
@@ -146,7 +91,21 @@ class Run:
             world_size=here.world_size,
             device=here.device,
             seed=config.seed,
-            state=resumed.loaders[here.rank] if resumed else None,
+            first_epoch=first_epoch,
+            state=resumed.loaders[here.rank] if resumed and exact else None,
+        )
+        live = LiveAttention(
+            self.model.encoder,
+            config.attention_score,
+            config.rolling.image_size if config.attention == "rolling" else None,
+            config.accumulate,
+            config.precision == "bf16",
+        )
+        self.live = live if config.attention == "live" else None
+        self.rolling = (
+            RollingAttention(live, len(self.table), self.sizes.grid, config.rolling, here)
+            if config.attention == "rolling"
+            else None
         )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -158,220 +117,240 @@ class Run:
             betas=(0.9, 0.95),
             fused=True,
         )
-        warmup_steps = min(
+        self.warmup_steps = min(
             round(config.optimiser.warmup_epochs * self.steps_per_epoch), self.total_steps // 2
         )
         self.schedule = CosineLRScheduler(
             self.optimizer,
-            t_initial=self.total_steps - warmup_steps,
-            warmup_t=warmup_steps,
+            t_initial=self.total_steps - self.warmup_steps,
+            warmup_t=self.warmup_steps,
             warmup_prefix=True,
             t_in_epochs=False,
         )
-        self.warmup_steps = warmup_steps
+        decay = config.optimiser.ema_decay
+        self.ema = ModelEmaV3(self.model.encoder, decay) if decay else None
         self.step = 0
+        self.shown: CropBatch | None = None
         if resumed:
-            self.model.load_state_dict(resumed.model)
-            self.optimizer.load_state_dict(resumed.optimizer)
-            self.generator.set_state(resumed.generators[here.rank])
-            self.step = resumed.step
+            self._restore(resumed, exact)
+        trained: nn.Module = self.model
+        if config.compile:
+            trained = torch.compile(trained)  # type: ignore[assignment]
+        if here.world_size > 1:
+            trained = DistributedDataParallel(trained)
+        self.trained: nn.Module = trained
         config.out.mkdir(parents=True, exist_ok=True)
-        self.trained: nn.Module = (
-            DistributedDataParallel(self.model) if here.world_size > 1 else self.model
-        )
 
-    def train(self) -> None:
-        """Run the remaining epochs, then write the last checkpoint."""
-        if self.here.is_main:
+    def train(self, stop: Stop) -> None:
+        """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
+        config, here = self.config, self.here
+        log = None
+        if here.is_main:
             print(self.plan(), flush=True)
-        log = _Log(self) if self.here.is_main else None
-        saved, started_at = time.monotonic(), self.step
+            log = Log(config.out, self.step, self.total_steps, self.effective_batch, self.clock)
+            log.event(self.step, "start", epoch=self.loader.epoch, **self._identity())
+        saved_at, saved_step = time.monotonic(), self.step
         self.model.train()
-        while self.loader.epoch < self.config.epochs:
-            waiting = time.perf_counter()
-            for crops in self.loader:
-                waited = time.perf_counter() - waiting
-                loss = self.train_step(self.patches(crops))
-                if self.step % self.config.log_steps == 0 or self.step == self.total_steps:
-                    self._refuse_nan(loss, crops)
-                    if log:
-                        log.point(loss.item(), self.optimizer.param_groups[0]["lr"])
+        while self.step < self.total_steps:
+            epoch, crops = self.loader.epoch, iter(self.loader)
+            batch = self._next(crops, self.step)
+            if log and self.shown and config.picture_epochs and epoch % config.picture_epochs == 0:
+                log.picture(self.step, self._picture(self.shown))
+            while batch is not None:
+                loss = self.forward_backward(batch)
+                # A checkpoint holds no batch, so one is made ahead only between these steps.
+                at_rest = (self.step + 1) % config.log_steps == 0
+                ahead = None if at_rest else self._next(crops, self.step + 1)
+                self.update()
                 if log:
-                    log.step(waited)
-                if self.step % self.config.log_steps == 0:
-                    due = time.monotonic() - saved > self.config.checkpoint_minutes * 60
-                    if self.here.gather(due)[0]:
-                        self.save()
-                        saved = time.monotonic()
-                waiting = time.perf_counter()
-        if self.step > started_at:
-            self.save()
+                    log.step()
+                if at_rest or self.step == self.total_steps:
+                    self._refuse_nan(loss, batch)
+                    if log:
+                        rate = self.optimizer.param_groups[0]["lr"]
+                        log.point(self.step, epoch, {"loss": loss.item(), "learning_rate": rate})
+                if at_rest:
+                    due = time.monotonic() - saved_at > config.checkpoint_minutes * 60
+                    wishes = here.gather((due, stop.asked))
+                    stopping = any(asked for _, asked in wishes)
+                    if wishes[0][0] or stopping:
+                        self.save(log)
+                        saved_at, saved_step = time.monotonic(), self.step
+                    if stopping:
+                        if log:
+                            log.event(self.step, "stopped by a signal")
+                            log.close()
+                        return
+                    ahead = self._next(crops, self.step)
+                batch = ahead
+            if self.rolling:
+                self.rolling.exchange(self.step)
+        if self.step > saved_step:
+            self.save(log)
         if log:
             log.close()
 
-    def patches(self, crops: CropBatch) -> PatchBatch:
+    def patches(self, crops: CropBatch, step: int) -> PatchBatch:
         """Weigh, sample and gather: from crops to what the model takes."""
-        attention = None
-        if self.config.attention == "live":
-            with self._autocast():
-                seen = last_attention(self.model.encoder, normalise_images(crops.images))
-            attention = attention_scores(seen)
-        weights = join_weights(crops, self.table, self.sizes.grid, self.config.join, attention)
-        return split_crops(
-            crops, self.table, weights, self.sizes.patch_size, self.config.join, self.generator
-        )
+        config, attention = self.config, None
+        plain = self.loader.epoch < config.plain_epochs
+        join = PLAIN_MAE if plain else config.join
+        if not plain and (self.live or self.rolling):
+            with self.clock.stage("attention"):
+                if self.live:
+                    attention = self.live(crops.images)
+                elif self.rolling:
+                    attention = self.rolling(crops, step)
+        with self.clock.stage("join"):
+            weights = join_weights(crops, self.table, self.sizes.grid, join, attention)
+            return split_crops(
+                crops, self.table, weights, self.sizes.patch_size, join, self.generator
+            )
 
-    def train_step(self, batch: PatchBatch) -> torch.Tensor:
-        """One optimiser step; returns the loss, still on the device."""
-        self.schedule.step_update(self.step)
-        with self._autocast():
-            loss = self.trained(normalise(batch.visible), normalise(batch.masked), batch.split)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def forward_backward(self, batch: PatchBatch) -> torch.Tensor:
+        """Add up the gradients of a batch; returns the mean loss, still on the device."""
+        self.side.join()
+        parts = batch.chunk(self.config.accumulate)
+        total = torch.zeros((), device=self.here.device)
+        trained, now = self.trained, contextlib.nullcontext
+        later = trained.no_sync if isinstance(trained, DistributedDataParallel) else now
+        for number, part in enumerate(parts, start=1):
+            # The ranks' gradients are averaged once, with the last part.
+            with now() if number == len(parts) else later():
+                with self.clock.stage("forward"), self._autocast():
+                    visible, masked = normalise(part.visible), normalise(part.masked)
+                    loss = self.trained(visible, masked, part.split) / len(parts)
+                with self.clock.stage("backward"):
+                    loss.backward()
+            total += loss.detach()
+        return total
+
+    def update(self) -> None:
+        """One optimiser step with the gradients that are there."""
+        self.side.join()
+        with self.clock.stage("update"):
+            self.schedule.step_update(self.step)
+            if self.config.optimiser.clip_norm:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimiser.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.ema:
+                self.ema.update(self.model.encoder)
+        self.side.weights_are_ready()
         self.step += 1
-        return loss.detach()
 
-    def save(self) -> None:
+    def save(self, log: Log | None = None) -> None:
         """Write a checkpoint of all ranks' state; every rank calls this."""
+        if self.rolling:
+            self.rolling.exchange(self.step)
         loaders = self.here.gather(self.loader.state())
         generators = self.here.gather(self.generator.get_state())
         if self.here.is_main:
+            bank = self.rolling.bank if self.rolling else None
             state = Checkpoint(
                 step=self.step,
+                epoch=self.step // self.steps_per_epoch,
                 model_name=self.config.model,
+                decoder=self.config.decoder,
                 model=self.model.state_dict(),
+                ema=self.ema.module.state_dict() if self.ema else None,
                 optimizer=self.optimizer.state_dict(),
                 loaders=loaders,
                 generators=generators,
-                config=describe(self.config, self.here),
+                bank=bank.state() if bank else None,
+                config={**self.config.describe(), **self._identity()},
             )
-            checkpoint.save(self.config.out, state)
+            path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
+            if log:
+                log.event(self.step, "checkpoint", file=path.name)
 
     def plan(self) -> str:
         """Every number of the run that follows from its options, for a reader to check."""
-        config, join = self.config, self.config.join
-        masked, thrown, visible = patch_counts(
-            self.sizes.grid**2, join.mask_ratio, join.throw_ratio
-        )
+        config, sizes = self.config, self.sizes
         parameters = {
             "encoder": sum(p.numel() for p in self.model.encoder.parameters()),
             "in all": sum(p.numel() for p in self.model.parameters()),
         }
+        cached = f"cached {config.spec.id} to the power {config.join.frequency_exponent:g}"
+        how = {
+            "off": "no attention",
+            "live": "live attention on every crop",
+            "rolling": f"rolling attention, 1/{config.rolling.every} of a batch refreshed a step",
+        }[config.attention]
         lines = {
             "run": f"{config.out} on {self.here.device}, {self.here.world_size} rank(s), "
             f"{config.precision}",
-            "model": f"{config.model}: "
+            "model": f"{config.model}, {config.decoder} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.table)} images in {len(self.table.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches",
-            "weights": ("cached " + config.spec.id if self.table.maps is not None else "uniform")
-            + (", live attention" if config.attention == "live" else ""),
-            "patches": f"{self.sizes.grid**2} = {masked} masked + {thrown} thrown + "
-            f"{visible} visible",
+            "weights": f"{cached if self.table.maps is not None else 'uniform'}; {how}",
+            "patches": _counts(sizes.grid, config.join),
             "steps": f"{self.total_steps} = {config.epochs} epochs x {self.steps_per_epoch}, "
             f"{self.warmup_steps} of warm-up; {self.step} done",
-            "batch": f"{self.effective_batch} = {config.batch_size} x {self.here.world_size}",
+            "batch": f"{self.effective_batch} = {config.batch_size} x {self.here.world_size} "
+            f"rank(s), in {config.accumulate} part(s)",
             "learning rate": f"{self.learning_rate:.3g} at its peak = "
             f"{config.optimiser.base_learning_rate:.3g} x {self.effective_batch} / 256",
         }
+        if config.plain_epochs:
+            lines["before"] = (
+                f"{config.plain_epochs} epochs of plain MAE, {_counts(sizes.grid, PLAIN_MAE)}"
+            )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
+
+    def _next(self, crops: Iterator[CropBatch], step: int) -> PatchBatch | None:
+        """The epoch's next batch or None, on a GPU made beside what the main stream does."""
+        with self.side:
+            with self.clock.stage("data_wait", on_host=True):
+                found = next(crops, None)
+            if found is not None and self.loader.step == 1:
+                self.shown = found.first(_SHOWN)
+            return None if found is None else self.side.hand_over(self.patches(found, step))
+
+    def _identity(self) -> dict[str, object]:
+        """What a continuation must have in common with the run, besides its options."""
+        return {
+            "device": self.here.device.type,
+            "world_size": self.here.world_size,
+            "data": self.table.digest,
+        }
+
+    def _restore(self, resumed: Checkpoint, exact: bool) -> None:
+        self.model.load_state_dict(resumed.model)
+        self.optimizer.load_state_dict(resumed.optimizer)
+        if self.ema and resumed.ema:
+            self.ema.module.load_state_dict(resumed.ema)
+        if self.rolling and resumed.bank and resumed.config["data"] == self.table.digest:
+            self.rolling.bank.load_state(resumed.bank)
+        if exact:
+            self.generator.set_state(resumed.generators[self.here.rank])
+            self.step = resumed.step
+        else:
+            self.step = resumed.epoch * self.steps_per_epoch
+
+    def _picture(self, crops: CropBatch) -> Image.Image:
+        attends = self.config.attention != "off"
+        return figures.picture(self.model, self.table, crops, self.config.join, attends)
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.config.precision == "bf16"
         return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
 
-    def _refuse_nan(self, loss: torch.Tensor, crops: CropBatch) -> None:
+    def _refuse_nan(self, loss: torch.Tensor, batch: PatchBatch) -> None:
         if not math.isfinite(loss.item()):
             path = self.config.out / f"nan-rank{self.here.rank}-step{self.step:08d}.txt"
-            path.write_text("\n".join(self.table.key(row) for row in crops.rows.tolist()) + "\n")
+            path.write_text("\n".join(self.table.key(row) for row in batch.rows.tolist()) + "\n")
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.step}; the samples are in {path}. "
                 "Lower --optimiser.base-learning-rate, or look at those images"
             )
 
 
-class _Log:
-    """Progress bar and TensorBoard of the main rank."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._writer = SummaryWriter(str(run.config.out), purge_step=run.step)
-        self._bar = tqdm(
-            total=run.total_steps, initial=run.step, desc="pretrain", unit="step", mininterval=1
-        )
-        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
-
-    def step(self, waited: float) -> None:
-        self._waited += waited
-        self._steps += 1
-        self._bar.update()
-
-    def point(self, loss: float, learning_rate: float) -> None:
-        seconds = time.perf_counter() - self._since
-        scalars = {
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "images_per_second": max(1, self._steps) * self._run.effective_batch / seconds,
-            "data_wait_share": self._waited / seconds,
-        }
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, self._run.step)
-        self._bar.set_postfix_str(
-            f"loss {loss:.4f}, {scalars['images_per_second']:.0f} images/s, "
-            f"{scalars['data_wait_share']:.0%} waiting for data"
-        )
-        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
-
-    def close(self) -> None:
-        self._bar.close()
-        self._writer.close()
-
-
-def describe(config: Pretrain, here: Ranks) -> dict[str, Any]:
-    """The configuration as plain data, as checkpoints keep it; `auto` says what was chosen."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return {**plain, "device": here.device.type}
-
-
-# What may differ between a run and its continuation.
-_FREE = ("out", "cache", "shards", "threads", "checkpoint_minutes", "log_steps")
-
-
-def _refuse_another_run(
-    resumed: Checkpoint, config: Pretrain, here: Ranks, found: Path | None
-) -> None:
-    then, now = resumed.config, describe(config, here)
-    changed = [name for name in now if name not in _FREE and then.get(name) != now[name]]
-    if len(resumed.loaders) != here.world_size:
-        raise ValueError(
-            f"{found} was written by {len(resumed.loaders)} ranks and this run has "
-            f"{here.world_size}; use as many, or another --out"
-        )
-    if changed:
-        differences = "; ".join(f"{name}: {then.get(name)} -> {now[name]}" for name in changed)
-        raise ValueError(
-            f"{found} belongs to a run with other options ({differences}); use the same, or "
-            "another --out"
-        )
-
-
-def parse(arguments: list[str]) -> Pretrain:
-    """The command line; `--recipe` is read first, since it sets what the others default to."""
-    recipe = "famt"
-    for position, argument in enumerate(arguments):
-        if argument == "--recipe" and position + 1 < len(arguments):
-            recipe = arguments[position + 1]
-        elif argument.startswith("--recipe="):
-            recipe = argument.partition("=")[2]
-    default = Pretrain(
-        shards=tyro.MISSING,
-        cache=tyro.MISSING,
-        out=tyro.MISSING,
-        join=RECIPES.get(recipe, JoinConfig()),
-    )
-    return tyro.cli(Pretrain, args=arguments, default=default, description=__doc__)
+def _counts(grid: int, join: JoinConfig) -> str:
+    masked, thrown, visible = patch_counts(grid**2, join.mask_ratio, join.throw_ratio)
+    return f"{grid**2} = {masked} masked + {thrown} thrown + {visible} visible"
 
 
 if __name__ == "__main__":
-    run_program(main, parse(sys.argv[1:]))
+    run_program(main, parse(sys.argv[1:], __doc__))

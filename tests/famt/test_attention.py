@@ -86,6 +86,22 @@ def test_last_attention_leaves_the_encoder_as_it_was():
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
+def test_smaller_images_are_seen_with_positions_in_between():
+    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder
+    images = torch.randn(2, 3, 16, 16)
+    small = timm.models.VisionTransformer(
+        img_size=16, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=0
+    )
+    weights = encoder.state_dict()
+    patches = weights["pos_embed"][0, 1:].T.view(1, 96, 8, 8)
+    resized = torch.nn.functional.interpolate(patches, 4, mode="bicubic", antialias=True)
+    weights["pos_embed"] = torch.cat(
+        [weights["pos_embed"][:, :1], resized.flatten(2).transpose(1, 2)], dim=1
+    )
+    small.load_state_dict(weights)
+    torch.testing.assert_close(last_attention(encoder, images), _plain_attention(small, images))
+
+
 def test_register_tokens_are_refused():
     encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, reg_tokens=4)
     with pytest.raises(ValueError, match="5 prefix tokens"):

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famt.geometry import crop_maps, overlap
+from famt.geometry import crop_maps, overlap, paste_maps
 
 windows = st.tuples(
     st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0.02, 1), st.floats(0.02, 1)
@@ -91,3 +91,63 @@ def test_half_precision_maps_are_cropped_in_float32():
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"windows \[B, 4\]"):
         crop_maps(torch.rand(2, 4, 4), torch.rand(1, 4), torch.zeros(2, dtype=torch.bool), 4)
+
+
+def _paste(maps, crops, window, flip):
+    return paste_maps(
+        maps, crops, torch.tensor([window], dtype=maps.dtype), torch.tensor([flip])
+    )
+
+
+def _pasted_by_points(old, crop, window, flip, samples=60):
+    """Look at many points of every cell: those in the window show the crop, the others the map."""
+    top, left, height, width = window
+    side, grid = len(old), len(crop)
+    shown = crop.flip(1) if flip else crop
+    result = torch.zeros_like(old)
+    points = (torch.arange(samples, dtype=torch.float64) + 0.5) / samples
+    for i in range(side):
+        for j in range(side):
+            y, x = torch.meshgrid((i + points) / side, (j + points) / side, indexing="ij")
+            v, u = (y - top) / height, (x - left) / width
+            inside = (v >= 0) & (v < 1) & (u >= 0) & (u < 1)
+            seen = shown[(v * grid).long().clamp(0, grid - 1), (u * grid).long().clamp(0, grid - 1)]
+            result[i, j] = torch.where(inside, seen, old[i, j]).mean()
+    return result
+
+
+@settings(max_examples=40, deadline=None)
+@given(windows, st.booleans(), st.integers(1, 6), st.integers(2, 7), st.integers(0, 99))
+def test_a_pasted_crop_equals_a_look_at_many_points(window, flip, grid, side, seed):
+    generator = torch.Generator().manual_seed(seed)
+    old = torch.rand(1, side, side, dtype=torch.float64, generator=generator)
+    crop = torch.rand(1, grid, grid, dtype=torch.float64, generator=generator)
+    expected = _pasted_by_points(old[0], crop[0], window, flip)
+    torch.testing.assert_close(_paste(old, crop, window, flip)[0], expected, atol=0.07, rtol=0)
+
+
+@settings(deadline=None)
+@given(windows, st.booleans(), st.integers(1, 16))
+def test_pasting_what_a_view_shows_keeps_the_mean_of_the_image(window, flip, grid):
+    maps = torch.rand(1, 14, 14, dtype=torch.float64)
+    pasted = _paste(maps, _crop(maps, window, flip, grid), window, flip)
+    torch.testing.assert_close(pasted.mean(), maps.mean())
+
+
+@settings(deadline=None)
+@given(windows, st.booleans())
+def test_pasting_a_constant_into_itself_changes_nothing(window, flip):
+    maps = torch.full((1, 14, 14), 0.7)
+    torch.testing.assert_close(_paste(maps, torch.full((1, 5, 5), 0.7), window, flip), maps)
+
+
+def test_a_full_flipped_crop_replaces_the_map_by_its_mirror_image():
+    crop = torch.rand(1, 14, 14)
+    torch.testing.assert_close(
+        _paste(torch.zeros(1, 14, 14), crop, (0.0, 0.0, 1.0, 1.0), True), crop.flip(-1)
+    )
+
+
+def test_pasting_shapes_that_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match="expected maps"):
+        paste_maps(torch.ones(2, 7, 7), torch.ones(1, 7, 7), torch.ones(2, 4), torch.ones(2).bool())

@@ -13,11 +13,15 @@ from train.checkpoint import Checkpoint
 def _state(step, model=None):
     return Checkpoint(
         step=step,
+        epoch=0,
         model_name="vit_nano_32",
+        decoder="self",
         model=(model or MaskedAutoencoder(MODELS["vit_nano_32"])).state_dict(),
+        ema=None,
         optimizer={"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 1)}]},
         loaders=[{"setup": "x", "epoch": 1, "step": 2, "dali": b"\x00bytes"}],
         generators=[torch.Generator().get_state()],
+        bank=None,
         config={"seed": 0, "shards": ["a"]},
     )
 
@@ -25,7 +29,7 @@ def _state(step, model=None):
 def test_a_checkpoint_comes_back_whole(tmp_path):
     torch.manual_seed(0)
     model = MaskedAutoencoder(MODELS["vit_nano_32"])
-    path = checkpoint.save(tmp_path, _state(7, model))
+    path = checkpoint.save(tmp_path, _state(7, model), keep=2)
     loaded = checkpoint.load(path)
     assert (loaded.step, loaded.loaders[0]["dali"]) == (7, b"\x00bytes")
     assert loaded.optimizer["param_groups"][0]["betas"] == (0.9, 1)
@@ -35,7 +39,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
 
 def test_the_last_two_are_kept(tmp_path):
     for step in (5, 50, 500):
-        checkpoint.save(tmp_path, _state(step))
+        checkpoint.save(tmp_path, _state(step), keep=2)
     assert [p.name for p in sorted(tmp_path.iterdir())] == [
         "checkpoint-00000050.pt",
         "checkpoint-00000500.pt",
@@ -68,10 +72,10 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     if mounted.returncode:
         pytest.skip("no right to mount here")
     try:
-        checkpoint.save(tmp_path, _state(1))
+        checkpoint.save(tmp_path, _state(1), keep=2)
         (tmp_path / "ballast").write_bytes(b"\0" * (1 << 20))
         with pytest.raises(OSError, match=r"00000002\.pt: could not be written"):
-            checkpoint.save(tmp_path, _state(2))
+            checkpoint.save(tmp_path, _state(2), keep=2)
         assert checkpoint.latest(tmp_path).name == "checkpoint-00000001.pt"
         assert checkpoint.load(tmp_path).step == 1
         assert not list(tmp_path.glob("*.partial"))
@@ -80,12 +84,12 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
 
 
 def test_a_writer_that_is_killed_leaves_the_previous_one(tmp_path):
-    checkpoint.save(tmp_path, _state(1))
+    checkpoint.save(tmp_path, _state(1), keep=2)
     code = (
         "import os, sys, torch; from pathlib import Path; from train import checkpoint\n"
         "state = checkpoint.load(Path(sys.argv[1]))\n"
         "os.fsync = lambda fd: os.kill(os.getpid(), 9)\n"
-        "checkpoint.save(Path(sys.argv[1]), state.__class__(**{**vars(state), 'step': 2}))\n"
+        "checkpoint.save(Path(sys.argv[1]), state.__class__(**{**vars(state), 'step': 2}), keep=2)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
     assert killed.returncode == -9

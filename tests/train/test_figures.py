@@ -1,8 +1,8 @@
 import numpy as np
 from PIL import Image
 
+from train.config import Pretrain
 from train.figures import Figures, main
-from train.pretrain import Pretrain
 from train.pretrain import main as pretrain
 
 

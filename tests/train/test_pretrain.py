@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.join import JoinConfig
 from train import checkpoint
 from train.distributed import ranks
-from train.pretrain import OptimiserConfig, Pretrain, Run, main, parse
+from train.config import OptimiserConfig, Pretrain, RollingConfig, parse
+from train.pretrain import Run, main
 
 
 @pytest.fixture
@@ -50,16 +51,18 @@ def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
     losses = [event.value for event in events.Scalars("loss")]
     assert len(losses) == 36
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
-    assert {"learning_rate", "images_per_second", "data_wait_share"} <= set(
+    stages = {"data_wait", "attention", "join", "forward", "backward", "update"}
+    assert {"learning_rate", "images_per_second", *(f"time/{each}" for each in stages)} <= set(
         events.Tags()["scalars"]
     )
+    assert events.Tags()["images"] == ["crops"]
     plan = capsys.readouterr().out
     assert "64 = 28 masked + 26 thrown + 10 visible" in plan
     assert "36 = 12 epochs x 3" in plan
     assert "2 skipped each epoch" in plan
 
 
-@pytest.mark.parametrize("attention", ["off", "live"])
+@pytest.mark.parametrize("attention", ["off", "live", "rolling"])
 def test_the_same_seed_gives_the_same_weights(config, tmp_path, attention):
     config = dataclasses.replace(config, attention=attention)
     main(config)
@@ -79,14 +82,14 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_one_that_was_not(
 ):
     main(config)
     interrupted = dataclasses.replace(config, out=tmp_path / "stopped", checkpoint_minutes=0.0)
-    original = Run.train_step
+    original = Run.update
 
-    def stopping(run, batch):
+    def stopping(run):
         if run.step == stop_after:
             raise _Stop
-        return original(run, batch)
+        original(run)
 
-    monkeypatch.setattr(Run, "train_step", stopping)
+    monkeypatch.setattr(Run, "update", stopping)
     with pytest.raises(_Stop):
         main(interrupted)
     monkeypatch.undo()
@@ -124,14 +127,14 @@ def test_live_attention_changes_the_masks_and_leaves_the_gradients_alone(config)
     with ranks("cpu") as here:
         run = Run(dataclasses.replace(config, attention="live"), here)
         crops = next(iter(run.loader))
-        run.patches(crops)
+        run.patches(crops, 0)
         assert run.model.training
         assert all(p.grad is None for p in run.model.parameters())
 
 
 def test_plain_mae_needs_no_score_maps(config, scored):
     arguments = ["--recipe", "mae", "--shards", *scored.shards, "--cache", "c", "--out", "o"]
-    parsed = parse(arguments)
+    parsed = parse(arguments, None)
     assert parsed.join == JoinConfig(0.75, 0.0, frequency_exponent=0.0)
     config = dataclasses.replace(config, join=parsed.join, epochs=1)
     with ranks("cpu") as here:
@@ -140,10 +143,9 @@ def test_plain_mae_needs_no_score_maps(config, scored):
 
 def test_single_options_override_the_recipe():
     base = ["--shards", "a", "--cache", "c", "--out", "o"]
-    assert parse([*base]).join.mask_ratio == 0.45
-    assert parse([*base, "--recipe=mae", "--join.mask-ratio", "0.6"]).join == JoinConfig(
-        0.6, 0.0, frequency_exponent=0.0
-    )
+    assert parse([*base], None).join.mask_ratio == 0.45
+    mae = parse([*base, "--recipe=mae", "--join.mask-ratio", "0.6"], None)
+    assert mae.join == JoinConfig(0.6, 0.0, frequency_exponent=0.0)
 
 
 def test_bf16_trains(config):

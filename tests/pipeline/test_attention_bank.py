@@ -1,0 +1,99 @@
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.attention_bank import AttentionBank
+
+WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+NO_FLIP = torch.tensor([False])
+
+
+def _write(bank, row, scores, window=WHOLE, flip=NO_FLIP, step=0):
+    bank.write(torch.tensor([row]), window, flip, scores, step)
+
+
+def test_what_a_whole_image_showed_is_read_back():
+    bank = AttentionBank(5, 8)
+    scores = torch.rand(1, 64) + 0.1
+    _write(bank, 3, scores)
+    read = bank.read(torch.tensor([3, 1]), WHOLE.expand(2, 4), NO_FLIP.expand(2), 8)
+    torch.testing.assert_close(read[:1], scores / scores.mean(), rtol=1e-3, atol=1e-3)
+    assert torch.equal(read[1], torch.ones(64))
+
+
+def test_a_crop_is_read_back_through_its_own_view():
+    bank = AttentionBank(1, 14)
+    window, flip = torch.tensor([[0.5, 0.0, 0.5, 0.5]]), torch.tensor([True])
+    scores = torch.rand(1, 49) + 0.1
+    _write(bank, 0, scores, window, flip)
+    read = bank.read(torch.tensor([0]), window, flip, 7)
+    torch.testing.assert_close(read, scores / scores.mean(), rtol=1e-3, atol=1e-3)
+    elsewhere = bank.maps[0].clone()
+    elsewhere[7:, :7] = 1
+    assert torch.equal(elsewhere, torch.ones(14, 14, dtype=torch.float16))
+
+
+def test_a_crop_keeps_the_level_that_its_part_of_the_image_has():
+    bank = AttentionBank(1, 14)
+    object_left = torch.ones(1, 14, 14)
+    object_left[:, :, :7] = 3
+    _write(bank, 0, object_left.flatten(1))
+    window = torch.tensor([[0.0, 0.0, 1.0, 0.5]])  # a crop of the object alone, all alike
+    _write(bank, 0, torch.full((1, 49), 0.01), window)
+    assert torch.allclose(bank.maps[0, :, :7].float(), torch.tensor(1.5), atol=1e-3)
+    assert torch.allclose(bank.maps[0, :, 7:].float(), torch.tensor(0.5), atol=1e-3)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999))
+def test_maps_stay_positive_with_mean_1_whatever_is_written(seed):
+    generator = torch.Generator().manual_seed(seed)
+    bank = AttentionBank(1, 7)
+    for step in range(20):
+        size = torch.rand(1, 2, generator=generator) * 0.9 + 0.1
+        corner = torch.rand(1, 2, generator=generator) * (1 - size)
+        scores = torch.rand(1, 16, generator=generator) ** 8 * 100
+        _write(bank, 0, scores, torch.cat([corner, size], 1), torch.tensor([step % 2 == 0]), step)
+    assert (bank.maps >= 0).all()
+    torch.testing.assert_close(bank.maps.float().mean(), torch.tensor(1.0), rtol=2e-3, atol=0)
+
+
+def test_the_longest_unseen_come_first():
+    bank = AttentionBank(6, 2)
+    rows = torch.arange(6)
+    for step, row in enumerate((4, 1, 0)):
+        _write(bank, row, torch.ones(1, 4), step=step)
+    assert bank.oldest(rows, 6).tolist() == [2, 3, 5, 4, 1, 0]
+    assert bank.oldest(torch.tensor([0, 4, 1]), 2).tolist() == [1, 2]
+    assert bank.coverage == 0.5
+
+
+def test_scores_that_say_nothing_are_not_written():
+    bank = AttentionBank(3, 2)
+    scores = torch.tensor([[1.0, float("nan"), 1, 1], [0, 0, 0, 0], [1, 2, 3, 4]])
+    bank.write(torch.arange(3), WHOLE.expand(3, 4), NO_FLIP.expand(3), scores, 5)
+    assert bank.refreshed.tolist() == [-1, -1, 5]
+    assert torch.equal(bank.maps[:2], torch.ones(2, 2, 2, dtype=torch.float16))
+
+
+def test_banks_that_merge_each_others_news_are_equal():
+    first, second = AttentionBank(4, 2), AttentionBank(4, 2)
+    _write(first, 0, torch.rand(1, 4), step=3)
+    first_known = first.since(4)
+    _write(first, 1, torch.rand(1, 4), step=4)
+    _write(second, 2, torch.rand(1, 4), step=4)
+    assert len(first_known[0]) == 0
+    assert first.since(4)[0].tolist() == [1]
+    news = first.since(0), second.since(0)
+    second.merge(*news[0])
+    first.merge(*news[1])
+    assert torch.equal(first.maps, second.maps)
+    assert first.refreshed.tolist() == second.refreshed.tolist() == [3, 4, 4, -1]
+
+
+def test_a_bank_comes_back_as_it_was():
+    bank, again = AttentionBank(3, 4), AttentionBank(3, 4)
+    _write(bank, 1, torch.rand(1, 16), step=9)
+    again.load_state(bank.state())
+    assert torch.equal(bank.maps, again.maps)
+    assert torch.equal(bank.refreshed, again.refreshed)

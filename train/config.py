@@ -1,0 +1,152 @@
+"""The options of a pre-training run, and the recipes that set their defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+from famt.mae import MODELS, Decoder
+from pipeline.join import JoinConfig
+from pipeline.loader import LoaderConfig, RandomView
+from pipeline.scores import ScoreSpec
+
+Recipe = Literal["famt", "mae"]
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with cosine decay after a linear warm-up, as MAE pre-trains."""
+
+    base_learning_rate: float = 1.5e-4
+    """learning rate for 256 images a step; it grows with the effective batch"""
+    weight_decay: float = 0.05
+    """not applied to biases and norms"""
+    warmup_epochs: float = 40.0
+    """epochs of linear warm-up from 0"""
+    clip_norm: float = 0.0
+    """largest norm of all gradients together; 0 leaves them as they are"""
+    ema_decay: float = 0.0
+    """keeps an exponential moving average of the encoder as well, 0.9999 say; 0 keeps none"""
+
+
+@dataclass(frozen=True)
+class RollingConfig:
+    """How `--attention rolling` keeps its maps fresh."""
+
+    every: int = 8
+    """a forward pass refreshes 1/every of each batch, the longest unseen first"""
+    image_size: int | None = None
+    """side of the crops in that pass, px, half the model's say; the model's own if left out"""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """A pre-training run."""
+
+    shards: list[str]
+    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
+    cache: str
+    """folder or object-store URL of the score cache"""
+    out: Path
+    """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
+    recipe: Recipe = "famt"
+    """sets the defaults of other options; see above"""
+    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
+    """encoder and decoder; the names on _32 take 32-px images"""
+    decoder: Decoder = "self"
+    """self-attention as in MAE, or cross: masked patches look at visible ones only (CrossMAE)"""
+    epochs: int = 800
+    """passes over the data"""
+    batch_size: int = 64
+    """images a step on each rank"""
+    accumulate: int = 1
+    """parts that a batch goes through the model in, one after another, to save memory"""
+    plain_epochs: int = 0
+    """epochs of plain MAE (75 %% masked at random) before weights and throwing begin"""
+    attention: Literal["off", "live", "rolling"] = "rolling"
+    """how the encoder's attention enters the weights: not at all, from a forward pass on every
+    whole crop, or from maps of which a part is refreshed each step"""
+    attention_score: Literal["famt", "amt"] = "famt"
+    """which formula reads a score off the attention"""
+    rolling: RollingConfig = field(default_factory=RollingConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    join: JoinConfig = field(default_factory=JoinConfig)
+    view: RandomView = field(default_factory=RandomView)
+    spec: ScoreSpec = field(default_factory=ScoreSpec)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """how crops are resized"""
+    shuffle_buffer: int = 4096
+    """encoded images held to draw from at random"""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """bf16 computes under autocast; it pays on GPUs and, for wide models, on recent CPUs"""
+    compile: bool = False
+    """compile the model (torch.compile)"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """what to train on"""
+    threads: int = LoaderConfig.threads
+    """CPU threads that decode, on each rank"""
+    resume: Literal["auto", "never"] = "auto"
+    """go on from the last checkpoint in --out, or refuse a folder that holds one"""
+    elastic: bool = False
+    """resume with other shards, scores, batch size or ranks too, from the beginning of the epoch"""
+    checkpoint_minutes: float = 10.0
+    """time between checkpoints; one is written at the end and on SIGTERM or SIGUSR1 as well"""
+    keep_checkpoints: int = 2
+    """how many of the last checkpoints stay"""
+    log_steps: int = 20
+    """steps between log points, and between the moments at which a run can be checkpointed"""
+    picture_epochs: int = 20
+    """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
+    none"""
+    seed: int = 0
+    """of weights, shuffle, crops and sampling"""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "log_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"--batch-size {self.batch_size} does not divide into --accumulate "
+                f"{self.accumulate} equal parts"
+            )
+        if self.rolling.every < 1:
+            raise ValueError("--rolling.every must be at least 1")
+
+    def describe(self) -> dict[str, Any]:
+        """The options as plain data, as checkpoints and logs keep them."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return plain
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "famt": {},
+    "mae": {
+        "join": JoinConfig(mask_ratio=0.75, throw_ratio=0.0, frequency_exponent=0.0),
+        "attention": "off",
+    },
+}
+
+PLAIN_MAE: JoinConfig = RECIPES["mae"]["join"]
+
+
+def parse(arguments: list[str], description: str | None) -> Pretrain:
+    """The command line; `--recipe` is read first, since it sets what the others default to."""
+    recipe = "famt"
+    for position, argument in enumerate(arguments):
+        if argument == "--recipe" and position + 1 < len(arguments):
+            recipe = arguments[position + 1]
+        elif argument.startswith("--recipe="):
+            recipe = argument.partition("=")[2]
+    default = Pretrain(
+        shards=tyro.MISSING,
+        cache=tyro.MISSING,
+        out=tyro.MISSING,
+        **RECIPES.get(recipe, {}),
+    )
+    return tyro.cli(Pretrain, args=arguments, default=default, description=description)

@@ -1,0 +1,93 @@
+"""What a run tells its watcher: a progress bar, TensorBoard, and a log of JSON lines."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from train.timing import Clock
+
+
+class Log:
+    """Log of a run's main rank.
+
+    `log.jsonl` holds one line a log point, with its step, and one an event. A resumed run drops the
+    lines after the step that it goes on from: the file tells one story, however often it paused.
+
+    Args:
+        folder: of the run.
+        step: optimiser steps done so far.
+        total_steps: of the whole run.
+        images_per_step: over all ranks.
+        clock: times of the stages, read at every log point.
+    """
+
+    def __init__(
+        self, folder: Path, step: int, total_steps: int, images_per_step: int, clock: Clock
+    ) -> None:
+        self._path = folder / "log.jsonl"
+        self._images_per_step = images_per_step
+        self._clock = clock
+        if self._path.exists():
+            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept))
+            partial.replace(self._path)
+        self._board = SummaryWriter(str(folder), purge_step=step)
+        self._bar = tqdm(
+            total=total_steps, initial=step, desc="pretrain", unit="step", mininterval=1
+        )
+        self._since, self._steps = time.perf_counter(), 0
+
+    def step(self) -> None:
+        """One more optimiser step is done."""
+        self._steps += 1
+        self._bar.update()
+
+    def point(self, step: int, epoch: int, scalars: dict[str, float]) -> None:
+        """Log scalars, the rate and the share of every stage since the last point."""
+        now = time.perf_counter()
+        seconds = now - self._since
+        stages = self._clock.read()
+        rate = self._steps * self._images_per_step / seconds
+        shares = {f"time/{name}": spent / seconds for name, spent in stages.items()}
+        everything = {**scalars, "images_per_second": rate, **shares}
+        for name, value in everything.items():
+            self._board.add_scalar(name, value, step)
+        self._write({"step": step, "epoch": epoch, **everything})
+        self._bar.set_postfix_str(
+            f"loss {scalars['loss']:.4f}, {rate:.0f} images/s, "
+            f"{shares.get('time/data_wait', 0):.0%} waiting for data"
+        )
+        self._since, self._steps = now, 0
+
+    def event(self, step: int, name: str, **details: object) -> None:
+        """Log something that happened, such as a checkpoint."""
+        self._write({"step": step, "event": name, **details})
+
+    def picture(self, step: int, picture: Image.Image) -> None:
+        """Show what the run does to a few crops."""
+        self._board.add_image("crops", np.asarray(picture), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """End bar and curves."""
+        self._bar.close()
+        self._board.close()
+
+    def _write(self, line: dict[str, object]) -> None:
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+        with open(self._path, "a") as file:
+            file.write(json.dumps({"time": round(time.time(), 1), **rounded}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut off
+        return float("inf")

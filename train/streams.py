@@ -1,0 +1,95 @@
+"""Work beside the step, and the wish to stop it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import AbstractContextManager
+from types import FrameType, TracebackType
+
+import torch
+
+from pipeline.join import PatchBatch
+
+
+class SideStream:
+    """On a GPU a second stream, in which the next batch is made while the step computes.
+
+    The next batch reads the weights (for attention), so it waits for the update before the running
+    step, and that step's own update waits for it. On a CPU all of this does nothing.
+
+        loss = forward_backward(batch)
+        with side:
+            ahead = side.hand_over(make_batch())
+        side.join()
+        optimizer.step()
+        side.weights_are_ready()
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._ready: torch.cuda.Event | None = None
+        self._context: AbstractContextManager | None = None
+
+    def __enter__(self) -> None:
+        if self._stream is not None:
+            if self._ready is not None:
+                self._stream.wait_event(self._ready)
+            else:
+                self._stream.wait_stream(torch.cuda.current_stream())
+            self._context = torch.cuda.stream(self._stream)
+            self._context.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._context is not None:
+            self._context.__exit__(kind, error, trace)
+            self._context = None
+
+    def hand_over(self, batch: PatchBatch) -> PatchBatch:
+        """Keep the memory of a batch made in this stream until the main stream has used it."""
+        if self._stream is not None:
+            main = torch.cuda.default_stream(self._stream.device)
+            for tensor in (batch.visible, batch.masked, *vars(batch.split).values()):
+                tensor.record_stream(main)
+        return batch
+
+    def join(self) -> None:
+        """Let the main stream wait for what was done in this one."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    def weights_are_ready(self) -> None:
+        """Tell this stream that the weights are updated up to here."""
+        if self._stream is not None:
+            self._ready = torch.cuda.current_stream().record_event()
+
+
+class Stop:
+    """Notes SIGTERM and SIGUSR1 while it is open, instead of dying of them.
+
+    Attributes:
+        asked: whether one of them came.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Stop:
+        # Only a process's main thread may handle signals; Ray Train runs its function in another.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True

@@ -1,0 +1,47 @@
+"""Where the time of a step goes."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Clock:
+    """Adds up the time of named stages.
+
+    On a GPU, work is timed where it runs, by events in its stream, so that nothing waits; stages in
+    different streams may then overlap. Waiting for data is the host's (`on_host`).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str, *, on_host: bool = False) -> Iterator[None]:
+        """Time what is done in this context."""
+        if self._events and not on_host:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._pairs.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """Seconds of every stage since the last reading; on a GPU this waits for it."""
+        for name, start, end in self._pairs:
+            end.synchronize()
+            self._seconds[name] += start.elapsed_time(end) / 1000
+        seconds = dict(self._seconds)
+        self._pairs.clear()
+        self._seconds.clear()
+        return seconds
