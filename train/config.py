@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import tyro
 
@@ -124,6 +124,8 @@ class Pretrain:
         return plain
 
 
+Options = TypeVar("Options", bound=Pretrain)
+
 RECIPES: dict[str, dict[str, Any]] = {
     "famt": {},
     "mae": {
@@ -135,7 +137,11 @@ RECIPES: dict[str, dict[str, Any]] = {
 PLAIN_MAE: JoinConfig = RECIPES["mae"]["join"]
 
 
-def parse(arguments: list[str], description: str | None) -> Pretrain:
+def parse(
+    arguments: list[str],
+    description: str | None,
+    program: type[Options] = Pretrain,  # type: ignore[assignment]
+) -> Options:
     """The command line; `--recipe` is read first, since it sets what the others default to."""
     recipe = "famt"
     for position, argument in enumerate(arguments):
@@ -143,10 +149,10 @@ def parse(arguments: list[str], description: str | None) -> Pretrain:
             recipe = arguments[position + 1]
         elif argument.startswith("--recipe="):
             recipe = argument.partition("=")[2]
-    default = Pretrain(
+    default = program(
         shards=tyro.MISSING,
         cache=tyro.MISSING,
         out=tyro.MISSING,
         **RECIPES.get(recipe, {}),
     )
-    return tyro.cli(Pretrain, args=arguments, default=default, description=description)
+    return tyro.cli(program, args=arguments, default=default, description=description)

@@ -94,9 +94,7 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def _paste(maps, crops, window, flip):
-    return paste_maps(
-        maps, crops, torch.tensor([window], dtype=maps.dtype), torch.tensor([flip])
-    )
+    return paste_maps(maps, crops, torch.tensor([window], dtype=maps.dtype), torch.tensor([flip]))
 
 
 def _pasted_by_points(old, crop, window, flip, samples=60):

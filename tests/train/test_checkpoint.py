@@ -89,7 +89,8 @@ def test_a_writer_that_is_killed_leaves_the_previous_one(tmp_path):
         "import os, sys, torch; from pathlib import Path; from train import checkpoint\n"
         "state = checkpoint.load(Path(sys.argv[1]))\n"
         "os.fsync = lambda fd: os.kill(os.getpid(), 9)\n"
-        "checkpoint.save(Path(sys.argv[1]), state.__class__(**{**vars(state), 'step': 2}), keep=2)\n"
+        "newer = state.__class__(**{**vars(state), 'step': 2})\n"
+        "checkpoint.save(Path(sys.argv[1]), newer, keep=2)\n"
     )
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
     assert killed.returncode == -9

@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.join import JoinConfig
 from train import checkpoint
-from train.distributed import ranks
 from train.config import OptimiserConfig, Pretrain, RollingConfig, parse
+from train.distributed import ranks
 from train.pretrain import Run, main
 
 
@@ -72,14 +72,129 @@ def test_the_same_seed_gives_the_same_weights(config, tmp_path, attention):
     assert not _equal(_weights(config.out), _weights(tmp_path / "other"))
 
 
+def _log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_log_has_a_line_a_log_point_and_one_an_event(config):
+    main(dataclasses.replace(config, log_steps=2, checkpoint_minutes=0.0))
+    lines = _log(config.out)
+    assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 9]
+    assert [line["epoch"] for line in lines if "loss" in line] == [0, 1, 1, 2, 2]
+    assert [line["event"] for line in lines if "event" in line] == ["start"] + 5 * ["checkpoint"]
+    for line in lines:
+        if "loss" in line:
+            shares = [value for name, value in line.items() if name.startswith("time/")]
+            assert 0 < sum(shares) <= 1.001
+
+
+def test_a_resumed_run_leaves_one_story_in_its_log(config):
+    main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
+    for path in sorted(config.out.glob("checkpoint-*.pt"))[4:]:
+        path.unlink()
+    with open(config.out / "log.jsonl", "a") as file:
+        file.write('{"step": 1, "cut o')
+    main(config)
+    assert [line["step"] for line in _log(config.out) if "loss" in line] == list(range(1, 10))
+
+
+def test_plain_epochs_are_those_of_a_plain_mae(config, tmp_path):
+    mae = parse(["--recipe=mae", "--shards", "a", "--cache", "c", "--out", "o"], None)
+    plain = dataclasses.replace(
+        config, out=tmp_path / "mae", join=mae.join, attention=mae.attention, epochs=2
+    )
+    main(dataclasses.replace(plain, checkpoint_minutes=0.0, keep_checkpoints=9))
+    late = dataclasses.replace(config, plain_epochs=1, epochs=2)
+    main(dataclasses.replace(late, checkpoint_minutes=0.0, keep_checkpoints=9))
+
+    def weights(folder, step):
+        return checkpoint.load(folder / f"checkpoint-{step:08d}.pt").model
+
+    assert _equal(weights(plain.out, 3), weights(config.out, 3))
+    assert not _equal(weights(plain.out, 6), weights(config.out, 6))
+    assert (checkpoint.load(config.out).bank["refreshed"] >= 0).sum() == 3  # of one epoch
+
+
+def test_clipping_bounds_the_gradients(config):
+    clipped = dataclasses.replace(config.optimiser, clip_norm=1e-3)
+    with ranks("cpu") as here:
+        run = Run(dataclasses.replace(config, optimiser=clipped), here)
+        norms = []
+        run.optimizer.step = lambda: norms.append(
+            torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).norm()
+        )
+        run.forward_backward(run.patches(next(iter(run.loader)), 0))
+        run.update()
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_moving_average_is_that_of_the_encoders_weights(config):
+    averaged = dataclasses.replace(config.optimiser, ema_decay=0.5)
+    config = dataclasses.replace(
+        config, optimiser=averaged, epochs=1, checkpoint_minutes=0.0, keep_checkpoints=9
+    )
+    with ranks("cpu") as here:
+        expected = Run(config, here).model.encoder.blocks[0].attn.qkv.weight.detach().clone()
+    main(config)
+    for step in range(1, 4):
+        state = checkpoint.load(config.out / f"checkpoint-{step:08d}.pt")
+        expected = 0.5 * expected + 0.5 * state.model["encoder.blocks.0.attn.qkv.weight"]
+        torch.testing.assert_close(state.ema["blocks.0.attn.qkv.weight"], expected)
+    model = checkpoint.load_model(config.out, ema=True)
+    assert torch.equal(
+        model.encoder.blocks[0].attn.qkv.weight, state.ema["blocks.0.attn.qkv.weight"]
+    )
+
+
+def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
+    config = dataclasses.replace(config, epochs=1, optimiser=OptimiserConfig(1e-3))
+    main(config)
+    main(dataclasses.replace(config, out=tmp_path / "compiled", compile=True))
+    for name, value in _weights(tmp_path / "compiled").items():
+        torch.testing.assert_close(value, _weights(config.out)[name], atol=1e-4, rtol=1e-3)
+
+
+def test_never_resuming_refuses_a_folder_with_checkpoints(config):
+    main(config)
+    with pytest.raises(ValueError, match="--resume never"):
+        main(dataclasses.replace(config, resume="never"))
+
+
+def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config):
+    main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
+    for path in sorted(config.out.glob("checkpoint-*.pt"))[5:]:
+        path.unlink()  # the last is in the middle of the second epoch
+    fewer = dataclasses.replace(config, shards=config.shards[:2], batch_size=4)
+    with pytest.raises(ValueError, match=r"batch_size: 8 -> 4; data: .* or --elastic"):
+        main(fewer)
+    before = _weights(config.out)
+    with ranks("cpu") as here:
+        run = Run(dataclasses.replace(fewer, elastic=True), here)
+        assert (run.step, run.loader.epoch) == (4, 1)  # 17 images: 4 steps an epoch
+        assert _equal(run.model.state_dict(), before)
+    main(dataclasses.replace(fewer, elastic=True))
+    assert checkpoint.load(config.out).step == 12
+    main(fewer)  # which is now exactly the run that the folder holds
+
+
+def test_another_model_is_refused_even_by_an_elastic_run(config):
+    main(dataclasses.replace(config, epochs=1))
+    with pytest.raises(ValueError, match="model: vit_nano_32 -> vit_micro_32"):
+        main(dataclasses.replace(config, model="vit_micro_32", elastic=True))
+
+
 class _Stop(Exception):
     pass
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 8])
+@pytest.mark.parametrize("attention", ["rolling", "off"])
 def test_a_run_stopped_anywhere_ends_with_the_weights_of_one_that_was_not(
-    config, tmp_path, stop_after, monkeypatch
+    config, tmp_path, stop_after, attention, monkeypatch
 ):
+    config = dataclasses.replace(
+        config, attention=attention, rolling=RollingConfig(every=2, image_size=16)
+    )
     main(config)
     interrupted = dataclasses.replace(config, out=tmp_path / "stopped", checkpoint_minutes=0.0)
     original = Run.update
@@ -177,6 +292,36 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path):
         process.wait()
     subprocess.run(killed, check=True, capture_output=True)
     assert _equal(_weights(tmp_path / "whole"), _weights(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_makes_a_run_checkpoint_and_leave_with_0(config, tmp_path, asked):
+    whole = [sys.executable, *_command(config, "--out", str(tmp_path / "whole"))]
+    subprocess.run(whole, check=True, capture_output=True)
+    stopped, out = [], tmp_path / "stopped"
+    for checkpoints in ("999", "999", None):
+        options = ["--checkpoint-minutes", checkpoints] if checkpoints else []
+        command = [sys.executable, *_command(config, "--out", str(out), *options)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        known = len(_losses(out))
+        while checkpoints and process.poll() is None and len(_losses(out)) < known + 3:
+            time.sleep(0.01)
+        if checkpoints:
+            process.send_signal(asked)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        stopped.append(checkpoint.load(out).step)
+    assert 3 <= stopped[0] < stopped[1] < stopped[2]
+    assert "stopped by a signal" in (out / "log.jsonl").read_text()
+    assert _equal(_weights(tmp_path / "whole"), _weights(out))
+
+
+def _losses(folder):
+    path = folder / "log.jsonl"
+    return (
+        [line for line in path.read_text().splitlines() if "loss" in line] if path.exists() else []
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,79 @@
+"""Pre-train on a Ray cluster, and go on from the last checkpoint when a worker is lost.
+
+    ray job submit --working-dir . -- python jobs/pretrain.py --workers 16 --gpu \\
+        --shards 's3://bucket/imagenet/train-{000000..001281}.tar' --cache s3://bucket/scores \\
+        --out /shared/runs/vit-b --model vit_base --batch-size 256 --precision bf16
+
+The same training as `python -m train.pretrain`, with the same options, in Ray Train's workers. The
+folder of the run must be on a file system that all of them share: it is where a lost worker's
+successors find the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+from ray.train.torch import TorchTrainer
+
+from pipeline import storage
+from train import pretrain
+from train.config import Pretrain, parse
+from train.program import run_program
+
+
+@dataclass(frozen=True)
+class RayPretrain(Pretrain):
+    """A pre-training run and the workers that it runs on."""
+
+    workers: int = 1
+    """ranks; each is a process of its own"""
+    gpu: bool = False
+    """a GPU for each worker"""
+    cpus_per_worker: int = 1
+    """CPU cores for each worker; also its decoding threads, unless --threads says otherwise"""
+    max_failures: int = 3
+    """times that the run is started again after a worker was lost; -1 for any number"""
+
+
+def main(args: RayPretrain) -> None:
+    """Train until all epochs are done.
+
+    Raises:
+        ValueError: the workers failed more often than they may; says how.
+    """
+    config = Pretrain(
+        **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
+    )
+    config = dataclasses.replace(
+        config,
+        # Workers have a working directory of their own.
+        shards=[storage.normalise_url(pattern) for pattern in config.shards],
+        cache=storage.normalise_url(config.cache),
+        out=config.out.resolve(),
+        device="cuda" if args.gpu else "cpu",
+        threads=args.cpus_per_worker if config.threads == Pretrain.threads else config.threads,
+    )
+    trainer = TorchTrainer(
+        pretrain.main,
+        train_loop_config=config,  # type: ignore[arg-type]
+        scaling_config=ScalingConfig(
+            num_workers=args.workers,
+            use_gpu=args.gpu,
+            resources_per_worker={"CPU": args.cpus_per_worker, **({"GPU": 1} if args.gpu else {})},
+        ),
+        run_config=RunConfig(
+            storage_path=str(config.out / "ray"),
+            failure_config=FailureConfig(max_failures=args.max_failures),
+        ),
+    )
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise ValueError(str(error)) from error
+
+
+if __name__ == "__main__":
+    run_program(main, parse(sys.argv[1:], __doc__, RayPretrain))

@@ -1,0 +1,117 @@
+import dataclasses
+
+import pytest
+import torch
+
+from famt.attention import attention_scores, last_attention
+from famt.geometry import crop_maps
+from famt.mae import MODELS, MaskedAutoencoder
+from famt.patches import normalise_images
+from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView, WholeView
+from pipeline.table import load_table
+from train.attention import LiveAttention, RollingAttention
+from train.config import RollingConfig
+from train.distributed import ranks
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return MaskedAutoencoder(MODELS["vit_nano_32"]).encoder
+
+
+def _loader(scored, view, batch_size=8):
+    table = load_table(scored.shards, scored.cache, scored.spec)
+    config = LoaderConfig(batch_size, image_size=32, view=view, shuffle_buffer=8, threads=1)
+    return CropLoader(table, config, drop_last=False)
+
+
+def _relative(scores):
+    return scores / scores.mean(1, keepdim=True)
+
+
+def _rolling(encoder, rows, every):
+    with ranks("cpu") as here:
+        return RollingAttention(LiveAttention(encoder, "famt"), rows, 8, RollingConfig(every), here)
+
+
+def test_live_scores_are_those_of_the_last_attention(encoder, scored):
+    crops = next(iter(_loader(scored, RandomView())))
+    expected = attention_scores(last_attention(encoder, normalise_images(crops.images)))
+    torch.testing.assert_close(LiveAttention(encoder, "famt")(crops.images), expected)
+    in_parts = LiveAttention(encoder, "famt", parts=3)(crops.images)
+    torch.testing.assert_close(in_parts, expected)
+
+
+def test_smaller_crops_give_a_coarser_map_of_the_same_attention(encoder, scored):
+    crops = next(iter(_loader(scored, WholeView())))
+    assert LiveAttention(encoder, "famt", image_size=16)(crops.images).shape == (8, 16)
+    with ranks("cpu") as here:
+        live = LiveAttention(encoder, "amt", image_size=16)
+        rolling = RollingAttention(live, 26, 8, RollingConfig(1), here)
+    assert rolling(crops, 0).shape == (8, 64)
+
+
+def test_each_step_looks_at_the_share_that_was_unseen_longest(encoder, scored):
+    rolling = _rolling(encoder, 26, 4)
+    loader = _loader(scored, RandomView())
+    step, batches = 0, []
+    for _ in range(6):
+        for crops in loader:
+            before = rolling.bank.refreshed.clone()
+            rolling(crops, step)
+            rolling.flush()
+            changed = (rolling.bank.refreshed != before).nonzero().flatten()
+            assert len(changed) == -(-len(crops.rows) // 4)
+            oldest = before[crops.rows].sort().values[: len(changed)]
+            assert torch.equal(before[changed].sort().values, oldest)
+            step += 1
+            batches.append(len(changed))
+    assert rolling.bank.coverage == 1.0
+
+
+def test_after_a_sweep_over_whole_images_rolling_gives_what_live_gives(encoder, scored):
+    rolling = _rolling(encoder, 26, 4)
+    loader = _loader(scored, WholeView())
+    for step in range(6):
+        for crops in loader:
+            rolling(crops, step)
+    rolling.flush()
+    for crops in loader:
+        read = rolling.bank.read(crops.rows, crops.windows, crops.flips, 8)
+        live = LiveAttention(encoder, "famt")(crops.images)
+        torch.testing.assert_close(read, _relative(live), atol=2e-3, rtol=2e-3)
+
+
+def test_after_a_sweep_over_crops_the_same_crops_read_what_was_seen_of_them(encoder, scored):
+    crops = next(iter(_loader(scored, RandomView(area=(0.3, 1.0)))))
+    rolling = _rolling(encoder, 26, 1)
+    rolling(crops, 0)
+    rolling.flush()
+    live = LiveAttention(encoder, "famt")(crops.images)
+    read = _relative(rolling.bank.read(crops.rows, crops.windows, crops.flips, 8))
+    # There and back, each crop cell becomes a mean over the image cells that it touches.
+    blurred = torch.ones(8, 8, 8)
+    for n in range(8):
+        cells = torch.eye(64).view(64, 8, 8)
+        window, flip = crops.windows[n].expand(64, 4), crops.flips[n].expand(64)
+        reads = crop_maps(cells, window, flip, 8).flatten(1)  # image cell -> crop cells
+        height, width = crops.windows[n, 2:]
+        share = reads * height * width  # area that an image cell and a crop cell share
+        outside = 1 - share.sum(1)
+        image = share @ _relative(live)[n] + outside
+        blurred[n] = (image @ reads).view(8, 8)
+    torch.testing.assert_close(read, _relative(blurred.flatten(1)), atol=3e-3, rtol=3e-3)
+
+
+def test_views_of_one_row_are_read_apart(encoder):
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    whole, none = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([False])
+    rolling = _rolling(encoder, 2, 1)
+    crops = CropBatch(images, torch.tensor([0, 1]), whole.expand(2, 4), none.expand(2))
+    rolling(crops, 0)
+    rolling.flush()
+    mirrored = dataclasses.replace(crops, flips=torch.tensor([True, True]))
+    plain = rolling.bank.read(crops.rows, crops.windows, crops.flips, 8).view(2, 8, 8)
+    turned = rolling.bank.read(mirrored.rows, mirrored.windows, mirrored.flips, 8).view(2, 8, 8)
+    torch.testing.assert_close(turned, plain.flip(-1))
