@@ -20,7 +20,12 @@ def encoder_state(model: MaskedAutoencoder) -> dict[str, Tensor]:
 
 
 def official_state(model: MaskedAutoencoder) -> dict[str, Tensor]:
-    """All weights under the key names of the checkpoints that the MAE authors published."""
+    """All weights under the key names of the checkpoints that the MAE authors published.
+
+    Raises:
+        ValueError: the cross decoder, which those checkpoints don't have.
+    """
+    _refuse_cross(model)
     return {key.removeprefix(_ENCODER): value for key, value in model.state_dict().items()}
 
 
@@ -29,6 +34,16 @@ def load_official(model: MaskedAutoencoder, state: Mapping[str, Tensor]) -> None
 
     Raises:
         RuntimeError: keys or shapes that do not fit, each named.
+        ValueError: the cross decoder, which those checkpoints don't have.
     """
+    _refuse_cross(model)
     own = {key.removeprefix(_ENCODER): key for key in model.state_dict()}
     model.load_state_dict({own.get(key, key): value for key, value in state.items()})
+
+
+def _refuse_cross(model: MaskedAutoencoder) -> None:
+    if model.decoder == "cross":
+        raise ValueError(
+            "the official MAE keys are those of the self decoder, and this model has the cross "
+            "decoder; `encoder_state` gives its encoder's weights"
+        )

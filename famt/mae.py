@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,10 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from famt.decoder import CrossBlock
 from famt.sampling import PatchSplit
+
+Decoder = Literal["self", "cross"]
 
 _norm = partial(nn.LayerNorm, eps=1e-6)  # as in timm's ViT
 
@@ -67,17 +71,21 @@ class MaskedAutoencoder(nn.Module):
 
     Attributes:
         encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
-            are timm's own, and with the decoder's those of the official MAE checkpoints
+            are timm's own, and with the self decoder's those of the official MAE checkpoints
             (see `famt.export`).
+        decoder: "self" is MAE's: visible and masked tokens all attend to each other. "cross" is
+            CrossMAE's: masked tokens attend to visible ones alone (see `famt.decoder`), so what
+            is predicted for one does not depend on which others are masked.
     """
 
-    def __init__(self, config: MAEConfig) -> None:
+    def __init__(self, config: MAEConfig, decoder: Decoder = "self") -> None:
         super().__init__()
         if config.image_size % config.patch_size:
             raise ValueError(
                 f"image size {config.image_size} is no multiple of patch size {config.patch_size}"
             )
         self.config = config
+        self.decoder = decoder
         self.encoder = VisionTransformer(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -91,16 +99,10 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_embed = nn.Linear(config.width, config.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
         self.decoder_pos_embed = _sincos_positions(config.grid, config.decoder_width)
-        self.decoder_blocks = nn.Sequential(
-            *(
-                Block(
-                    config.decoder_width,
-                    config.decoder_heads,
-                    qkv_bias=True,
-                    norm_layer=_norm,
-                )
-                for _ in range(config.decoder_depth)
-            )
+        block = partial(Block, qkv_bias=True) if decoder == "self" else CrossBlock
+        self.decoder_blocks = nn.ModuleList(
+            block(config.decoder_width, config.decoder_heads, norm_layer=_norm)
+            for _ in range(config.decoder_depth)
         )
         self.decoder_norm = _norm(config.decoder_width)
         self.decoder_pred = nn.Linear(config.decoder_width, config.patch_size**2 * 3)
@@ -138,9 +140,16 @@ class MaskedAutoencoder(nn.Module):
             [position[:, :1].expand(len(seen), -1, -1), position[0, 1 + split.visible]], dim=1
         )
         hidden = self.mask_token + position[0, 1 + split.masked]
-        tokens = torch.cat([seen + seen_at, hidden], dim=1)
-        tokens = self.decoder_blocks(tokens)[:, seen.shape[1] :]
-        return self.decoder_pred(self.decoder_norm(tokens))
+        seen = seen + seen_at
+        if self.decoder == "self":
+            tokens = torch.cat([seen, hidden], dim=1)
+            for block in self.decoder_blocks:
+                tokens = block(tokens)
+            hidden = tokens[:, seen.shape[1] :]
+        else:
+            for block in self.decoder_blocks:
+                hidden = block(hidden, seen)
+        return self.decoder_pred(self.decoder_norm(hidden))
 
     def loss(self, prediction: Tensor, masked: Tensor) -> Tensor:
         """Mean squared error against `masked`, in float32 whatever the autocast."""

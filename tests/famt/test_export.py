@@ -49,3 +49,12 @@ def test_timm_loads_the_encoder_and_agrees():
         torch.testing.assert_close(
             theirs.forward_features(images), model.encoder.forward_features(images)
         )
+
+
+def test_the_cross_decoder_has_no_official_names_but_its_encoder_exports():
+    own, cross = MaskedAutoencoder(TINY), MaskedAutoencoder(TINY, decoder="cross")
+    with pytest.raises(ValueError, match="encoder_state"):
+        official_state(cross)
+    with pytest.raises(ValueError, match="cross decoder"):
+        load_official(cross, official_state(own))
+    assert encoder_state(cross).keys() == encoder_state(own).keys()
