@@ -9,7 +9,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -128,6 +131,42 @@ def exists(url: str) -> bool:
     return True
 
 
+def list_names(folder: str) -> set[str]:
+    """Names of the files right in a normalised `folder`; none for a prefix that no object has.
+
+    Raises:
+        OSError: it can't be listed: a local folder that is not there, a store out of reach.
+    """
+    try:
+        listing = obstore.list_with_delimiter(open_store(folder))
+    except BaseError as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(f"{folder} can't be listed: {reason}") from error
+    return {meta["path"] for meta in listing["objects"]}
+
+
+@dataclass(frozen=True)
+class StagingFile:
+    """What a local writer fills before it takes its name; one that stays is a killed writer's."""
+
+    path: Path
+    bytes: int
+    modified: datetime
+
+
+def staging_files(url: str) -> Iterator[StagingFile]:
+    """Staging files anywhere under a normalised local folder; an object store has none.
+
+    obstore names them `<name>#<number>`, and neither lists nor deletes them.
+    """
+    if is_remote(url):
+        return
+    for path in sorted(Path(url).rglob("*#*")):
+        if re.search(r"#\d+$", path.name) and path.is_file():
+            info = path.stat()
+            yield StagingFile(path, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
+
+
 def read(url: str) -> bytes:
     """All bytes of the file at a normalised `url`.
 
@@ -153,7 +192,8 @@ def put(
         OSError: the store refused, a full disk say.
     """
     try:
-        obstore.put(store, path, data, mode=mode)
+        # Not in parts: a killed upload's parts would stay in the bucket, where nothing lists them.
+        obstore.put(store, path, data, mode=mode, use_multipart=False)
     except AlreadyExistsError:
         raise
     except BaseError as error:
