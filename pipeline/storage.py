@@ -78,6 +78,7 @@ def expand(patterns: list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a pattern matches no tar.
+        OSError: a store can't be listed.
     """
     urls: list[str] = []
     for pattern in (one for each in patterns for one in braceexpand.braceexpand(each)):
@@ -97,8 +98,7 @@ def _matches(pattern: str) -> list[str]:
             folder, name = normalise_url(pattern), "*.tar"
         if "*" not in name:
             return [pattern]
-        listing = obstore.list_with_delimiter(open_store(folder))
-        names = sorted(meta["path"] for meta in listing["objects"])
+        names = sorted(list_names(folder))
         return [f"{folder}/{found}" for found in names if fnmatch.fnmatchcase(found, name)]
     path = pattern.removeprefix("file://")
     if os.path.isdir(path):
@@ -140,8 +140,7 @@ def list_names(folder: str) -> set[str]:
     try:
         listing = obstore.list_with_delimiter(open_store(folder))
     except BaseError as error:
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"{folder} can't be listed: {reason}") from error
+        raise OSError(f"{folder} can't be listed: {reason(error)}") from error
     return {meta["path"] for meta in listing["objects"]}
 
 
@@ -197,5 +196,9 @@ def put(
     except AlreadyExistsError:
         raise
     except BaseError as error:
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"could not write {path}: {reason}") from error
+        raise OSError(f"could not write {path}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line: obstore adds a page of its inner state."""
+    return " ".join(str(error).partition("\n\nDebug source:")[0].split())

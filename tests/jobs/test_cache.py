@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from s3_server import environment, free_port
 from samples import photo_members, score, tar_bytes
 
 from jobs.cache import Gc, Ls, Show, Verify, main
@@ -218,10 +219,7 @@ def test_gc_takes_a_disk_that_is_not_mounted_for_no_deletion(scored, spec, capsy
 
 def test_gc_takes_a_store_out_of_reach_for_no_deletion(scored, capsys, monkeypatch):
     """Shards on S3, and nothing listens at its endpoint."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": "http://127.0.0.1:1", "AWS_ALLOW_HTTP": "true",
-    }.items():  # fmt: skip
+    for name, value in environment(f"http://127.0.0.1:{free_port()}").items():
         monkeypatch.setenv(name, value)
     cache = scored.cache
     records = cache.manifests.read(str(scored.folder))
