@@ -20,7 +20,7 @@ from obstore.store import ObjectStore
 from pipeline import storage
 from pipeline.storage import Version
 
-FORMAT = 1
+FORMAT = 2  # 1 named shards by their SHA-256
 _KEEP_VERSIONS = 3
 
 
