@@ -6,12 +6,14 @@
     python jobs/cache.py gc --cache scores --dry-run
     python jobs/cache.py show --cache scores --shards 'shards/val-*.tar' --out maps.png
 
-Exit code: 0 all is well; 1 `verify` found an entry that its tar contradicts.
+Exit code: 0 all is well; 1 `verify` found an entry that its tar contradicts, or `gc` could not look
+into a folder of shards.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -108,7 +110,11 @@ class Verify:
 
 @dataclass(frozen=True)
 class Gc:
-    """Remove entries that no manifest names, and what killed writers left behind."""
+    """Remove what no shard needs any more, and what killed writers left behind.
+
+    That is: records of shards that were deleted, entries that no record names, entries and maps
+    that were never finished, and staging files.
+    """
 
     cache: str
     """folder or object-store URL of the score cache"""
@@ -121,23 +127,58 @@ class Gc:
         cache = ScoreCache(self.cache)
         # Entries are listed before manifests are read: what is published meanwhile stays.
         entries = list(cache.entries())
-        named = {
-            record.shard_id
-            for records in cache.manifests.folders().values()
-            for record in records.values()
-        }
+        named, unseen = self._forget_deleted_shards(cache)
         limit = datetime.now(UTC) - timedelta(hours=self.older_than_hours)
         freed = 0
         for entry in entries:
-            if (entry.whole and entry.shard_id in named) or entry.modified > limit:
-                continue
-            reason = "no manifest names it" if entry.whole else "only partly written"
-            print(f"{entry.shard_id}: {_size(entry.bytes)}, {reason}")
-            freed += entry.bytes
-            if not self.dry_run:
-                cache.remove(entry.shard_id)
+            if entry.whole and entry.shard_id in named:
+                for maps in entry.unfinished:
+                    if maps.modified <= limit:
+                        print(f"{entry.shard_id}/{maps.spec_id}: {_size(maps.bytes)}, unfinished")
+                        freed += maps.bytes
+                        if not self.dry_run:
+                            cache.remove(entry.shard_id, maps.spec_id, limit=limit)
+            elif entry.modified <= limit:
+                reason = "no manifest names it" if entry.whole else "only partly written"
+                print(f"{entry.shard_id}: {_size(entry.bytes)}, {reason}")
+                freed += entry.bytes
+                if not self.dry_run:
+                    cache.remove(entry.shard_id, limit=limit)
+        for file in storage.staging_files(cache.url):
+            if file.modified <= limit:
+                print(f"{file.path}: {_size(file.bytes)}, a staging file")
+                freed += file.bytes
+                if not self.dry_run:
+                    file.path.unlink(missing_ok=True)
         print(f"{_size(freed)} {'would be ' if self.dry_run else ''}freed")
-        return 0
+        return 1 if unseen else 0
+
+    def _forget_deleted_shards(self, cache: ScoreCache) -> tuple[set[str], list[str]]:
+        """Drop records of tars that are gone; returns the shard ids still named, and the folders
+        that could not be looked into: their records stay."""
+        named: set[str] = set()
+        unseen = []
+        # A folder is listed after its manifest is read: a tar that is not there then was deleted.
+        for folder, records in sorted(cache.manifests.folders().items()):
+            gone: dict[str, ShardRecord] = {}
+            try:
+                present = storage.list_names(folder)
+                if records and not present and not storage.is_remote(folder):
+                    raise OSError(f"{folder} is empty, as if its disk were not mounted")
+                gone = {name: record for name, record in records.items() if name not in present}
+            except OSError as error:
+                unseen.append(folder)
+                print(
+                    f"{error}; its {len(records)} shards keep their scores. If it was deleted for "
+                    f"good, remove {cache.url}/{cache.manifests.path(folder)}",
+                    file=sys.stderr,
+                )
+            for name in sorted(gone):
+                print(f"{folder}/{name}: the tar is gone, its record goes")
+            if gone and not self.dry_run:
+                cache.manifests.forget(folder, gone)
+            named |= {record.shard_id for name, record in records.items() if name not in gone}
+        return named, unseen
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def main(args: PrecomputeFreq) -> int:
         try:
             _run_once(args)
         except _PASSING as error:
-            print(f"{type(error).__name__}: {error}; trying again", file=sys.stderr)
+            print(f"{type(error).__name__}: {storage.reason(error)}; trying again", file=sys.stderr)
         time.sleep(pause)
 
 
@@ -160,7 +160,7 @@ def score_shards(
         try:
             yield url, ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            yield url, f"{type(error.cause).__name__}: {error.cause}"
+            yield url, f"{type(error.cause).__name__}: {storage.reason(error.cause)}"
         except ray.exceptions.RayError as error:
             yield url, str(error)
 

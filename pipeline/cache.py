@@ -93,12 +93,22 @@ class ShardSummary:
 
 
 @dataclass(frozen=True)
+class Unfinished:
+    """Maps that lack the metadata which completes them; the attributes are those of `Entry`."""
+
+    spec_id: str
+    bytes: int
+    modified: datetime
+
+
+@dataclass(frozen=True)
 class Entry:
     """What is stored for one shard.
 
     Attributes:
         whole: False for what a killed writer left.
         specs: ids of the maps that are there, whole.
+        unfinished: maps that are not.
         bytes, objects: what it takes in the store.
         modified: when its newest object was put.
     """
@@ -106,6 +116,7 @@ class Entry:
     shard_id: str
     whole: bool
     specs: list[str]
+    unfinished: list[Unfinished]
     bytes: int
     objects: int
     modified: datetime
@@ -294,24 +305,42 @@ class ScoreCache:
             if not objects:
                 continue  # a local folder whose files were removed
             names = {meta["path"].removeprefix(f"{prefix}/") for meta in objects}
-            arrays = {name.partition("/")[0] for name in names if name.endswith("/zarr.json")}
+            folders = {name.partition("/")[0] for name in names if "/" in name}
+            maps = folders - {"samples", "key"}
+            whole = {name for name in maps if f"{name}/zarr.json" in names}
+            unfinished = []
+            for name in sorted(maps - whole):
+                parts = [meta for meta in objects if meta["path"].startswith(f"{prefix}/{name}/")]
+                unfinished.append(
+                    Unfinished(
+                        name,
+                        sum(meta["size"] for meta in parts),
+                        max(meta["last_modified"] for meta in parts),
+                    )
+                )
             yield Entry(
                 shard_id=prefix.rpartition("/")[2],
                 whole="zarr.json" in names,
-                specs=sorted(arrays - {"samples", "key"}),
+                specs=sorted(whole),
+                unfinished=unfinished,
                 bytes=sum(meta["size"] for meta in objects),
                 objects=len(objects),
                 modified=max(meta["last_modified"] for meta in objects),
             )
 
-    def remove(self, shard_id: str) -> None:
-        """Delete an entry, the object that makes it whole first."""
-        paths = [
-            meta["path"]
-            for part in obstore.list(self._store, f"shards/{shard_id}")
-            for meta in part
-        ]
-        root = f"shards/{shard_id}/zarr.json"
+    def remove(
+        self, shard_id: str, spec_id: str | None = None, *, limit: datetime | None = None
+    ) -> None:
+        """Delete an entry, or only its maps of one spec; the object that makes it whole first.
+
+        With a `limit`, nothing is deleted if any of it is newer: a writer is at work on it.
+        """
+        folder = f"shards/{shard_id}" if spec_id is None else f"shards/{shard_id}/{spec_id}"
+        objects = [meta for part in obstore.list(self._store, folder) for meta in part]
+        if limit is not None and any(meta["last_modified"] > limit for meta in objects):
+            return
+        paths = [meta["path"] for meta in objects]
+        root = f"{folder}/zarr.json"
         if root in paths:
             obstore.delete(self._store, root)
         obstore.delete(self._store, [path for path in paths if path != root])

@@ -20,7 +20,7 @@ from obstore.store import ObjectStore
 from pipeline import storage
 from pipeline.storage import Version
 
-FORMAT = 1
+FORMAT = 2  # 1 named shards by their SHA-256
 _KEEP_VERSIONS = 3
 
 
@@ -67,8 +67,16 @@ class Manifests:
             folder, name = storage.split_url(url)
             folders.setdefault(folder, {})[name] = record
         for folder, new in folders.items():
-            while not self._publish_once(folder, new):
+            while not self._change_once(folder, new, {}):
                 pass
+
+    def forget(self, folder: str, records: Mapping[str, ShardRecord]) -> None:
+        """Drop records (file name -> record) from a folder's manifest, atomically.
+
+        One that was published anew meanwhile, and so differs, stays.
+        """
+        while not self._change_once(folder, {}, records):
+            pass
 
     def lookup(self, urls: Iterable[str]) -> dict[str, ShardRecord]:
         """Records of those URLs that the manifests know; whether they still hold is not checked."""
@@ -82,6 +90,10 @@ class Manifests:
                 found[url] = manifests[folder][name]
         return found
 
+    def path(self, folder: str) -> str:
+        """Where in the cache the manifest of a folder lies."""
+        return _prefix(folder)
+
     def folders(self) -> dict[str, dict[str, ShardRecord]]:
         """Every folder of shards that the cache knows, with its manifest."""
         found = {}
@@ -91,10 +103,13 @@ class Manifests:
                 found[manifest.folder] = manifest.records
         return found
 
-    def _publish_once(self, folder: str, new: Mapping[str, ShardRecord]) -> bool:
+    def _change_once(
+        self, folder: str, new: Mapping[str, ShardRecord], gone: Mapping[str, ShardRecord]
+    ) -> bool:
         prefix = _prefix(folder)
         old = self._newest(prefix)
-        merged = {**old.records, **new}
+        stay = {name: record for name, record in old.records.items() if gone.get(name) != record}
+        merged = {**stay, **new}
         if merged == old.records:
             return True
         shards = {

@@ -20,7 +20,7 @@ from pipeline.cache import ScoreCache, ShardTable
 from pipeline.scores import ScoreSpec
 from pipeline.shards import Rejected, Sample, content_id, list_shard
 
-_BATCH = 64  # enough to share the cost of a call
+_BATCH = 128  # enough to share the cost of a call
 _MAX_PIXELS = 100_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP")  # what Pillow and DALI both decode
 Image.init()  # Pillow knows WebP only then

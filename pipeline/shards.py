@@ -7,12 +7,13 @@ training.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+
+from blake3 import blake3
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
@@ -51,8 +52,8 @@ class ShardListing:
 
 
 def content_id(data: bytes) -> str:
-    """The name of a shard in the cache: SHA-256 of its bytes, 32 hex digits of it."""
-    return hashlib.sha256(data).hexdigest()[:32]
+    """The name of a shard in the cache: BLAKE3 of its bytes, 32 hex digits of it."""
+    return blake3(data).hexdigest(length=16)
 
 
 def list_shard(data: bytes) -> ShardListing:
@@ -114,10 +115,31 @@ def write_dali_index(path: Path, samples: Iterable[tuple[int, int, int]]) -> Non
     path.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
 
 
+class _Header(tarfile.TarInfo):
+    """tarfile's header, read in a third of the time where it is that of a plain file."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        size, checksum = buf[124:135], buf[148:154]
+        if not (
+            len(buf) == tarfile.BLOCKSIZE
+            and buf[156:157] == tarfile.REGTYPE
+            and buf[345:346] == b"\0"  # the whole name stands in its first field
+            and buf[135:136] in b"\0 "
+            and buf[154:156] == b"\0 "
+            and size.translate(None, b"01234567") == checksum.translate(None, b"01234567") == b""
+            and int(checksum, 8) == sum(buf[:148]) + 8 * ord(" ") + sum(buf[156:])
+        ):
+            return super().frombuf(buf, encoding, errors)
+        header = cls(buf[:100].partition(b"\0")[0].decode(encoding, errors))
+        header.size = int(size, 8)
+        return header
+
+
 def _members(data: bytes) -> tuple[list[tarfile.TarInfo], str | None]:
     members: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:", tarinfo=_Header) as tar:
             for member in tar:
                 members.append(member)
             end = tar.offset

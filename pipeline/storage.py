@@ -9,7 +9,10 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -75,6 +78,7 @@ def expand(patterns: list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a pattern matches no tar.
+        OSError: a store can't be listed.
     """
     urls: list[str] = []
     for pattern in (one for each in patterns for one in braceexpand.braceexpand(each)):
@@ -94,8 +98,7 @@ def _matches(pattern: str) -> list[str]:
             folder, name = normalise_url(pattern), "*.tar"
         if "*" not in name:
             return [pattern]
-        listing = obstore.list_with_delimiter(open_store(folder))
-        names = sorted(meta["path"] for meta in listing["objects"])
+        names = sorted(list_names(folder))
         return [f"{folder}/{found}" for found in names if fnmatch.fnmatchcase(found, name)]
     path = pattern.removeprefix("file://")
     if os.path.isdir(path):
@@ -128,6 +131,41 @@ def exists(url: str) -> bool:
     return True
 
 
+def list_names(folder: str) -> set[str]:
+    """Names of the files right in a normalised `folder`; none for a prefix that no object has.
+
+    Raises:
+        OSError: it can't be listed: a local folder that is not there, a store out of reach.
+    """
+    try:
+        listing = obstore.list_with_delimiter(open_store(folder))
+    except BaseError as error:
+        raise OSError(f"{folder} can't be listed: {reason(error)}") from error
+    return {meta["path"] for meta in listing["objects"]}
+
+
+@dataclass(frozen=True)
+class StagingFile:
+    """What a local writer fills before it takes its name; one that stays is a killed writer's."""
+
+    path: Path
+    bytes: int
+    modified: datetime
+
+
+def staging_files(url: str) -> Iterator[StagingFile]:
+    """Staging files anywhere under a normalised local folder; an object store has none.
+
+    obstore names them `<name>#<number>`, and neither lists nor deletes them.
+    """
+    if is_remote(url):
+        return
+    for path in sorted(Path(url).rglob("*#*")):
+        if re.search(r"#\d+$", path.name) and path.is_file():
+            info = path.stat()
+            yield StagingFile(path, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
+
+
 def read(url: str) -> bytes:
     """All bytes of the file at a normalised `url`.
 
@@ -153,9 +191,14 @@ def put(
         OSError: the store refused, a full disk say.
     """
     try:
-        obstore.put(store, path, data, mode=mode)
+        # Not in parts: a killed upload's parts would stay in the bucket, where nothing lists them.
+        obstore.put(store, path, data, mode=mode, use_multipart=False)
     except AlreadyExistsError:
         raise
     except BaseError as error:
-        reason = str(error).partition("\n")[0]
-        raise OSError(f"could not write {path}: {reason}") from error
+        raise OSError(f"could not write {path}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line: obstore adds a page of its inner state."""
+    return " ".join(str(error).partition("\n\nDebug source:")[0].split())

@@ -64,9 +64,9 @@ class LinearProbe:
 def main(config: LinearProbe) -> float:
     """Run the probe; returns top-1 accuracy on `val`, in [0, 1]."""
     torch.manual_seed(config.seed)
-    model = load_model(config.checkpoint)
+    model = load_model(config.checkpoint, ema=config.ema)
     if config.untrained:
-        model = MaskedAutoencoder(model.config)
+        model = MaskedAutoencoder(model.config, model.decoder)
     centre = config.centre or (0.875 if model.config.image_size > 64 else 1.0)
     cache = ScoreCache(config.cache)
     with ranks(config.device) as here:

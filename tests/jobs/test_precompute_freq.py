@@ -5,9 +5,11 @@ import sys
 import time
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 import ray
+from s3_server import environment, free_port, serve
 from samples import photo_members, tar_bytes
 
 from jobs.precompute_freq import PrecomputeFreq, main
@@ -135,6 +137,18 @@ def test_a_watch_without_a_time_is_refused(shards, tmp_path, spec, watch):
         main(_config(shards, tmp_path, spec, watch=watch))
 
 
+def _wait_for(images, shards, cache, spec):
+    """Until that many images are ready for training."""
+    for _ in range(900):
+        try:
+            if len(load_table(shards, cache, spec)) == images:
+                return
+        except (CacheError, FileNotFoundError):
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"never saw {images} images")
+
+
 @pytest.mark.slow
 def test_a_watch_takes_up_what_is_new_or_changed_and_training_sees_it_at_its_start(
     shards, tmp_path, spec
@@ -145,25 +159,63 @@ def test_a_watch_takes_up_what_is_new_or_changed_and_training_sees_it_at_its_sta
         "--spec.grid", "7", "--watch", "1s",
     ]  # fmt: skip
 
-    def wait_for(images):
-        for _ in range(900):
-            try:
-                table = load_table([str(shards)], cache, spec)
-            except CacheError:
-                table = []
-            if len(table) == images:
-                return
-            time.sleep(0.1)
-        pytest.fail(f"never saw {images} images")
-
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
-        wait_for(15)
+        _wait_for(15, [str(shards)], cache, spec)
         (shards / "train-new.tar").write_bytes(tar_bytes(photo_members(3, 200)))
-        wait_for(18)
+        _wait_for(18, [str(shards)], cache, spec)
         (shards / "train-0.tar").write_bytes(tar_bytes(photo_members(2, 300)))
-        wait_for(15)
+        _wait_for(15, [str(shards)], cache, spec)
+    finally:
+        job.terminate()
+        job.wait()
+
+
+@pytest.mark.slow
+def test_a_watch_outlives_an_outage_of_the_store(tmp_path, spec, monkeypatch):
+    """Shards and cache on S3. The store goes while shards are scored, comes back without a bucket,
+    and then with shards."""
+    port = free_port()
+    for name, value in environment(f"http://127.0.0.1:{port}").items():
+        monkeypatch.setenv(name, value)
+    command = [
+        sys.executable, "jobs/precompute_freq.py", "--shards", "s3://images/shards",
+        "--cache", "s3://images/scores", "--spec.grid", "7", "--watch", "1s",
+    ]  # fmt: skip
+
+    def fill(shards):
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="images")
+        for number in range(shards):
+            body = tar_bytes(photo_members(5, 5 * number))
+            client.put_object(Bucket="images", Key=f"shards/{number}.tar", Body=body)
+
+    def wait_for_line(text, after):
+        for _ in range(600):
+            assert job.poll() is None, log.read_text()
+            if text in log.read_text()[after:]:
+                return len(log.read_text())
+            time.sleep(0.1)
+        pytest.fail(f"never said {text!r}: {log.read_text()[after:]}")
+
+    log = tmp_path / "log"
+    with open(log, "w") as file, serve(port):
+        fill(shards=2)
+        cache = ScoreCache("s3://images/scores")
+        job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
+        _wait_for(10, ["s3://images/shards"], cache, spec)
+        fill(shards=40)
+        while len(list(cache.entries())) < 10:
+            assert job.poll() is None, log.read_text()
+    try:
+        end = wait_for_line("error sending request; trying again", len(log.read_text()))
+        end = wait_for_line("can't be listed", end)
+        with serve(port):
+            end = wait_for_line("NoSuchBucket", end)
+            fill(shards=3)
+            _wait_for(15, ["s3://images/shards"], cache, spec)
+            wait_for_line("3 shards, 3 of them scored before", end)
     finally:
         job.terminate()
         job.wait()

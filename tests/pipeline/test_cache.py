@@ -113,7 +113,7 @@ def test_a_cache_of_a_newer_format_is_refused(cache, entry, spec):
     metadata = json.loads(path.read_text())
     metadata["attributes"]["format"] = 99
     path.write_text(json.dumps(metadata))
-    with pytest.raises(CacheError, match=r"format 99.*reads format 1"):
+    with pytest.raises(CacheError, match=r"format 99.*reads format 2"):
         cache.read_table(ID)
 
 

@@ -28,6 +28,14 @@ def test_manifests_are_merged_by_folder(cache):
     assert cache.manifests.read("/data") == {}
 
 
+def test_what_was_published_anew_is_not_forgotten(cache):
+    cache.manifests.publish({"/data/0.tar": _record(0), "/data/1.tar": _record(1)})
+    seen = cache.manifests.read("/data")
+    cache.manifests.publish({"/data/1.tar": _record(9), "/data/2.tar": _record(2)})
+    cache.manifests.forget("/data", seen)
+    assert cache.manifests.read("/data") == {"1.tar": _record(9), "2.tar": _record(2)}
+
+
 def test_publishing_what_is_known_writes_nothing(cache):
     cache.manifests.publish({"/data/0.tar": _record(0)})
     before = list(Path(cache.url).rglob("*.json"))

@@ -1,15 +1,14 @@
 """The same path on an object store: a real S3 API, by HTTP on loopback."""
 
 import json
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import boto3
 import pytest
+from s3_server import environment, free_port, serve
 from samples import encode, photo
 
 from jobs.make_shards import MakeShards, main
@@ -28,34 +27,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def endpoint():
-    """moto in a process of its own: DALI holds the interpreter while it waits for S3."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            urllib.request.urlopen(f"{url}/moto-api/").close()
-            break
-        except OSError:
-            time.sleep(0.1)
-    yield url
-    server.kill()
-    server.wait()
+    with serve(free_port()) as url:
+        yield url
 
 
 @pytest.fixture
 def bucket(endpoint, monkeypatch):
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
+    for name, value in environment(endpoint).items():
         monkeypatch.setenv(name, value)
     urllib.request.urlopen(f"{endpoint}/moto-api/reset", data=b"").close()
     boto3.client("s3").create_bucket(Bucket="images")
