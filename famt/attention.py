@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 
@@ -74,33 +78,61 @@ def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
         ValueError: the encoder has not exactly one prefix token, or its last block has no joint
             `qkv` projection.
     """
+    with _evaluating(encoder):
+        return _attention(encoder.blocks[-1], _before_last_block(encoder, images))
+
+
+@torch.no_grad()
+def last_block(encoder: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What `last_attention` gives, and the last block's output tokens from the same pass.
+
+    Args:
+        encoder, images: as in `last_attention`.
+
+    Returns:
+        attention `[B, heads, N+1, N+1]` and patch tokens `[B, N, C]`, before the encoder's final
+        norm; both float32.
+    """
+    with _evaluating(encoder):
+        x = _before_last_block(encoder, images)
+        block = encoder.blocks[-1]
+        return _attention(block, x), block(x)[:, 1:].float()
+
+
+@contextmanager
+def _evaluating(encoder: VisionTransformer) -> Iterator[None]:
+    training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(training)
+
+
+def _before_last_block(encoder: VisionTransformer, images: Tensor) -> Tensor:
     if encoder.num_prefix_tokens != 1:
         raise ValueError(
             f"the encoder has {encoder.num_prefix_tokens} prefix tokens; the scores are defined "
             "for a class token alone"
         )
-    block = encoder.blocks[-1]
-    if not hasattr(block.attn, "qkv"):
-        raise ValueError(f"{type(block.attn).__name__} of the last block has no qkv projection")
-    training = encoder.training
-    encoder.eval()
-    try:
-        x = encoder.norm_pre(_embed(encoder, images))
-        for earlier in encoder.blocks[:-1]:
-            x = earlier(x)
-        attention = block.attn
-        batch, tokens, _ = x.shape
-        width = attention.num_heads * attention.head_dim
-        weight, bias = attention.qkv.weight, attention.qkv.bias
-        qk = torch.nn.functional.linear(
-            block.norm1(x), weight[: 2 * width], None if bias is None else bias[: 2 * width]
-        )
-        q, k = qk.view(batch, tokens, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-        q, k = attention.q_norm(q), attention.k_norm(k)
-        logits = (q * attention.scale) @ k.transpose(-2, -1)
-        return logits.float().softmax(-1)
-    finally:
-        encoder.train(training)
+    x = encoder.norm_pre(_embed(encoder, images))
+    for block in encoder.blocks[:-1]:
+        x = block(x)
+    return x
+
+
+def _attention(block: Block, x: Tensor) -> Tensor:
+    attention = block.attn
+    if not hasattr(attention, "qkv"):
+        raise ValueError(f"{type(attention).__name__} of the last block has no qkv projection")
+    batch, tokens, _ = x.shape
+    width = attention.num_heads * attention.head_dim
+    weight, bias = attention.qkv.weight, attention.qkv.bias
+    qk = F.linear(block.norm1(x), weight[: 2 * width], None if bias is None else bias[: 2 * width])
+    q, k = qk.view(batch, tokens, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    logits = (q * attention.scale) @ k.transpose(-2, -1)
+    return logits.float().softmax(-1)
 
 
 def _embed(encoder: VisionTransformer, images: Tensor) -> Tensor:

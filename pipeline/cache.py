@@ -1,6 +1,6 @@
 """The score cache: content-addressed zarr entries that all experiments share.
 
-This module and `pipeline.manifest` alone know the layout:
+This module, `pipeline.manifest` and `pipeline.generations` alone know the layout:
 
     <cache>/shards/<shard id>/zarr.json       a zarr group; attributes: format, columns, bytes,
                                               damage, kept, quarantined (key and reason of each)
@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 from zarr.storage import MemoryStore, ObjectStore
 
 from pipeline import storage
+from pipeline.generations import Generations
 from pipeline.manifest import FORMAT, CacheError, Manifests, check_format
-from pipeline.scores import ScoreSpec
+from pipeline.scores import ScoreSpec, Spec
 from pipeline.shards import Rejected
 
 _CONCURRENT_READS = 64
@@ -131,6 +132,7 @@ class ScoreCache:
 
     Attributes:
         manifests: which shard of which folder has which entry.
+        generations: which maps belong to which moment of which training run.
 
     Raises:
         FileNotFoundError: a local root that is not there, without `create`.
@@ -145,6 +147,7 @@ class ScoreCache:
                 f"{self.url}: no score cache there; make one with `python jobs/precompute_freq.py`"
             ) from None
         self.manifests = Manifests(self._store, self.url)
+        self.generations = Generations(self._store, self.url)
 
     # Pickled to Ray workers: a store holds connections, its URL says all.
     def __getstate__(self) -> str:
@@ -153,7 +156,7 @@ class ScoreCache:
     def __setstate__(self, url: str) -> None:
         self.__init__(url)  # type: ignore[misc]
 
-    def has_entry(self, shard_id: str, spec: ScoreSpec | None) -> bool:
+    def has_entry(self, shard_id: str, spec: Spec | None) -> bool:
         """Whether the shard's table is there, whole, and its maps of `spec` if one is given."""
         entry = f"shards/{shard_id}"
         return self._exists(f"{entry}/zarr.json") and (
@@ -161,7 +164,7 @@ class ScoreCache:
         )
 
     def write(
-        self, shard_id: str, table: ShardTable, spec: ScoreSpec, maps: NDArray[np.float16]
+        self, shard_id: str, table: ShardTable, spec: Spec, maps: NDArray[np.float16]
     ) -> None:
         """Put a shard's entry, or only the maps if its table is there already.
 
@@ -240,7 +243,7 @@ class ScoreCache:
             damage=attributes["damage"],
         )
 
-    def read_maps(self, shard_id: str, spec: ScoreSpec) -> NDArray[np.float16]:
+    def read_maps(self, shard_id: str, spec: Spec) -> NDArray[np.float16]:
         """The maps `[n, G, G]` of a shard, in the order of its table.
 
         Raises:
@@ -250,7 +253,7 @@ class ScoreCache:
         assert maps is not None
         return maps
 
-    def read_rows(self, shard_ids: list[str], spec: ScoreSpec | None) -> list[ShardRows]:
+    def read_rows(self, shard_ids: list[str], spec: Spec | None) -> list[ShardRows]:
         """Rows of many shards, read side by side; maps too if a spec is given.
 
         Raises:

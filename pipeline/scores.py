@@ -1,26 +1,49 @@
-"""What a score is: its kind and parameters, and the id under which the cache keeps it."""
+"""What a score is: its kind and parameters, and the id under which the cache keeps it.
+
+Two families: scores of pixels (`ScoreSpec`), computed once ahead of training, and scores that a
+model in training gives (`ModelScoreSpec`), computed again as it learns. Both are open: a package
+that declares an entry point in `famt.scores` or `famt.model_scores` adds a kind by its name; see
+docs/custom-scores.md.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Literal
 
 import torch
+from blake3 import blake3
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
-from famt.frequency import DEFAULT_KIND, PixelKind, pixel_frequency
+from famt.attention import attention_scores, cls_attention, last_attention, last_block
+from famt.frequency import DEFAULT_KIND, PIXEL_KINDS, pixel_frequency, token_frequency
 
-_CODE_VERSION = 1  # raise it with any change that alters the numbers of an existing kind
+# Raise these with any change that alters the numbers of an existing kind.
+_CODE_VERSION = 1
+_MODEL_CODE_VERSION = 1
+
+_GENERATION = "generation-"
+
+PixelScore = Callable[[Tensor, int], Tensor]
+"""images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
+ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
+"""an encoder in eval mode and images `[B, 3, S, S]` float, normalised -> `[B, N]` float, >= 0"""
 
 
 @dataclass(frozen=True)
 class ScoreSpec:
     """A kind of pixel score and all that its numbers depend on. Equal specs share cached maps."""
 
-    kind: PixelKind = DEFAULT_KIND
-    """which score; `python -m jobs.benchmark quality` compares them"""
+    kind: str = DEFAULT_KIND
+    """which score: border_geodesic, bandpass, highpass, lowpass, spectral_residual, or one that an
+    installed package adds; `python -m jobs.benchmark quality` compares them"""
     grid: int = 14
     """cells a side of a stored map, over the whole image"""
     pixels_per_cell: int = 4
@@ -34,27 +57,171 @@ class ScoreSpec:
         return self.grid * self.pixels_per_cell
 
     def describe(self) -> dict[str, object]:
-        """The spec spelled out, as JSON keeps it."""
+        """The spec spelled out, as JSON keeps it.
+
+        Raises:
+            ValueError: no such kind here.
+        """
         described = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {**described, "code_version": _CODE_VERSION}
+        return {**described, "code_version": self._code_version()}
 
     @classmethod
     def from_description(cls, described: dict[str, Any]) -> ScoreSpec | None:
         """The spec that `describe` spelled out, or None if other code's scores are meant."""
         values = dict(described)
-        if values.pop("code_version", None) != _CODE_VERSION:
-            return None
-        if values["band"] is not None:
+        code_version = values.pop("code_version", None)
+        if values.get("band") is not None:
             values["band"] = tuple(values["band"])
-        return cls(**values)
+        try:
+            spec = cls(**values)
+            return spec if spec._code_version() == code_version else None
+        except (TypeError, ValueError):
+            return None
 
     @property
     def id(self) -> str:
         """Hash of kind, parameters and code version: `<kind>-<12 hex digits>`."""
-        text = json.dumps(self.describe(), sort_keys=True)
-        return f"{self.kind}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        return f"{self.kind}-{_hash(self.describe())}"
 
-    def score(self, images: torch.Tensor) -> torch.Tensor:
-        """`[B, size, size, 3]` uint8 -> `[B, grid, grid]` float32, mean 1 an image."""
+    def score(self, images: Tensor) -> Tensor:
+        """`[B, size, size, 3]` uint8 -> `[B, grid, grid]` float32, mean 1 an image.
+
+        Raises:
+            ValueError: no such kind here, or another package's score is not what it must be.
+        """
+        if self.kind not in PIXEL_KINDS:
+            scores = _named("famt.scores", PIXEL_KINDS, self.kind).load()(images, self.grid)
+            return _unit_mean(scores, (len(images), self.grid, self.grid), self.kind)
         pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        return pixel_frequency(pixels.div_(255), self.grid, self.kind, self.band)
+        kind: Any = self.kind
+        return pixel_frequency(pixels.div_(255), self.grid, kind, self.band)
+
+    def _code_version(self) -> int | str:
+        if self.kind in PIXEL_KINDS:
+            return _CODE_VERSION
+        return _version(_named("famt.scores", PIXEL_KINDS, self.kind))
+
+
+@dataclass(frozen=True)
+class ModelScoreSpec:
+    """A score that a certain encoder gives, and all that its numbers depend on."""
+
+    kind: str
+    """key of `MODEL_KINDS`, or one that an installed package adds"""
+    grid: int
+    """cells a side: the encoder's patches"""
+    image_size: int
+    """images are squashed to squares of this side, px"""
+    encoder: str
+    """`encoder_digest` of its weights"""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """bf16 computes under autocast"""
+
+    def describe(self) -> dict[str, object]:
+        """The spec spelled out, as JSON keeps it.
+
+        Raises:
+            ValueError: no such kind here.
+        """
+        code: int | str = _MODEL_CODE_VERSION
+        if self.kind not in MODEL_KINDS:
+            code = _version(_named("famt.model_scores", MODEL_KINDS, self.kind))
+        return {**dataclasses.asdict(self), "code_version": code}
+
+    @property
+    def id(self) -> str:
+        """Hash of all of it: `generation-<kind>-<12 hex digits>`."""
+        return f"{_GENERATION}{self.kind}-{_hash(self.describe())}"
+
+    def score(self, encoder: VisionTransformer, images: Tensor) -> Tensor:
+        """`[B, 3, S, S]` float, normalised -> `[B, grid, grid]` float32, mean 1 an image.
+
+        Raises:
+            ValueError: no such kind here, or another package's score is not what it must be.
+        """
+        function = MODEL_KINDS.get(self.kind)
+        if function is None:
+            function = _named("famt.model_scores", MODEL_KINDS, self.kind).load()
+        bf16 = self.precision == "bf16"
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
+            scores = function(encoder, images)
+        scores = scores.unflatten(1, (self.grid, self.grid))
+        return _unit_mean(scores, (len(images), self.grid, self.grid), self.kind)
+
+
+Spec = ScoreSpec | ModelScoreSpec
+
+
+def is_generation(spec_id: str) -> bool:
+    """Whether maps of this id were made by a model in training."""
+    return spec_id.startswith(_GENERATION)
+
+
+def encoder_digest(weights: Mapping[str, Tensor]) -> str:
+    """Hash of an encoder's weights: 32 hex digits."""
+    digest = blake3()
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def _attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    return attention_scores(last_attention(encoder, images))
+
+
+def _cls_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    return cls_attention(last_attention(encoder, images))
+
+
+def _token_frequency(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    return token_frequency(last_block(encoder, images)[1])
+
+
+def _famt(encoder: VisionTransformer, images: Tensor) -> Tensor:
+    attention, tokens = last_block(encoder, images)
+    return token_frequency(tokens) * attention_scores(attention)
+
+
+MODEL_KINDS: dict[str, ModelScore] = {
+    "famt": _famt,  # token frequency x attention, the paper's weight
+    "attention": _attention,  # FAMT's formula
+    "cls_attention": _cls_attention,  # AMT's formula
+    "token_frequency": _token_frequency,
+}
+
+
+@cache
+def _plugins(group: str, builtin: tuple[str, ...]) -> dict[str, EntryPoint]:
+    return {each.name: each for each in entry_points(group=group) if each.name not in builtin}
+
+
+def _named(group: str, builtin: Mapping[str, object] | tuple[str, ...], kind: str) -> EntryPoint:
+    added = _plugins(group, tuple(builtin))
+    if kind not in added:
+        raise ValueError(
+            f"no score of kind {kind!r}: there are {', '.join([*builtin, *added])}. Others come "
+            f"with packages that have an entry point in {group!r}; is one missing here?"
+        )
+    return added[kind]
+
+
+def _version(plugin: EntryPoint) -> str:
+    return f"{plugin.dist.name} {plugin.dist.version}" if plugin.dist else "unknown"
+
+
+def _hash(described: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _unit_mean(scores: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
+    """Scores over their image's mean; an image without any scores 1 everywhere."""
+    if scores.shape != shape or not scores.isfinite().all() or (scores < 0).any():
+        raise ValueError(
+            f"scores of kind {kind!r} must be finite, >= 0 and {list(shape)}, "
+            f"got {list(scores.shape)} from {scores.min()} to {scores.max()}"
+        )
+    scores = scores.float()
+    mean = scores.mean((1, 2), keepdim=True)
+    return torch.where(mean > 0, scores / mean.where(mean > 0, 1.0), 1.0)

@@ -10,6 +10,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.mae import MODELS, Decoder, MaskedAutoencoder
@@ -20,7 +21,7 @@ _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 # What may differ between a run and its continuation: nothing that is learned depends on it...
 _FREE = {
     "out", "cache", "shards", "threads", "compile", "checkpoint_minutes", "keep_checkpoints",
-    "picture_epochs", "resume", "elastic",
+    "picture_epochs", "resume", "elastic", "refresh", "refresh_job",
 }  # fmt: skip
 # ... and what may with --elastic, from the beginning of an epoch.
 _ELASTIC = {"data", "spec", "world_size", "batch_size", "accumulate", "log_steps"}
@@ -31,6 +32,7 @@ class Checkpoint:
     """The whole state of a run after `step` optimiser steps.
 
     Attributes:
+        run: id of the run.
         step: optimiser steps done.
         epoch: whole epochs done.
         model_name, decoder: arguments of the `MaskedAutoencoder`.
@@ -40,9 +42,11 @@ class Checkpoint:
         loaders: each rank's loader state.
         generators: each rank's sampling generator state.
         bank: content of the attention bank, if the run has one.
+        generation: step of the generation of maps that weighs patches, if there is one.
         config: the run's options and circumstances, spelled out.
     """
 
+    run: str
     step: int
     epoch: int
     model_name: str
@@ -53,7 +57,25 @@ class Checkpoint:
     loaders: list[dict[str, object]]
     generators: list[Tensor]
     bank: dict[str, Tensor] | None
+    generation: int | None
     config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder at a moment of a run; attributes as in `Checkpoint`."""
+
+    run: str
+    step: int
+    model_name: str
+    weights: dict[str, Tensor]
+    config: dict[str, Any]
+
+    def build(self) -> VisionTransformer:
+        """The encoder, in eval mode."""
+        encoder = MaskedAutoencoder(MODELS[self.model_name]).encoder
+        encoder.load_state_dict(self.weights)
+        return encoder.eval()
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -65,21 +87,39 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError: the disk is full, say; earlier checkpoints are untouched.
     """
     path = folder / f"checkpoint-{checkpoint.step:08d}.pt"
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(vars(checkpoint), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: could not be written, earlier checkpoints stand ({error})"
-        ) from error
+    _write(path, vars(checkpoint))
     for old in _all(folder)[:-keep]:
         old.unlink()
     return path
+
+
+def save_encoder(path: Path, encoder: Encoder) -> None:
+    """Write an encoder's weights for the refresh job.
+
+    Raises:
+        OSError: the disk is full, say.
+    """
+    path.parent.mkdir(exist_ok=True)
+    _write(path, vars(encoder))
+
+
+def load_encoder(path: Path) -> Encoder:
+    """The encoder of a checkpoint, of a run's latest one, or of a file that `save_encoder` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is neither.
+    """
+    if path.is_dir() or _NAME.fullmatch(path.name):
+        state = load(path)
+        prefix = "encoder."
+        weights = {
+            name.removeprefix(prefix): value
+            for name, value in state.model.items()
+            if name.startswith(prefix)
+        }
+        return Encoder(state.run, state.step, state.model_name, weights, state.config)
+    return Encoder(**_read(path))
 
 
 def latest(folder: Path) -> Path | None:
@@ -101,8 +141,8 @@ def load(path: Path) -> Checkpoint:
             raise FileNotFoundError(f"{path} holds no checkpoint-*.pt; train one first")
         path = found
     try:
-        return Checkpoint(**torch.load(path, map_location="cpu", weights_only=True, mmap=True))
-    except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
+        return Checkpoint(**_read(path))
+    except TypeError as error:
         raise ValueError(f"{path} is no whole checkpoint of this program: {error}") from error
 
 
@@ -150,6 +190,29 @@ def resume(config: Pretrain, circumstances: dict[str, object]) -> tuple[Checkpoi
     if changed <= _ELASTIC:
         remedy += ", or --elastic to go on from the beginning of the epoch"
     raise ValueError(f"{found} belongs to a run with other options ({differences}); {remedy}")
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Write a file that appears under its name only when it is complete and on disk."""
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{path}: could not be written, earlier checkpoints stand ({error})"
+        ) from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
+        raise ValueError(f"{path} is no whole checkpoint of this program: {error}") from error
 
 
 def _all(folder: Path) -> list[Path]:

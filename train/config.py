@@ -15,7 +15,7 @@ from pipeline.join import JoinConfig
 from pipeline.loader import LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
 
-Recipe = Literal["famt", "mae"]
+Recipe = Literal["famt", "mae", "amt", "famt-paper"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,31 @@ class RollingConfig:
 
 
 @dataclass(frozen=True)
+class PeriodicConfig:
+    """What `--attention periodic` weighs by: maps of whole images, made as the model learns."""
+
+    every: int = 40
+    """epochs from one generation of maps to the next"""
+    kind: str = "famt"
+    """famt (token frequency x attention), attention, cls_attention, token_frequency, or a kind that
+    an installed package adds"""
+    pin: str | None = None
+    """use this one generation, <run>/<step> as `jobs/cache.py ls` lists it, and make none"""
+
+
+@dataclass(frozen=True)
+class RefreshJob:
+    """What `--refresh ray` and `--refresh wait` give to the job that makes a generation."""
+
+    workers: int | None = None
+    """processes; as many as the cluster has room for if left out"""
+    cpus_per_worker: int = 1
+    """CPU cores, and decoding threads, of each"""
+    gpus_per_worker: float = 0.0
+    """share of a GPU for each"""
+
+
+@dataclass(frozen=True)
 class Pretrain:
     """A pre-training run."""
 
@@ -68,12 +93,18 @@ class Pretrain:
     """parts that a batch goes through the model in, one after another, to save memory"""
     plain_epochs: int = 0
     """epochs of plain MAE (75 %% masked at random) before weights and throwing begin"""
-    attention: Literal["off", "live", "rolling"] = "rolling"
+    attention: Literal["off", "live", "rolling", "periodic"] = "rolling"
     """how the encoder's attention enters the weights: not at all, from a forward pass on every
-    whole crop, or from maps of which a part is refreshed each step"""
+    whole crop, from maps of which a part is refreshed each step, or from maps of whole images that
+    a job beside the training makes every so many epochs"""
     attention_score: Literal["famt", "amt"] = "famt"
-    """which formula reads a score off the attention"""
+    """which formula reads a score off the attention, if it is live or rolling"""
     rolling: RollingConfig = field(default_factory=RollingConfig)
+    periodic: PeriodicConfig = field(default_factory=PeriodicConfig)
+    refresh: Literal["follow", "ray", "wait"] = "follow"
+    """who makes periodic maps: a `jobs/refresh_scores.py --follow <out>` that you run, or a job
+    that the training starts on Ray; wait also waits for it"""
+    refresh_job: RefreshJob = field(default_factory=RefreshJob)
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     join: JoinConfig = field(default_factory=JoinConfig)
     view: RandomView = field(default_factory=RandomView)
@@ -115,8 +146,8 @@ class Pretrain:
                 f"--batch-size {self.batch_size} does not divide into --accumulate "
                 f"{self.accumulate} equal parts"
             )
-        if self.rolling.every < 1:
-            raise ValueError("--rolling.every must be at least 1")
+        if self.rolling.every < 1 or self.periodic.every < 1:
+            raise ValueError("--rolling.every and --periodic.every must be at least 1")
 
     def describe(self) -> dict[str, Any]:
         """The options as plain data, as checkpoints and logs keep them."""
@@ -131,6 +162,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mae": {
         "join": JoinConfig(mask_ratio=0.75, throw_ratio=0.0, frequency_exponent=0.0),
         "attention": "off",
+    },
+    "amt": {
+        "join": JoinConfig(frequency_exponent=0.0),
+        "attention": "periodic",
+        "plain_epochs": 40,
+        "periodic": PeriodicConfig(kind="cls_attention"),
+    },
+    "famt-paper": {
+        "join": JoinConfig(frequency_exponent=0.0),
+        "attention": "periodic",
+        "plain_epochs": 40,
+        "periodic": PeriodicConfig(kind="famt"),
     },
 }
 

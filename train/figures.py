@@ -66,7 +66,7 @@ def main(config: Figures) -> Path:
     """Draw the picture; returns where it is."""
     model = load_model(config.checkpoint)
     run = load(config.checkpoint).config
-    spec = ScoreSpec(**run["spec"])
+    spec = ScoreSpec(**run["spec"]) if run["join"]["frequency_exponent"] else None
     table = load_table(config.shards, ScoreCache(config.cache), spec)
     loader = CropLoader(
         table,

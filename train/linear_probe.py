@@ -41,6 +41,8 @@ class LinearProbe:
     """shards to train the classifier on"""
     val: list[str]
     """shards to test it on"""
+    ema: bool = False
+    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
     untrained: bool = False
     """probe the same encoder with fresh random weights instead: the floor to beat"""
     pool: Pool = "cls"

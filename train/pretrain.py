@@ -8,6 +8,9 @@
 
     famt        45 % masked by cached frequency score and rolling attention, 40 % thrown
     mae         75 % masked at random, nothing thrown
+    amt         plain MAE for 40 epochs, then 45 % masked by AMT's attention score of whole images,
+                made anew every 40 epochs by a job beside the training; 40 % thrown
+    famt-paper  the same with the paper's weight, token frequency x attention
 
 A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and leave.
 """
@@ -18,6 +21,7 @@ import contextlib
 import math
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 
 import torch
@@ -42,6 +46,7 @@ from train.config import PLAIN_MAE, Pretrain, parse
 from train.distributed import Ranks, ranks
 from train.log import Log
 from train.program import run_program
+from train.refresh import PeriodicAttention
 from train.streams import SideStream, Stop
 from train.timing import Clock
 
@@ -69,6 +74,7 @@ class Run:
             )
         )
         resumed, exact = checkpoint.resume(config, self._identity())
+        self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
         self.model = MaskedAutoencoder(self.sizes, config.decoder).to(here.device)
@@ -107,6 +113,12 @@ class Run:
             if config.attention == "rolling"
             else None
         )
+        config.out.mkdir(parents=True, exist_ok=True)
+        self.periodic = (
+            PeriodicAttention(config, self.id, self.table, self.sizes.grid, here)
+            if config.attention == "periodic"
+            else None
+        )
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.effective_batch = config.batch_size * here.world_size
@@ -139,7 +151,6 @@ class Run:
         if here.world_size > 1:
             trained = DistributedDataParallel(trained)
         self.trained: nn.Module = trained
-        config.out.mkdir(parents=True, exist_ok=True)
 
     def train(self, stop: Stop) -> None:
         """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
@@ -148,11 +159,13 @@ class Run:
         if here.is_main:
             print(self.plan(), flush=True)
             log = Log(config.out, self.step, self.total_steps, self.effective_batch, self.clock)
-            log.event(self.step, "start", epoch=self.loader.epoch, **self._identity())
+            log.event(self.step, "start", run=self.id, epoch=self.loader.epoch, **self._identity())
         saved_at, saved_step = time.monotonic(), self.step
         self.model.train()
         while self.step < self.total_steps:
             epoch, crops = self.loader.epoch, iter(self.loader)
+            if self.periodic and self.loader.step == 0:
+                self.periodic.begin_epoch(epoch, self.step, self.model.encoder, log)
             batch = self._next(crops, self.step)
             if log and self.shown and config.picture_epochs and epoch % config.picture_epochs == 0:
                 log.picture(self.step, self._picture(self.shown))
@@ -177,9 +190,7 @@ class Run:
                         self.save(log)
                         saved_at, saved_step = time.monotonic(), self.step
                     if stopping:
-                        if log:
-                            log.event(self.step, "stopped by a signal")
-                            log.close()
+                        self._close(log, finished=False)
                         return
                     ahead = self._next(crops, self.step)
                 batch = ahead
@@ -187,20 +198,23 @@ class Run:
                 self.rolling.exchange(self.step)
         if self.step > saved_step:
             self.save(log)
-        if log:
-            log.close()
+        self._close(log, finished=True)
 
     def patches(self, crops: CropBatch, step: int) -> PatchBatch:
         """Weigh, sample and gather: from crops to what the model takes."""
         config, attention = self.config, None
         plain = self.loader.epoch < config.plain_epochs
+        if self.periodic and self.periodic.current is None:
+            plain = True  # nothing to weigh by yet
         join = PLAIN_MAE if plain else config.join
-        if not plain and (self.live or self.rolling):
+        if not plain and config.attention != "off":
             with self.clock.stage("attention"):
                 if self.live:
                     attention = self.live(crops.images)
                 elif self.rolling:
                     attention = self.rolling(crops, step)
+                elif self.periodic:
+                    attention = self.periodic.read(crops)
         with self.clock.stage("join"):
             weights = join_weights(crops, self.table, self.sizes.grid, join, attention)
             return split_crops(
@@ -247,7 +261,9 @@ class Run:
         generators = self.here.gather(self.generator.get_state())
         if self.here.is_main:
             bank = self.rolling.bank if self.rolling else None
+            generation = self.periodic.current if self.periodic else None
             state = Checkpoint(
+                run=self.id,
                 step=self.step,
                 epoch=self.step // self.steps_per_epoch,
                 model_name=self.config.model,
@@ -258,11 +274,14 @@ class Run:
                 loaders=loaders,
                 generators=generators,
                 bank=bank.state() if bank else None,
+                generation=generation.step if generation else None,
                 config={**self.config.describe(), **self._identity()},
             )
             path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
             if log:
                 log.event(self.step, "checkpoint", file=path.name)
+        if self.periodic:
+            self.periodic.saved()
 
     def plan(self) -> str:
         """Every number of the run that follows from its options, for a reader to check."""
@@ -276,6 +295,8 @@ class Run:
             "off": "no attention",
             "live": "live attention on every crop",
             "rolling": f"rolling attention, 1/{config.rolling.every} of a batch refreshed a step",
+            "periodic": f"{config.periodic.kind} of whole images, made anew every "
+            f"{config.periodic.every} epochs",
         }[config.attention]
         lines = {
             "run": f"{config.out} on {self.here.device}, {self.here.world_size} rank(s), "
@@ -308,6 +329,13 @@ class Run:
                 self.shown = found.first(_SHOWN)
             return None if found is None else self.side.hand_over(self.patches(found, step))
 
+    def _close(self, log: Log | None, *, finished: bool) -> None:
+        if self.periodic:
+            self.periodic.close(finished=finished)
+        if log:
+            log.event(self.step, "finished" if finished else "stopped by a signal")
+            log.close()
+
     def _identity(self) -> dict[str, object]:
         """What a continuation must have in common with the run, besides its options."""
         return {
@@ -324,10 +352,14 @@ class Run:
         if self.rolling and resumed.bank and resumed.config["data"] == self.table.digest:
             self.rolling.bank.load_state(resumed.bank)
         if exact:
+            if self.periodic and resumed.generation is not None:
+                self.periodic.restore(resumed.generation)
             self.generator.set_state(resumed.generators[self.here.rank])
             self.step = resumed.step
         else:
             self.step = resumed.epoch * self.steps_per_epoch
+            if self.periodic:
+                self.periodic.restart(resumed.epoch)
 
     def _picture(self, crops: CropBatch) -> Image.Image:
         attends = self.config.attention != "off"

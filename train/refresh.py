@@ -1,0 +1,319 @@
+"""Maps of whole images that follow the model: marked here, made by a job beside, taken up here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from famt.geometry import crop_maps
+from pipeline.cache import ScoreCache
+from pipeline.generations import Generation
+from pipeline.loader import CropBatch
+from pipeline.manifest import CacheError
+from pipeline.table import ScoreTable
+from train import checkpoint
+from train.checkpoint import Encoder
+from train.config import Pretrain
+from train.distributed import Ranks
+from train.log import Log
+
+_POLL = 2.0  # seconds
+
+
+def encoder_path(out: Path, step: int) -> Path:
+    """Where a run leaves the encoder of a step, for a generation to be made from it."""
+    return out / "refresh" / f"encoder-{step:08d}.pt"
+
+
+def finished_path(out: Path) -> Path:
+    """What a run leaves when no encoder will follow."""
+    return out / "refresh" / "finished"
+
+
+class PeriodicAttention:
+    """The newest generation of whole-image maps, exchanged for a newer one between two epochs.
+
+    A thread reads a generation as soon as it is published; at the end of an epoch the ranks agree
+    on the newest that all machines have in RAM, and only copy it. Which epoch took up which
+    generation is written down: a resumed run takes up the same at the same epochs.
+
+    Attributes:
+        current: the generation in use, or None before the first.
+    """
+
+    def __init__(
+        self, config: Pretrain, run: str, table: ScoreTable, grid: int, here: Ranks
+    ) -> None:
+        self.current: Generation | None = None
+        self._config, self._run, self._table, self._here = config, run, table, here
+        self._grid = grid
+        self._pin = config.periodic.pin
+        self._source = run
+        self._pinned_step: int | None = None
+        if self._pin:
+            self._source, self._pinned_step = _parse_pin(self._pin)
+        self._cache = ScoreCache(config.cache)
+        shape = (len(table), grid, grid)
+        self._maps = here.share(lambda: torch.ones(shape, dtype=torch.float16))
+        self._leads = here.gather(here.node).index(here.node) == here.rank
+        self._taken_up = _TakenUp(config.out / "generations.json")
+        self._saved: deque[int] = deque(maxlen=config.keep_checkpoints)
+        self._job: subprocess.Popen[bytes] | None = None
+        self._ahead = _Preloader(self._newest, self._load)
+        if self._leads and self._pinned_step is None:
+            self._ahead.start()
+        if here.is_main:
+            finished_path(config.out).unlink(missing_ok=True)
+
+    def read(self, crops: CropBatch) -> Tensor | None:
+        """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
+        if self.current is None:
+            return None
+        device = crops.images.device
+        windows, flips = crops.windows.to(device), crops.flips.to(device)
+        return crop_maps(self._maps[crops.rows].to(device), windows, flips, self._grid).flatten(1)
+
+    def begin_epoch(self, epoch: int, step: int, encoder: nn.Module, log: Log | None) -> None:
+        """Mark the encoder if a generation is due, and take up a new one; every rank calls this."""
+        config = self._config
+        since = epoch - config.plain_epochs
+        if self._pinned_step is not None:
+            if self.current is None and since >= 0:
+                self._take_up(self._pinned_step)
+                self._need([])
+            return
+        due = since >= 0 and since % config.periodic.every == 0
+        if due and self._here.is_main:
+            self._mark(step, encoder, log)
+        started = time.perf_counter()
+        wanted = self._agree(epoch, step if due and config.refresh == "wait" else None)
+        if wanted is not None and (self.current is None or wanted != self.current.step):
+            self._take_up(wanted)
+            if log and self.current:
+                log.event(
+                    step,
+                    "generation",
+                    epoch=epoch,
+                    generation=wanted,
+                    age_steps=step - wanted,
+                    coverage=self.current.images / len(self._table),
+                    pause_ms=1000 * (time.perf_counter() - started),
+                )
+                self._drop_encoders(wanted)
+        self._need(self._saved)
+        if self._here.is_main:
+            self._taken_up.record(epoch, self.current.step if self.current else None)
+
+    def restore(self, step: int) -> None:
+        """Go back to the generation that a checkpoint names; every rank calls this.
+
+        Raises:
+            CacheError: it was collected.
+        """
+        self._take_up(step)
+
+    def restart(self, epoch: int) -> None:
+        """Let an epoch and those after it take up what is newest, whatever they took up before."""
+        if self._here.is_main:
+            self._taken_up.forget_from(epoch)
+
+    def saved(self) -> None:
+        """Keep the generation of the checkpoint that was just written from being collected."""
+        if self.current:
+            self._saved.append(self.current.step)
+            self._need(self._saved)
+
+    def close(self, *, finished: bool) -> None:
+        """Stop reading ahead; if the run is over, the job that nobody waits for as well."""
+        self._ahead.stop()
+        if finished and self._here.is_main:
+            if self._job is not None:
+                self._job.terminate()
+                self._job.wait()
+            finished_path(self._config.out).parent.mkdir(exist_ok=True)
+            finished_path(self._config.out).touch()
+
+    def _agree(self, epoch: int, awaited: int | None) -> int | None:
+        """The step of the generation that this epoch uses, the same on all ranks."""
+        known, recorded = False, None
+        failure = None
+        if self._here.is_main:
+            known, recorded = self._taken_up.at(epoch)
+            if not known and awaited is not None:
+                failure = self._wait_for(awaited)
+                known, recorded = True, awaited
+        known, recorded, failure = self._here.gather((known, recorded, failure))[0]
+        if failure:
+            raise OSError(failure)
+        if known:
+            return recorded
+        ready = self._ahead.ready
+        offers = self._here.gather(ready[0].step if ready and self._leads else None)
+        steps = [offer for offer, node in zip(offers, self._leaders(), strict=True) if node]
+        newest = None if None in steps else min(steps)
+        current = self.current.step if self.current else -1
+        return newest if newest is not None and newest > current else None
+
+    def _take_up(self, step: int) -> None:
+        ready = self._ahead.ready
+        if ready and ready[0].step == step:
+            self.current, maps = ready
+        else:
+            found = [each for each in self._generations() if each.step == step]
+            if not found:
+                raise CacheError(
+                    f"generation {self._source}/{step} of these shards is not in "
+                    f"{self._cache.url}; see `python jobs/cache.py ls --cache {self._cache.url}`. "
+                    "A run that is resumed with --elastic takes up the newest"
+                )
+            if found[0].spec.grid != self._grid:
+                raise CacheError(
+                    f"generation {self._source}/{step} has {found[0].spec.grid} cells a side, and "
+                    f"the model's crops {self._grid}"
+                )
+            self.current = found[0]
+            maps = self._load(found[0]) if self._leads else self._maps
+        if self._leads:
+            self._maps.copy_(maps)
+        self._here.gather(None)  # nobody reads before all have written
+        self._ahead.forget(step)
+
+    def _need(self, steps: Iterable[int]) -> None:
+        if self._here.is_main:
+            current = [self.current.step] if self.current else []
+            self._cache.generations.need(self._source, [*steps, *current], by=self._run)
+
+    def _leaders(self) -> list[bool]:
+        return self._here.gather(self._leads)
+
+    def _generations(self) -> list[Generation]:
+        found = self._cache.generations.of(self._source)
+        found = [each for each in found if each.data == self._table.digest]
+        kind = self._config.periodic.kind
+        return [each for each in found if self._pin or each.spec.kind == kind]
+
+    def _newest(self) -> Generation | None:
+        found = self._generations()
+        return found[-1] if found else None
+
+    def _load(self, generation: Generation) -> Tensor:
+        rows = self._cache.read_rows(self._table.shard_ids, generation.spec)
+        return torch.from_numpy(np.concatenate([r.maps for r in rows if r.maps is not None]))
+
+    def _mark(self, step: int, encoder: nn.Module, log: Log | None) -> None:
+        """Leave the encoder where the refresh job finds it, and start that job if so asked."""
+        if any(generation.step == step for generation in self._generations()):
+            return
+        config = self._config
+        path = encoder_path(config.out, step)
+        options = {**config.describe(), "out": str(config.out)}
+        weights = encoder.state_dict()
+        checkpoint.save_encoder(path, Encoder(self._run, step, config.model, weights, options))
+        if log:
+            log.event(step, "refresh due", encoder=str(path))
+        if config.refresh == "follow":
+            return
+        if self._job is not None and self._job.poll() is None:
+            if log:
+                log.event(step, "refresh skipped", reason="the last one is still running")
+            return
+        job = config.refresh_job
+        command = [
+            sys.executable, "-m", "jobs.refresh_scores", "--checkpoint", str(path),
+            "--cpus-per-worker", str(job.cpus_per_worker),
+            "--gpus-per-worker", str(job.gpus_per_worker),
+            *(["--workers", str(job.workers)] if job.workers else []),
+        ]  # fmt: skip
+        with open(path.with_suffix(".log"), "ab") as output:
+            self._job = subprocess.Popen(command, stdout=output, stderr=output)
+
+    def _wait_for(self, step: int) -> str | None:
+        """Wait until a generation is published; returns why it never will be, or None."""
+        while not any(generation.step == step for generation in self._generations()):
+            if self._job is not None and self._job.poll() not in (None, 0):
+                log = encoder_path(self._config.out, step).with_suffix(".log")
+                return f"the refresh job of step {step} failed; see {log}"
+            time.sleep(_POLL / 10)
+        return None
+
+    def _drop_encoders(self, step: int) -> None:
+        for path in encoder_path(self._config.out, 0).parent.glob("encoder-*.pt"):
+            if path <= encoder_path(self._config.out, step):
+                path.unlink(missing_ok=True)
+
+
+def _parse_pin(pin: str) -> tuple[str, int]:
+    run, _, step = pin.rpartition("/")
+    if not run or not step.isdigit():
+        raise ValueError(f"--periodic.pin {pin}: must be <run>/<step>")
+    return run, int(step)
+
+
+class _TakenUp:
+    """Which epochs of a run began with which generation, in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._epochs: dict[str, int | None] = json.loads(path.read_text()) if path.exists() else {}
+
+    def at(self, epoch: int) -> tuple[bool, int | None]:
+        """Whether that epoch began before, and with which generation."""
+        return str(epoch) in self._epochs, self._epochs.get(str(epoch))
+
+    def forget_from(self, epoch: int) -> None:
+        """Drop what is known of an epoch and those after it."""
+        self._epochs = {each: step for each, step in self._epochs.items() if int(each) < epoch}
+
+    def record(self, epoch: int, step: int | None) -> None:
+        """Write down with which generation an epoch begins."""
+        if self.at(epoch) != (True, step):
+            self._epochs[str(epoch)] = step
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(self._epochs))
+            partial.replace(self._path)
+
+
+class _Preloader(threading.Thread):
+    """Reads the newest generation into RAM as soon as it is there.
+
+    Attributes:
+        ready: the newest generation that was read, with its maps `[R, G, G]`, until it is taken up.
+    """
+
+    def __init__(
+        self, newest: Callable[[], Generation | None], load: Callable[[Generation], Tensor]
+    ) -> None:
+        super().__init__(daemon=True)
+        self.ready: tuple[Generation, Tensor] | None = None
+        self._newest, self._load = newest, load
+        self._stopped = threading.Event()
+        self._seen = -1
+
+    def run(self) -> None:
+        while not self._stopped.wait(_POLL):
+            try:
+                newest = self._newest()
+                if newest is not None and newest.step > self._seen:
+                    self.ready = (newest, self._load(newest))
+                    self._seen = newest.step
+            except (OSError, CacheError):
+                continue  # a store out of reach, or maps that were just collected: look again later
+
+    def forget(self, step: int) -> None:
+        """Give the memory of a generation free that was taken up."""
+        if self.ready and self.ready[0].step <= step:
+            self.ready = None
+        self._seen = max(self._seen, step)
+
+    def stop(self) -> None:
+        self._stopped.set()
