@@ -58,9 +58,9 @@ def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
 def normalise(patches: Tensor) -> Tensor:
     """uint8 RGB patches `[B, K, P*P*3]` to float32, ImageNet mean and deviation removed."""
     pixels = patches.shape[-1] // 3
-    deviation = torch.tensor(IMAGENET_STD, device=patches.device).repeat(pixels) * 255
-    mean = torch.tensor(IMAGENET_MEAN, device=patches.device).repeat(pixels) * 255
-    return patches.float().sub_(mean).div_(deviation)
+    mean = torch.tensor(IMAGENET_MEAN, device=patches.device).repeat(pixels)
+    deviation = torch.tensor(IMAGENET_STD, device=patches.device).repeat(pixels)
+    return patches.float().mul_(1 / (255 * deviation)).sub_(mean / deviation)
 
 
 def normalise_images(images: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import score_shard
-from pipeline.scores import ScoreSpec
+from pipeline.scores import ScoreSpec, is_generation
 from pipeline.shards import content_id
 from pipeline.table import load_table
 from train.figures import draw
@@ -73,6 +73,13 @@ class Ls:
             print(f"  {kept} images kept, {bad} quarantined")
             for spec, shards in specs.most_common():
                 print(f"  {spec}: {shards} shards ({shards / max(1, len(records)):.0%})")
+        for run in [] if self.bad else cache.generations.runs():
+            superseded = cache.generations.superseded(run)
+            for each in cache.generations.of(run):
+                state = "superseded" if each in superseded else "in use or newest"
+                print(
+                    f"generation {run}/{each.step}: {each.spec.id}, {each.images} images, {state}"
+                )
         return 0
 
 
@@ -99,8 +106,10 @@ class Verify:
         wrong = 0
         for url, record in tqdm(chosen, desc="verify", unit="shard"):
             entry = stored.get(record.shard_id)
-            specs = entry.specs if entry and entry.whole else []
-            problem = "no whole entry" if not specs else _contradiction(cache, url, record, specs)
+            # What a model gave can't be had from the tar alone.
+            specs = [each for each in entry.specs if not is_generation(each)] if entry else []
+            whole = entry is not None and entry.whole
+            problem = _contradiction(cache, url, record, specs) if whole else "no whole entry"
             if problem:
                 wrong += 1
                 tqdm.write(f"{url}: {problem}")
@@ -112,8 +121,8 @@ class Verify:
 class Gc:
     """Remove what no shard needs any more, and what killed writers left behind.
 
-    That is: records of shards that were deleted, entries that no record names, entries and maps
-    that were never finished, and staging files.
+    That is: records of shards that were deleted, entries that no record names, generations that no
+    run needs and maps of none, entries and maps that were never finished, and staging files.
     """
 
     cache: str
@@ -128,13 +137,16 @@ class Gc:
         # Entries are listed before manifests are read: what is published meanwhile stays.
         entries = list(cache.entries())
         named, unseen = self._forget_deleted_shards(cache)
+        generations = self._forget_superseded_generations(cache)
         limit = datetime.now(UTC) - timedelta(hours=self.older_than_hours)
         freed = 0
         for entry in entries:
             if entry.whole and entry.shard_id in named:
-                for maps in entry.unfinished:
-                    if maps.modified <= limit:
-                        print(f"{entry.shard_id}/{maps.spec_id}: {_size(maps.bytes)}, unfinished")
+                for maps in entry.maps:
+                    orphan = is_generation(maps.spec_id) and maps.spec_id not in generations
+                    if maps.modified <= limit and (orphan or not maps.whole):
+                        reason = "unfinished" if not maps.whole else "of no generation"
+                        print(f"{entry.shard_id}/{maps.spec_id}: {_size(maps.bytes)}, {reason}")
                         freed += maps.bytes
                         if not self.dry_run:
                             cache.remove(entry.shard_id, maps.spec_id, limit=limit)
@@ -152,6 +164,18 @@ class Gc:
                     file.path.unlink(missing_ok=True)
         print(f"{_size(freed)} {'would be ' if self.dry_run else ''}freed")
         return 1 if unseen else 0
+
+    def _forget_superseded_generations(self, cache: ScoreCache) -> set[str]:
+        """Drop generations that no run needs; returns the spec ids of those that stay."""
+        named = set()
+        for run in cache.generations.runs():
+            old = cache.generations.superseded(run)
+            for generation in old:
+                print(f"generation {run}/{generation.step}: no run needs it")
+                if not self.dry_run:
+                    cache.generations.forget(generation)
+            named |= {each.spec.id for each in cache.generations.of(run) if each not in old}
+        return named
 
     def _forget_deleted_shards(self, cache: ScoreCache) -> tuple[set[str], list[str]]:
         """Drop records of tars that are gone; returns the shard ids still named, and the folders

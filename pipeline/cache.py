@@ -94,10 +94,11 @@ class ShardSummary:
 
 
 @dataclass(frozen=True)
-class Unfinished:
-    """Maps that lack the metadata which completes them; the attributes are those of `Entry`."""
+class StoredMaps:
+    """Maps of one spec; attributes as in `Entry`."""
 
     spec_id: str
+    whole: bool
     bytes: int
     modified: datetime
 
@@ -108,19 +109,22 @@ class Entry:
 
     Attributes:
         whole: False for what a killed writer left.
-        specs: ids of the maps that are there, whole.
-        unfinished: maps that are not.
+        maps: in the order of their spec ids.
         bytes, objects: what it takes in the store.
         modified: when its newest object was put.
     """
 
     shard_id: str
     whole: bool
-    specs: list[str]
-    unfinished: list[Unfinished]
+    maps: list[StoredMaps]
     bytes: int
     objects: int
     modified: datetime
+
+    @property
+    def specs(self) -> list[str]:
+        """Ids of the maps that are there, whole."""
+        return [maps.spec_id for maps in self.maps if maps.whole]
 
 
 class ScoreCache:
@@ -309,14 +313,13 @@ class ScoreCache:
                 continue  # a local folder whose files were removed
             names = {meta["path"].removeprefix(f"{prefix}/") for meta in objects}
             folders = {name.partition("/")[0] for name in names if "/" in name}
-            maps = folders - {"samples", "key"}
-            whole = {name for name in maps if f"{name}/zarr.json" in names}
-            unfinished = []
-            for name in sorted(maps - whole):
+            maps = []
+            for name in sorted(folders - {"samples", "key"}):
                 parts = [meta for meta in objects if meta["path"].startswith(f"{prefix}/{name}/")]
-                unfinished.append(
-                    Unfinished(
+                maps.append(
+                    StoredMaps(
                         name,
+                        f"{name}/zarr.json" in names,
                         sum(meta["size"] for meta in parts),
                         max(meta["last_modified"] for meta in parts),
                     )
@@ -324,8 +327,7 @@ class ScoreCache:
             yield Entry(
                 shard_id=prefix.rpartition("/")[2],
                 whole="zarr.json" in names,
-                specs=sorted(whole),
-                unfinished=unfinished,
+                maps=maps,
                 bytes=sum(meta["size"] for meta in objects),
                 objects=len(objects),
                 modified=max(meta["last_modified"] for meta in objects),

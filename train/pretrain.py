@@ -22,7 +22,7 @@ import math
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
@@ -107,7 +107,6 @@ class Run:
             config.accumulate,
             config.precision == "bf16",
         )
-        self.live = live if config.attention == "live" else None
         self.rolling = (
             RollingAttention(live, len(self.table), self.sizes.grid, config.rolling, here)
             if config.attention == "rolling"
@@ -119,6 +118,14 @@ class Run:
             if config.attention == "periodic"
             else None
         )
+        # Crops and the step they are for -> scores [B, N] of their patches, or None so far.
+        self.attend: Callable[[CropBatch, int], torch.Tensor | None] | None = None
+        if config.attention == "live":
+            self.attend = lambda crops, _: live(crops.images)
+        elif self.rolling:
+            self.attend = self.rolling
+        elif self.periodic:
+            self.attend = self.periodic.read
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.effective_batch = config.batch_size * here.world_size
@@ -202,19 +209,12 @@ class Run:
 
     def patches(self, crops: CropBatch, step: int) -> PatchBatch:
         """Weigh, sample and gather: from crops to what the model takes."""
-        config, attention = self.config, None
-        plain = self.loader.epoch < config.plain_epochs
-        if self.periodic and self.periodic.current is None:
-            plain = True  # nothing to weigh by yet
-        join = PLAIN_MAE if plain else config.join
-        if not plain and config.attention != "off":
+        attention, plain = None, self.loader.epoch < self.config.plain_epochs
+        if not plain and self.attend is not None:
             with self.clock.stage("attention"):
-                if self.live:
-                    attention = self.live(crops.images)
-                elif self.rolling:
-                    attention = self.rolling(crops, step)
-                elif self.periodic:
-                    attention = self.periodic.read(crops)
+                attention = self.attend(crops, step)
+            plain = attention is None  # the first generation is still to come
+        join = PLAIN_MAE if plain else self.config.join
         with self.clock.stage("join"):
             weights = join_weights(crops, self.table, self.sizes.grid, join, attention)
             return split_crops(

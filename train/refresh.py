@@ -75,7 +75,7 @@ class PeriodicAttention:
         if here.is_main:
             finished_path(config.out).unlink(missing_ok=True)
 
-    def read(self, crops: CropBatch) -> Tensor | None:
+    def read(self, crops: CropBatch, step: int) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
         if self.current is None:
             return None
@@ -93,8 +93,10 @@ class PeriodicAttention:
                 self._need([])
             return
         due = since >= 0 and since % config.periodic.every == 0
-        if due and self._here.is_main:
-            self._mark(step, encoder, log)
+        if self._here.is_main:
+            if due:
+                self._mark(step, encoder, log)
+            self._tend_job(step, log)
         started = time.perf_counter()
         wanted = self._agree(epoch, step if due and config.refresh == "wait" else None)
         if wanted is not None and (self.current is None or wanted != self.current.step):
@@ -126,6 +128,8 @@ class PeriodicAttention:
         """Let an epoch and those after it take up what is newest, whatever they took up before."""
         if self._here.is_main:
             self._taken_up.forget_from(epoch)
+            for path in encoder_path(self._config.out, 0).parent.glob("encoder-*.pt"):
+                path.unlink()
 
     def saved(self) -> None:
         """Keep the generation of the checkpoint that was just written from being collected."""
@@ -211,35 +215,43 @@ class PeriodicAttention:
         return torch.from_numpy(np.concatenate([r.maps for r in rows if r.maps is not None]))
 
     def _mark(self, step: int, encoder: nn.Module, log: Log | None) -> None:
-        """Leave the encoder where the refresh job finds it, and start that job if so asked."""
-        if any(generation.step == step for generation in self._generations()):
+        """Leave the encoder where the refresh job finds it."""
+        path = encoder_path(self._config.out, step)
+        if path.exists() or self._published(step):
             return
-        config = self._config
-        path = encoder_path(config.out, step)
-        options = {**config.describe(), "out": str(config.out)}
-        weights = encoder.state_dict()
-        checkpoint.save_encoder(path, Encoder(self._run, step, config.model, weights, options))
+        options = {**self._config.describe(), "out": str(self._config.out)}
+        marked = Encoder(self._run, step, self._config.model, encoder.state_dict(), options)
+        checkpoint.save_encoder(path, marked)
         if log:
             log.event(step, "refresh due", encoder=str(path))
-        if config.refresh == "follow":
+
+    def _tend_job(self, step: int, log: Log | None) -> None:
+        """Start the job for the newest encoder that has no generation yet; again if it failed."""
+        marked = sorted(encoder_path(self._config.out, 0).parent.glob("encoder-*.pt"))
+        if self._config.refresh == "follow" or not marked:
             return
-        if self._job is not None and self._job.poll() is None:
-            if log:
-                log.event(step, "refresh skipped", reason="the last one is still running")
+        code = self._job.poll() if self._job else None
+        if (self._job and code is None) or self._published(int(marked[-1].stem.split("-")[1])):
             return
-        job = config.refresh_job
+        output = marked[-1].with_suffix(".log")
+        if code and log:
+            log.event(step, "refresh failed", exit_code=code, see=str(output))
+        job = self._config.refresh_job
         command = [
-            sys.executable, "-m", "jobs.refresh_scores", "--checkpoint", str(path),
+            sys.executable, "-m", "jobs.refresh_scores", "--checkpoint", str(marked[-1]),
             "--cpus-per-worker", str(job.cpus_per_worker),
             "--gpus-per-worker", str(job.gpus_per_worker),
             *(["--workers", str(job.workers)] if job.workers else []),
         ]  # fmt: skip
-        with open(path.with_suffix(".log"), "ab") as output:
-            self._job = subprocess.Popen(command, stdout=output, stderr=output)
+        with open(output, "ab") as file:
+            self._job = subprocess.Popen(command, stdout=file, stderr=file)
+
+    def _published(self, step: int) -> bool:
+        return any(generation.step == step for generation in self._generations())
 
     def _wait_for(self, step: int) -> str | None:
         """Wait until a generation is published; returns why it never will be, or None."""
-        while not any(generation.step == step for generation in self._generations()):
+        while not self._published(step):
             if self._job is not None and self._job.poll() not in (None, 0):
                 log = encoder_path(self._config.out, step).with_suffix(".log")
                 return f"the refresh job of step {step} failed; see {log}"

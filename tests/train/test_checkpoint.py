@@ -12,6 +12,7 @@ from train.checkpoint import Checkpoint
 
 def _state(step, model=None):
     return Checkpoint(
+        run="run-a",
         step=step,
         epoch=0,
         model_name="vit_nano_32",
@@ -22,6 +23,7 @@ def _state(step, model=None):
         loaders=[{"setup": "x", "epoch": 1, "step": 2, "dali": b"\x00bytes"}],
         generators=[torch.Generator().get_state()],
         bank=None,
+        generation=None,
         config={"seed": 0, "shards": ["a"]},
     )
 

@@ -1,0 +1,157 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from samples import photo_members, score, tar_bytes
+
+from famt.mae import MODELS, MaskedAutoencoder
+from pipeline.manifest import CacheError
+from pipeline.refresh import refresh_shards
+from pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder.eval()
+    for block in encoder.blocks:  # away from the flat attention of a fresh model
+        block.attn.qkv.weight.data *= 2
+    return encoder
+
+
+def _spec(encoder, kind="famt"):
+    return ModelScoreSpec(kind, 8, 32, encoder_digest(encoder.state_dict()))
+
+
+def _refresh(encoder, urls, scored, spec):
+    return list(
+        refresh_shards(
+            encoder, urls, scored.cache, spec,
+            batch_size=4, threads=1, device=torch.device("cpu"),
+        )
+    )  # fmt: skip
+
+
+def _by_hooks(encoder, images):
+    """Plain attention of the last block and its output, caught by hooks on timm's own modules."""
+    caught = {}
+    block = encoder.blocks[-1]
+    block.attn.fused_attn = False
+    hooks = [
+        block.attn.attn_drop.register_forward_hook(lambda _m, _i, out: caught.update(attn=out)),
+        block.register_forward_hook(lambda _m, _i, out: caught.update(tokens=out[:, 1:])),
+    ]
+    with torch.no_grad():
+        encoder(images)
+    for hook in hooks:
+        hook.remove()
+    block.attn.fused_attn = True
+    return caught["attn"], caught["tokens"]
+
+
+def _expected(kind, attn, tokens):
+    """The formulas of the papers, image by image and patch by patch."""
+    heads, patches = attn.shape[0], attn.shape[1] - 1
+    paper = torch.zeros(patches)
+    amt = torch.zeros(patches)
+    for h in range(heads):
+        a = attn[h]
+        low, high = a[0, 1:].min(), a[0, 1:].max()
+        for n in range(patches):
+            cls = a[0, 1 + n] * a[1:, 0].mean()
+            image = a[1:, 1 + n].mean() * a[0, 0]
+            paper[n] += (cls + image) / heads
+            amt[n] += (a[0, 1 + n] - low) / (high - low) / heads
+    j = np.arange(patches)
+    keep = 1 - np.exp(-((j - (patches - 1) / 2) ** 2) / (2 * (0.15 * patches / 2) ** 2))
+    x = tokens.double().numpy()
+    y = np.fft.ifft(np.fft.fft(x, axis=0) * keep[:, None], axis=0)
+    frequency = torch.from_numpy(np.abs(y).sum(1) / np.abs(x).sum(1).mean())
+    chosen = {
+        "attention": paper, "cls_attention": amt, "token_frequency": frequency,
+        "famt": frequency * paper,
+    }[kind]  # fmt: skip
+    return (chosen / chosen.mean()).view(8, 8).float()
+
+
+@pytest.mark.parametrize("kind", MODEL_KINDS)
+def test_maps_equal_those_from_hooks_on_timms_blocks(scored, encoder, kind):
+    spec = _spec(encoder, kind)
+    assert _refresh(encoder, scored.shards, scored, spec) == scored.shards
+    for shard, count in zip(scored.shards, (10, 7, 9), strict=True):
+        shard_id = scored.cache.manifests.lookup([shard])[shard].shard_id
+        maps = torch.from_numpy(scored.cache.read_maps(shard_id, spec)).float()
+        assert len(maps) == count
+        crops = _squashed(shard)
+        attn, tokens = _by_hooks(encoder, crops)
+        for n in range(count):
+            torch.testing.assert_close(
+                maps[n], _expected(kind, attn[n], tokens[n]), rtol=1e-3, atol=2e-3
+            )
+
+
+def _squashed(shard):
+    """The shard's images through the very decoder and resize of the loader, in tar order."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=32, num_threads=1, device_id=None)
+    def graph():
+        encoded = fn.readers.webdataset(paths=[shard], ext=["jpg"], pad_last_batch=False)
+        images = fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+        return fn.resize(images, size=[32, 32], interp_type=types.INTERP_CUBIC, antialias=True)
+
+    pipe = graph()
+    pipe.build()
+    images = torch.from_numpy(np.array(pipe.run()[0].as_array()))
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    return ((images.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
+
+
+def test_what_the_cache_has_is_not_computed_again(scored, encoder, monkeypatch):
+    spec = _spec(encoder)
+    _refresh(encoder, scored.shards[:2], scored, spec)
+    seen = []
+    monkeypatch.setattr(
+        ModelScoreSpec, "score", lambda self, enc, images: seen.append(len(images)) or
+        torch.ones(len(images), 8, 8)
+    )  # fmt: skip
+    assert sorted(_refresh(encoder, scored.shards, scored, spec)) == scored.shards
+    assert sum(seen) == 9
+
+
+def test_another_encoder_is_another_generation_and_a_copy_is_the_same(encoder):
+    other = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder
+    assert _spec(encoder).id != _spec(other).id
+    other.load_state_dict(encoder.state_dict())
+    assert _spec(encoder).id == _spec(other).id
+    assert _spec(encoder).id.startswith("generation-famt-")
+
+
+def test_a_shard_without_a_sound_image_gets_empty_maps(scored, encoder):
+    path = scored.folder / "train-000009.tar"
+    path.write_bytes(tar_bytes([("a.jpg", b"garbage")]))
+    score([path], scored.cache, scored.spec)
+    spec = _spec(encoder)
+    assert _refresh(encoder, [str(path)], scored, spec) == [str(path)]
+    shard_id = scored.cache.manifests.lookup([str(path)])[str(path)].shard_id
+    assert scored.cache.read_maps(shard_id, spec).shape == (0, 8, 8)
+
+
+def test_a_shard_that_was_never_scored_is_refused(scored, encoder):
+    path = scored.folder / "train-000009.tar"
+    path.write_bytes(tar_bytes(photo_members(1)))
+    with pytest.raises(CacheError, match="does not know this shard"):
+        _refresh(encoder, [str(path)], scored, _spec(encoder))
+
+
+def test_an_encoder_without_a_number_in_it_is_refused(scored, encoder):
+    encoder.norm.weight.data.fill_(1.0)
+    encoder.blocks[0].mlp.fc1.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="must be finite"):
+        _refresh(encoder, scored.shards, scored, _spec(encoder))
+
+
+def test_an_unknown_kind_names_those_there_are(encoder):
+    with pytest.raises(ValueError, match="famt, attention, cls_attention, token_frequency"):
+        dataclasses.replace(_spec(encoder), kind="nonsense").describe()
