@@ -69,6 +69,7 @@ class PeriodicAttention:
         self._taken_up = _TakenUp(config.out / "generations.json")
         self._saved: deque[int] = deque(maxlen=config.keep_checkpoints)
         self._job: subprocess.Popen[bytes] | None = None
+        self._job_step: int | None = None
         self._ahead = _Preloader(self._newest, self._load)
         if self._leads and self._pinned_step is None:
             self._ahead.start()
@@ -98,7 +99,7 @@ class PeriodicAttention:
                 self._mark(step, encoder, log)
             self._tend_job(step, log)
         started = time.perf_counter()
-        wanted = self._agree(epoch, step if due and config.refresh == "wait" else None)
+        wanted = self._agree(epoch, step if due and config.refresh == "wait" else None, log)
         if wanted is not None and (self.current is None or wanted != self.current.step):
             self._take_up(wanted)
             if log and self.current:
@@ -147,14 +148,14 @@ class PeriodicAttention:
             finished_path(self._config.out).parent.mkdir(exist_ok=True)
             finished_path(self._config.out).touch()
 
-    def _agree(self, epoch: int, awaited: int | None) -> int | None:
+    def _agree(self, epoch: int, awaited: int | None, log: Log | None) -> int | None:
         """The step of the generation that this epoch uses, the same on all ranks."""
         known, recorded = False, None
         failure = None
         if self._here.is_main:
             known, recorded = self._taken_up.at(epoch)
             if not known and awaited is not None:
-                failure = self._wait_for(awaited)
+                failure = self._wait_for(awaited, log)
                 known, recorded = True, awaited
         known, recorded, failure = self._here.gather((known, recorded, failure))[0]
         if failure:
@@ -228,10 +229,11 @@ class PeriodicAttention:
     def _tend_job(self, step: int, log: Log | None) -> None:
         """Start the job for the newest encoder that has no generation yet; again if it failed."""
         marked = sorted(encoder_path(self._config.out, 0).parent.glob("encoder-*.pt"))
-        if self._config.refresh == "follow" or not marked:
+        code = self._job.poll() if self._job else 0
+        if self._config.refresh == "follow" or not marked or code is None:
             return
-        code = self._job.poll() if self._job else None
-        if (self._job and code is None) or self._published(int(marked[-1].stem.split("-")[1])):
+        wanted = int(marked[-1].stem.split("-")[1])
+        if self._published(wanted):
             return
         output = marked[-1].with_suffix(".log")
         if code and log:
@@ -245,16 +247,19 @@ class PeriodicAttention:
         ]  # fmt: skip
         with open(output, "ab") as file:
             self._job = subprocess.Popen(command, stdout=file, stderr=file)
+        self._job_step = wanted
 
     def _published(self, step: int) -> bool:
         return any(generation.step == step for generation in self._generations())
 
-    def _wait_for(self, step: int) -> str | None:
+    def _wait_for(self, step: int, log: Log | None) -> str | None:
         """Wait until a generation is published; returns why it never will be, or None."""
         while not self._published(step):
-            if self._job is not None and self._job.poll() not in (None, 0):
-                log = encoder_path(self._config.out, step).with_suffix(".log")
-                return f"the refresh job of step {step} failed; see {log}"
+            ended = self._job is not None and self._job.poll() is not None
+            if ended and self._job_step == step and not self._published(step):
+                output = encoder_path(self._config.out, step).with_suffix(".log")
+                return f"the refresh job of step {step} failed; see {output}"
+            self._tend_job(step, log)  # the job before this one may only just have ended
             time.sleep(_POLL / 10)
         return None
 

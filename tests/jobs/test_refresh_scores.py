@@ -49,7 +49,11 @@ def _kill_all(pattern):
 def test_a_run_with_killed_jobs_and_kills_of_its_own_ends_as_one_without(scored, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(
-        _train(scored, whole, "--refresh", "wait"), env=RAY, check=True, capture_output=True
+        _train(scored, whole, "--refresh", "wait"),
+        env=RAY,
+        check=True,
+        capture_output=True,
+        timeout=300,
     )
     taken = [(each["epoch"], each["generation"]) for each in _events(whole, "generation")]
     assert taken == [(1, 3), (3, 9), (5, 15)]
@@ -70,7 +74,7 @@ def test_a_run_with_killed_jobs_and_kills_of_its_own_ends_as_one_without(scored,
     process.send_signal(signal.SIGKILL)
     process.wait()
     _kill_all("jobs.refresh_scores")
-    subprocess.run(command, env=RAY, check=True, capture_output=True)
+    subprocess.run(command, env=RAY, check=True, capture_output=True, timeout=300)
     first, second = checkpoint.load(whole), checkpoint.load(killed)
     assert first.step == second.step == 18
     assert (first.generation, second.generation) == (15, 15)
@@ -91,7 +95,7 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
         subprocess.run(
             _train(scored, out, "--epochs", "300", "--periodic.every", "20",
                    "--checkpoint-minutes", "9"),
-            env=RAY, check=True, capture_output=True,
+            env=RAY, check=True, capture_output=True, timeout=300,
         )  # fmt: skip
     output, errors = follower.communicate(timeout=120)
     assert follower.returncode == 0, errors
@@ -119,7 +123,7 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
 def test_a_lost_worker_is_replaced(scored, tmp_path):
     subprocess.run(
         _train(scored, tmp_path / "run", "--epochs", "2"),
-        env=RAY, check=True, capture_output=True,
+        env=RAY, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     job = subprocess.Popen(
         [sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "run"),
