@@ -1,6 +1,7 @@
 """What the documents show must exist and parse."""
 
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,10 @@ def test_no_page_has_a_gap_left_to_fill(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_in_a_command_is_known_to_its_program(page):
-    known = {
-        path.stem: path.read_text() for path in [*ROOT.glob("jobs/*.py"), *ROOT.glob("train/*.py")]
-    }
+    known = defaultdict(str)
+    for path in [*ROOT.glob("jobs/*.py"), *ROOT.glob("jobs/*/*.py"), *ROOT.glob("train/*.py")]:
+        program = {"config": "pretrain"}.get(path.stem, path.stem)
+        known["benchmark" if path.parent.name == "benchmarks" else program] += path.read_text()
     text = (ROOT / page).read_text().replace("\\\n", " ")
     commands = re.findall(r"(?:jobs/|-m (?:train|jobs)\.)(\w+)(?:\.py)?((?: +[^\n`]*)?)", text)
     assert commands or page == "docs/decisions.md"

@@ -172,7 +172,11 @@ class Run:
         while self.step < self.total_steps:
             epoch, crops = self.loader.epoch, iter(self.loader)
             if self.periodic and self.loader.step == 0:
-                self.periodic.begin_epoch(epoch, self.step, self.model.encoder, log)
+                encoder = self.model.encoder
+                if not self.periodic.begin_epoch(epoch, self.step, encoder, stop, log):
+                    self.save(log)
+                    self._close(log, finished=False)
+                    return
             batch = self._next(crops, self.step)
             if log and self.shown and config.picture_epochs and epoch % config.picture_epochs == 0:
                 log.picture(self.step, self._picture(self.shown))

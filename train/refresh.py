@@ -26,6 +26,7 @@ from train.checkpoint import Encoder
 from train.config import Pretrain
 from train.distributed import Ranks
 from train.log import Log
+from train.streams import Stop
 
 _POLL = 2.0  # seconds
 
@@ -84,22 +85,33 @@ class PeriodicAttention:
         windows, flips = crops.windows.to(device), crops.flips.to(device)
         return crop_maps(self._maps[crops.rows].to(device), windows, flips, self._grid).flatten(1)
 
-    def begin_epoch(self, epoch: int, step: int, encoder: nn.Module, log: Log | None) -> None:
-        """Mark the encoder if a generation is due, and take up a new one; every rank calls this."""
+    def begin_epoch(
+        self, epoch: int, step: int, encoder: nn.Module, stop: Stop, log: Log | None
+    ) -> bool:
+        """Mark the encoder if a generation is due, and take up a new one; every rank calls this.
+
+        Returns:
+            False if the run was asked to stop while it waited for a generation.
+
+        Raises:
+            OSError: the job that the run waits for failed.
+        """
         config = self._config
         since = epoch - config.plain_epochs
         if self._pinned_step is not None:
             if self.current is None and since >= 0:
                 self._take_up(self._pinned_step)
                 self._need([])
-            return
+            return True
         due = since >= 0 and since % config.periodic.every == 0
         if self._here.is_main:
             if due:
                 self._mark(step, encoder, log)
             self._tend_job(step, log)
         started = time.perf_counter()
-        wanted = self._agree(epoch, step if due and config.refresh == "wait" else None, log)
+        if due and config.refresh == "wait" and not self._await(epoch, step, stop, log):
+            return False
+        wanted = self._agree(epoch)
         if wanted is not None and (self.current is None or wanted != self.current.step):
             self._take_up(wanted)
             if log and self.current:
@@ -116,6 +128,7 @@ class PeriodicAttention:
         self._need(self._saved)
         if self._here.is_main:
             self._taken_up.record(epoch, self.current.step if self.current else None)
+        return True
 
     def restore(self, step: int) -> None:
         """Go back to the generation that a checkpoint names; every rank calls this.
@@ -148,23 +161,27 @@ class PeriodicAttention:
             finished_path(self._config.out).parent.mkdir(exist_ok=True)
             finished_path(self._config.out).touch()
 
-    def _agree(self, epoch: int, awaited: int | None, log: Log | None) -> int | None:
-        """The step of the generation that this epoch uses, the same on all ranks."""
-        known, recorded = False, None
+    def _await(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
+        """Wait for the generation that an epoch begins with; False if asked to stop instead."""
         failure = None
-        if self._here.is_main:
-            known, recorded = self._taken_up.at(epoch)
-            if not known and awaited is not None:
-                failure = self._wait_for(awaited, log)
-                known, recorded = True, awaited
-        known, recorded, failure = self._here.gather((known, recorded, failure))[0]
+        if self._here.is_main and not self._taken_up.at(epoch)[0]:
+            failure = self._wait_for(step, stop, log)
+            if failure is None and not stop.asked:
+                self._taken_up.record(epoch, step)
+        failure, asked = self._here.gather((failure, stop.asked))[0]
         if failure:
             raise OSError(failure)
+        return not asked
+
+    def _agree(self, epoch: int) -> int | None:
+        """The step of the generation that this epoch uses, the same on all ranks."""
+        taken_up = self._taken_up.at(epoch) if self._here.is_main else None
+        known, step = self._here.gather(taken_up)[0]
         if known:
-            return recorded
+            return step
         ready = self._ahead.ready
-        offers = self._here.gather(ready[0].step if ready and self._leads else None)
-        steps = [offer for offer, node in zip(offers, self._leaders(), strict=True) if node]
+        offers = self._here.gather((self._leads, ready[0].step if ready else None))
+        steps = [offer for leads, offer in offers if leads]
         newest = None if None in steps else min(steps)
         current = self.current.step if self.current else -1
         return newest if newest is not None and newest > current else None
@@ -197,9 +214,6 @@ class PeriodicAttention:
         if self._here.is_main:
             current = [self.current.step] if self.current else []
             self._cache.generations.need(self._source, [*steps, *current], by=self._run)
-
-    def _leaders(self) -> list[bool]:
-        return self._here.gather(self._leads)
 
     def _generations(self) -> list[Generation]:
         found = self._cache.generations.of(self._source)
@@ -252,9 +266,9 @@ class PeriodicAttention:
     def _published(self, step: int) -> bool:
         return any(generation.step == step for generation in self._generations())
 
-    def _wait_for(self, step: int, log: Log | None) -> str | None:
-        """Wait until a generation is published; returns why it never will be, or None."""
-        while not self._published(step):
+    def _wait_for(self, step: int, stop: Stop, log: Log | None) -> str | None:
+        """Wait until a generation is there or a signal comes; returns why none will, or None."""
+        while not self._published(step) and not stop.asked:
             ended = self._job is not None and self._job.poll() is not None
             if ended and self._job_step == step and not self._published(step):
                 output = encoder_path(self._config.out, step).with_suffix(".log")

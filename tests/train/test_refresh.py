@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 import time
 
 import pytest
@@ -16,8 +17,9 @@ from train import checkpoint
 from train.config import OptimiserConfig, PeriodicConfig, Pretrain, parse
 from train.distributed import ranks
 from train.log import Log
-from train.pretrain import main
+from train.pretrain import Run, main
 from train.refresh import PeriodicAttention, encoder_path, finished_path
+from train.streams import Stop
 from train.timing import Clock
 
 
@@ -85,16 +87,16 @@ def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config
     periodic, table = _periodic(config, scored)
     log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")))
     crops, encoder = _crops(table), _model().encoder
-    periodic.begin_epoch(0, 0, encoder, log)
+    periodic.begin_epoch(0, 0, encoder, Stop(), log)
     assert not list(config.out.glob("refresh/*.pt"))  # a plain epoch
-    periodic.begin_epoch(1, 3, encoder, log)
+    periodic.begin_epoch(1, 3, encoder, Stop(), log)
     marked = encoder_path(config.out, 3)
     assert marked.exists()
     assert periodic.read(crops, 0) is None
     generation = _refresh(scored, marked)
     _until(lambda: periodic._ahead.ready)
     assert periodic.current is None  # not before the epoch's end
-    periodic.begin_epoch(2, 6, encoder, log)
+    periodic.begin_epoch(2, 6, encoder, Stop(), log)
     assert periodic.current == generation
     assert not marked.exists()
     stored = [torch.from_numpy(scored.cache.read_maps(i, generation.spec)) for i in table.shard_ids]
@@ -116,30 +118,30 @@ def _lines(out):
 def test_a_resumed_run_takes_up_at_each_epoch_what_it_took_up_before(config, scored):
     encoder = _model().encoder
     periodic, _ = _periodic(config, scored)
-    periodic.begin_epoch(1, 3, encoder, None)
+    periodic.begin_epoch(1, 3, encoder, Stop(), None)
     first = _refresh(scored, encoder_path(config.out, 3))
-    periodic.begin_epoch(2, 6, encoder, None)  # too early: it is not read yet
+    periodic.begin_epoch(2, 6, encoder, Stop(), None)  # too early: it is not read yet
     in_time = periodic.current
     _until(lambda: periodic._ahead.ready or periodic.current)
-    periodic.begin_epoch(3, 9, _model(1).encoder, None)
+    periodic.begin_epoch(3, 9, _model(1).encoder, Stop(), None)
     assert periodic.current == first
     _refresh(scored, encoder_path(config.out, 9))
     periodic.close(finished=False)
 
     again, _ = _periodic(config, scored)
     _until(lambda: again._ahead.ready and again._ahead.ready[0].step == 9)
-    again.begin_epoch(2, 6, encoder, None)
+    again.begin_epoch(2, 6, encoder, Stop(), None)
     assert again.current == in_time
-    again.begin_epoch(3, 9, encoder, None)
+    again.begin_epoch(3, 9, encoder, Stop(), None)
     assert again.current == first  # though a newer one is there
-    again.begin_epoch(4, 12, encoder, None)
+    again.begin_epoch(4, 12, encoder, Stop(), None)
     assert again.current.step == 9
     again.close(finished=False)
 
 
 def test_generations_of_other_runs_shards_or_kinds_are_left_alone(config, scored):
     periodic, _ = _periodic(config, scored)
-    periodic.begin_epoch(1, 3, _model().encoder, None)
+    periodic.begin_epoch(1, 3, _model().encoder, Stop(), None)
     path = encoder_path(config.out, 3)
     _refresh(scored, path, "attention")
     generation = dataclasses.replace(_refresh(scored, path, "cls_attention"), run="run-b")
@@ -153,18 +155,18 @@ def test_generations_of_other_runs_shards_or_kinds_are_left_alone(config, scored
 
 def test_a_pinned_generation_serves_another_run_and_stays_while_it_does(config, scored):
     maker, _ = _periodic(config, scored)
-    maker.begin_epoch(1, 3, _model().encoder, None)
+    maker.begin_epoch(1, 3, _model().encoder, Stop(), None)
     pinned = _refresh(scored, encoder_path(config.out, 3))
     maker.close(finished=True)
     scored.cache.generations.publish(dataclasses.replace(pinned, step=99))
     config = dataclasses.replace(config, periodic=PeriodicConfig(pin="run-a/3"), plain_epochs=0)
     user, _ = _periodic(config, scored, "run-b")
-    user.begin_epoch(0, 0, _model().encoder, None)
+    user.begin_epoch(0, 0, _model().encoder, Stop(), None)
     assert user.current == pinned
     assert scored.cache.generations.superseded("run-a") == []
     gone, _ = _periodic(dataclasses.replace(config, periodic=PeriodicConfig(pin="run-a/5")), scored)
     with pytest.raises(CacheError, match="generation run-a/5 of these shards is not in"):
-        gone.begin_epoch(0, 0, _model().encoder, None)
+        gone.begin_epoch(0, 0, _model().encoder, Stop(), None)
     with pytest.raises(ValueError, match="must be <run>/<step>"):
         _periodic(dataclasses.replace(config, periodic=PeriodicConfig(pin="7")), scored)
 
@@ -176,9 +178,22 @@ def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config):
     assert finished_path(config.out).exists()
 
 
+def test_a_run_that_waits_for_a_generation_can_be_stopped(config, scored):
+    config = dataclasses.replace(config, refresh="wait", epochs=2)
+    stop = Stop()
+    threading.Timer(1.0, setattr, (stop, "asked", True)).start()
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        run.train(stop)
+        run.periodic._job.kill()  # it takes longer than a second to start
+    state = checkpoint.load(config.out)
+    assert (state.step, state.epoch, state.generation) == (3, 1, None)
+    assert not finished_path(config.out).exists()
+
+
 def test_a_half_written_encoder_is_refused(config, scored):
     periodic, _ = _periodic(config, scored)
-    periodic.begin_epoch(1, 3, _model().encoder, None)
+    periodic.begin_epoch(1, 3, _model().encoder, Stop(), None)
     path = encoder_path(config.out, 3)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="no whole checkpoint"):
