@@ -37,7 +37,7 @@ from pipeline.scores import ScoreSpec
 from train.program import run_program
 
 # What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
-_PASSING = (OSError, obstore.exceptions.BaseError, CacheError, ray.exceptions.RayError)
+_PASSING = (*storage.UNREACHABLE, CacheError, ray.exceptions.RayError)
 _PUBLISH_EVERY = 10.0  # seconds; a driver that is killed loses at most this much of the manifest
 
 _SHOWN = 10  # quarantined samples named on the terminal

@@ -199,6 +199,10 @@ def put(
         raise OSError(f"could not write {path}: {reason(error)}") from error
 
 
+UNREACHABLE = (OSError, BaseError)
+"""What a disk or an object store raises that can't be read or written now."""
+
+
 def reason(error: BaseException) -> str:
     """What an error says, in one line: obstore adds a page of its inner state."""
     return " ".join(str(error).partition("\n\nDebug source:")[0].split())

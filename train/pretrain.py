@@ -285,7 +285,7 @@ class Run:
             if log:
                 log.event(self.step, "checkpoint", file=path.name)
         if self.periodic:
-            self.periodic.saved()
+            self.periodic.saved(self.step, log)
 
     def plan(self) -> str:
         """Every number of the run that follows from its options, for a reader to check."""

@@ -6,13 +6,14 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
 
+from pipeline import storage
 from pipeline.manifest import CacheError
 
 Config = TypeVar("Config")
 
 # What wrong input raises: its message says what is wrong and what to do. Anything else is a defect
 # of the program, and shows where.
-_USERS = (CacheError, FloatingPointError, OSError, ValueError)
+_USERS = (CacheError, FloatingPointError, ValueError, *storage.UNREACHABLE)
 
 
 def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
@@ -20,6 +21,6 @@ def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
     try:
         result = main(config)
     except _USERS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {storage.reason(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(result if type(result) is int else 0)

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from famt.geometry import crop_maps
+from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.generations import Generation
 from pipeline.loader import CropBatch
@@ -101,13 +103,15 @@ class PeriodicAttention:
         if self._pinned_step is not None:
             if self.current is None and since >= 0:
                 self._take_up(self._pinned_step)
-                self._need([])
+                if self._here.is_main:
+                    self._need()
             return True
         due = since >= 0 and since % config.periodic.every == 0
-        if self._here.is_main:
-            if due:
+        with self._on_main(step, log) as main:
+            if main and due:
                 self._mark(step, encoder, log)
-            self._tend_job(step, log)
+            if main:
+                self._tend_job(step, log)
         started = time.perf_counter()
         if due and config.refresh == "wait" and not self._await(epoch, step, stop, log):
             return False
@@ -125,9 +129,10 @@ class PeriodicAttention:
                     pause_ms=1000 * (time.perf_counter() - started),
                 )
                 self._drop_encoders(wanted)
-        self._need(self._saved)
-        if self._here.is_main:
-            self._taken_up.record(epoch, self.current.step if self.current else None)
+        with self._on_main(step, log) as main:
+            if main:
+                self._taken_up.record(epoch, self.current.step if self.current else None)
+                self._need()
         return True
 
     def restore(self, step: int) -> None:
@@ -145,11 +150,12 @@ class PeriodicAttention:
             for path in encoder_path(self._config.out, 0).parent.glob("encoder-*.pt"):
                 path.unlink()
 
-    def saved(self) -> None:
+    def saved(self, step: int, log: Log | None) -> None:
         """Keep the generation of the checkpoint that was just written from being collected."""
-        if self.current:
-            self._saved.append(self.current.step)
-            self._need(self._saved)
+        with self._on_main(step, log) as main:
+            if main and self.current:
+                self._saved.append(self.current.step)
+                self._need()
 
     def close(self, *, finished: bool) -> None:
         """Stop reading ahead; if the run is over, the job that nobody waits for as well."""
@@ -210,10 +216,19 @@ class PeriodicAttention:
         self._here.gather(None)  # nobody reads before all have written
         self._ahead.forget(step)
 
-    def _need(self, steps: Iterable[int]) -> None:
-        if self._here.is_main:
-            current = [self.current.step] if self.current else []
-            self._cache.generations.need(self._source, [*steps, *current], by=self._run)
+    @contextmanager
+    def _on_main(self, step: int, log: Log | None) -> Iterator[bool]:
+        """Whether this rank is the main one, whose trouble with a disk or store is only logged:
+        training goes on with the maps that it has."""
+        try:
+            yield self._here.is_main
+        except storage.UNREACHABLE as error:
+            if log:
+                log.event(step, "refresh put off", reason=storage.reason(error))
+
+    def _need(self) -> None:
+        current = [self.current.step] if self.current else []
+        self._cache.generations.need(self._source, [*self._saved, *current], by=self._run)
 
     def _generations(self) -> list[Generation]:
         found = self._cache.generations.of(self._source)
@@ -264,7 +279,11 @@ class PeriodicAttention:
         self._job_step = wanted
 
     def _published(self, step: int) -> bool:
-        return any(generation.step == step for generation in self._generations())
+        """Whether a generation is known to be there; not if the cache is out of reach."""
+        try:
+            return any(generation.step == step for generation in self._generations())
+        except storage.UNREACHABLE:
+            return False
 
     def _wait_for(self, step: int, stop: Stop, log: Log | None) -> str | None:
         """Wait until a generation is there or a signal comes; returns why none will, or None."""
@@ -337,7 +356,7 @@ class _Preloader(threading.Thread):
                 if newest is not None and newest.step > self._seen:
                     self.ready = (newest, self._load(newest))
                     self._seen = newest.step
-            except (OSError, CacheError):
+            except (*storage.UNREACHABLE, CacheError):
                 continue  # a store out of reach, or maps that were just collected: look again later
 
     def forget(self, step: int) -> None:

@@ -151,3 +151,61 @@ def test_two_ranks_train_as_one_with_the_doubled_batch(scored, tmp_path, accumul
     one, two = (torch.load(Path(tmp_path, f"weights{n}.pt")) for n in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=1e-6, rtol=1e-5)
+
+
+_PERIODIC = """
+import sys, time, torch
+from pathlib import Path
+from famt.mae import MODELS, MaskedAutoencoder
+from pipeline.generations import Generation
+from pipeline.loader import CropBatch
+from pipeline.refresh import refresh_shards
+from pipeline.scores import ModelScoreSpec, encoder_digest
+from pipeline.table import load_table
+from pipeline.cache import ScoreCache
+from train.config import PeriodicConfig, Pretrain
+from train.distributed import ranks
+from train.refresh import PeriodicAttention
+from train.streams import Stop
+folder = Path(sys.argv[1])
+options = torch.load(folder / "options.pt")
+with ranks("cpu") as here:
+    config = Pretrain(shards=options["shards"], cache=options["cache"], out=folder,
+                      model="vit_nano_32", attention="periodic", periodic=PeriodicConfig(every=9))
+    cache = ScoreCache(config.cache)
+    table = here.share(lambda: load_table(config.shards, cache, None))
+    torch.manual_seed(0)
+    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder.eval()
+    periodic = PeriodicAttention(config, "run-a", table, 8, here)
+    periodic.begin_epoch(0, 0, encoder, Stop(), None)
+    first = periodic.current
+    if here.is_main:
+        spec = ModelScoreSpec("famt", 8, 32, encoder_digest(encoder.state_dict()))
+        list(refresh_shards(encoder, table.urls, cache, spec, batch_size=8, threads=1,
+                            device=torch.device("cpu")))
+        cache.generations.publish(Generation("run-a", 0, spec, table.digest, len(table)))
+    for epoch in range(1, 200):
+        periodic.begin_epoch(epoch, epoch, encoder, Stop(), None)
+        if periodic.current:
+            break
+        time.sleep(0.1)
+    rows = torch.arange(26)
+    windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(26, 4)
+    crops = CropBatch(torch.zeros(26, 1, 1, 3), rows, windows, torch.zeros(26, dtype=torch.bool))
+    torch.save((first, epoch, periodic.current.step, periodic.read(crops, 0)),
+               folder / f"{here.rank}.pt")
+    periodic.close(finished=True)
+"""
+
+
+@pytest.mark.slow
+def test_ranks_of_all_machines_take_a_generation_up_at_the_same_epoch(scored, tmp_path):
+    options = {"shards": scored.shards, "cache": scored.cache.url}
+    torch.save(options, tmp_path / "options.pt")
+    _run(_PERIODIC, tmp_path, ["a", "a", "b"])
+    first, *others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(3))
+    assert first[:3] == (None, first[1], 0)
+    assert first[3].std() > 0
+    for other in others:
+        assert other[:3] == first[:3]
+        assert torch.equal(other[3], first[3])

@@ -18,7 +18,6 @@ from train.config import OptimiserConfig, Pretrain, RollingConfig, parse
 from train.distributed import ranks
 from train.pretrain import Run, main
 
-
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
 
 

@@ -112,7 +112,8 @@ def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config
 
 
 def _lines(out):
-    return (out / "log.jsonl").read_text().splitlines()
+    path = out / "log.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_a_resumed_run_takes_up_at_each_epoch_what_it_took_up_before(config, scored):
@@ -181,11 +182,17 @@ def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config):
 def test_a_run_that_waits_for_a_generation_can_be_stopped(config, scored):
     config = dataclasses.replace(config, refresh="wait", epochs=2)
     stop = Stop()
-    threading.Timer(1.0, setattr, (stop, "asked", True)).start()
+
+    def ask_while_it_waits():
+        _until(lambda: any("refresh due" in line for line in _lines(config.out)))
+        stop.asked = True
+
+    threading.Thread(target=ask_while_it_waits).start()
     with ranks("cpu") as here:
         run = Run(config, here)
         run.train(stop)
-        run.periodic._job.kill()  # it takes longer than a second to start
+        if run.periodic._job:
+            run.periodic._job.kill()
     state = checkpoint.load(config.out)
     assert (state.step, state.epoch, state.generation) == (3, 1, None)
     assert not finished_path(config.out).exists()
