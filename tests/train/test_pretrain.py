@@ -84,7 +84,11 @@ def test_the_log_has_a_line_a_log_point_and_one_an_event(config):
     lines = _log(config.out)
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 9]
     assert [line["epoch"] for line in lines if "loss" in line] == [0, 1, 1, 2, 2]
-    assert [line["event"] for line in lines if "event" in line] == ["start"] + 5 * ["checkpoint"]
+    assert [line["event"] for line in lines if "event" in line] == [
+        "start",
+        *(5 * ["checkpoint"]),
+        "finished",
+    ]
     for line in lines:
         if "loss" in line:
             shares = [value for name, value in line.items() if name.startswith("time/")]
@@ -149,6 +153,7 @@ def test_the_moving_average_is_that_of_the_encoders_weights(config):
     )
 
 
+@pytest.mark.slow
 def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
     config = dataclasses.replace(config, epochs=1, optimiser=OptimiserConfig(1e-3))
     main(config)
