@@ -168,6 +168,7 @@ class Run:
             log = Log(config.out, self.step, self.total_steps, self.effective_batch, self.clock)
             log.event(self.step, "start", run=self.id, epoch=self.loader.epoch, **self._identity())
         saved_at, saved_step = time.monotonic(), self.step
+        recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows since a log point
         self.model.train()
         while self.step < self.total_steps:
             epoch, crops = self.loader.epoch, iter(self.loader)
@@ -186,13 +187,15 @@ class Run:
                 at_rest = (self.step + 1) % config.log_steps == 0
                 ahead = None if at_rest else self._next(crops, self.step + 1)
                 self.update()
+                recent.append((loss, batch.rows))
                 if log:
                     log.step()
                 if at_rest or self.step == self.total_steps:
-                    self._refuse_nan(loss, batch)
+                    mean = self._mean_loss(recent)
+                    recent.clear()
                     if log:
                         rate = self.optimizer.param_groups[0]["lr"]
-                        log.point(self.step, epoch, {"loss": loss.item(), "learning_rate": rate})
+                        log.point(self.step, epoch, {"loss": mean, "learning_rate": rate})
                 if at_rest:
                     due = time.monotonic() - saved_at > config.checkpoint_minutes * 60
                     wishes = here.gather((due, stop.asked))
@@ -366,6 +369,7 @@ class Run:
                 self.periodic.restart(resumed.epoch)
 
     def _picture(self, crops: CropBatch) -> Image.Image:
+        self.side.join()
         attends = self.config.attention != "off"
         return figures.picture(self.model, self.table, crops, self.config.join, attends)
 
@@ -373,14 +377,23 @@ class Run:
         bf16 = self.config.precision == "bf16"
         return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
 
-    def _refuse_nan(self, loss: torch.Tensor, batch: PatchBatch) -> None:
-        if not math.isfinite(loss.item()):
-            path = self.config.out / f"nan-rank{self.here.rank}-step{self.step:08d}.txt"
-            path.write_text("\n".join(self.table.key(row) for row in batch.rows.tolist()) + "\n")
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.step}; the samples are in {path}. "
-                "Lower --optimiser.base-learning-rate, or look at those images"
-            )
+    def _mean_loss(self, recent: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """Mean of the losses of the last steps, each with its batch's rows.
+
+        Raises:
+            FloatingPointError: one of them is no number; its samples are written to a file.
+        """
+        losses = torch.stack([loss for loss, _ in recent]).tolist()
+        first_step = self.step - len(recent) + 1
+        for step, (loss, (_, rows)) in enumerate(zip(losses, recent, strict=True), first_step):
+            if not math.isfinite(loss):
+                path = self.config.out / f"nan-rank{self.here.rank}-step{step:08d}.txt"
+                path.write_text("".join(f"{self.table.key(row)}\n" for row in rows.tolist()))
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {step}; the samples are in {path}. Lower "
+                    "--optimiser.base-learning-rate, or look at those images"
+                )
+        return sum(losses) / len(losses)
 
 
 def _counts(grid: int, join: JoinConfig) -> str:

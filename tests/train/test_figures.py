@@ -1,24 +1,14 @@
+import dataclasses
+
 import numpy as np
 from PIL import Image
 
-from train.config import Pretrain
 from train.figures import Figures, main
 from train.pretrain import main as pretrain
 
 
-def test_a_picture_has_a_row_an_image_and_a_column_a_stage(scored, tmp_path):
-    pretrain(
-        Pretrain(
-            shards=scored.shards,
-            cache=scored.cache.url,
-            out=tmp_path / "run",
-            model="vit_nano_32",
-            epochs=1,
-            batch_size=8,
-            spec=scored.spec,
-            device="cpu",
-        )
-    )
+def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_path):
+    pretrain(dataclasses.replace(config, epochs=1))
     out = main(
         Figures(
             checkpoint=tmp_path / "run", cache=scored.cache.url, shards=scored.shards,

@@ -14,28 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.join import JoinConfig
 from train import checkpoint
-from train.config import OptimiserConfig, Pretrain, RollingConfig, parse
+from train.config import OptimiserConfig, RollingConfig, parse
 from train.distributed import ranks
 from train.pretrain import Run, main
 
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
-
-
-@pytest.fixture
-def config(scored, tmp_path):
-    return Pretrain(
-        shards=scored.shards,
-        cache=scored.cache.url,
-        out=tmp_path / "run",
-        model="vit_nano_32",
-        epochs=3,
-        batch_size=8,
-        spec=scored.spec,
-        optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=1),
-        device="cpu",
-        threads=2,
-        log_steps=1,
-    )
 
 
 def _weights(folder):
@@ -234,16 +217,23 @@ def test_another_run_in_the_same_folder_is_refused(config):
         main(dataclasses.replace(config, batch_size=4))
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(config):
-    config = dataclasses.replace(
-        config, optimiser=OptimiserConfig(base_learning_rate=1e30, warmup_epochs=0)
-    )
-    with pytest.raises(FloatingPointError, match="nan-rank0-step"):
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config, monkeypatch):
+    config = dataclasses.replace(config, log_steps=4)
+    original, batches = Run.forward_backward, []
+
+    def poisoned(run, batch):
+        batches.append([run.table.key(row) for row in batch.rows.tolist()])
+        if run.step == 1:
+            batch = dataclasses.replace(batch, visible=batch.visible.float() * float("inf"))
+        return original(run, batch)
+
+    monkeypatch.setattr(Run, "forward_backward", poisoned)
+    with pytest.raises(FloatingPointError, match="at step 2; the samples are in"):
         main(config)
-    (record,) = config.out.glob("nan-rank0-step*.txt")
-    names = record.read_text().splitlines()
-    assert len(names) == 8
-    assert all(".tar:img" in name for name in names)
+    (record,) = config.out.glob("nan-rank0-step00000002.txt")
+    assert record.read_text().splitlines() == batches[1]
+    assert all(".tar:img" in name for name in batches[1])
+    assert checkpoint.latest(config.out) is None
 
 
 def test_live_attention_changes_the_masks_and_leaves_the_gradients_alone(config):

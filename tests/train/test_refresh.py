@@ -14,7 +14,7 @@ from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
 from pipeline.table import load_table
 from train import checkpoint
-from train.config import OptimiserConfig, PeriodicConfig, Pretrain, parse
+from train.config import PeriodicConfig, parse
 from train.distributed import ranks
 from train.log import Log
 from train.pretrain import Run, main
@@ -24,23 +24,9 @@ from train.timing import Clock
 
 
 @pytest.fixture
-def config(scored, tmp_path):
-    (tmp_path / "run").mkdir()
-    return Pretrain(
-        shards=scored.shards,
-        cache=scored.cache.url,
-        out=tmp_path / "run",
-        model="vit_nano_32",
-        attention="periodic",
-        periodic=PeriodicConfig(every=2),
-        plain_epochs=1,
-        epochs=3,
-        batch_size=8,
-        spec=scored.spec,
-        optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=1),
-        device="cpu",
-        threads=1,
-        log_steps=1,
+def config(config):
+    return dataclasses.replace(
+        config, attention="periodic", periodic=PeriodicConfig(every=2), plain_epochs=1
     )
 
 
