@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from famt.geometry import crop_maps, paste_maps
+from pipeline.join import crop_scores
+from pipeline.loader import CropBatch
 
 _NEVER = -1
 
@@ -34,18 +36,15 @@ class AttentionBank:
         """Positions in `rows [B]` of the `count` longest without a refresh, `[count]` int64."""
         return self.refreshed[rows].argsort(stable=True)[:count]
 
-    def read(self, rows: Tensor, windows: Tensor, flips: Tensor, grid: int) -> Tensor:
-        """Attention under views of some rows, `[B, grid**2]` float32, >= 0; ones if never seen."""
-        return crop_maps(self.maps[rows], windows, flips, grid).flatten(1)
+    def read(self, crops: CropBatch, grid: int) -> Tensor:
+        """Attention of crops, `[B, grid**2]` float32 on their device, >= 0; ones if never seen."""
+        return crop_scores(self.maps, crops, grid)
 
-    def write(
-        self, rows: Tensor, windows: Tensor, flips: Tensor, scores: Tensor, step: int
-    ) -> None:
+    def write(self, crops: CropBatch, scores: Tensor, step: int) -> None:
         """Take up what the encoder attends to in crops.
 
         Args:
-            rows: `[B]` int64, each once.
-            windows, flips: the crops' views.
+            crops: of rows that are each there once.
             scores: `[B, n**2]` float on the CPU, >= 0, any scale; a crop with a score that is not
                 finite, or with none above 0, says nothing and is left out.
             step: of the run, now.
@@ -53,7 +52,7 @@ class AttentionBank:
         seen = scores.float().flatten(1)
         mean = seen.mean(1)
         valid = seen.isfinite().all(1) & (mean > 0)
-        rows, windows, flips = rows[valid], windows[valid], flips[valid]
+        rows, windows, flips = (p[valid] for p in (crops.rows, crops.windows, crops.flips))
         side = round(scores.shape[1] ** 0.5)
         relative = (seen[valid] / mean[valid, None]).unflatten(1, (side, side))
         maps = self.maps[rows]

@@ -56,6 +56,22 @@ class PatchBatch:
         ]
 
 
+def crop_scores(maps: Tensor, crops: CropBatch, grid: int) -> Tensor:
+    """What maps of whole images say about crops of them.
+
+    Args:
+        maps: `[R, G, G]` float on the CPU, a row an image.
+        crops: views on images.
+        grid: patches a side of a crop.
+
+    Returns:
+        `[B, grid**2]` float32 on the crops' device.
+    """
+    device = crops.images.device
+    windows, flips = crops.windows.to(device), crops.flips.to(device)
+    return crop_maps(maps[crops.rows].to(device), windows, flips, grid).flatten(1)
+
+
 def join_weights(
     crops: CropBatch,
     table: ScoreTable,
@@ -75,16 +91,13 @@ def join_weights(
     Returns:
         `[B, grid**2]` float32, >= 0; all ones if there is no signal at all.
     """
-    device = crops.images.device
     signals: dict[str, Tensor] = {}
     if table.maps is not None:
-        maps = table.maps[crops.rows].to(device)
-        windows, flips = crops.windows.to(device), crops.flips.to(device)
-        signals["frequency"] = crop_maps(maps, windows, flips, grid).flatten(1)
+        signals["frequency"] = crop_scores(table.maps, crops, grid)
     if attention is not None:
         signals["attention"] = attention
     if not signals:
-        return torch.ones(len(crops.rows), grid**2, device=device)
+        return torch.ones(len(crops.rows), grid**2, device=crops.images.device)
     return patch_weights(
         signals,
         {"frequency": config.frequency_exponent, "attention": config.attention_exponent},

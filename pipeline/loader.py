@@ -93,6 +93,11 @@ class CropBatch:
         """The first `count` crops."""
         return CropBatch(*(part[:count] for part in vars(self).values()))
 
+    def take(self, index: Tensor) -> CropBatch:
+        """The crops at positions `index`, int64 on the CPU."""
+        images = self.images[index.to(self.images.device)]
+        return CropBatch(images, self.rows[index], self.windows[index], self.flips[index])
+
 
 class CropLoader:
     """Streams the kept samples of a table's shards, epoch by epoch.

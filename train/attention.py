@@ -67,33 +67,30 @@ class RollingAttention:
         self._live, self._every, self._here, self._grid = live, config.every, here, grid
         self.bank = here.share(lambda: AttentionBank(rows, grid))
         self._exchanged = 0
-        self._unwritten: tuple[CropBatch, Tensor, Tensor, int] | None = None
+        self._unwritten: tuple[CropBatch, Tensor, int] | None = None
 
     def __call__(self, crops: CropBatch, step: int) -> Tensor:
         """Attention scores of crops, `[B, grid**2]` float32 on their device."""
         self.flush()
-        rows, windows, flips = crops.rows, crops.windows, crops.flips
-        signal = self.bank.read(rows, windows, flips, self._grid).to(crops.images.device)
-        chosen = self.bank.oldest(rows, -(-len(rows) // self._every))
-        there = chosen.to(signal.device)
-        scores = self._live(crops.images[there])
+        signal = self.bank.read(crops, self._grid)
+        chosen = self.bank.oldest(crops.rows, -(-len(crops.rows) // self._every))
+        seen = crops.take(chosen)
+        scores = self._live(seen.images)
         side = round(scores.shape[1] ** 0.5)
         maps = scores.view(-1, 1, side, side)
         if side != self._grid:
             maps = F.interpolate(maps, self._grid, mode="bilinear")
-        signal[there] = maps.flatten(1)
+        signal[chosen.to(signal.device)] = maps.flatten(1)
         # Reading it back here would make a GPU's host wait; the next call finds it ready.
-        self._unwritten = (crops, chosen, scores, step)
+        self._unwritten = (seen, scores, step)
         return signal
 
     def flush(self) -> None:
         """Write what the last call saw into the bank."""
         if self._unwritten is not None:
-            crops, chosen, scores, step = self._unwritten
+            seen, scores, step = self._unwritten
             self._unwritten = None
-            self.bank.write(
-                crops.rows[chosen], crops.windows[chosen], crops.flips[chosen], scores.cpu(), step
-            )
+            self.bank.write(seen, scores.cpu(), step)
 
     def exchange(self, step: int) -> None:
         """Bring the banks of all machines to the same content; every rank calls this.

@@ -22,7 +22,6 @@ from PIL import Image
 from torch import Tensor
 
 from famt.attention import attention_scores, last_attention
-from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.patches import (
     IMAGENET_MEAN,
@@ -34,7 +33,7 @@ from famt.patches import (
 )
 from famt.sampling import PatchSplit
 from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch, join_weights, split_crops
+from pipeline.join import JoinConfig, PatchBatch, crop_scores, join_weights, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
 from pipeline.table import ScoreTable, load_table
@@ -111,7 +110,8 @@ def picture(
     patches = patchify(crops.images, patch_size)
     columns = {"crop": crops.images}
     if table.maps is not None:
-        columns["frequency"] = crop_maps(table.maps[crops.rows], crops.windows, crops.flips, grid)
+        frequency = crop_scores(table.maps, crops, grid)
+        columns["frequency"] = frequency.view(-1, grid, grid)
     columns |= {
         "attention": attention.view(-1, grid, grid),
         "weights": weights.view(-1, grid, grid),

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from famt.geometry import crop_maps
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.generations import Generation
+from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
 from pipeline.manifest import CacheError
 from pipeline.table import ScoreTable
@@ -81,11 +81,7 @@ class PeriodicAttention:
 
     def read(self, crops: CropBatch, step: int) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
-        if self.current is None:
-            return None
-        device = crops.images.device
-        windows, flips = crops.windows.to(device), crops.flips.to(device)
-        return crop_maps(self._maps[crops.rows].to(device), windows, flips, self._grid).flatten(1)
+        return crop_scores(self._maps, crops, self._grid) if self.current else None
 
     def begin_epoch(
         self, epoch: int, step: int, encoder: nn.Module, stop: Stop, log: Log | None

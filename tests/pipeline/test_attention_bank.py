@@ -3,20 +3,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.attention_bank import AttentionBank
+from pipeline.loader import CropBatch
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 NO_FLIP = torch.tensor([False])
 
 
+def _crops(rows, windows=WHOLE, flips=NO_FLIP):
+    count = len(rows)
+    nothing = torch.empty(count, 0)
+    return CropBatch(nothing, torch.tensor(rows), windows.expand(count, 4), flips.expand(count))
+
+
 def _write(bank, row, scores, window=WHOLE, flip=NO_FLIP, step=0):
-    bank.write(torch.tensor([row]), window, flip, scores, step)
+    bank.write(_crops([row], window, flip), scores, step)
 
 
 def test_what_a_whole_image_showed_is_read_back():
     bank = AttentionBank(5, 8)
     scores = torch.rand(1, 64) + 0.1
     _write(bank, 3, scores)
-    read = bank.read(torch.tensor([3, 1]), WHOLE.expand(2, 4), NO_FLIP.expand(2), 8)
+    read = bank.read(_crops([3, 1]), 8)
     torch.testing.assert_close(read[:1], scores / scores.mean(), rtol=1e-3, atol=1e-3)
     assert torch.equal(read[1], torch.ones(64))
 
@@ -26,7 +33,7 @@ def test_a_crop_is_read_back_through_its_own_view():
     window, flip = torch.tensor([[0.5, 0.0, 0.5, 0.5]]), torch.tensor([True])
     scores = torch.rand(1, 49) + 0.1
     _write(bank, 0, scores, window, flip)
-    read = bank.read(torch.tensor([0]), window, flip, 7)
+    read = bank.read(_crops([0], window, flip), 7)
     torch.testing.assert_close(read, scores / scores.mean(), rtol=1e-3, atol=1e-3)
     elsewhere = bank.maps[0].clone()
     elsewhere[7:, :7] = 1
@@ -71,7 +78,7 @@ def test_the_longest_unseen_come_first():
 def test_scores_that_say_nothing_are_not_written():
     bank = AttentionBank(3, 2)
     scores = torch.tensor([[1.0, float("nan"), 1, 1], [0, 0, 0, 0], [1, 2, 3, 4]])
-    bank.write(torch.arange(3), WHOLE.expand(3, 4), NO_FLIP.expand(3), scores, 5)
+    bank.write(_crops([0, 1, 2]), scores, 5)
     assert bank.refreshed.tolist() == [-1, -1, 5]
     assert torch.equal(bank.maps[:2], torch.ones(2, 2, 2, dtype=torch.float16))
 

@@ -78,7 +78,7 @@ def test_after_a_sweep_over_whole_images_rolling_gives_what_live_gives(encoder, 
             rolling(crops, step)
     rolling.flush()
     for crops in loader:
-        read = rolling.bank.read(crops.rows, crops.windows, crops.flips, 8)
+        read = rolling.bank.read(crops, 8)
         live = LiveAttention(encoder, "famt")(crops.images)
         torch.testing.assert_close(read, _relative(live), atol=2e-3, rtol=2e-3)
 
@@ -89,7 +89,7 @@ def test_after_a_sweep_over_crops_the_same_crops_read_what_was_seen_of_them(enco
     rolling(crops, 0)
     rolling.flush()
     live = LiveAttention(encoder, "famt")(crops.images)
-    read = _relative(rolling.bank.read(crops.rows, crops.windows, crops.flips, 8))
+    read = _relative(rolling.bank.read(crops, 8))
     # There and back, each crop cell becomes a mean over the image cells that it touches.
     blurred = torch.ones(8, 8, 8)
     for n in range(8):
@@ -112,6 +112,6 @@ def test_views_of_one_row_are_read_apart(encoder):
     rolling(crops, 0)
     rolling.flush()
     mirrored = dataclasses.replace(crops, flips=torch.tensor([True, True]))
-    plain = rolling.bank.read(crops.rows, crops.windows, crops.flips, 8).view(2, 8, 8)
-    turned = rolling.bank.read(mirrored.rows, mirrored.windows, mirrored.flips, 8).view(2, 8, 8)
+    plain = rolling.bank.read(crops, 8).view(2, 8, 8)
+    turned = rolling.bank.read(mirrored, 8).view(2, 8, 8)
     torch.testing.assert_close(turned, plain.flip(-1))
