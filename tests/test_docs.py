@@ -34,6 +34,8 @@ def test_every_option_in_a_command_is_known_to_its_program(page):
     known = {
         path.stem: path.read_text() for path in [*ROOT.glob("jobs/*.py"), *ROOT.glob("train/*.py")]
     }
+    for path in ROOT.glob("jobs/benchmarks/*.py"):
+        known["benchmark"] += path.read_text()
     text = (ROOT / page).read_text().replace("\\\n", " ")
     commands = re.findall(r"(?:jobs/|-m (?:train|jobs)\.)(\w+)(?:\.py)?((?: +[^\n`]*)?)", text)
     assert commands or page == "docs/decisions.md"

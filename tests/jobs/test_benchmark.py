@@ -1,9 +1,16 @@
-"""The step benchmark: what its memory figures mean, and that it runs."""
+"""What a benchmark's figures mean, and that each runs."""
 
 import pytest
 import torch
 
-from jobs.benchmark import Step, _peak_of_process
+from jobs.benchmark import parse
+from jobs.benchmarks.loader import Loader
+from jobs.benchmarks.step import Step, _peak_of_process
+
+
+def test_several_benchmarks_are_measured_with_one_command():
+    several = parse(["loader", "--threads", "1", "step", "--model", "vit_nano_32", "loader"])
+    assert several == [Loader(threads=1), Step("vit_nano_32"), Loader()]
 
 
 def test_a_peak_is_what_was_held_at_once_while_working():
