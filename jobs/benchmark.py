@@ -9,6 +9,7 @@
 
     precompute  images/s of scoring on one core, beside those of only decoding
     loader      images/s of the loader with join and sampling, beside the bare DALI graph
+                and torchvision's DataLoader
     step        time and peak memory of FAMT's training steps, beside plain MAE's
     quality     how well each kind of map tells objects from background
     scale       time and memory to start with many shards

@@ -37,17 +37,28 @@ def line(name: str, unit: str, figure: float, against: str, bound: float) -> Rep
     }
 
 
-def rates(rivals: dict[str, Callable[[], object]], images: int, rounds: int) -> dict[str, float]:
-    """Median images/s of each rival, taking turns, after a round that does not count."""
-    taken = seconds(rivals, rounds)
+def rates(
+    rivals: dict[str, Callable[[], object]], images: int, rounds: int, pause: float = 0.0
+) -> dict[str, float]:
+    """Median images/s of each rival; other arguments as in `seconds`."""
+    taken = seconds(rivals, rounds, pause)
     return {name: images / statistics.median(each) for name, each in taken.items()}
 
 
-def seconds(rivals: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each rival, round by round, after a round that does not count."""
+def seconds(
+    rivals: dict[str, Callable[[], object]], rounds: int, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each rival, taking turns, round by round, after a round that does not count.
+
+    Args:
+        rivals: what is timed, by name.
+        rounds: turns of each that count.
+        pause: seconds between turns, for what a rival leaves running to come to rest.
+    """
     taken: dict[str, list[float]] = {name: [] for name in rivals}
     for round_ in tqdm(range(rounds + 1), desc="rounds"):
         for name, work in rivals.items():
+            time.sleep(pause)
             started = time.perf_counter()
             work()
             if round_:
