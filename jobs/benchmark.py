@@ -3,6 +3,7 @@
     python -m jobs.benchmark precompute --shards 'shards/train-*.tar'
     python -m jobs.benchmark loader --shards 'shards/train-*.tar'
     python -m jobs.benchmark step --model vit_base
+    python -m jobs.benchmark attention --model vit_base
     python -m jobs.benchmark quality --photos human-seg/images --masks human-seg/masks
     python -m jobs.benchmark scale --shards 20000
     python -m jobs.benchmark precompute loader --threads 2 step    # one after another
@@ -11,6 +12,7 @@
     loader      images/s of the loader with join and sampling, beside the bare DALI graph
                 and torchvision's DataLoader
     step        time and peak memory of FAMT's training steps, beside plain MAE's
+    attention   time of a step with rolling and live attention, and of the join, beside one without
     quality     how well each kind of map tells objects from background
     scale       time and memory to start with many shards
 
@@ -28,6 +30,7 @@ from typing import Protocol
 
 import tyro
 
+from jobs.benchmarks.attention import Attention
 from jobs.benchmarks.loader import Loader
 from jobs.benchmarks.measure import Report
 from jobs.benchmarks.precompute import Precompute
@@ -49,6 +52,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "precompute": Precompute,
     "loader": Loader,
     "step": Step,
+    "attention": Attention,
     "quality": Quality,
     "scale": Scale,
 }

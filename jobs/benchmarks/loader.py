@@ -44,7 +44,7 @@ class Loader:
     rounds: int = 5
     """times that each rival is measured"""
     images: int = 2000
-    """images that each turn covers at least, in whole epochs; few show how a turn begins and ends"""
+    """images that each turn covers at least, in whole epochs; few would show how a turn begins"""
     batch_size: int = 64
     """images a batch"""
     threads: int = LoaderConfig.threads

@@ -6,12 +6,13 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -38,7 +39,7 @@ def line(name: str, unit: str, figure: float, against: str, bound: float) -> Rep
 
 
 def rates(
-    rivals: dict[str, Callable[[], object]], images: int, rounds: int, pause: float = 0.0
+    rivals: Mapping[str, Callable[[], object]], images: int, rounds: int, pause: float = 0.0
 ) -> dict[str, float]:
     """Median images/s of each rival; other arguments as in `seconds`."""
     taken = seconds(rivals, rounds, pause)
@@ -46,7 +47,7 @@ def rates(
 
 
 def seconds(
-    rivals: dict[str, Callable[[], object]], rounds: int, pause: float = 0.0
+    rivals: Mapping[str, Callable[[], object]], rounds: int, pause: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of each rival, taking turns, round by round, after a round that does not count.
 
@@ -66,6 +67,12 @@ def seconds(
     return taken
 
 
+def rank_correlations(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Spearman's rank correlation of two score maps `[B, N]` of each image."""
+    ranks = [scores.argsort(1).argsort(1).float() for scores in (a, b)]
+    return [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True)]
+
+
 def resident_bytes() -> int:
     """Memory that this process holds now."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -73,19 +80,19 @@ def resident_bytes() -> int:
 
 
 @contextmanager
-def shards(patterns: list[str]) -> Iterator[list[str]]:
-    """The given shards, or one of 500 made-up photos of 500 x 375 px, about 100 KB each."""
+def shards(patterns: list[str], photos: int = 500) -> Iterator[list[str]]:
+    """The given shards, or one of so many made-up photos of 500 x 375 px, about 100 KB each."""
     if patterns:
         yield storage.expand(patterns)
         return
     with tempfile.TemporaryDirectory(prefix="famt-benchmark-") as folder:
-        items = [Item(f"photo-{n}", 0, partial(_made_up_photo, n)) for n in range(500)]
+        items = [Item(f"photo-{n}", 0, partial(_made_up_photo, n)) for n in range(photos)]
         write_shards(
             items,
             folder,
             "photos",
             seed=0,
-            samples_per_shard=500,
+            samples_per_shard=photos,
             encoding=Encoding(max_side=500, quality=95),
         )
         yield storage.expand([folder])
@@ -103,9 +110,11 @@ def _made_up_photo(seed: int) -> Image.Image:
 
 
 @contextmanager
-def scored(patterns: list[str], spec: ScoreSpec) -> Iterator[tuple[list[str], ScoreCache]]:
+def scored(
+    patterns: list[str], spec: ScoreSpec, photos: int = 500
+) -> Iterator[tuple[list[str], ScoreCache]]:
     """The shards as `shards` gives them, and a temporary cache that knows their scores."""
-    with shards(patterns) as urls, tempfile.TemporaryDirectory() as folder:
+    with shards(patterns, photos) as urls, tempfile.TemporaryDirectory() as folder:
         cache = ScoreCache(folder, create=True)
         for url in tqdm(urls, desc="scoring", unit="shard"):
             report = precompute_shard(url, cache, spec)

@@ -75,10 +75,7 @@ def _agreement(jpegs: list[bytes], spec: ScoreSpec) -> Report:
             full.append(torch.from_numpy(np.array(whole)))
     scaled = [torch.from_numpy(decode(jpeg, spec.size)) for jpeg in jpegs]
     a, b = (spec.score(torch.stack(each)).flatten(1) for each in (scaled, full))
-    ranks = [scores.argsort(1).argsort(1).float() for scores in (a, b)]
-    correlations = [
-        float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True)
-    ]
+    correlations = measure.rank_correlations(a, b)
     return {
         **measure.line(
             "precompute",
