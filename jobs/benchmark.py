@@ -4,6 +4,7 @@
     python -m jobs.benchmark loader --shards 'shards/train-*.tar'
     python -m jobs.benchmark step --model vit_base
     python -m jobs.benchmark attention --model vit_base
+    python -m jobs.benchmark refresh --model vit_base
     python -m jobs.benchmark quality --photos human-seg/images --masks human-seg/masks
     python -m jobs.benchmark scale --shards 20000
     python -m jobs.benchmark precompute loader --threads 2 step    # one after another
@@ -13,6 +14,8 @@
                 and torchvision's DataLoader
     step        time and peak memory of FAMT's training steps, beside plain MAE's
     attention   time of a step with rolling and live attention, and of the join, beside one without
+    refresh     images/s of making maps anew with an encoder, beside its bare forward, and what
+                that costs beside an epoch of training
     quality     how well each kind of map tells objects from background
     scale       time and memory to start with many shards
 
@@ -35,6 +38,7 @@ from jobs.benchmarks.loader import Loader
 from jobs.benchmarks.measure import Report
 from jobs.benchmarks.precompute import Precompute
 from jobs.benchmarks.quality import Quality
+from jobs.benchmarks.refresh import Refresh
 from jobs.benchmarks.scale import Scale
 from jobs.benchmarks.step import Step
 from train.program import run_program
@@ -53,6 +57,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "loader": Loader,
     "step": Step,
     "attention": Attention,
+    "refresh": Refresh,
     "quality": Quality,
     "scale": Scale,
 }
