@@ -91,7 +91,13 @@ def _agreement(jpegs: list[bytes], spec: ScoreSpec) -> Report:
 
 def _two_workers(data: bytes, spec: ScoreSpec, rounds: int) -> Report:
     """Rate of two Ray workers over that of one, on eight copies of a shard, each scored anew."""
-    ray.init(num_cpus=2, ignore_reinit_error=True, logging_level="warning", log_to_driver=False)
+    ray.init(
+        "local",  # a cluster that is there has other numbers of cores
+        num_cpus=2,
+        ignore_reinit_error=True,
+        logging_level="warning",
+        log_to_driver=False,
+    )
     with tempfile.TemporaryDirectory() as folder:
         urls = []
         for number in range(8):
