@@ -31,9 +31,7 @@ format: .venv/installed
 	$(BIN)/ruff check --fix
 
 bench: .venv/installed  ## figures beside their bounds, as JSON lines
-	$(BIN)/python -m jobs.benchmark precompute
-	$(BIN)/python -m jobs.benchmark loader
-	$(BIN)/python -m jobs.benchmark step
+	$(BIN)/python -m jobs.benchmark precompute loader step attention refresh
 
 clean:
 	rm -rf .venv demo

@@ -1,9 +1,33 @@
-"""The step benchmark: what its memory figures mean, and that it runs."""
+"""What a benchmark's figures mean, and that each runs."""
+
+import json
 
 import pytest
+import scipy.stats
 import torch
 
-from jobs.benchmark import Step, _peak_of_process
+from jobs.benchmark import BENCHMARKS, parse
+from jobs.benchmarks.loader import Loader
+from jobs.benchmarks.measure import rank_correlations, seconds
+from jobs.benchmarks.step import Step, _peak_of_process
+
+
+def test_several_benchmarks_are_measured_with_one_command():
+    several = parse(["loader", "--threads", "1", "step", "--model", "vit_nano_32", "loader"])
+    assert several == [Loader(threads=1), Step("vit_nano_32"), Loader()]
+
+
+def test_rivals_take_turns_and_the_first_round_does_not_count():
+    turns = []
+    taken = seconds({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, rounds=2)
+    assert turns == ["a", "b"] * 3
+    assert [len(each) for each in taken.values()] == [2, 2]
+
+
+def test_rank_correlations_are_spearmans():
+    a, b = torch.rand(2, 3, 49)
+    expected = [float(scipy.stats.spearmanr(x, y).statistic) for x, y in zip(a, b, strict=True)]
+    assert rank_correlations(a, b) == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_peak_is_what_was_held_at_once_while_working():
@@ -25,3 +49,28 @@ def test_a_step_is_compared_in_time_and_memory_under_both_decoders():
         assert line["bound"] > 0
     own, cross = lines[:2]
     assert cross["flop_ratio"] < own["flop_ratio"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "lines"),
+    [
+        ("precompute", {"rounds": 1, "images": 10}, 5),
+        ("loader", {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1}, 2),
+        ("attention", {"model": "vit_nano_32", "batch_size": 8, "rounds": 1, "threads": 1}, 5),
+        ("refresh", {"model": "vit_nano_32", "step_batch_size": 4, "rounds": 1, "threads": 1}, 2),
+        ("scale", {"shards": 3, "images_per_shard": 2}, 1),
+    ],
+)
+def test_every_line_holds_a_figure_against_a_bound(scored, name, options, lines):
+    if name != "scale":
+        options["shards"] = scored.shards
+    printed = list(BENCHMARKS[name](**options).run())
+    assert len(printed) == lines
+    for line in printed:
+        assert line["benchmark"] == name
+        assert line["figure"] > 0
+        assert line["bound"] > 0
+        assert line["unit"]
+        assert line["against"]
+        assert json.loads(json.dumps(line)) == line

@@ -1,0 +1,116 @@
+"""How fast maps are made anew with the encoder of a run, and what that costs a training."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from famt.mae import MODELS, MaskedAutoencoder
+from jobs.benchmarks import measure
+from jobs.benchmarks.measure import Report
+from jobs.benchmarks.training import training
+from pipeline import storage
+from pipeline.cache import ScoreCache
+from pipeline.refresh import refresh_shards
+from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
+from pipeline.table import load_table
+
+
+@dataclass(frozen=True)
+class Refresh:
+    """Images/s of scoring shards with an encoder, beside its bare forward; its cost in epochs.
+
+    The bound gives the same scores of tensors that are ready in memory.
+    """
+
+    shards: list[str] = field(default_factory=list)
+    """tars to measure on; the first is used"""
+    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
+    """which model"""
+    kind: str = "famt"
+    """which score"""
+    images: int = 128
+    """photos of the made-up shard, where none is given"""
+    batch_size: int = 32
+    """images that are scored at a time"""
+    step_batch_size: int = 16
+    """images of the training step that the cost is held against"""
+    rounds: int = 3
+    """times that each rival is measured"""
+    threads: int = 2
+    """CPU threads, for the encoder as for decoding"""
+
+    def run(self) -> Iterator[Report]:
+        torch.set_num_threads(self.threads)
+        sizes = MODELS[self.model]
+        encoder = MaskedAutoencoder(sizes).encoder.eval()
+        spec = ModelScoreSpec(
+            self.kind, sizes.grid, sizes.image_size, encoder_digest(encoder.state_dict())
+        )
+        given = storage.expand(self.shards)[:1] if self.shards else []
+        with (
+            measure.scored(given, ScoreSpec(), self.images) as (urls, cache),
+            training(urls, cache, self.model, self.step_batch_size, self.threads) as steps,
+        ):
+            count = len(steps.run.table)
+            taken = measure.seconds(
+                {
+                    "refresh": self._refresh(encoder, urls, cache, spec),
+                    "forward": self._forward(encoder, spec, count),
+                    "step": steps.step,
+                },
+                self.rounds,
+            )
+        median = {name: statistics.median(each) for name, each in taken.items()}
+        refreshed = count / median["refresh"]
+        setting = f"{self.model}, {self.kind}, batch {self.batch_size}, {self.threads} threads"
+        yield measure.line(
+            "refresh",
+            f"images/s of refreshed maps, {setting}",
+            refreshed,
+            "images/s of the bare forward on tensors in memory",
+            count / median["forward"],
+        )
+        yield measure.line(
+            "refresh",
+            f"seconds to refresh the maps of 1,000 images, {setting}",
+            1000 / refreshed,
+            f"seconds to train on them for an epoch, at batch {self.step_batch_size}",
+            1000 * median["step"] / self.step_batch_size,
+        )
+
+    def _refresh(
+        self, encoder: VisionTransformer, urls: list[str], cache: ScoreCache, spec: ModelScoreSpec
+    ) -> Callable[[], None]:
+        (shard_id,) = load_table(urls, cache, None).shard_ids
+
+        def work() -> None:
+            cache.remove(shard_id, spec.id)  # what is there would not be made again
+            done = refresh_shards(
+                encoder,
+                urls,
+                cache,
+                spec,
+                batch_size=self.batch_size,
+                threads=self.threads,
+                device=torch.device("cpu"),
+            )
+            assert list(done) == urls
+
+        return work
+
+    def _forward(
+        self, encoder: VisionTransformer, spec: ModelScoreSpec, count: int
+    ) -> Callable[[], None]:
+        ready = torch.randn(min(count, self.batch_size), 3, spec.image_size, spec.image_size)
+
+        def work() -> None:
+            for first in range(0, count, self.batch_size):
+                spec.score(encoder, ready[: count - first])
+
+        return work

@@ -1,0 +1,53 @@
+"""A real training run, of which single steps are timed."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.cache import ScoreCache
+from pipeline.loader import CropBatch
+from train.config import Pretrain
+from train.distributed import ranks
+from train.pretrain import Run
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run that takes its steps on the same crops, so that no step waits for data.
+
+    Attributes:
+        run: without attention; set its `attend` for another.
+        crops: a batch from its loader.
+    """
+
+    run: Run
+    crops: CropBatch
+
+    def step(self) -> None:
+        """Weigh, sample, gather; forward, backward and update."""
+        self.run.forward_backward(self.run.patches(self.crops, self.run.step))
+        self.run.update()
+
+
+@contextmanager
+def training(
+    urls: list[str], cache: ScoreCache, model: str, batch_size: int, threads: int
+) -> Iterator[Training]:
+    """A FAMT run on the CPU over shards that are in the cache, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, ranks("cpu") as here:
+        config = Pretrain(
+            shards=urls,
+            cache=cache.url,
+            out=Path(out),
+            model=model,
+            batch_size=batch_size,
+            attention="off",
+            threads=threads,
+        )
+        run = Run(config, here)
+        run.model.train()
+        yield Training(run, next(iter(run.loader)))
