@@ -129,6 +129,8 @@ class Gc:
     """folder or object-store URL of the score cache"""
     older_than_hours: float = 24.0
     """leave newer ones: a job in progress has entries that no manifest names yet"""
+    drop_runs: list[str] = field(default_factory=list)
+    """training runs whose generations all go, the newest too"""
     dry_run: bool = False
     """only say what would go"""
 
@@ -169,11 +171,14 @@ class Gc:
         """Drop generations that no run needs; returns the spec ids of those that stay."""
         named = set()
         for run in cache.generations.runs():
-            old = cache.generations.superseded(run)
+            dropped = run in self.drop_runs
+            old = cache.generations.of(run) if dropped else cache.generations.superseded(run)
             for generation in old:
                 print(f"generation {run}/{generation.step}: no run needs it")
                 if not self.dry_run:
                     cache.generations.forget(generation)
+            if dropped and not self.dry_run:
+                cache.generations.drop(run)
             named |= {each.spec.id for each in cache.generations.of(run) if each not in old}
         return named
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
-from pipeline import storage
 from train import pretrain
 from train.config import Pretrain, parse
 from train.program import run_program
@@ -48,11 +47,7 @@ def main(args: RayPretrain) -> None:
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
     )
     config = dataclasses.replace(
-        config,
-        # Workers have a working directory of their own.
-        shards=[storage.normalise_url(pattern) for pattern in config.shards],
-        cache=storage.normalise_url(config.cache),
-        out=config.out.resolve(),
+        config.absolute(),  # workers have a working directory of their own
         device="cuda" if args.gpu else "cpu",
         threads=args.cpus_per_worker if config.threads == Pretrain.threads else config.threads,
     )

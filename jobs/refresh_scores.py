@@ -102,10 +102,12 @@ def main(args: RefreshScores) -> int:
     """
     if (args.checkpoint is None) == (args.follow is None):
         raise ValueError("give either --checkpoint or --follow")
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
     if args.checkpoint is not None:
-        return _refresh(load_encoder(args.checkpoint), args)
+        encoder = load_encoder(args.checkpoint)
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        return _refresh(encoder, args)
     assert args.follow is not None
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
     for path in _marked(args.follow):
         try:
             encoder = load_encoder(path)
@@ -119,17 +121,20 @@ def main(args: RefreshScores) -> int:
 
 def _marked(run: Path) -> Iterator[Path]:
     """Encoders that a run leaves for refresh, the newest first, until it is finished."""
-    done: set[Path] = set()
+    done: set[tuple[Path, int]] = set()  # with the time: a run begun anew writes the same names
+    if not run.is_dir():
+        print(f"{run} is not there yet; waiting for a run to begin in it", file=sys.stderr)
     with tqdm(desc=f"following {run}", unit=" generations") as bar:
-        while True:
-            finished = finished_path(run).exists()
+        while not finished_path(run).exists():
             found = sorted((run / "refresh").glob("encoder-*.pt"))
-            if found and found[-1] not in done:
+            try:
+                marked = {(path, path.stat().st_mtime_ns) for path in found}
+            except FileNotFoundError:  # taken up just now
+                continue
+            if found and max(marked) not in done:
                 yield found[-1]
-                done.update(found)
+                done |= marked
                 bar.update()
-            elif finished:
-                return
             else:
                 time.sleep(_POLL)
 

@@ -18,7 +18,7 @@ import obstore
 from obstore.store import ObjectStore
 
 from pipeline import storage
-from pipeline.manifest import FORMAT, check_format
+from pipeline.manifest import FORMAT, CacheError, check_format
 from pipeline.scores import ModelScoreSpec
 
 _ROOT = "generations"
@@ -85,6 +85,11 @@ class Generations:
                     needed |= set((self._read(meta["path"]) or {"steps": []})["steps"])
         return [each for each in self.of(run)[:-1] if each.step not in needed]
 
+    def drop(self, run: str) -> None:
+        """Make all generations of a run unknown, and what is said to need them."""
+        for part in obstore.list(self._store, f"{_ROOT}/{run}"):
+            obstore.delete(self._store, [meta["path"] for meta in part])
+
     def forget(self, generation: Generation) -> None:
         """Make a generation unknown; its maps are then nobody's."""
         obstore.delete(self._store, f"{_ROOT}/{generation.run}/{generation.step:08d}.json")
@@ -94,6 +99,8 @@ class Generations:
             content: dict[str, Any] = json.loads(bytes(obstore.get(self._store, path).bytes()))
         except FileNotFoundError:  # collected meanwhile, or never there
             return None
+        except ValueError:
+            raise CacheError(f"{path} in {self._url} is damaged; remove it") from None
         check_format(content.pop("format"), f"{path} in {self._url}")
         return content
 

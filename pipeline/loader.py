@@ -6,6 +6,7 @@ interleaved: patches are gathered before anything is made float: thrown pixels c
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -35,6 +36,14 @@ class RandomView:
     """range of the crop's width over height, before it is squashed to a square"""
     flip: float = 0.5
     """probability of a left-right flip"""
+
+    def __post_init__(self) -> None:
+        for name, largest in (("area", 1.0), ("aspect_ratio", math.inf)):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= largest:
+                raise ValueError(f"{name} {low} {high} must rise within (0, {largest:g}]")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip {self.flip} must be a probability")
 
 
 @dataclass(frozen=True)

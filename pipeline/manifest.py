@@ -145,7 +145,12 @@ class Manifests:
                 text = obstore.get(self._store, _path(prefix, versions[-1])).bytes()
             except FileNotFoundError:
                 continue  # outdated and cleared away since it was listed
-            manifest = json.loads(bytes(text))
+            try:
+                manifest = json.loads(bytes(text))
+            except ValueError:
+                raise CacheError(
+                    f"manifest {_path(prefix, versions[-1])} in {self._url} is damaged; remove it"
+                ) from None
             check_format(manifest["format"], f"manifest {prefix} in {self._url}")
             records = {
                 name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])

@@ -190,6 +190,9 @@ def put(
         AlreadyExistsError: `mode` is "create" and it is there already.
         OSError: the store refused, a full disk say.
     """
+    if isinstance(store, LocalStore) and store.prefix and not os.path.isdir(store.prefix):
+        # It would be made again: under the mount point of a disk that was unmounted, say.
+        raise FileNotFoundError(f"{store.prefix} is not there any more")
     try:
         # Not in parts: a killed upload's parts would stay in the bucket, where nothing lists them.
         obstore.put(store, path, data, mode=mode, use_multipart=False)

@@ -65,8 +65,13 @@ def open_source(
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
+        ValueError: the digits, of which there is but one set, as anything but "train".
     """
     if source == DIGITS:
+        if split != "train":
+            raise ValueError(
+                f"{DIGITS} has no split of its own; hold some of it out (--holdout 0.2)"
+            )
         return _digits()
     if source in TORCHVISION_SOURCES:
         return _torchvision(

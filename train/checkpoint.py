@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -14,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.mae import MODELS, Decoder, MaskedAutoencoder
+from pipeline.storage import reason
 from train.config import Pretrain
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
@@ -33,7 +39,9 @@ class Checkpoint:
 
     Attributes:
         run: id of the run.
-        step: optimiser steps done.
+        step: optimiser steps done; it only grows.
+        schedule_start: step at which the schedule would have begun, had it always been this one;
+            0 but after an elastic restart.
         epoch: whole epochs done.
         model_name, decoder: arguments of the `MaskedAutoencoder`.
         model: its weights.
@@ -48,6 +56,7 @@ class Checkpoint:
 
     run: str
     step: int
+    schedule_start: int
     epoch: int
     model_name: str
     decoder: Decoder
@@ -119,7 +128,38 @@ def load_encoder(path: Path) -> Encoder:
             if name.startswith(prefix)
         }
         return Encoder(state.run, state.step, state.model_name, weights, state.config)
-    return Encoder(**_read(path))
+    try:
+        return Encoder(**_read(path))
+    except TypeError:
+        raise ValueError(
+            f"{path} is neither a checkpoint nor an encoder left for refresh"
+        ) from None
+
+
+@contextmanager
+def own(folder: Path) -> Iterator[None]:
+    """Make a run's folder, and keep other processes from training in it meanwhile.
+
+    Raises:
+        ValueError: another process trains in it, or it is a file.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"--out {folder} is a file; give a folder") from None
+    with open(folder / "lock", "a+") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held.seek(0)
+            raise ValueError(
+                f"{folder} is in use by {held.read().strip() or 'another run'}; wait for it, or "
+                "give another --out"
+            ) from None
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        held.flush()
+        yield
 
 
 def latest(folder: Path) -> Path | None:
@@ -142,8 +182,10 @@ def load(path: Path) -> Checkpoint:
         path = found
     try:
         return Checkpoint(**_read(path))
-    except TypeError as error:
-        raise ValueError(f"{path} is no whole checkpoint of this program: {error}") from error
+    except (TypeError, ValueError) as error:
+        earlier = [each for each in _all(path.parent) if each < path]
+        remedy = f"; remove it to go on from {earlier[-1].name}" if earlier else ""
+        raise ValueError(f"{path} is no whole checkpoint of this program{remedy}") from error
 
 
 def load_model(path: Path, *, ema: bool = False) -> MaskedAutoencoder:
@@ -181,15 +223,28 @@ def resume(config: Pretrain, circumstances: dict[str, object]) -> tuple[Checkpoi
     if config.resume == "never":
         raise ValueError(f"{found} is there; --resume never wants a folder without checkpoints")
     resumed = load(found)
-    then, now = resumed.config, {**config.describe(), **circumstances}
-    changed = {name for name in now if name not in _FREE and then.get(name) != now[name]}
-    if not changed or (config.elastic and changed <= _ELASTIC):
+    then, now = _flat(resumed.config), _flat({**config.describe(), **circumstances})
+    differing = sorted(name for name in now if then.get(name) != now[name])
+    changed = [name for name in differing if name.split(".")[0] not in _FREE]
+    harmless = all(name.split(".")[0] in _ELASTIC for name in changed)
+    if not changed or (config.elastic and harmless):
         return resumed, not changed
-    differences = "; ".join(f"{each}: {then.get(each)} -> {now[each]}" for each in sorted(changed))
+    differences = "; ".join(f"{each}: {then.get(each)} -> {now[each]}" for each in changed)
     remedy = "use the same, or another --out"
-    if changed <= _ELASTIC:
+    if harmless:
         remedy += ", or --elastic to go on from the beginning of the epoch"
     raise ValueError(f"{found} belongs to a run with other options ({differences}); {remedy}")
+
+
+def _flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{above}{name}.")
+        else:
+            flat[above + name] = value
+    return flat
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -202,17 +257,21 @@ def _write(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        room = shutil.disk_usage(path.parent).free
         partial.unlink(missing_ok=True)
         raise OSError(
-            f"{path}: could not be written, earlier checkpoints stand ({error})"
+            f"{path}: could not be written, earlier checkpoints stand; {room / 1e6:.0f} MB were "
+            f"free ({reason(error)})"
         ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
-        raise ValueError(f"{path} is no whole checkpoint of this program: {error}") from error
+        raise ValueError(f"{path} is no whole file of this program: {reason(error)}") from error
 
 
 def _all(folder: Path) -> list[Path]:

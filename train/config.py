@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import tyro
 
 from famt.mae import MODELS, Decoder
+from pipeline import storage
 from pipeline.join import JoinConfig
 from pipeline.loader import LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
@@ -138,21 +140,62 @@ class Pretrain:
     """of weights, shuffle, crops and sampling"""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulate", "log_steps", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+        smallest: dict[str, tuple[float, float]] = {
+            "epochs": (self.epochs, 1),
+            "batch_size": (self.batch_size, 1),
+            "accumulate": (self.accumulate, 1),
+            "log_steps": (self.log_steps, 1),
+            "keep_checkpoints": (self.keep_checkpoints, 1),
+            "threads": (self.threads, 1),
+            "rolling.every": (self.rolling.every, 1),
+            "periodic.every": (self.periodic.every, 1),
+            "spec.grid": (self.spec.grid, 2),
+            "spec.pixels_per_cell": (self.spec.pixels_per_cell, 1),
+            "plain_epochs": (self.plain_epochs, 0),
+            "picture_epochs": (self.picture_epochs, 0),
+            "checkpoint_minutes": (self.checkpoint_minutes, 0),
+            "shuffle_buffer": (self.shuffle_buffer, 0),
+            "join.frequency_exponent": (self.join.frequency_exponent, 0),
+            "join.attention_exponent": (self.join.attention_exponent, 0),
+            "optimiser.base_learning_rate": (self.optimiser.base_learning_rate, 0),
+            "optimiser.weight_decay": (self.optimiser.weight_decay, 0),
+            "optimiser.warmup_epochs": (self.optimiser.warmup_epochs, 0),
+            "optimiser.clip_norm": (self.optimiser.clip_norm, 0),
+            "optimiser.ema_decay": (self.optimiser.ema_decay, 0),
+        }
+        for name, (value, least) in smallest.items():
+            if not least <= value < math.inf:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} {value} must be a number of at least {least}"
+                )
+        if self.optimiser.ema_decay >= 1:
+            raise ValueError(f"--optimiser.ema-decay {self.optimiser.ema_decay} must be below 1")
+        patch, size = MODELS[self.model].patch_size, self.rolling.image_size
+        if size is not None and (size < patch or size % patch):
+            raise ValueError(
+                f"--rolling.image-size {size} must be a multiple of {patch} px, the patch size of "
+                f"{self.model}"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--batch-size {self.batch_size} does not divide into --accumulate "
                 f"{self.accumulate} equal parts"
             )
-        if self.rolling.every < 1 or self.periodic.every < 1:
-            raise ValueError("--rolling.every and --periodic.every must be at least 1")
 
     def describe(self) -> dict[str, Any]:
-        """The options as plain data, as checkpoints and logs keep them."""
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        """The options as plain data, as checkpoints keep them."""
+        options = dataclasses.asdict(self.absolute())
+        plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
         return plain
+
+    def absolute(self) -> Pretrain:
+        """The same options with paths that hold in any working directory."""
+        return dataclasses.replace(
+            self,
+            shards=[storage.normalise_url(pattern) for pattern in self.shards],
+            cache=storage.normalise_url(self.cache),
+            out=self.out.absolute(),
+        )
 
 
 Options = TypeVar("Options", bound=Pretrain)

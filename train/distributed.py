@@ -81,9 +81,14 @@ def ranks(device: str) -> Iterator[Ranks]:
 
     Args:
         device: "auto" for a GPU if there is one, "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" where there is none.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
     local = int(os.environ.get("LOCAL_RANK", 0))
     node = os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", "0"))
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)

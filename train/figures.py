@@ -21,13 +21,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from famt.attention import attention_scores, last_attention
 from famt.mae import MaskedAutoencoder
 from famt.patches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     normalise,
-    normalise_images,
     patchify,
     unpatchify,
 )
@@ -37,6 +35,7 @@ from pipeline.join import JoinConfig, PatchBatch, crop_scores, join_weights, spl
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
 from pipeline.table import ScoreTable, load_table
+from train.attention import LiveAttention
 from train.checkpoint import load, load_model
 from train.program import run_program
 
@@ -79,9 +78,12 @@ def main(config: Figures) -> Path:
         seed=config.seed,
     )
     crops = next(iter(loader))
-    join, attends = JoinConfig(**run["join"]), run["attention"] != "off"
+    attention = None
+    if run["attention"] != "off":
+        attention = LiveAttention(model.encoder, run["attention_score"])(crops.images)
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    picture(model, table, crops, join, attends, config.seed).save(config.out)
+    join = JoinConfig(**run["join"])
+    picture(model, table, crops, join, attention, config.seed).save(config.out)
     print(config.out)
     return config.out
 
@@ -92,19 +94,20 @@ def picture(
     table: ScoreTable,
     crops: CropBatch,
     join: JoinConfig,
-    attends: bool,
+    attention: Tensor | None,
     seed: int = 0,
 ) -> Image.Image:
-    """Draw crops as a run sees them now, a row each.
+    """Draw crops as a run sees them, a row each.
 
     Args:
-        attends: attention enters the weights. It is the model's own on these very crops, also
-            where a run reads it from maps of an earlier time.
+        attention: `[B, N]` scores that enter the weights, if any do; without them the picture
+            shows what the model attends to in these crops.
     """
     grid, patch_size = model.config.grid, model.config.patch_size
     device = crops.images.device
-    attention = attention_scores(last_attention(model.encoder, normalise_images(crops.images)))
-    weights = join_weights(crops, table, grid, join, attention if attends else None)
+    weights = join_weights(crops, table, grid, join, attention)
+    if attention is None:
+        attention = LiveAttention(model.encoder, "famt")(crops.images)
     generator = torch.Generator(device).manual_seed(seed)
     batch = split_crops(crops, table, weights, patch_size, join, generator)
     patches = patchify(crops.images, patch_size)

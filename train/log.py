@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -35,7 +36,8 @@ class Log:
         self._images_per_step = images_per_step
         self._clock = clock
         if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= step]
+            lines = self._path.read_text(errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.replace(self._path)
@@ -67,9 +69,12 @@ class Log:
         )
         self._since, self._steps = now, 0
 
-    def event(self, step: int, name: str, **details: object) -> None:
-        """Log something that happened, such as a checkpoint."""
+    def event(self, step: int, name: str, *, tell: bool = False, **details: object) -> None:
+        """Log something that happened, such as a checkpoint; `tell` says it on the terminal too."""
         self._write({"step": step, "event": name, **details})
+        if tell:
+            text = ", ".join(f"{key} {value}" for key, value in details.items())
+            tqdm.write(f"step {step}: {name}: {text}", file=sys.stderr)
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Show what the run does to a few crops."""
@@ -82,12 +87,17 @@ class Log:
 
     def _write(self, line: dict[str, object]) -> None:
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), **rounded}) + "\n")
+        try:
+            with open(self._path, "a") as file:
+                file.write(
+                    json.dumps({"time": round(time.time(), 1), **rounded}, default=str) + "\n"
+                )
+        except OSError as error:
+            raise OSError(f"{self._path}: could not be written ({error.strerror})") from error
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):  # a line that a kill cut off
         return float("inf")

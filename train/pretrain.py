@@ -23,6 +23,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from PIL import Image
@@ -55,7 +56,11 @@ _SHOWN = 6  # crops in a picture
 
 def main(config: Pretrain) -> None:
     """Train until `config.epochs` are done, going on from the last checkpoint if there is one."""
-    with ranks(config.device) as here, Stop() as stop:
+    with (
+        ranks(config.device) as here,
+        checkpoint.own(config.out) if here.is_main else contextlib.nullcontext(),
+        Stop() as stop,
+    ):
         Run(config, here).train(stop)
 
 
@@ -112,7 +117,6 @@ class Run:
             if config.attention == "rolling"
             else None
         )
-        config.out.mkdir(parents=True, exist_ok=True)
         self.periodic = (
             PeriodicAttention(config, self.id, self.table, self.sizes.grid, here)
             if config.attention == "periodic"
@@ -149,6 +153,7 @@ class Run:
         decay = config.optimiser.ema_decay
         self.ema = ModelEmaV3(self.model.encoder, decay) if decay else None
         self.step = 0
+        self.schedule_start = 0  # step at which the schedule, as it is now, would have begun
         self.shown: CropBatch | None = None
         if resumed:
             self._restore(resumed, exact)
@@ -159,18 +164,23 @@ class Run:
             trained = DistributedDataParallel(trained)
         self.trained: nn.Module = trained
 
+    @property
+    def last_step(self) -> int:
+        """The step that the run ends with."""
+        return self.schedule_start + self.total_steps
+
     def train(self, stop: Stop) -> None:
         """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
         config, here = self.config, self.here
         log = None
         if here.is_main:
             print(self.plan(), flush=True)
-            log = Log(config.out, self.step, self.total_steps, self.effective_batch, self.clock)
+            log = Log(config.out, self.step, self.last_step, self.effective_batch, self.clock)
             log.event(self.step, "start", run=self.id, epoch=self.loader.epoch, **self._identity())
         saved_at, saved_step = time.monotonic(), self.step
         recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows since a log point
         self.model.train()
-        while self.step < self.total_steps:
+        while self.step < self.last_step:
             epoch, crops = self.loader.epoch, iter(self.loader)
             if self.periodic and self.loader.step == 0:
                 encoder = self.model.encoder
@@ -190,7 +200,7 @@ class Run:
                 recent.append((loss, batch.rows))
                 if log:
                     log.step()
-                if at_rest or self.step == self.total_steps:
+                if at_rest or self.step == self.last_step:
                     mean = self._mean_loss(recent)
                     recent.clear()
                     if log:
@@ -250,7 +260,7 @@ class Run:
         """One optimiser step with the gradients that are there."""
         self.side.join()
         with self.clock.stage("update"):
-            self.schedule.step_update(self.step)
+            self.schedule.step_update(self.step - self.schedule_start)
             if self.config.optimiser.clip_norm:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimiser.clip_norm)
             self.optimizer.step()
@@ -272,7 +282,8 @@ class Run:
             state = Checkpoint(
                 run=self.id,
                 step=self.step,
-                epoch=self.step // self.steps_per_epoch,
+                schedule_start=self.schedule_start,
+                epoch=(self.step - self.schedule_start) // self.steps_per_epoch,
                 model_name=self.config.model,
                 decoder=self.config.decoder,
                 model=self.model.state_dict(),
@@ -302,8 +313,15 @@ class Run:
             "off": "no attention",
             "live": "live attention on every crop",
             "rolling": f"rolling attention, 1/{config.rolling.every} of a batch refreshed a step",
-            "periodic": f"{config.periodic.kind} of whole images, made anew every "
-            f"{config.periodic.every} epochs",
+            "periodic": f"generation {config.periodic.pin} of whole images"
+            if config.periodic.pin
+            else f"{config.periodic.kind} of whole images, made anew every "
+            f"{config.periodic.every} epochs"
+            + (
+                f"; start `python jobs/refresh_scores.py --follow {config.out}` beside this run"
+                if config.refresh == "follow"
+                else ""
+            ),
         }[config.attention]
         lines = {
             "run": f"{config.out} on {self.here.device}, {self.here.world_size} rank(s), "
@@ -315,12 +333,14 @@ class Run:
             "weights": f"{cached if self.table.maps is not None else 'uniform'}; {how}",
             "patches": _counts(sizes.grid, config.join),
             "steps": f"{self.total_steps} = {config.epochs} epochs x {self.steps_per_epoch}, "
-            f"{self.warmup_steps} of warm-up; {self.step} done",
+            f"{self.warmup_steps} of warm-up; {self.step - self.schedule_start} done",
             "batch": f"{self.effective_batch} = {config.batch_size} x {self.here.world_size} "
             f"rank(s), in {config.accumulate} part(s)",
             "learning rate": f"{self.learning_rate:.3g} at its peak = "
             f"{config.optimiser.base_learning_rate:.3g} x {self.effective_batch} / 256",
         }
+        if self.ema:
+            lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
         if config.plain_epochs:
             lines["before"] = (
                 f"{config.plain_epochs} epochs of plain MAE, {_counts(sizes.grid, PLAIN_MAE)}"
@@ -343,7 +363,7 @@ class Run:
             log.event(self.step, "finished" if finished else "stopped by a signal")
             log.close()
 
-    def _identity(self) -> dict[str, object]:
+    def _identity(self) -> dict[str, Any]:
         """What a continuation must have in common with the run, besides its options."""
         return {
             "device": self.here.device.type,
@@ -352,6 +372,7 @@ class Run:
         }
 
     def _restore(self, resumed: Checkpoint, exact: bool) -> None:
+        self.step = resumed.step
         self.model.load_state_dict(resumed.model)
         self.optimizer.load_state_dict(resumed.optimizer)
         if self.ema and resumed.ema:
@@ -362,16 +383,23 @@ class Run:
             if self.periodic and resumed.generation is not None:
                 self.periodic.restore(resumed.generation)
             self.generator.set_state(resumed.generators[self.here.rank])
-            self.step = resumed.step
+            self.schedule_start = resumed.schedule_start
         else:
-            self.step = resumed.epoch * self.steps_per_epoch
+            # Steps only grow, or a checkpoint would be older than those it follows.
+            self.schedule_start = resumed.step - resumed.epoch * self.steps_per_epoch
             if self.periodic:
                 self.periodic.restart(resumed.epoch)
 
     def _picture(self, crops: CropBatch) -> Image.Image:
         self.side.join()
-        attends = self.config.attention != "off"
-        return figures.picture(self.model, self.table, crops, self.config.join, attends)
+        plain, attention = self.loader.epoch < self.config.plain_epochs, None
+        if self.rolling and not plain:
+            attention = self.rolling.bank.read(crops, self.sizes.grid)  # as it is: no refresh
+        elif self.attend and not plain:
+            attention = self.attend(crops, self.step)
+            plain = attention is None
+        join = PLAIN_MAE if plain else self.config.join
+        return figures.picture(self.model, self.table, crops, join, attention)
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.config.precision == "bf16"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from pipeline.generations import Generation
 from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
 from pipeline.manifest import CacheError
+from pipeline.scores import ModelScoreSpec
 from pipeline.table import ScoreTable
 from train import checkpoint
 from train.checkpoint import Encoder
@@ -73,11 +75,18 @@ class PeriodicAttention:
         self._saved: deque[int] = deque(maxlen=config.keep_checkpoints)
         self._job: subprocess.Popen[bytes] | None = None
         self._job_step: int | None = None
-        self._ahead = _Preloader(self._newest, self._load)
-        if self._leads and self._pinned_step is None:
-            self._ahead.start()
+        self._read_ahead: int | None = None
+        self._ahead = _Preloader(self._newest, self._load_ahead)
         if here.is_main:
             finished_path(config.out).unlink(missing_ok=True)
+        if self._pinned_step is not None:
+            self._take_up(self._pinned_step)
+            if here.is_main:
+                self._need()
+        else:
+            ModelScoreSpec(config.periodic.kind, grid, 0, "").describe()  # is there such a kind?
+            if self._leads:
+                self._ahead.start()
 
     def read(self, crops: CropBatch, step: int) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
@@ -97,10 +106,6 @@ class PeriodicAttention:
         config = self._config
         since = epoch - config.plain_epochs
         if self._pinned_step is not None:
-            if self.current is None and since >= 0:
-                self._take_up(self._pinned_step)
-                if self._here.is_main:
-                    self._need()
             return True
         due = since >= 0 and since % config.periodic.every == 0
         with self._on_main(step, log) as main:
@@ -118,6 +123,7 @@ class PeriodicAttention:
                 log.event(
                     step,
                     "generation",
+                    tell=True,
                     epoch=epoch,
                     generation=wanted,
                     age_steps=step - wanted,
@@ -125,10 +131,13 @@ class PeriodicAttention:
                     pause_ms=1000 * (time.perf_counter() - started),
                 )
                 self._drop_encoders(wanted)
+        if due and self.current is None and log:
+            log.event(step, "no maps yet", tell=True, training="as a plain MAE until there are")
         with self._on_main(step, log) as main:
             if main:
                 self._taken_up.record(epoch, self.current.step if self.current else None)
-                self._need()
+                if self.current:
+                    self._need()
         return True
 
     def restore(self, step: int) -> None:
@@ -195,10 +204,11 @@ class PeriodicAttention:
         else:
             found = [each for each in self._generations() if each.step == step]
             if not found:
+                remedy = "" if self._pin else "; with --elastic the run takes up the newest"
                 raise CacheError(
-                    f"generation {self._source}/{step} of these shards is not in "
-                    f"{self._cache.url}; see `python jobs/cache.py ls --cache {self._cache.url}`. "
-                    "A run that is resumed with --elastic takes up the newest"
+                    f"generation {self._source}/{step} of these shards is not in the cache: "
+                    f"`python jobs/cache.py ls --cache {self._cache.url}` lists those that "
+                    f"are{remedy}"
                 )
             if found[0].spec.grid != self._grid:
                 raise CacheError(
@@ -218,13 +228,14 @@ class PeriodicAttention:
         training goes on with the maps that it has."""
         try:
             yield self._here.is_main
-        except storage.UNREACHABLE as error:
+        except (*storage.UNREACHABLE, CacheError) as error:
             if log:
-                log.event(step, "refresh put off", reason=storage.reason(error))
+                log.event(step, "refresh put off", tell=True, reason=storage.reason(error))
 
     def _need(self) -> None:
-        current = [self.current.step] if self.current else []
-        self._cache.generations.need(self._source, [*self._saved, *current], by=self._run)
+        current = self.current.step if self.current else None
+        steps = [each for each in (*self._saved, current, self._read_ahead) if each is not None]
+        self._cache.generations.need(self._source, steps, by=self._run)
 
     def _generations(self) -> list[Generation]:
         found = self._cache.generations.of(self._source)
@@ -240,16 +251,23 @@ class PeriodicAttention:
         rows = self._cache.read_rows(self._table.shard_ids, generation.spec)
         return torch.from_numpy(np.concatenate([r.maps for r in rows if r.maps is not None]))
 
+    def _load_ahead(self, generation: Generation) -> Tensor:
+        """Read a generation that an epoch may begin with, and keep it from being collected."""
+        if self._here.is_main:
+            self._read_ahead = generation.step
+            self._need()
+        return self._load(generation)
+
     def _mark(self, step: int, encoder: nn.Module, log: Log | None) -> None:
         """Leave the encoder where the refresh job finds it."""
         path = encoder_path(self._config.out, step)
         if path.exists() or self._published(step):
             return
-        options = {**self._config.describe(), "out": str(self._config.out)}
-        marked = Encoder(self._run, step, self._config.model, encoder.state_dict(), options)
+        config = self._config
+        marked = Encoder(self._run, step, config.model, encoder.state_dict(), config.describe())
         checkpoint.save_encoder(path, marked)
         if log:
-            log.event(step, "refresh due", encoder=str(path))
+            log.event(step, "refresh due", tell=True, encoder=path)
 
     def _tend_job(self, step: int, log: Log | None) -> None:
         """Start the job for the newest encoder that has no generation yet; again if it failed."""
@@ -262,7 +280,7 @@ class PeriodicAttention:
             return
         output = marked[-1].with_suffix(".log")
         if code and log:
-            log.event(step, "refresh failed", exit_code=code, see=str(output))
+            log.event(step, "refresh failed", tell=True, exit_code=code, see=output)
         job = self._config.refresh_job
         command = [
             sys.executable, "-m", "jobs.refresh_scores", "--checkpoint", str(marked[-1]),
@@ -310,7 +328,14 @@ class _TakenUp:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._epochs: dict[str, int | None] = json.loads(path.read_text()) if path.exists() else {}
+        self._epochs: dict[str, int | None] = {}
+        if path.exists():
+            try:
+                self._epochs = json.loads(path.read_text())
+            except ValueError:
+                raise ValueError(
+                    f"{path} is damaged; remove it, and the run goes on with the newest generations"
+                ) from None
 
     def at(self, epoch: int) -> tuple[bool, int | None]:
         """Whether that epoch began before, and with which generation."""
@@ -325,7 +350,10 @@ class _TakenUp:
         if self.at(epoch) != (True, step):
             self._epochs[str(epoch)] = step
             partial = self._path.with_suffix(".partial")
-            partial.write_text(json.dumps(self._epochs))
+            with open(partial, "w") as file:
+                file.write(json.dumps(self._epochs))
+                file.flush()
+                os.fsync(file.fileno())
             partial.replace(self._path)
 
 

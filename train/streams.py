@@ -70,7 +70,7 @@ class SideStream:
 
 
 class Stop:
-    """Notes SIGTERM and SIGUSR1 while it is open, instead of dying of them.
+    """Notes SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) while it is open, and lives on.
 
     Attributes:
         asked: whether one of them came.
@@ -83,7 +83,7 @@ class Stop:
     def __enter__(self) -> Stop:
         # Only a process's main thread may handle signals; Ray Train runs its function in another.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -92,4 +92,8 @@ class Stop:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.asked:
+                raise KeyboardInterrupt
+            print("\nwriting a checkpoint, then leaving; Ctrl-C again leaves at once", flush=True)
         self.asked = True

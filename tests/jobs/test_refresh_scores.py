@@ -11,8 +11,11 @@ import torch
 
 from jobs.cache import Gc, Ls
 from jobs.cache import main as cache_main
+from jobs.refresh_scores import RefreshScores, _marked
+from jobs.refresh_scores import main as refresh
+from pipeline.scores import is_generation
 from train import checkpoint
-from train.refresh import finished_path
+from train.refresh import encoder_path, finished_path
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
@@ -91,18 +94,18 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
         [sys.executable, "jobs/refresh_scores.py", "--follow", str(out), "--workers", "1"],
         env=RAY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    while not _events(out, "generation"):
-        subprocess.run(
-            _train(scored, out, "--epochs", "300", "--periodic.every", "20",
-                   "--checkpoint-minutes", "9"),
-            env=RAY, check=True, capture_output=True, timeout=300,
-        )  # fmt: skip
+    subprocess.run(
+        _train(scored, out, "--epochs", "900", "--periodic.every", "50",
+               "--checkpoint-minutes", "9"),
+        env=RAY, check=True, capture_output=True, timeout=300,
+    )  # fmt: skip
     output, errors = follower.communicate(timeout=120)
     assert follower.returncode == 0, errors
     summaries = [json.loads(line) for line in output.splitlines()]
     assert all(each["images"] == 26 and not each["failed"] for each in summaries)
     assert finished_path(out).exists()
     events = _events(out, "generation")
+    assert events
     assert all(each["coverage"] == 1 and each["age_steps"] >= 0 for each in events)
     used = checkpoint.load(out).generation
     assert used == events[-1]["generation"]
@@ -115,8 +118,14 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
     after = {each.step for each in scored.cache.generations.of(run)}
     assert after == {used, max(before)}
     named = {each.spec.id for each in scored.cache.generations.of(run)}
-    for entry in scored.cache.entries():
-        assert {each for each in entry.specs if each.startswith("generation-")} == named
+    assert _generation_maps(scored.cache) == named
+    cache_main(Gc(scored.cache.url, older_than_hours=0, drop_runs=[run]))
+    assert scored.cache.generations.runs() == []
+    assert _generation_maps(scored.cache) == set()
+
+
+def _generation_maps(cache):
+    return {each for entry in cache.entries() for each in entry.specs if is_generation(each)}
 
 
 @pytest.mark.slow
@@ -143,6 +152,28 @@ def test_a_lost_worker_is_replaced(scored, tmp_path):
     assert json.loads(output.splitlines()[-1])["failed"] == {}
     run = checkpoint.load(tmp_path / "run").run
     assert [each.step for each in scored.cache.generations.of(run)] == [6]
+
+
+def test_a_follower_scores_each_encoder_once_though_a_new_run_repeats_its_name(tmp_path):
+    path = encoder_path(tmp_path, 14)
+    path.parent.mkdir()
+    path.write_bytes(b"first")
+    marked = _marked(tmp_path)
+    assert next(marked) == path
+    path.unlink()
+    path.write_bytes(b"second")
+    os.utime(path, ns=(1, 2))
+    assert next(marked) == path
+    finished_path(tmp_path).touch()
+    assert list(marked) == []
+
+
+def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
+    torch.save({"a": 1}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"other\.pt is neither a checkpoint nor an encoder"):
+        refresh(RefreshScores(checkpoint=tmp_path / "other.pt"))
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
+        refresh(RefreshScores(checkpoint=tmp_path / "none.pt"))
 
 
 def test_neither_or_both_ways_to_name_an_encoder_are_refused(tmp_path):

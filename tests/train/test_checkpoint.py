@@ -14,6 +14,7 @@ def _state(step, model=None):
     return Checkpoint(
         run="run-a",
         step=step,
+        schedule_start=0,
         epoch=0,
         model_name="vit_nano_32",
         decoder="self",

@@ -151,21 +151,68 @@ def test_never_resuming_refuses_a_folder_with_checkpoints(config):
         main(dataclasses.replace(config, resume="never"))
 
 
-def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config):
+@pytest.mark.parametrize(("batch_size", "steps_an_epoch"), [(4, 4), (17, 1)])
+def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config, batch_size, steps_an_epoch):
     main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
     for path in sorted(config.out.glob("checkpoint-*.pt"))[5:]:
         path.unlink()  # the last is in the middle of the second epoch
-    fewer = dataclasses.replace(config, shards=config.shards[:2], batch_size=4)
-    with pytest.raises(ValueError, match=r"batch_size: 8 -> 4; data: .* or --elastic"):
+    fewer = dataclasses.replace(config, shards=config.shards[:2], batch_size=batch_size)
+    with pytest.raises(ValueError, match=rf"batch_size: 8 -> {batch_size}; data: .* or --elastic"):
         main(fewer)
     before = _weights(config.out)
     with ranks("cpu") as here:
         run = Run(dataclasses.replace(fewer, elastic=True), here)
-        assert (run.step, run.loader.epoch) == (4, 1)  # 17 images: 4 steps an epoch
+        assert (run.step, run.loader.epoch) == (5, 1)
+        assert run.last_step == 5 + 2 * steps_an_epoch  # 17 images
         assert _equal(run.model.state_dict(), before)
     main(dataclasses.replace(fewer, elastic=True))
-    assert checkpoint.load(config.out).step == 12
+    last = checkpoint.load(config.out)
+    assert (last.step, last.epoch) == (run.last_step, 3)
+    assert not _equal(last.model, before)
     main(fewer)  # which is now exactly the run that the folder holds
+    assert checkpoint.load(config.out).step == run.last_step
+    steps = [line["step"] for line in _log(config.out) if "loss" in line]
+    assert steps == list(range(1, run.last_step + 1))
+
+
+def test_two_runs_in_one_folder_are_refused(config):
+    with (
+        checkpoint.own(config.out),
+        pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on"),
+    ):
+        main(config)
+    main(dataclasses.replace(config, epochs=1))
+
+
+def test_garbage_in_the_log_stops_no_run(config):
+    config.out.mkdir(exist_ok=True)
+    (config.out / "log.jsonl").write_bytes(b'\xff{"step": null}\n{"step": null}\n[1]\n')
+    main(dataclasses.replace(config, epochs=1))
+    assert [line["step"] for line in _log(config.out) if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plain_epochs": -1}, "--plain-epochs -1"),
+        ({"threads": 0}, "--threads 0"),
+        ({"join": JoinConfig(frequency_exponent=float("nan"))}, "--join.frequency-exponent nan"),
+        ({"optimiser": OptimiserConfig(ema_decay=1.5)}, "--optimiser.ema-decay 1.5"),
+        ({"rolling": RollingConfig(image_size=30)}, "--rolling.image-size 30 must be a multiple"),
+        ({"batch_size": 9, "accumulate": 2}, "does not divide"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_by_name(config, options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **options)
+
+
+def test_a_damaged_checkpoint_names_the_one_before(config):
+    main(dataclasses.replace(config, checkpoint_minutes=0.0))
+    last = checkpoint.latest(config.out)
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"00000009\.pt is no .* go on from checkpoint-00000008"):
+        main(config)
 
 
 def test_another_model_is_refused_even_by_an_elastic_run(config):
@@ -319,7 +366,7 @@ def _kill(process, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_makes_a_run_checkpoint_and_leave_with_0(config, tmp_path, asked):
     whole = [sys.executable, *_command(config, "--out", str(tmp_path / "whole"))]
     subprocess.run(whole, check=True, capture_output=True)

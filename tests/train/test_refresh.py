@@ -1,6 +1,7 @@
 import dataclasses
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,9 +152,10 @@ def test_a_pinned_generation_serves_another_run_and_stays_while_it_does(config, 
     user.begin_epoch(0, 0, _model().encoder, Stop(), None)
     assert user.current == pinned
     assert scored.cache.generations.superseded("run-a") == []
-    gone, _ = _periodic(dataclasses.replace(config, periodic=PeriodicConfig(pin="run-a/5")), scored)
     with pytest.raises(CacheError, match="generation run-a/5 of these shards is not in"):
-        gone.begin_epoch(0, 0, _model().encoder, Stop(), None)
+        _periodic(dataclasses.replace(config, periodic=PeriodicConfig(pin="run-a/5")), scored)
+    with pytest.raises(ValueError, match="no score of kind 'nonsense'"):
+        _periodic(dataclasses.replace(config, periodic=PeriodicConfig(kind="nonsense")), scored)
     with pytest.raises(ValueError, match="must be <run>/<step>"):
         _periodic(dataclasses.replace(config, periodic=PeriodicConfig(pin="7")), scored)
 
@@ -184,12 +186,40 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config, scored):
     assert not finished_path(config.out).exists()
 
 
+def test_a_cache_that_is_gone_is_reported_and_not_made_anew(config, scored, tmp_path):
+    periodic, _ = _periodic(config, scored)
+    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")))
+    periodic.begin_epoch(1, 3, _model().encoder, Stop(), log)
+    _refresh(scored, encoder_path(config.out, 3))
+    _until(lambda: periodic._ahead.ready)
+    Path(scored.cache.url).rename(tmp_path / "elsewhere")
+    periodic.begin_epoch(2, 6, _model().encoder, Stop(), log)
+    assert periodic.current.step == 3  # it was in RAM
+    assert any('"refresh put off"' in line for line in _lines(config.out))
+    assert not Path(scored.cache.url).exists()
+    periodic.close(finished=False)
+
+
+def test_damaged_records_are_named(config, scored):
+    periodic, _ = _periodic(config, scored)
+    periodic.begin_epoch(1, 3, _model().encoder, Stop(), None)
+    _refresh(scored, encoder_path(config.out, 3))
+    periodic.close(finished=False)
+    record = Path(scored.cache.url, "generations", "run-a", "00000003.json")
+    record.write_text(record.read_text()[:40])
+    with pytest.raises(CacheError, match=r"00000003\.json in .* is damaged; remove it"):
+        scored.cache.generations.of("run-a")
+    (config.out / "generations.json").write_text('{"0": nu')
+    with pytest.raises(ValueError, match=r"generations\.json is damaged; remove it"):
+        _periodic(config, scored)
+
+
 def test_a_half_written_encoder_is_refused(config, scored):
     periodic, _ = _periodic(config, scored)
     periodic.begin_epoch(1, 3, _model().encoder, Stop(), None)
     path = encoder_path(config.out, 3)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="no whole file"):
         checkpoint.load_encoder(path)
     periodic.close(finished=False)
 
