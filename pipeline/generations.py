@@ -68,8 +68,8 @@ class Generations:
 
     def runs(self) -> list[str]:
         """Ids of the runs that have generations here."""
-        prefixes = obstore.list_with_delimiter(self._store, _ROOT)["common_prefixes"]
-        return sorted(prefix.rpartition("/")[2] for prefix in prefixes)
+        paths = (meta["path"] for part in obstore.list(self._store, _ROOT) for meta in part)
+        return sorted({path.split("/")[1] for path in paths})
 
     def need(self, run: str, steps: Iterable[int], *, by: str) -> None:
         """Say which generations of a run must stay for the run `by`, which may be the same."""

@@ -36,6 +36,15 @@ def test_what_a_run_or_another_needs_and_the_newest_are_not_superseded(generatio
     assert [each.step for each in generations.of("a")] == [1, 3, 4]
 
 
+def test_a_run_that_is_dropped_leaves_nothing(generations):
+    generations.publish(_generation("a", 1))
+    generations.publish(_generation("b", 1))
+    generations.need("a", [1], by="c")
+    generations.drop("a")
+    assert generations.runs() == ["b"]
+    assert generations.of("a") == generations.superseded("a") == []
+
+
 def test_publishing_again_replaces(generations):
     generations.publish(_generation("a", 1))
     generations.publish(_generation("a", 1, "attention"))
