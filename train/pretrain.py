@@ -205,7 +205,10 @@ class Run:
                     recent.clear()
                     if log:
                         rate = self.optimizer.param_groups[0]["lr"]
-                        log.point(self.step, epoch, {"loss": mean, "learning_rate": rate})
+                        scalars = {"loss": mean, "learning_rate": rate}
+                        if self.rolling:
+                            scalars["attention_coverage"] = self.rolling.bank.coverage
+                        log.point(self.step, epoch, scalars)
                 if at_rest:
                     due = time.monotonic() - saved_at > config.checkpoint_minutes * 60
                     wishes = here.gather((due, stop.asked))
