@@ -31,6 +31,7 @@ class AttentionBank:
     def __init__(self, rows: int, grid: int) -> None:
         self.maps = torch.ones(rows, grid, grid, dtype=torch.float16)
         self.refreshed = torch.full((rows,), _NEVER, dtype=torch.int32)
+        self._told = 0  # other banks know what was refreshed before this step
 
     def oldest(self, rows: Tensor, count: int) -> Tensor:
         """Positions in `rows [B]` of the `count` longest without a refresh, `[count]` int64."""
@@ -61,15 +62,19 @@ class AttentionBank:
         self.maps[rows] = (pasted / pasted.mean((1, 2), keepdim=True)).half()
         self.refreshed[rows] = step
 
-    def since(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows refreshed at `step` or later, their maps and steps: what others `merge`."""
-        rows = (self.refreshed >= step).nonzero().flatten()
+    def news(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows refreshed since the last news, their maps and steps: what other banks `merge`."""
+        rows = (self.refreshed >= self._told).nonzero().flatten()
+        self._told = self._next_step()
         return rows, self.maps[rows], self.refreshed[rows]
 
     def merge(self, rows: Tensor, maps: Tensor, refreshed: Tensor) -> None:
-        """Take over maps that another bank refreshed (`since`)."""
-        self.maps[rows] = maps
-        self.refreshed[rows] = refreshed
+        """Take over another bank's `news`, but for rows that this bank refreshed later."""
+        newer = refreshed > self.refreshed[rows]
+        rows = rows[newer]
+        self.maps[rows] = maps[newer]
+        self.refreshed[rows] = refreshed[newer]
+        self._told = self._next_step()
 
     def state(self) -> dict[str, Tensor]:
         """All that the bank holds."""
@@ -79,8 +84,12 @@ class AttentionBank:
         """Take over what `state` of a bank of as many rows said, in place."""
         self.maps.copy_(state["maps"])
         self.refreshed.copy_(state["refreshed"])
+        self._told = self._next_step()
 
     @property
     def coverage(self) -> float:
         """Share of the rows that were ever seen."""
         return (self.refreshed != _NEVER).float().mean().item()
+
+    def _next_step(self) -> int:
+        return int(self.refreshed.max()) + 1

@@ -66,7 +66,6 @@ class RollingAttention:
     ) -> None:
         self._live, self._every, self._here, self._grid = live, config.every, here, grid
         self.bank = here.share(lambda: AttentionBank(rows, grid))
-        self._exchanged = 0
         self._unwritten: tuple[CropBatch, Tensor, int] | None = None
 
     def __call__(self, crops: CropBatch, step: int) -> Tensor:
@@ -92,19 +91,14 @@ class RollingAttention:
             self._unwritten = None
             self.bank.write(seen, scores.cpu(), step)
 
-    def exchange(self, step: int) -> None:
-        """Bring the banks of all machines to the same content; every rank calls this.
-
-        Args:
-            step: of the run, now; what was refreshed since the last exchange is sent.
-        """
+    def exchange(self) -> None:
+        """Bring the banks of all machines to the same content; every rank calls this."""
         self.flush()
         nodes = self._here.gather(self._here.node)  # also waits for every rank's last write
         if len(set(nodes)) > 1:
             leads = nodes.index(self._here.node) == self._here.rank
-            sent = self._here.gather(self.bank.since(self._exchanged) if leads else None)
+            sent = self._here.gather(self.bank.news() if leads else None)
             for node, news in zip(nodes, sent, strict=True):
                 if leads and news is not None and node != self._here.node:
                     self.bank.merge(*news)
             self._here.gather(None)
-        self._exchanged = step

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import shutil
 import socket
+import sys
+import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +25,10 @@ from torch import Tensor
 from famt.mae import MODELS, Decoder, MaskedAutoencoder
 from pipeline.storage import reason
 from train.config import Pretrain
+from train.distributed import Ranks
+from train.log import write_event
 
+_SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one minute
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 
 # What may differ between a run and its continuation: nothing that is learned depends on it...
@@ -31,6 +38,10 @@ _FREE = {
 }  # fmt: skip
 # ... and what may with --elastic, from the beginning of an epoch.
 _ELASTIC = {"data", "spec", "world_size", "batch_size", "accumulate", "log_steps"}
+
+
+class DamagedError(ValueError):
+    """A file whose bytes are not those that were written."""
 
 
 @dataclass(frozen=True)
@@ -168,12 +179,16 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, *, verified: bool = False) -> Checkpoint:
     """Read a checkpoint file, or the latest one of a run's folder.
+
+    Args:
+        path: of the file or folder.
+        verified: its checksums were compared just now.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is no checkpoint of this program.
+        ValueError: the file is damaged (`DamagedError`), or no checkpoint of this program.
     """
     if path.is_dir():
         found = latest(path)
@@ -181,11 +196,12 @@ def load(path: Path) -> Checkpoint:
             raise FileNotFoundError(f"{path} holds no checkpoint-*.pt; train one first")
         path = found
     try:
-        return Checkpoint(**_read(path))
+        return Checkpoint(**_read(path, verified=verified))
     except (TypeError, ValueError) as error:
         earlier = [each for each in _all(path.parent) if each < path]
         remedy = f"; remove it to go on from {earlier[-1].name}" if earlier else ""
-        raise ValueError(f"{path} is no whole checkpoint of this program{remedy}") from error
+        kind = DamagedError if isinstance(error, DamagedError) else ValueError
+        raise kind(f"{path} is no whole checkpoint of this program{remedy}") from error
 
 
 def load_model(path: Path, *, ema: bool = False) -> MaskedAutoencoder:
@@ -204,25 +220,33 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedAutoencoder:
     return model.eval()
 
 
-def resume(config: Pretrain, circumstances: dict[str, object]) -> tuple[Checkpoint | None, bool]:
+def resume(
+    config: Pretrain, circumstances: dict[str, object], here: Ranks
+) -> tuple[Checkpoint | None, bool]:
     """The checkpoint that a run goes on from, if there is one, and whether with the next batch.
+
+    The main rank alone chooses it, the latest whose bytes are those that were written; the others
+    wait until they see it. Every rank calls this.
 
     Args:
         config: of the run now.
         circumstances: what else must be as it was: device, world size, data.
+        here: this rank.
 
     Returns:
         the checkpoint or None, and False if it must go back to the beginning of the epoch.
 
     Raises:
-        ValueError: the folder's run is another one, or may not be gone on with.
+        ValueError: the folder's run is another one, or may not be gone on with; all of its
+            checkpoints are damaged; or a machine does not see the folder.
     """
-    found = latest(config.out)
+    found = here.from_main(lambda: _choose(config.out))
+    _wait_to_see(config.out, found, here)
     if found is None:
         return None, True
     if config.resume == "never":
         raise ValueError(f"{found} is there; --resume never wants a folder without checkpoints")
-    resumed = load(found)
+    resumed = load(found, verified=here.is_main)
     then, now = _flat(resumed.config), _flat({**config.describe(), **circumstances})
     differing = sorted(name for name in now if then.get(name) != now[name])
     changed = [name for name in differing if name.split(".")[0] not in _FREE]
@@ -234,6 +258,51 @@ def resume(config: Pretrain, circumstances: dict[str, object]) -> tuple[Checkpoi
     if harmless:
         remedy += ", or --elastic to go on from the beginning of the epoch"
     raise ValueError(f"{found} belongs to a run with other options ({differences}); {remedy}")
+
+
+def _choose(folder: Path) -> Path | None:
+    """The latest checkpoint that is whole; those after it are set aside as `*.damaged`."""
+    damaged: list[Path] = []
+    for path in reversed(_all(folder)):
+        why = _damage(path)
+        if why is None:
+            for each in damaged:
+                aside = each.rename(each.with_suffix(".damaged"))
+                told = {"file": aside.name, "going_on_from": path.name}
+                write_event(folder, _step(path), "damaged checkpoint", **told)
+                print(f"{each} is damaged; going on from {path.name}", file=sys.stderr)
+            return path
+        damaged.append(path)
+    if damaged:
+        raise DamagedError(
+            f"{damaged[0]} is damaged and no whole checkpoint is before it; remove it to begin anew"
+        )
+    return None
+
+
+def _wait_to_see(folder: Path, checkpoint: Path | None, here: Ranks) -> None:
+    """Wait until every rank sees what the main one sees in a run's folder.
+
+    Raises:
+        ValueError: one does not, after two minutes.
+    """
+    files = [folder / "lock", *([checkpoint] if checkpoint else [])]
+
+    def look() -> list[tuple[Path, int]]:
+        # A listing makes clients of network file systems ask their server.
+        names = {each.name for each in os.scandir(folder)} if folder.is_dir() else set()
+        return [(each, each.stat().st_size) for each in files if each.name in names]
+
+    mains = here.from_main(look)
+    until = time.monotonic() + _SEEN_WITHIN
+    while not (same := look() == mains) and time.monotonic() < until:
+        time.sleep(0.1)
+    blind = sorted({node for node, sees in here.gather((here.node, same)) if not sees})
+    if blind:
+        raise ValueError(
+            f"{files[-1]} was not seen on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out "
+            "must be a folder on a file system that all machines of the run share"
+        )
 
 
 def _flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -265,14 +334,37 @@ def _write(path: Path, content: dict[str, Any]) -> None:
         ) from error
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, *, verified: bool = False) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    if not verified and (damage := _damage(path)):
+        raise DamagedError(f"{path} is damaged: {damage}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
         raise ValueError(f"{path} is no whole file of this program: {reason(error)}") from error
 
 
+def _damage(path: Path) -> str | None:
+    """What speaks against a file's bytes by its own checksums, or None.
+
+    `torch.save` writes a zip with a CRC-32 for each tensor, and `torch.load` does not look at them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+            return f"the checksum of {record} is another" if record else None
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EINVAL):  # a bad sector; a position that can't be
+            return reason(error)
+        raise
+    except Exception as error:  # zipfile raises a dozen kinds on damaged headers
+        return reason(error)
+
+
 def _all(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name))
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("checkpoint-"))

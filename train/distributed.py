@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -23,7 +25,7 @@ class Ranks:
 
     Attributes:
         rank, world_size: 0 and 1 without a launcher.
-        node: a name that the ranks of one machine have in common.
+        node: name of the machine; its ranks have it in common (`machine`).
         device: what this process computes on.
     """
 
@@ -44,6 +46,23 @@ class Ranks:
         values: list = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, make: Callable[[], Shared]) -> Shared:
+        """What `make` gives on the main rank, on every rank; only that one calls it.
+
+        Raises:
+            Exception: what `make` raised, on every rank.
+        """
+        made: Shared | Exception | None = None
+        if self.is_main:
+            try:
+                made = make()
+            except Exception as error:  # the other ranks wait for an answer
+                made = error
+        made = self.gather(made)[0]
+        if isinstance(made, Exception):
+            raise made
+        return made  # type: ignore[return-value]
 
     def share(self, make: Callable[[], Shared]) -> Shared:
         """One result of `make` for all ranks of a machine, its tensors in shared memory.
@@ -73,6 +92,18 @@ class Ranks:
         return shared  # type: ignore[return-value]
 
 
+def machine() -> str:
+    """A name that processes have in common if, and only if, they can share memory by name.
+
+    That is the host's, the kernel's start and the mounted /dev/shm: launchers number machines each
+    in their own way or not at all, and containers of one machine may have their own /dev/shm.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    kernel = boot.read_text().strip() if boot.exists() else ""
+    memory = os.stat("/dev/shm").st_dev if os.path.isdir("/dev/shm") else 0
+    return f"{socket.gethostname()} ({kernel[:8]}/{memory})"
+
+
 @contextmanager
 def ranks(device: str) -> Iterator[Ranks]:
     """Join the process group that a launcher announces (NCCL on GPUs, gloo on CPUs), and leave it.
@@ -90,7 +121,6 @@ def ranks(device: str) -> Iterator[Ranks]:
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     local = int(os.environ.get("LOCAL_RANK", 0))
-    node = os.environ.get("GROUP_RANK", os.environ.get("NODE_RANK", "0"))
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -99,9 +129,9 @@ def ranks(device: str) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
     try:
         if dist.is_initialized():
-            yield Ranks(dist.get_rank(), dist.get_world_size(), node, chosen)
+            yield Ranks(dist.get_rank(), dist.get_world_size(), machine(), chosen)
         else:
-            yield Ranks(0, 1, node, chosen)
+            yield Ranks(0, 1, machine(), chosen)
     finally:
         if ours:
             dist.destroy_process_group()

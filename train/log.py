@@ -86,14 +86,21 @@ class Log:
         self._board.close()
 
     def _write(self, line: dict[str, object]) -> None:
-        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
-        try:
-            with open(self._path, "a") as file:
-                file.write(
-                    json.dumps({"time": round(time.time(), 1), **rounded}, default=str) + "\n"
-                )
-        except OSError as error:
-            raise OSError(f"{self._path}: could not be written ({error.strerror})") from error
+        _append(self._path, line)
+
+
+def write_event(folder: Path, step: int, name: str, **details: object) -> None:
+    """Log an event of a run whose `Log` is not open yet."""
+    _append(folder / "log.jsonl", {"step": step, "event": name, **details})
+
+
+def _append(path: Path, line: dict[str, object]) -> None:
+    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps({"time": round(time.time(), 1), **rounded}, default=str) + "\n")
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def _step_of(line: str) -> float:

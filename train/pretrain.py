@@ -78,7 +78,7 @@ class Run:
                 config.shards, ScoreCache(config.cache), config.spec if weighs else None
             )
         )
-        resumed, exact = checkpoint.resume(config, self._identity())
+        resumed, exact = checkpoint.resume(config, self._identity(), here)
         self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
@@ -222,7 +222,7 @@ class Run:
                     ahead = self._next(crops, self.step)
                 batch = ahead
             if self.rolling:
-                self.rolling.exchange(self.step)
+                self.rolling.exchange()
         if self.step > saved_step:
             self.save(log)
         self._close(log, finished=True)
@@ -276,7 +276,7 @@ class Run:
     def save(self, log: Log | None = None) -> None:
         """Write a checkpoint of all ranks' state; every rank calls this."""
         if self.rolling:
-            self.rolling.exchange(self.step)
+            self.rolling.exchange()
         loaders = self.here.gather(self.loader.state())
         generators = self.here.gather(self.generator.get_state())
         if self.here.is_main:

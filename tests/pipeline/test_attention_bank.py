@@ -86,16 +86,38 @@ def test_scores_that_say_nothing_are_not_written():
 def test_banks_that_merge_each_others_news_are_equal():
     first, second = AttentionBank(4, 2), AttentionBank(4, 2)
     _write(first, 0, torch.rand(1, 4), step=3)
-    first_known = first.since(4)
     _write(first, 1, torch.rand(1, 4), step=4)
     _write(second, 2, torch.rand(1, 4), step=4)
-    assert len(first_known[0]) == 0
-    assert first.since(4)[0].tolist() == [1]
-    news = first.since(0), second.since(0)
+    news = first.news(), second.news()
     second.merge(*news[0])
     first.merge(*news[1])
     assert torch.equal(first.maps, second.maps)
     assert first.refreshed.tolist() == second.refreshed.tolist() == [3, 4, 4, -1]
+
+
+def test_news_are_what_was_refreshed_since_the_last_news():
+    first, second, again = (AttentionBank(4, 2) for _ in range(3))
+    _write(first, 0, torch.rand(1, 4), step=3)
+    assert first.news()[0].tolist() == [0]
+    assert first.news()[0].tolist() == []
+    _write(first, 1, torch.rand(1, 4), step=4)
+    second.merge(*first.news())
+    assert second.news()[0].tolist() == []  # others know it already
+    again.load_state(second.state())
+    assert again.news()[0].tolist() == []
+    _write(again, 2, torch.rand(1, 4), step=5)
+    assert again.news()[0].tolist() == [2]
+
+
+def test_a_row_that_was_refreshed_later_is_not_overwritten():
+    stale, fresh = AttentionBank(2, 2), AttentionBank(2, 2)
+    _write(stale, 0, torch.rand(1, 4), step=3)
+    _write(stale, 1, torch.rand(1, 4), step=8)
+    _write(fresh, 0, torch.rand(1, 4), step=7)
+    kept, taken = fresh.maps[0].clone(), stale.maps[1].clone()
+    fresh.merge(*stale.news())
+    assert torch.equal(fresh.maps, torch.stack([kept, taken]))
+    assert fresh.refreshed.tolist() == [7, 8]
 
 
 def test_a_bank_comes_back_as_it_was():

@@ -1,13 +1,18 @@
+import dataclasses
 import os
+import random
 import subprocess
 import sys
 
 import pytest
 import torch
+from launch import finish, launch, program_file
 
 from famt.mae import MODELS, MaskedAutoencoder
 from train import checkpoint
 from train.checkpoint import Checkpoint
+
+SEED, FLIPS = int(os.environ.get("FAMT_SEED", "0")), int(os.environ.get("FAMT_FLIPS", "300"))
 
 
 def _state(step, model=None):
@@ -67,6 +72,26 @@ def test_another_file_is_refused_by_name(tmp_path):
             checkpoint.load(tmp_path)
 
 
+def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
+    small = dataclasses.replace(_state(1), model={"w": torch.rand(600)})
+    path = checkpoint.save(tmp_path, small, keep=2)
+    content, draw, refused = path.read_bytes(), random.Random(SEED), 0
+    for _ in range(FLIPS):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            loaded = checkpoint.load(path)
+        except ValueError as error:
+            assert "00000001.pt is no whole checkpoint" in str(error)  # noqa: PT017
+            refused += 1
+        else:  # padding between records
+            assert torch.equal(loaded.model["w"], small.model["w"])
+            assert loaded.loaders == small.loaders
+            assert torch.equal(loaded.generators[0], small.generators[0])
+    assert refused > FLIPS // 3
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
     mounted = subprocess.run(
@@ -98,3 +123,16 @@ def test_a_writer_that_is_killed_leaves_the_previous_one(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
     assert killed.returncode == -9
     assert checkpoint.load(tmp_path).step == 1
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_machine_does_not_see_is_named_on_all_ranks(tmp_path):
+    (tmp_path / "a").mkdir()
+    checkpoint.save(tmp_path / "a", _state(7), keep=2)
+    torch.save({"shards": ["x"], "cache": "y", "out": str(tmp_path)}, tmp_path / "options.pt")
+    program = program_file("resume_unshared")
+    finish(launch(program, str(tmp_path), machines=["a", "a", "b"]))
+    for rank in range(3):
+        assert "checkpoint-00000007.pt was not seen on b within 1 s; --out must be" in (
+            (tmp_path / f"error{rank}").read_text()
+        )

@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 import torch
+from launch import finish, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.join import JoinConfig
@@ -207,12 +208,33 @@ def test_options_that_make_no_sense_are_refused_by_name(config, options, message
         dataclasses.replace(config, **options)
 
 
-def test_a_damaged_checkpoint_names_the_one_before(config):
-    main(dataclasses.replace(config, checkpoint_minutes=0.0))
-    last = checkpoint.latest(config.out)
-    last.write_bytes(last.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"00000009\.pt is no .* go on from checkpoint-00000008"):
-        main(config)
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_says_so(config, tmp_path, capsys):
+    config = dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9)
+    main(config)
+    whole = _weights(config.out)
+    for step in (8, 9):
+        path = config.out / f"checkpoint-{step:08d}.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    main(config)
+    assert "checkpoint-00000009.pt is damaged; going on from checkpoint-00000007.pt" in (
+        capsys.readouterr().err
+    )
+    assert _equal(_weights(config.out), whole)
+    said = [line for line in _log(config.out) if line.get("event") == "damaged checkpoint"]
+    assert [(line["step"], line["file"]) for line in said] == [
+        (7, "checkpoint-00000009.damaged"),
+        (7, "checkpoint-00000008.damaged"),
+    ]
+
+
+def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_unasked(config):
+    main(dataclasses.replace(config, epochs=1))
+    (path,) = config.out.glob("checkpoint-*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"00000003\.pt is damaged .* remove it to begin anew"):
+        main(dataclasses.replace(config, epochs=1))
 
 
 def test_another_model_is_refused_even_by_an_elastic_run(config):
@@ -363,6 +385,24 @@ def _kill(process, out):
         if str(out) in " ".join(worker.info["cmdline"] or []):
             worker.kill()
             worker.wait()
+
+
+@pytest.mark.slow
+def test_two_machines_with_rolling_attention_resume_to_the_bit(config):
+    command = _command(config, "--keep-checkpoints", "99", "--rolling.every", "2")
+
+    def run():
+        finish(launch(command[1], *command[2:], "--out", str(config.out), machines=["a", "b"]))
+
+    run()
+    whole = checkpoint.load(config.out)
+    for path in sorted(config.out.glob("checkpoint-*.pt"))[4:]:
+        path.unlink()  # what is left ends in the middle of the second epoch
+    run()
+    resumed = checkpoint.load(config.out)
+    assert resumed.step == whole.step == 18
+    assert _equal(resumed.model, whole.model)
+    assert _equal(resumed.bank, whole.bank)
 
 
 @pytest.mark.slow

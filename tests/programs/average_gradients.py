@@ -1,0 +1,49 @@
+"""Three steps on a batch that the ranks have a part of each."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from famt.sampling import PatchSplit
+from pipeline.join import JoinConfig, PatchBatch
+from train.config import OptimiserConfig, Pretrain
+from train.distributed import ranks
+from train.pretrain import Run
+
+folder = Path(sys.argv[1])
+options = torch.load(folder / "options.pt")
+with ranks("cpu") as here:
+    run = Run(
+        Pretrain(
+            shards=options["shards"],
+            cache=options["cache"],
+            out=folder / f"run{here.world_size}",
+            model="vit_nano_32",
+            batch_size=8 // here.world_size,
+            device="cpu",
+            attention="off",
+            join=JoinConfig(frequency_exponent=0),
+            accumulate=options["accumulate"] // here.world_size,
+            optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=0),
+            threads=1,
+        ),
+        here,
+    )
+    run.model.train()
+    for _ in range(3):
+        generator = torch.Generator().manual_seed(run.step)
+        split = torch.rand(8, 64, generator=generator).argsort(1).split([28, 26, 10], dim=1)
+        pixels = torch.randint(0, 256, (8, 38, 48), dtype=torch.uint8, generator=generator)
+        whole = PatchBatch(
+            pixels[:, :10], pixels[:, 10:], PatchSplit(*split), torch.arange(8), torch.arange(8)
+        )
+        run.forward_backward(whole.chunk(here.world_size)[here.rank])
+        with torch.no_grad():  # Adam would blow rounding up where a gradient is all but 0
+            for parameter in run.model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+        run.optimizer.zero_grad()
+        run.step += 1
+    if here.is_main:
+        torch.save(run.model.state_dict(), folder / f"weights{here.world_size}.pt")

@@ -1,0 +1,64 @@
+"""Ranks that take up a generation that the main one publishes."""
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from famt.mae import MODELS, MaskedAutoencoder
+from pipeline.cache import ScoreCache
+from pipeline.generations import Generation
+from pipeline.loader import CropBatch
+from pipeline.refresh import refresh_shards
+from pipeline.scores import ModelScoreSpec, encoder_digest
+from pipeline.table import load_table
+from train.config import PeriodicConfig, Pretrain
+from train.distributed import ranks
+from train.refresh import PeriodicAttention
+from train.streams import Stop
+
+folder = Path(sys.argv[1])
+options = torch.load(folder / "options.pt")
+with ranks("cpu") as here:
+    config = Pretrain(
+        shards=options["shards"],
+        cache=options["cache"],
+        out=folder,
+        model="vit_nano_32",
+        attention="periodic",
+        periodic=PeriodicConfig(every=9),
+    )
+    cache = ScoreCache(config.cache)
+    table = here.share(lambda: load_table(config.shards, cache, None))
+    torch.manual_seed(0)
+    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder.eval()
+    periodic = PeriodicAttention(config, "run-a", table, 8, here)
+    periodic.begin_epoch(0, 0, encoder, Stop(), None)
+    first = periodic.current
+    if here.is_main:
+        spec = ModelScoreSpec("famt", 8, 32, encoder_digest(encoder.state_dict()))
+        list(
+            refresh_shards(
+                encoder,
+                table.urls,
+                cache,
+                spec,
+                batch_size=8,
+                threads=1,
+                device=torch.device("cpu"),
+            )
+        )
+        cache.generations.publish(Generation("run-a", 0, spec, table.digest, len(table)))
+    for epoch in range(1, 200):
+        periodic.begin_epoch(epoch, epoch, encoder, Stop(), None)
+        if periodic.current:
+            break
+        time.sleep(0.1)
+    rows = torch.arange(26)
+    windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(26, 4)
+    crops = CropBatch(torch.zeros(26, 1, 1, 3), rows, windows, torch.zeros(26, dtype=torch.bool))
+    torch.save(
+        (first, epoch, periodic.current.step, periodic.read(crops, 0)), folder / f"{here.rank}.pt"
+    )
+    periodic.close(finished=True)
