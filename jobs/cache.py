@@ -32,7 +32,7 @@ from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import score_shard
 from pipeline.scores import ScoreSpec, is_generation
 from pipeline.shards import content_id
-from pipeline.table import load_table
+from pipeline.table import load_maps, load_samples
 from train.figures import draw
 from train.program import run_program
 
@@ -227,11 +227,11 @@ class Show:
     """of the choice of photos"""
 
     def run(self) -> int:
-        table = load_table(self.shards, ScoreCache(self.cache), self.spec)
+        cache = ScoreCache(self.cache)
+        table = load_samples(self.shards, cache)
         config = LoaderConfig(batch_size=min(self.images, len(table)), view=WholeView(), threads=1)
         crops = next(iter(CropLoader(table, config, drop_last=True, seed=self.seed)))
-        assert table.maps is not None
-        maps = table.maps[crops.rows].float().numpy()
+        maps = load_maps(table, cache, self.spec)[crops.rows].float().numpy()
         self.out.parent.mkdir(parents=True, exist_ok=True)
         draw({"photo": crops.images.numpy(), self.spec.kind: maps}).save(self.out)
         print(self.out)
@@ -268,7 +268,7 @@ def _contradiction(
             continue
         try:
             scored, table = score_shard(data, spec, url), cache.read_table(shard_id)
-            maps = cache.read_maps(shard_id, spec)
+            maps = cache.read_maps([shard_id], spec)[0]
         except CacheError as error:
             return str(error)
         if scored.table.key != table.key or not all(

@@ -23,7 +23,7 @@ from jobs import make_shards, precompute_freq
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.loader import RandomView
-from pipeline.table import load_table
+from pipeline.table import load_samples
 from pipeline.writer import DIGITS
 from train import figures, linear_probe, pretrain
 from train.config import OptimiserConfig, Pretrain
@@ -63,7 +63,7 @@ def main(demo: Demo) -> None:
             precompute_freq.PrecomputeFreq(shards=[*train, *val], cache=cache, max_bad=1.0)
         )
         ray.shutdown()
-    images = len(load_table(train, ScoreCache(cache), None))
+    images = len(load_samples(train, ScoreCache(cache)))
     with _stage("3. FAMT pre-training"):
         pretrain.main(
             Pretrain(

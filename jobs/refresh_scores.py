@@ -33,7 +33,7 @@ from pipeline.cache import ScoreCache
 from pipeline.generations import Generation
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
-from pipeline.table import load_table
+from pipeline.table import load_samples
 from train.checkpoint import Encoder, load_encoder
 from train.program import run_program
 from train.refresh import finished_path
@@ -151,7 +151,7 @@ def _refresh(encoder: Encoder, args: RefreshScores) -> int:
         encoder=encoder_digest(encoder.weights),
         precision=args.precision,
     )
-    table = load_table(urls, cache, None)
+    table = load_samples(urls, cache)
     started = time.perf_counter()
     failed = {}
     with tqdm(total=len(urls), desc=f"step {encoder.step}: {spec.id}", unit="shard") as bar:

@@ -17,7 +17,7 @@ _NEVER = -1
 
 
 class AttentionBank:
-    """An attention map for every row of a `ScoreTable`.
+    """An attention map for every row of a `SampleTable`.
 
     A crop tells how its patches compare with one another, not with the rest of the image. So what
     is written is scaled to the mean that the bank has in that window, and the mean of a map over

@@ -64,19 +64,6 @@ class ShardTable:
 
 
 @dataclass(frozen=True)
-class ShardRows:
-    """What training needs of a shard: a row a sample kept, in tar order.
-
-    Attributes:
-        samples: int64 `[n, 3]`: offset and size of the image in the tar, and its label.
-        maps: float16 `[n, G, G]`, or None if no score was asked for.
-    """
-
-    samples: NDArray[np.int64]
-    maps: NDArray[np.float16] | None
-
-
-@dataclass(frozen=True)
 class ShardSummary:
     """A shard's table in numbers.
 
@@ -247,63 +234,66 @@ class ScoreCache:
             damage=attributes["damage"],
         )
 
-    def read_maps(self, shard_id: str, spec: Spec) -> NDArray[np.float16]:
-        """The maps `[n, G, G]` of a shard, in the order of its table.
+    def read_samples(self, shard_ids: list[str]) -> list[NDArray[np.int64]]:
+        """Offset, size and label `[n, 3]` of the samples that shards keep, read side by side.
 
         Raises:
-            CacheError: no whole entry, or none of this spec.
+            CacheError: no whole entry, or one of another format.
         """
-        maps = self.read_rows([shard_id], spec)[0].maps
-        assert maps is not None
+        samples = self._read_side_by_side(shard_ids, "samples")
+        for shard_id, rows in zip(shard_ids, samples, strict=True):
+            # zarr reads a chunk that is gone as zeros, and no size is zero.
+            if (rows[:, 1] <= 0).any():
+                raise self._damaged(shard_id)
+        return samples
+
+    def read_maps(self, shard_ids: list[str], spec: Spec) -> list[NDArray[np.float16]]:
+        """The maps `[n, G, G]` of shards, each in the order of its samples, read side by side.
+
+        Raises:
+            CacheError: no whole entry, none of this spec, or one of another format.
+        """
+        maps = self._read_side_by_side(shard_ids, spec.id)
+        for shard_id, each in zip(shard_ids, maps, strict=True):
+            if not each.any(axis=(1, 2)).all():  # as above: no map is all zeros
+                raise self._damaged(shard_id)
         return maps
 
-    def read_rows(self, shard_ids: list[str], spec: Spec | None) -> list[ShardRows]:
-        """Rows of many shards, read side by side; maps too if a spec is given.
-
-        Raises:
-            CacheError: no whole entry, none of this spec, or one of a newer format.
-        """
+    def _read_side_by_side(self, shard_ids: list[str], name: str) -> list[NDArray]:
         store = ObjectStore(self._store, read_only=True)
-        names = ["samples"] if spec is None else ["samples", spec.id]
 
-        async def read(shard_id: str, turn: asyncio.Semaphore) -> ShardRows:
+        async def read(shard_id: str, turn: asyncio.Semaphore) -> NDArray:
             async with turn:
                 try:
                     text = await obstore.get_async(self._store, f"shards/{shard_id}/zarr.json")
-                    self._attributes(shard_id, bytes(await text.bytes_async()))
+                    attributes = self._attributes(shard_id, bytes(await text.bytes_async()))
                 except FileNotFoundError:
                     raise self._no_entry(shard_id) from None
-                arrays = []
-                for name in names:
-                    try:
-                        array = await zarr.api.asynchronous.open_array(
-                            store=store, path=f"shards/{shard_id}/{name}", mode="r", zarr_format=3
-                        )
-                    except FileNotFoundError:
-                        raise CacheError(
-                            f"shard {shard_id} in {self.url} has no maps of {name}"
-                        ) from None
-                    arrays.append(np.asarray(await array.getitem(...)))
-                rows = ShardRows(arrays[0], arrays[1] if spec else None)
-                # zarr reads a chunk that is gone as zeros, and no size or map is all zeros.
-                if (rows.samples[:, 1] <= 0).any() or (
-                    rows.maps is not None
-                    and (
-                        len(rows.maps) != len(rows.samples) or not rows.maps.any(axis=(1, 2)).all()
+                try:
+                    array = await zarr.api.asynchronous.open_array(
+                        store=store, path=f"shards/{shard_id}/{name}", mode="r", zarr_format=3
                     )
-                ):
+                except FileNotFoundError:
                     raise CacheError(
-                        f"shard {shard_id} in {self.url} is damaged: an object of it is gone. "
-                        f"Remove {self.url}/shards/{shard_id} and run jobs/precompute_freq.py again"
-                    )
-                return rows
+                        f"shard {shard_id} in {self.url} has no maps of {name}"
+                    ) from None
+                values = np.asarray(await array.getitem(...))
+                if len(values) != attributes["kept"]:
+                    raise self._damaged(shard_id)
+                return values
 
-        async def read_all() -> list[ShardRows]:
+        async def read_all() -> list[NDArray]:
             turn = asyncio.Semaphore(_CONCURRENT_READS)
             return await asyncio.gather(*(read(shard_id, turn) for shard_id in shard_ids))
 
         with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
             return pool.submit(asyncio.run, read_all()).result()
+
+    def _damaged(self, shard_id: str) -> CacheError:
+        return CacheError(
+            f"shard {shard_id} in {self.url} is damaged: an object of it is gone. "
+            f"Remove {self.url}/shards/{shard_id} and run jobs/precompute_freq.py again"
+        )
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, whole or partial, in the order of shard ids."""

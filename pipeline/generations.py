@@ -33,7 +33,7 @@ class Generation:
         run: id of the training run.
         step: optimiser steps that the encoder had done.
         spec: what was computed.
-        data: `ScoreTable.digest` of the shards.
+        data: `SampleTable.digest` of the shards.
         images: how many were scored.
     """
 

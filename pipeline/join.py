@@ -11,7 +11,6 @@ from famt.geometry import crop_maps
 from famt.patches import gather_patches
 from famt.sampling import PatchSplit, patch_weights, sample_patches
 from pipeline.loader import CropBatch
-from pipeline.table import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -36,23 +35,21 @@ class PatchBatch:
         visible: `[B, V, P*P*3]` uint8 pixels of the patches that the encoder sees.
         masked: `[B, M, P*P*3]` uint8 pixels of the patches to reconstruct.
         split: positions of all three groups, on the device of the pixels.
-        rows: `[B]` int64 on the CPU, rows in the `ScoreTable`.
-        labels: `[B]` int64 on the CPU, -1 where a sample has none.
+        rows: `[B]` int64 on the CPU, rows in the `SampleTable`.
     """
 
     visible: Tensor
     masked: Tensor
     split: PatchSplit
     rows: Tensor
-    labels: Tensor
 
     def chunk(self, parts: int) -> list[PatchBatch]:
         """The batch in equal parts, one after another."""
         splits = zip(*(each.chunk(parts) for each in vars(self.split).values()), strict=True)
-        others = (each.chunk(parts) for each in (self.visible, self.masked, self.rows, self.labels))
+        others = (each.chunk(parts) for each in (self.visible, self.masked, self.rows))
         return [
-            PatchBatch(visible, masked, PatchSplit(*split), rows, labels)
-            for split, visible, masked, rows, labels in zip(splits, *others, strict=True)
+            PatchBatch(visible, masked, PatchSplit(*split), rows)
+            for split, visible, masked, rows in zip(splits, *others, strict=True)
         ]
 
 
@@ -74,7 +71,7 @@ def crop_scores(maps: Tensor, crops: CropBatch, grid: int) -> Tensor:
 
 def join_weights(
     crops: CropBatch,
-    table: ScoreTable,
+    maps: Tensor | None,
     grid: int,
     config: JoinConfig,
     attention: Tensor | None = None,
@@ -83,7 +80,7 @@ def join_weights(
 
     Args:
         crops: views on images.
-        table: the images' score maps.
+        maps: `[R, G, G]` the images' score maps, or None for none.
         grid: patches a side of a crop.
         config: exponents.
         attention: `[B, grid**2]` attention scores of the crops, if there are any.
@@ -92,8 +89,8 @@ def join_weights(
         `[B, grid**2]` float32, >= 0; all ones if there is no signal at all.
     """
     signals: dict[str, Tensor] = {}
-    if table.maps is not None:
-        signals["frequency"] = crop_scores(table.maps, crops, grid)
+    if maps is not None:
+        signals["frequency"] = crop_scores(maps, crops, grid)
     if attention is not None:
         signals["attention"] = attention
     if not signals:
@@ -106,7 +103,6 @@ def join_weights(
 
 def split_crops(
     crops: CropBatch,
-    table: ScoreTable,
     weights: Tensor,
     patch_size: int,
     config: JoinConfig,
@@ -119,5 +115,4 @@ def split_crops(
         masked=gather_patches(crops.images, split.masked, patch_size),
         split=split,
         rows=crops.rows,
-        labels=table.labels[crops.rows],
     )

@@ -20,7 +20,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipeline.table import ScoreTable
+from pipeline.table import SampleTable
 
 Interpolation = Literal["bicubic", "bilinear"]
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
@@ -87,7 +87,7 @@ class CropBatch:
 
     Attributes:
         images: `[B, S, S, 3]` uint8 on the training device.
-        rows: `[B]` int64 on the CPU, the image's row in the `ScoreTable`.
+        rows: `[B]` int64 on the CPU, the image's row in the `SampleTable`.
         windows: `[B, 4]` float32 on the CPU: top, left, height, width of the crop in fractions of
             the upright image.
         flips: `[B]` bool on the CPU.
@@ -132,7 +132,7 @@ class CropLoader:
 
     def __init__(
         self,
-        table: ScoreTable,
+        table: SampleTable,
         config: LoaderConfig,
         *,
         drop_last: bool,
@@ -237,7 +237,7 @@ class CropLoader:
         end = (share + 1) * self._samples // self.world_size
         return end - share * self._samples // self.world_size
 
-    def _setup(self, table: ScoreTable, seed: int) -> str:
+    def _setup(self, table: SampleTable, seed: int) -> str:
         """Everything that decides which sample comes next, spelled out."""
         config = self.config
         return (

@@ -12,7 +12,7 @@ from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.scores import ModelScoreSpec
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 
 def refresh_shards(
@@ -48,7 +48,7 @@ def refresh_shards(
     missing = []
     for url in urls:
         if url not in known:
-            load_table([url], cache, None)  # raises, with reason and remedy
+            load_samples([url], cache)  # raises, with reason and remedy
         shard_id = known[url].shard_id
         if cache.has_entry(shard_id, spec):
             yield url
@@ -60,7 +60,7 @@ def refresh_shards(
             yield url
     if not missing:
         return
-    table = load_table(missing, cache, None)
+    table = load_samples(missing, cache)
     loader = CropLoader(
         table,
         LoaderConfig(

@@ -1,4 +1,4 @@
-"""All score maps of a training set in RAM, and the DALI index that carries their row numbers."""
+"""The samples of a training set and their score maps in RAM, a row an image."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +23,19 @@ from pipeline.shards import write_dali_index
 
 
 @dataclass(frozen=True)
-class ScoreTable:
-    """Every sample of a set of shards: row r is one image, the same in all arrays.
+class SampleTable:
+    """Every sample of a set of shards: row r is one image, the same in all arrays and in maps.
 
     Attributes:
+        patterns: that named the shards.
         urls: shards, in the order that rows follow.
-        maps: `[R, G, G]` float16, mean 1 an image; None if no score was asked for.
         labels: `[R]` int64, -1 where a sample has none.
         first_row: `[S + 1]`, rows of shard s are `first_row[s] : first_row[s + 1]`.
         shard_ids: content id of each shard.
     """
 
+    patterns: list[str]
     urls: list[str]
-    maps: Tensor | None
     labels: Tensor
     first_row: list[int]
     shard_ids: list[str]
@@ -65,43 +66,31 @@ class ScoreTable:
         return folder
 
 
-def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -> ScoreTable:
-    """Resolve shards through the cache's manifests and read their maps into RAM.
+def load_samples(patterns: list[str], cache: ScoreCache) -> SampleTable:
+    """Resolve shards through the cache's manifests and read what they hold.
 
     Args:
         patterns: shards; see `storage.expand`.
-        cache: where the scores are.
-        spec: which score; None reads tables without maps, for work that needs no scores.
+        cache: where their tables are.
 
     Raises:
-        CacheError: a shard that the cache does not know, that changed since it was scored, or that
-            has no maps of this spec. Names the first such shard, the reason, the number of others,
-            and the command that repairs it.
+        CacheError: a shard that the cache does not know, or that changed since it was scored. Names
+            the first such shard, the reason, the number of others, and the command that repairs it.
         FileNotFoundError: a pattern that matches nothing.
     """
     urls = storage.expand(patterns)
     records = cache.manifests.lookup(urls)
-    with ThreadPoolExecutor(32) as pool:
-        stale = [
-            f"{url}: {reason}"
-            for url, reason in pool.map(
-                lambda url: (url, _staleness(url, records, cache, spec)), urls
-            )
-            if reason
-        ]
-        if stale:
-            others = f" (and {len(stale) - 1} more shards)" if len(stale) > 1 else ""
-            raise CacheError(f"{stale[0]}{others}. {_remedy(patterns, cache, spec)}")
+    remedy = _remedy(patterns, cache, ScoreSpec())
+    _refuse_stale(urls, lambda url: _staleness(url, records, cache), remedy)
     ids = [records[url].shard_id for url in urls]
-    rows = cache.read_rows(ids, spec)
-    counts = [len(shard.samples) for shard in rows]
+    rows = cache.read_samples(ids)
+    counts = [len(shard) for shard in rows]
     if not sum(counts):
         raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
-    samples = np.concatenate([shard.samples for shard in rows])
-    maps = [shard.maps for shard in rows if shard.maps is not None]
-    return ScoreTable(
+    samples = np.concatenate(rows)
+    return SampleTable(
+        patterns=patterns,
         urls=urls,
-        maps=torch.from_numpy(np.concatenate(maps)) if spec else None,
         labels=torch.from_numpy(samples[:, 2].copy()),
         first_row=[0, *itertools.accumulate(counts)],
         shard_ids=ids,
@@ -110,9 +99,32 @@ def load_table(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -
     )
 
 
-def _staleness(
-    url: str, records: dict[str, ShardRecord], cache: ScoreCache, spec: ScoreSpec | None
-) -> str | None:
+def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tensor:
+    """The score maps of samples, `[R, G, G]` float16, mean 1 an image, row by row as `samples`.
+
+    Raises:
+        CacheError: a shard without maps of this spec; see `load_samples` for what it names.
+    """
+    ids = dict(zip(samples.urls, samples.shard_ids, strict=True))
+
+    def lacking(url: str) -> str | None:
+        there = cache.has_entry(ids[url], spec)
+        return None if there else f"the score cache {cache.url} has no maps of {spec.id} for it"
+
+    _refuse_stale(samples.urls, lacking, _remedy(samples.patterns, cache, spec))
+    return torch.from_numpy(np.concatenate(cache.read_maps(samples.shard_ids, spec)))
+
+
+def _refuse_stale(urls: list[str], why: Callable[[str], str | None], remedy: str) -> None:
+    with ThreadPoolExecutor(32) as pool:
+        reasons = dict(zip(urls, pool.map(why, urls), strict=True))
+    stale = [f"{url}: {reason}" for url, reason in reasons.items() if reason]
+    if stale:
+        others = f" (and {len(stale) - 1} more shards)" if len(stale) > 1 else ""
+        raise CacheError(f"{stale[0]}{others}. {remedy}")
+
+
+def _staleness(url: str, records: dict[str, ShardRecord], cache: ScoreCache) -> str | None:
     if url not in records:
         return f"the score cache {cache.url} does not know this shard"
     try:
@@ -120,18 +132,17 @@ def _staleness(
             return f"changed since its scores were put into {cache.url}"
     except FileNotFoundError:
         return "no such file"
-    if not cache.has_entry(records[url].shard_id, spec):
-        wanted = f"maps of {spec.id}" if spec else "whole entry"
-        return f"the score cache {cache.url} has no {wanted} for it"
+    if not cache.has_entry(records[url].shard_id, None):
+        return f"the score cache {cache.url} has no whole entry for it"
     return None
 
 
-def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None) -> str:
+def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
     command = ["python jobs/precompute_freq.py --shards", *(f"'{each}'" for each in patterns)]
     command.append(f"--cache {cache.url}")
     default = ScoreSpec()
     for field in dataclasses.fields(ScoreSpec):
-        value = getattr(spec or default, field.name)
+        value = getattr(spec, field.name)
         if value != getattr(default, field.name):
             text = " ".join(map(str, value)) if isinstance(value, tuple) else value
             command.append(f"--spec.{field.name.replace('_', '-')} {text}")

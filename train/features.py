@@ -12,7 +12,7 @@ from tqdm import tqdm
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CentreView, CropLoader, LoaderConfig
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 Pool = Literal["cls", "mean"]
 
@@ -45,7 +45,7 @@ def labelled_features(
     Raises:
         ValueError: an image has no class.
     """
-    table = load_table(shards, cache, None)
+    table = load_samples(shards, cache)
     missing = (table.labels < 0).nonzero()
     if len(missing):
         raise ValueError(

@@ -34,7 +34,7 @@ from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, crop_scores, join_weights, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
-from pipeline.table import ScoreTable, load_table
+from pipeline.table import load_maps, load_samples
 from train.attention import LiveAttention
 from train.checkpoint import load, load_model
 from train.program import run_program
@@ -64,8 +64,9 @@ def main(config: Figures) -> Path:
     """Draw the picture; returns where it is."""
     model = load_model(config.checkpoint)
     run = load(config.checkpoint).config
-    spec = ScoreSpec(**run["spec"]) if run["join"]["frequency_exponent"] else None
-    table = load_table(config.shards, ScoreCache(config.cache), spec)
+    cache, spec = ScoreCache(config.cache), ScoreSpec(**run["spec"])
+    table = load_samples(config.shards, cache)
+    maps = load_maps(table, cache, spec) if run["join"]["frequency_exponent"] else None
     loader = CropLoader(
         table,
         LoaderConfig(
@@ -83,7 +84,7 @@ def main(config: Figures) -> Path:
         attention = LiveAttention(model.encoder, run["attention_score"])(crops.images)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     join = JoinConfig(**run["join"])
-    picture(model, table, crops, join, attention, config.seed).save(config.out)
+    picture(model, maps, crops, join, attention, config.seed).save(config.out)
     print(config.out)
     return config.out
 
@@ -91,7 +92,7 @@ def main(config: Figures) -> Path:
 @torch.no_grad()
 def picture(
     model: MaskedAutoencoder,
-    table: ScoreTable,
+    maps: Tensor | None,
     crops: CropBatch,
     join: JoinConfig,
     attention: Tensor | None,
@@ -105,15 +106,15 @@ def picture(
     """
     grid, patch_size = model.config.grid, model.config.patch_size
     device = crops.images.device
-    weights = join_weights(crops, table, grid, join, attention)
+    weights = join_weights(crops, maps, grid, join, attention)
     if attention is None:
         attention = LiveAttention(model.encoder, "famt")(crops.images)
     generator = torch.Generator(device).manual_seed(seed)
-    batch = split_crops(crops, table, weights, patch_size, join, generator)
+    batch = split_crops(crops, weights, patch_size, join, generator)
     patches = patchify(crops.images, patch_size)
     columns = {"crop": crops.images}
-    if table.maps is not None:
-        frequency = crop_scores(table.maps, crops, grid)
+    if maps is not None:
+        frequency = crop_scores(maps, crops, grid)
         columns["frequency"] = frequency.view(-1, grid, grid)
     columns |= {
         "attention": attention.view(-1, grid, grid),

@@ -39,7 +39,7 @@ from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, join_weights, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig
-from pipeline.table import ScoreTable, load_table
+from pipeline.table import load_maps, load_samples
 from train import checkpoint, figures
 from train.attention import LiveAttention, RollingAttention
 from train.checkpoint import Checkpoint
@@ -73,10 +73,10 @@ class Run:
         self.clock = Clock(here.device)
         self.side = SideStream(here.device)
         weighs = config.join.frequency_exponent != 0
-        self.table: ScoreTable = here.share(
-            lambda: load_table(
-                config.shards, ScoreCache(config.cache), config.spec if weighs else None
-            )
+        cache = ScoreCache(config.cache)
+        self.table = here.share(lambda: load_samples(config.shards, cache))
+        self.maps = (
+            here.share(lambda: load_maps(self.table, cache, config.spec)) if weighs else None
         )
         resumed, exact = checkpoint.resume(config, self._identity(), here)
         self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
@@ -236,10 +236,8 @@ class Run:
             plain = attention is None  # the first generation is still to come
         join = PLAIN_MAE if plain else self.config.join
         with self.clock.stage("join"):
-            weights = join_weights(crops, self.table, self.sizes.grid, join, attention)
-            return split_crops(
-                crops, self.table, weights, self.sizes.patch_size, join, self.generator
-            )
+            weights = join_weights(crops, self.maps, self.sizes.grid, join, attention)
+            return split_crops(crops, weights, self.sizes.patch_size, join, self.generator)
 
     def forward_backward(self, batch: PatchBatch) -> torch.Tensor:
         """Add up the gradients of a batch; returns the mean loss, still on the device."""
@@ -333,7 +331,7 @@ class Run:
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.table)} images in {len(self.table.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches",
-            "weights": f"{cached if self.table.maps is not None else 'uniform'}; {how}",
+            "weights": f"{cached if self.maps is not None else 'uniform'}; {how}",
             "patches": _counts(sizes.grid, config.join),
             "steps": f"{self.total_steps} = {config.epochs} epochs x {self.steps_per_epoch}, "
             f"{self.warmup_steps} of warm-up; {self.step - self.schedule_start} done",
@@ -402,7 +400,7 @@ class Run:
             attention = self.attend(crops, self.step)
             plain = attention is None
         join = PLAIN_MAE if plain else self.config.join
-        return figures.picture(self.model, self.table, crops, join, attention)
+        return figures.picture(self.model, self.maps, crops, join, attention)
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.config.precision == "bf16"

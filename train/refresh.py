@@ -24,7 +24,7 @@ from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
 from pipeline.manifest import CacheError
 from pipeline.scores import ModelScoreSpec
-from pipeline.table import ScoreTable
+from pipeline.table import SampleTable
 from train import checkpoint
 from train.checkpoint import Encoder
 from train.config import Pretrain
@@ -57,7 +57,7 @@ class PeriodicAttention:
     """
 
     def __init__(
-        self, config: Pretrain, run: str, table: ScoreTable, grid: int, here: Ranks
+        self, config: Pretrain, run: str, table: SampleTable, grid: int, here: Ranks
     ) -> None:
         self.current: Generation | None = None
         self._config, self._run, self._table, self._here = config, run, table, here
@@ -248,8 +248,8 @@ class PeriodicAttention:
         return found[-1] if found else None
 
     def _load(self, generation: Generation) -> Tensor:
-        rows = self._cache.read_rows(self._table.shard_ids, generation.spec)
-        return torch.from_numpy(np.concatenate([r.maps for r in rows if r.maps is not None]))
+        maps = self._cache.read_maps(self._table.shard_ids, generation.spec)
+        return torch.from_numpy(np.concatenate(maps))
 
     def _load_ahead(self, generation: Generation) -> Tensor:
         """Read a generation that an epoch may begin with, and keep it from being collected."""

@@ -30,7 +30,7 @@ from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, join_weights, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.scores import ScoreSpec
-from pipeline.table import ScoreTable, load_table
+from pipeline.table import SampleTable, load_maps, load_samples
 
 _READY = 2  # batches that DALI holds ready when a turn begins; they are not counted
 
@@ -57,7 +57,7 @@ class Loader:
             measure.scored(self.shards, spec) as (urls, cache),
             tempfile.TemporaryDirectory(prefix="famt-folder-") as folder,
         ):
-            table = load_table(urls, cache, spec)
+            table = load_samples(urls, cache)
             # Both graphs decode the incomplete last batch of an epoch, which a loader then drops.
             runs = math.ceil(len(table) / self.batch_size)
             epochs = math.ceil((self.images / self.batch_size + _READY) / runs)
@@ -65,7 +65,7 @@ class Loader:
             _extract(table, cache, Path(folder))
             rates = measure.rates(
                 {
-                    "joined": self._joined(table, epochs),
+                    "joined": self._joined(table, load_maps(table, cache, spec), epochs),
                     "bare": self._bare(table, epochs * runs),
                     "torchvision": self._torchvision(folder, images),
                 },
@@ -85,21 +85,21 @@ class Loader:
                 rates[name],
             )
 
-    def _joined(self, table: ScoreTable, epochs: int) -> Callable[[], None]:
+    def _joined(self, table: SampleTable, maps: torch.Tensor, epochs: int) -> Callable[[], None]:
         join = JoinConfig()
         loader = CropLoader(table, self._config(), drop_last=True)
 
         def work() -> None:
             for _ in range(epochs):
                 for crops in loader:
-                    weights = join_weights(crops, table, 14, join)
-                    batch = split_crops(crops, table, weights, 16, join)
+                    weights = join_weights(crops, maps, 14, join)
+                    batch = split_crops(crops, weights, 16, join)
                     normalise(batch.visible)
                     normalise(batch.masked)
 
         return work
 
-    def _bare(self, table: ScoreTable, runs: int) -> Callable[[], None]:
+    def _bare(self, table: SampleTable, runs: int) -> Callable[[], None]:
         indices = table.write_indices()
         graph = _crop_graph(
             table.urls,
@@ -141,7 +141,7 @@ class Loader:
         return LoaderConfig(batch_size=self.batch_size, threads=self.threads)
 
 
-def _extract(table: ScoreTable, cache: ScoreCache, folder: Path) -> None:
+def _extract(table: SampleTable, cache: ScoreCache, folder: Path) -> None:
     """Write the table's images as files, all in one class."""
     (folder / "all").mkdir()
     for shard_id, url in zip(table.shard_ids, table.urls, strict=True):

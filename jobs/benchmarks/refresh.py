@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Refresh:
     def _refresh(
         self, encoder: VisionTransformer, urls: list[str], cache: ScoreCache, spec: ModelScoreSpec
     ) -> Callable[[], None]:
-        (shard_id,) = load_table(urls, cache, None).shard_ids
+        (shard_id,) = load_samples(urls, cache).shard_ids
 
         def work() -> None:
             cache.remove(shard_id, spec.id)  # what is there would not be made again

@@ -18,7 +18,7 @@ from pipeline import storage
 from pipeline.cache import ScoreCache, ShardTable
 from pipeline.manifest import ShardRecord
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_table
+from pipeline.table import load_maps, load_samples
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Scale:
             cache.manifests.publish(records)
             before = measure.resident_bytes()
             started = time.perf_counter()
-            loaded = load_table([f"{folder}/shards"], cache, spec)
+            loaded = load_samples([f"{folder}/shards"], cache)
+            loaded_maps = load_maps(loaded, cache, spec)
             seconds["load"] = time.perf_counter() - started
             memory = measure.resident_bytes() - before
             started = time.perf_counter()
@@ -70,14 +71,13 @@ class Scale:
             seconds["second_precompute"] = time.perf_counter() - started
             entries = list(cache.entries())
             images = self.shards * self.images_per_shard
-            assert loaded.maps is not None
             yield {
                 **measure.line(
                     "scale",
                     f"MB of memory that the table of {images} images takes",
                     memory / 1e6,
                     "MB of its score maps alone",
-                    loaded.maps.nbytes / 1e6,
+                    loaded_maps.nbytes / 1e6,
                 ),
                 "shards": self.shards,
                 "seconds": {name: round(each, 2) for name, each in seconds.items()},

@@ -17,7 +17,7 @@ from jobs.cache import Gc, Ls, Show, Verify, main
 from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,16 +54,16 @@ def test_verify_agrees_with_a_sound_cache(with_bad, capsys):
 
 
 def test_verify_finds_maps_that_are_not_the_tars(scored, capsys):
-    shard_id = load_table(scored.shards[:1], scored.cache, scored.spec).shard_ids[0]
+    shard_id = load_samples(scored.shards[:1], scored.cache).shard_ids[0]
     table = scored.cache.read_table(shard_id)
-    maps = scored.cache.read_maps(shard_id, scored.spec)
+    maps = scored.cache.read_maps([shard_id], scored.spec)[0]
     scored.cache.write(shard_id, table, scored.spec, np.roll(maps, 1, axis=0))
     assert main(Verify(scored.cache.url)) == 1
     assert "train-000000.tar: border_geodesic" in capsys.readouterr().out
 
 
 def test_verify_finds_an_object_that_went_missing(scored, capsys):
-    shard_id = load_table(scored.shards[:1], scored.cache, scored.spec).shard_ids[0]
+    shard_id = load_samples(scored.shards[:1], scored.cache).shard_ids[0]
     shutil.rmtree(Path(scored.cache.url) / "shards" / shard_id / "samples" / "c")
     assert main(Verify(scored.cache.url)) == 1
     assert "train-000000.tar: " in capsys.readouterr().out
@@ -87,7 +87,7 @@ def _age(cache):
 
 def test_gc_removes_what_no_manifest_names_and_partial_writes(scored, spec, tmp_path, capsys):
     cache = scored.cache
-    ids = load_table(scored.shards, cache, spec).shard_ids
+    ids = load_samples(scored.shards, cache).shard_ids
     Path(scored.shards[0]).write_bytes(tar_bytes(photo_members(3, 70)))
     score([Path(scored.shards[0])], cache, spec)  # the old entry has no name any more
     partial = Path(cache.url) / "shards" / ("f" * 32)
@@ -104,7 +104,7 @@ def test_gc_removes_what_no_manifest_names_and_partial_writes(scored, spec, tmp_
     assert "only partly written" in out
     assert {entry.shard_id for entry in cache.entries()} >= set(ids[1:])
     assert len(list(cache.entries())) == 3
-    assert len(load_table(scored.shards, cache, spec)) == 19
+    assert len(load_samples(scored.shards, cache)) == 19
 
 
 def _killed(code, *arguments):
@@ -120,7 +120,7 @@ def _everything(cache):
 def test_gc_removes_the_staging_files_of_killed_writers(scored, capsys):
     cache = scored.cache
     before = _everything(cache)
-    (shard_id, *_) = load_table(scored.shards, cache, scored.spec).shard_ids
+    (shard_id, *_) = load_samples(scored.shards, cache).shard_ids
     code = """
 import os, signal, sys
 import obstore
@@ -177,12 +177,12 @@ precompute_shard(sys.argv[1], ScoreCache(sys.argv[2]), ScoreSpec(kind="lowpass",
     main(Gc(cache.url))
     assert "unfinished" in capsys.readouterr().out
     assert _everything(cache) == before
-    assert len(load_table(scored.shards, cache, scored.spec)) == 26
+    assert len(load_samples(scored.shards, cache)) == 26
 
 
 def test_gc_forgets_shards_that_were_deleted(scored, spec, capsys):
     cache = scored.cache
-    ids = load_table(scored.shards, cache, spec).shard_ids
+    ids = load_samples(scored.shards, cache).shard_ids
     copy = scored.folder / "copy.tar"
     shutil.copy(scored.shards[1], copy)
     score([copy], cache, spec)
@@ -195,7 +195,7 @@ def test_gc_forgets_shards_that_were_deleted(scored, spec, capsys):
     assert "train-000000.tar: the tar is gone" in capsys.readouterr().out
     assert set(cache.manifests.read(str(scored.folder))) == {"copy.tar", "train-000002.tar"}
     assert {entry.shard_id for entry in cache.entries()} == {ids[1], ids[2]}
-    assert len(load_table([str(scored.folder)], cache, spec)) == 16
+    assert len(load_samples([str(scored.folder)], cache)) == 16
 
 
 @pytest.mark.parametrize("state", ["empty", "missing"])
@@ -214,7 +214,7 @@ def test_gc_takes_a_disk_that_is_not_mounted_for_no_deletion(scored, spec, capsy
     assert _everything(cache) == before
     shutil.rmtree(scored.folder, ignore_errors=True)
     away.rename(scored.folder)
-    assert len(load_table(scored.shards, cache, spec)) == 26
+    assert len(load_samples(scored.shards, cache)) == 26
 
 
 def test_gc_takes_a_store_out_of_reach_for_no_deletion(scored, capsys, monkeypatch):
@@ -242,17 +242,17 @@ def test_show_draws_photos_beside_their_maps(scored, tmp_path):
 
 
 def test_a_removed_entry_is_missed_by_name(scored, spec):
-    (shard_id,) = load_table(scored.shards[:1], scored.cache, spec).shard_ids
+    (shard_id,) = load_samples(scored.shards[:1], scored.cache).shard_ids
     scored.cache.remove(shard_id)
     assert not scored.cache.has_entry(shard_id, None)
     with pytest.raises(CacheError, match="no whole entry"):
-        scored.cache.read_maps(shard_id, spec)
+        scored.cache.read_maps([shard_id], spec)[0]
     with pytest.raises(CacheError, match=r"has no maps of .*precompute_freq"):
-        load_table(scored.shards, ScoreCache(scored.cache.url), spec)
+        load_samples(scored.shards, ScoreCache(scored.cache.url))
 
 
 def test_stored_specs_are_known_again(scored, spec):
-    (shard_id,) = load_table(scored.shards[:1], scored.cache, spec).shard_ids
+    (shard_id,) = load_samples(scored.shards[:1], scored.cache).shard_ids
     assert scored.cache.stored_spec(shard_id, spec.id) == spec
     banded = dataclasses.replace(spec, kind="bandpass", band=(1.0, 5.0))
     assert ScoreSpec.from_description(banded.describe()) == banded

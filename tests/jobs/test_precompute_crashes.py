@@ -19,7 +19,7 @@ from jobs.precompute_freq import PrecomputeFreq, main
 from pipeline.cache import ScoreCache
 from pipeline.precompute import precompute_shard
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,7 +106,7 @@ def test_a_kill_at_any_moment_only_costs_the_work_in_hand(shards, clean, tmp_pat
     done = subprocess.run(_command(shards, tmp_path / "cache"), cwd=ROOT, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()[-2000:]
     assert _entries(tmp_path / "cache") == _entries(clean.url)
-    assert len(load_table([str(shards)], ScoreCache(str(tmp_path / "cache")), spec)) == IMAGES
+    assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == IMAGES
 
 
 @pytest.mark.slow
@@ -125,8 +125,8 @@ def test_two_jobs_on_one_cache_at_once_lose_nothing(shards, tmp_path, spec):
     jobs = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.DEVNULL) for c in commands]
     assert [job.wait() for job in jobs] == [0, 0]
     cache = ScoreCache(str(tmp_path / "cache"))
-    assert len(load_table([str(shards)], cache, spec)) == IMAGES
-    assert len(load_table([str(other)], cache, spec)) == 120
+    assert len(load_samples([str(shards)], cache)) == IMAGES
+    assert len(load_samples([str(other)], cache)) == 120
     clean = ScoreCache(str(tmp_path / "clean"), create=True)
     for path in [*shards.glob("*.tar"), *other.glob("*.tar")]:
         precompute_shard(str(path), clean, spec)
@@ -169,7 +169,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_readable(shards, s
     whole = [entry for entry in cache.entries() if entry.whole]
     assert {entry.shard_id for entry in whole} == {report.shard_id for report in written}
     for report in written:
-        assert len(cache.read_maps(report.shard_id, spec)) == 60
+        assert len(cache.read_maps([report.shard_id], spec)[0]) == 60
 
 
 @pytest.mark.slow
@@ -181,7 +181,7 @@ def test_a_job_on_a_full_disk_fails_and_finishes_when_there_is_room(shards, smal
     assert "No space left" in done.stderr
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
     assert main(PrecomputeFreq([str(shards)], str(small_disk / "cache"), spec=spec)) == 0
-    assert len(load_table([str(shards)], ScoreCache(str(small_disk / "cache")), spec)) == IMAGES
+    assert len(load_samples([str(shards)], ScoreCache(str(small_disk / "cache")))) == IMAGES
 
 
 def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
@@ -209,5 +209,5 @@ def test_a_node_lost_in_mid_job_costs_only_time(shards, clean, tmp_path, spec):
         assert job.wait(180) == 0
     finally:
         cluster.shutdown()
-    assert len(load_table([str(shards)], ScoreCache(str(tmp_path / "cache")), spec)) == IMAGES
+    assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == IMAGES
     assert _entries(tmp_path / "cache") == _entries(clean.url)

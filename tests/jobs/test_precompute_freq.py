@@ -16,7 +16,7 @@ from jobs.precompute_freq import PrecomputeFreq, main
 from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError
 from pipeline.precompute import score_shard
-from pipeline.table import load_table
+from pipeline.table import load_maps, load_samples
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,9 +56,10 @@ def test_a_job_scores_everything_once(cluster, shards, tmp_path, spec, capsys):
     assert (first["shards"], first["scored_now"]) == (3, 3)
     assert (first["kept"], first["quarantined"], first["decoded_now"]) == (15, 0, 15)
     assert json.loads((tmp_path / "summary.json").read_text()) == first
-    table = load_table([str(shards)], ScoreCache(config.cache), spec)
+    cache = ScoreCache(config.cache)
+    maps = load_maps(load_samples([str(shards)], cache), cache, spec)
     expected = [score_shard(path.read_bytes(), spec).maps for path in sorted(shards.glob("*.tar"))]
-    np.testing.assert_array_equal(table.maps.numpy(), np.concatenate(expected))
+    np.testing.assert_array_equal(maps.numpy(), np.concatenate(expected))
     before = _files(tmp_path / "cache")
     assert main(config) == 0
     assert _summary(capsys)["scored_now"] == 0
@@ -74,7 +75,7 @@ def test_only_what_changed_is_scored_again(cluster, shards, tmp_path, spec, caps
     assert main(config) == 0
     again = _summary(capsys)
     assert (again["scored_now"], again["decoded_now"], again["kept"]) == (2, 4, 19)
-    assert len(load_table([str(shards)], ScoreCache(config.cache), spec)) == 19
+    assert len(load_samples([str(shards)], ScoreCache(config.cache))) == 19
 
 
 def test_bad_images_are_named_and_too_many_fail_the_job(cluster, shards, tmp_path, spec, capsys):
@@ -128,7 +129,7 @@ def test_it_runs_by_ray_job_submit_on_a_running_cluster(shards, tmp_path, spec):
     finally:
         run("ray", "stop", "--force")
     assert "succeeded" in done.stdout
-    assert len(load_table([str(shards)], ScoreCache(str(tmp_path / "cache")), spec)) == 15
+    assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == 15
 
 
 @pytest.mark.parametrize("watch", ["10", "m", "5 m", "-1s"])
@@ -141,7 +142,7 @@ def _wait_for(images, shards, cache, spec):
     """Until that many images are ready for training."""
     for _ in range(900):
         try:
-            if len(load_table(shards, cache, spec)) == images:
+            if len(load_samples(shards, cache)) == images:
                 return
         except (CacheError, FileNotFoundError):
             pass

@@ -41,7 +41,7 @@ def test_an_entry_comes_back_as_it_was_written(cache, entry, spec):
         np.testing.assert_array_equal(getattr(table, name), getattr(entry.table, name))
     assert [bad.key for bad in table.rejected] == ["bad ü"]
     assert (table.bytes, table.damage) == (entry.table.bytes, None)
-    np.testing.assert_array_equal(cache.read_maps(ID, spec), entry.maps)
+    np.testing.assert_array_equal(cache.read_maps([ID], spec)[0], entry.maps)
     assert cache.summary(ID).kept == 5
 
 
@@ -71,7 +71,7 @@ def test_an_object_that_went_missing_is_never_read_as_zeros(cache, entry, spec, 
     chunks = Path(cache.url) / "shards" / ID / (spec.id if name == "maps" else name) / "c"
     shutil.rmtree(chunks)
     with pytest.raises(CacheError, match="damaged: an object of it is gone"):
-        cache.read_rows([ID], spec)
+        cache.read_maps([ID], spec) if name == "maps" else cache.read_samples([ID])
 
 
 def test_maps_of_other_samples_are_refused(cache, entry, spec):
@@ -87,7 +87,7 @@ def test_a_second_spec_joins_the_same_entry(cache, entry, spec):
     before = _objects(cache)
     assert not cache.has_entry(ID, other)
     with pytest.raises(CacheError, match=other.id):
-        cache.read_maps(ID, other)
+        cache.read_maps([ID], other)[0]
     cache.write(ID, entry.table, other, np.ones((5, 3, 3), np.float16))
     after = _objects(cache)
     assert {name: after[name] for name in before} == before

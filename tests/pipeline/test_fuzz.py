@@ -17,7 +17,7 @@ from samples import encode, score, tar_bytes
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig, RandomView, WholeView
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 
 def _photos():
@@ -92,7 +92,7 @@ def test_damaged_photos_that_are_kept_decode_in_the_loader(tmp_path, mutants):
     spec = ScoreSpec()
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     score([path], cache, spec)
-    table = load_table([str(path)], cache, spec)
+    table = load_samples([str(path)], cache)
     (entry,) = cache.entries()
     rejected = cache.summary(entry.shard_id).rejected
     assert len(table) + len(rejected) == mutants + 1

@@ -14,14 +14,14 @@ from famt.patches import patchify
 from pipeline.cache import ScoreCache
 from pipeline.loader import CentreView, CropLoader, LoaderConfig, RandomView, WholeView
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 SMALL = LoaderConfig(batch_size=4, image_size=32, shuffle_buffer=8, threads=2)
 
 
 @pytest.fixture
 def table(scored):
-    return load_table(scored.shards, scored.cache, scored.spec)
+    return load_samples(scored.shards, scored.cache)
 
 
 def _rows(loader):
@@ -34,7 +34,7 @@ def _table_of(tmp_path, members):
     path.write_bytes(tar_bytes(members))
     cache = ScoreCache(str(tmp_path / "only-cache"), create=True)
     score([path], cache, ScoreSpec())
-    return load_table([str(path)], cache, ScoreSpec())
+    return load_samples([str(path)], cache)
 
 
 def test_an_unshuffled_epoch_is_every_sample_once_in_order(table):
@@ -132,7 +132,7 @@ def test_a_state_of_another_set_up_is_refused(table, scored, change):
     elif change == "seed":
         keywords["seed"] = 9
     else:
-        table = load_table(scored.shards[:2], scored.cache, scored.spec)
+        table = load_samples(scored.shards[:2], scored.cache)
     with pytest.raises(ValueError, match="belongs to other shards"):
         CropLoader(table, config, drop_last=True, state=state, **keywords)
 

@@ -81,7 +81,7 @@ def test_maps_equal_those_from_hooks_on_timms_blocks(scored, encoder, kind):
     assert _refresh(encoder, scored.shards, scored, spec) == scored.shards
     for shard, count in zip(scored.shards, (10, 7, 9), strict=True):
         shard_id = scored.cache.manifests.lookup([shard])[shard].shard_id
-        maps = torch.from_numpy(scored.cache.read_maps(shard_id, spec)).float()
+        maps = torch.from_numpy(scored.cache.read_maps([shard_id], spec)[0]).float()
         assert len(maps) == count
         crops = _squashed(shard)
         attn, tokens = _by_hooks(encoder, crops)
@@ -135,7 +135,7 @@ def test_a_shard_without_a_sound_image_gets_empty_maps(scored, encoder):
     spec = _spec(encoder)
     assert _refresh(encoder, [str(path)], scored, spec) == [str(path)]
     shard_id = scored.cache.manifests.lookup([str(path)])[str(path)].shard_id
-    assert scored.cache.read_maps(shard_id, spec).shape == (0, 8, 8)
+    assert scored.cache.read_maps([shard_id], spec)[0].shape == (0, 8, 8)
 
 
 def test_a_shard_that_was_never_scored_is_refused(scored, encoder):

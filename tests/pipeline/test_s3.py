@@ -17,7 +17,7 @@ from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import precompute_shard
-from pipeline.table import load_table
+from pipeline.table import load_samples
 from train.checkpoint import load
 from train.pretrain import Pretrain
 from train.pretrain import main as pretrain
@@ -63,7 +63,7 @@ def test_shards_and_cache_on_s3_feed_the_loader(bucket, shards, spec):
     )
     cache = ScoreCache(f"{bucket}/scores", create=True)
     assert _score(urls, cache, spec) == 20
-    table = load_table([shards], ScoreCache(f"{bucket}/scores"), spec)
+    table = load_samples([shards], ScoreCache(f"{bucket}/scores"))
     config = LoaderConfig(batch_size=5, image_size=32, shuffle_buffer=8, threads=2)
     loader = CropLoader(table, config, drop_last=False)
     assert sorted(row for crops in loader for row in crops.rows.tolist()) == list(range(20))
@@ -99,15 +99,15 @@ def test_a_replaced_object_is_found_by_its_etag(bucket, shards, spec):
         Bucket="images", Key="shards/train-000001.tar", CopySource="images/shards/train-000002.tar"
     )
     with pytest.raises(CacheError, match=r"train-000001\.tar: changed"):
-        load_table([shards], cache, spec)
+        load_samples([shards], cache)
     assert _score(urls, cache, spec) == 0  # its content is known under another name
-    assert len(load_table([shards], cache, spec)) == 16
+    assert len(load_samples([shards], cache)) == 16
 
 
 def test_what_is_not_there_is_named(bucket, shards, spec):
     cache = ScoreCache(f"{bucket}/scores", create=True)
     with pytest.raises(CacheError, match="does not know this shard"):
-        load_table([shards], cache, spec)
+        load_samples([shards], cache)
     with pytest.raises(FileNotFoundError, match="no such shards"):
         storage.expand([f"{bucket}/nothing-here"])
     assert not storage.exists(f"{bucket}/shards/train-000009.tar")

@@ -12,7 +12,7 @@ from pipeline.generations import Generation
 from pipeline.loader import CropBatch
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
-from pipeline.table import load_table
+from pipeline.table import load_samples
 from train.config import PeriodicConfig, Pretrain
 from train.distributed import ranks
 from train.refresh import PeriodicAttention
@@ -30,7 +30,7 @@ with ranks("cpu") as here:
         periodic=PeriodicConfig(every=9),
     )
     cache = ScoreCache(config.cache)
-    table = here.share(lambda: load_table(config.shards, cache, None))
+    table = here.share(lambda: load_samples(config.shards, cache))
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder.eval()
     periodic = PeriodicAttention(config, "run-a", table, 8, here)

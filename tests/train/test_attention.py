@@ -8,7 +8,7 @@ from famt.geometry import crop_maps
 from famt.mae import MODELS, MaskedAutoencoder
 from famt.patches import normalise_images
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView, WholeView
-from pipeline.table import load_table
+from pipeline.table import load_samples
 from train.attention import LiveAttention, RollingAttention
 from train.config import RollingConfig
 from train.distributed import ranks
@@ -21,7 +21,7 @@ def encoder():
 
 
 def _loader(scored, view, batch_size=8):
-    table = load_table(scored.shards, scored.cache, scored.spec)
+    table = load_samples(scored.shards, scored.cache)
     config = LoaderConfig(batch_size, image_size=32, view=view, shuffle_buffer=8, threads=1)
     return CropLoader(table, config, drop_last=False)
 

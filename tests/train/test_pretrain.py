@@ -320,7 +320,7 @@ def test_plain_mae_needs_no_score_maps(config, scored):
     assert parsed.join == JoinConfig(0.75, 0.0, frequency_exponent=0.0)
     config = dataclasses.replace(config, join=parsed.join, epochs=1)
     with ranks("cpu") as here:
-        assert Run(config, here).table.maps is None
+        assert Run(config, here).maps is None
 
 
 def test_single_options_override_the_recipe():

@@ -13,7 +13,7 @@ from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.manifest import CacheError
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
-from pipeline.table import load_table
+from pipeline.table import load_samples
 from train import checkpoint
 from train.config import PeriodicConfig, parse
 from train.distributed import ranks
@@ -32,7 +32,7 @@ def config(config):
 
 
 def _periodic(config, scored, run="run-a"):
-    table = load_table(scored.shards, scored.cache, scored.spec)
+    table = load_samples(scored.shards, scored.cache)
     with ranks("cpu") as here:
         return PeriodicAttention(config, run, table, 8, here), table
 
@@ -51,7 +51,7 @@ def _refresh(scored, path, kind="famt"):
         batch_size=8, threads=1, device=torch.device("cpu"),
     )  # fmt: skip
     list(done)
-    table = load_table(scored.shards, scored.cache, None)
+    table = load_samples(scored.shards, scored.cache)
     generation = Generation(marked.run, marked.step, spec, table.digest, len(table))
     scored.cache.generations.publish(generation)
     return generation
@@ -86,7 +86,9 @@ def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config
     periodic.begin_epoch(2, 6, encoder, Stop(), log)
     assert periodic.current == generation
     assert not marked.exists()
-    stored = [torch.from_numpy(scored.cache.read_maps(i, generation.spec)) for i in table.shard_ids]
+    stored = [
+        torch.from_numpy(scored.cache.read_maps([i], generation.spec)[0]) for i in table.shard_ids
+    ]
     maps = torch.cat(stored)[crops.rows]
     expected = crop_maps(maps, crops.windows, crops.flips, 8).flatten(1)
     torch.testing.assert_close(periodic.read(crops, 0), expected)
