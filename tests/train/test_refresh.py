@@ -221,7 +221,7 @@ def test_a_half_written_encoder_is_refused(config, scored):
     periodic.begin_epoch(1, 3, _model().encoder, Stop(), None)
     path = encoder_path(config.out, 3)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="no whole file"):
+    with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load_encoder(path)
     periodic.close(finished=False)
 
