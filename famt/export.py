@@ -42,7 +42,7 @@ def load_official(model: MaskedAutoencoder, state: Mapping[str, Tensor]) -> None
 
 
 def _refuse_cross(model: MaskedAutoencoder) -> None:
-    if model.decoder == "cross":
+    if model.config.decoder == "cross":
         raise ValueError(
             "the official MAE keys are those of the self decoder, and this model has the cross "
             "decoder; `encoder_state` gives its encoder's weights"

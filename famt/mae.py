@@ -7,63 +7,18 @@ another split. Thrown patches have no tensor here at all.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import build_sincos2d_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from famt.decoder import CrossBlock
+from famt.models import ModelConfig, sincos_positions
 from famt.sampling import PatchSplit
 
-Decoder = Literal["self", "cross"]
-
 _norm = partial(nn.LayerNorm, eps=1e-6)  # as in timm's ViT
-
-
-@dataclass(frozen=True)
-class MAEConfig:
-    """Sizes of encoder and decoder."""
-
-    image_size: int
-    """side of the square input, px"""
-    patch_size: int
-    """side of a patch, px"""
-    width: int
-    """encoder token width"""
-    depth: int
-    """encoder blocks"""
-    heads: int
-    """encoder attention heads"""
-    decoder_width: int = 512
-    """decoder token width"""
-    decoder_depth: int = 8
-    """decoder blocks"""
-    decoder_heads: int = 16
-    """decoder attention heads"""
-    normalise_targets: bool = True
-    """reconstruct each patch less its own mean, over its own deviation (MAE, section 4.1)"""
-
-    @property
-    def grid(self) -> int:
-        """Patches a side."""
-        return self.image_size // self.patch_size
-
-
-MODELS: dict[str, MAEConfig] = {
-    "vit_nano_32": MAEConfig(32, 4, 96, 6, 3, 64, 2, 2),
-    "vit_micro_32": MAEConfig(32, 4, 192, 6, 3, 96, 2, 3),
-    "vit_tiny_32": MAEConfig(32, 4, 192, 12, 3, 128, 4, 4),
-    "vit_tiny": MAEConfig(224, 16, 192, 12, 3),
-    "vit_small": MAEConfig(224, 16, 384, 12, 6),
-    "vit_base": MAEConfig(224, 16, 768, 12, 12),
-    "vit_large": MAEConfig(224, 16, 1024, 24, 16),
-    "vit_huge": MAEConfig(224, 14, 1280, 32, 16),
-}
 
 
 class MaskedAutoencoder(nn.Module):
@@ -73,33 +28,20 @@ class MaskedAutoencoder(nn.Module):
         encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
             are timm's own, and with the self decoder's those of the official MAE checkpoints
             (see `famt.export`).
-        decoder: "self" is MAE's: visible and masked tokens all attend to each other. "cross" is
-            CrossMAE's: masked tokens attend to visible ones alone (see `famt.decoder`), so what
-            is predicted for one does not depend on which others are masked.
+
+    The decoder "self" is MAE's: visible and masked tokens all attend to each other. "cross" is
+    CrossMAE's: masked tokens attend to visible ones alone (see `famt.decoder`), so what is
+    predicted for one does not depend on which others are masked.
     """
 
-    def __init__(self, config: MAEConfig, decoder: Decoder = "self") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        if config.image_size % config.patch_size:
-            raise ValueError(
-                f"image size {config.image_size} is no multiple of patch size {config.patch_size}"
-            )
         self.config = config
-        self.decoder = decoder
-        self.encoder = VisionTransformer(
-            img_size=config.image_size,
-            patch_size=config.patch_size,
-            embed_dim=config.width,
-            depth=config.depth,
-            num_heads=config.heads,
-            num_classes=0,
-            weight_init="skip",
-        )
-        self.encoder.pos_embed = _sincos_positions(config.grid, config.width)
+        self.encoder = config.encoder()
         self.decoder_embed = nn.Linear(config.width, config.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
-        self.decoder_pos_embed = _sincos_positions(config.grid, config.decoder_width)
-        block = partial(Block, qkv_bias=True) if decoder == "self" else CrossBlock
+        self.decoder_pos_embed = sincos_positions(config.grid, config.decoder_width)
+        block = partial(Block, qkv_bias=True) if config.decoder == "self" else CrossBlock
         self.decoder_blocks = nn.ModuleList(
             block(config.decoder_width, config.decoder_heads, norm_layer=_norm)
             for _ in range(config.decoder_depth)
@@ -141,7 +83,7 @@ class MaskedAutoencoder(nn.Module):
         )
         hidden = self.mask_token + position[0, 1 + split.masked]
         seen = seen + seen_at
-        if self.decoder == "self":
+        if self.config.decoder == "self":
             tokens = torch.cat([seen, hidden], dim=1)
             for block in self.decoder_blocks:
                 tokens = block(tokens)
@@ -175,10 +117,3 @@ class MaskedAutoencoder(nn.Module):
         nn.init.zeros_(self.encoder.patch_embed.proj.bias)
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
-
-
-def _sincos_positions(grid: int, width: int) -> nn.Parameter:
-    """`[1, 1 + grid**2, width]`, not trained; the class token's is zero (MAE, appendix A.1)."""
-    patches = build_sincos2d_pos_embed([grid, grid], width)
-    positions = torch.cat([torch.zeros(1, width), patches])[None]
-    return nn.Parameter(positions, requires_grad=False)

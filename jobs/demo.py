@@ -29,7 +29,7 @@ from train import figures, linear_probe, pretrain
 from train.config import OptimiserConfig, Pretrain
 from train.program import run_program
 
-_MODEL = "vit_nano_32"
+_MODEL = "vit_nano"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from famt.mae import MODELS
+from famt.models import ModelConfig
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.generations import Generation
@@ -141,7 +141,7 @@ def _marked(run: Path) -> Iterator[Path]:
 
 def _refresh(encoder: Encoder, args: RefreshScores) -> int:
     run: dict[str, Any] = encoder.config
-    sizes = MODELS[encoder.model_name]
+    sizes = ModelConfig(**encoder.sizes)
     cache = ScoreCache(args.cache or run["cache"])
     urls = storage.expand(args.shards or run["shards"])
     spec = ModelScoreSpec(

@@ -22,7 +22,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.mae import MODELS, Decoder, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.methods import METHODS
+from famt.models import ModelConfig
 from pipeline.storage import reason
 from train.config import Pretrain
 from train.distributed import Ranks
@@ -54,7 +56,8 @@ class Checkpoint:
         schedule_start: step at which the schedule would have begun, had it always been this one;
             0 but after an elastic restart.
         epoch: whole epochs done.
-        model_name, decoder: arguments of the `MaskedAutoencoder`.
+        method: key of `famt.methods.METHODS`.
+        sizes: fields of the `famt.models.ModelConfig` that the model is built from.
         model: its weights.
         ema: the averaged weights of its encoder, if the run keeps them.
         optimizer: the optimiser's state.
@@ -69,8 +72,8 @@ class Checkpoint:
     step: int
     schedule_start: int
     epoch: int
-    model_name: str
-    decoder: Decoder
+    method: str
+    sizes: dict[str, Any]
     model: dict[str, Tensor]
     ema: dict[str, Tensor] | None
     optimizer: dict[str, Any]
@@ -87,13 +90,13 @@ class Encoder:
 
     run: str
     step: int
-    model_name: str
+    sizes: dict[str, Any]
     weights: dict[str, Tensor]
     config: dict[str, Any]
 
     def build(self) -> VisionTransformer:
         """The encoder, in eval mode."""
-        encoder = MaskedAutoencoder(MODELS[self.model_name]).encoder
+        encoder = ModelConfig(**self.sizes).encoder()
         encoder.load_state_dict(self.weights)
         return encoder.eval()
 
@@ -138,7 +141,7 @@ def load_encoder(path: Path) -> Encoder:
             for name, value in state.model.items()
             if name.startswith(prefix)
         }
-        return Encoder(state.run, state.step, state.model_name, weights, state.config)
+        return Encoder(state.run, state.step, state.sizes, weights, state.config)
     try:
         return Encoder(**_read(path))
     except TypeError:
@@ -211,7 +214,7 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedAutoencoder:
         ema: with the averaged weights of the encoder.
     """
     checkpoint = load(path)
-    model = MaskedAutoencoder(MODELS[checkpoint.model_name], checkpoint.decoder)
+    model = METHODS[checkpoint.method](ModelConfig(**checkpoint.sizes))
     model.load_state_dict(checkpoint.model)
     if ema:
         if checkpoint.ema is None:

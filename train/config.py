@@ -11,7 +11,8 @@ from typing import Any, Literal, TypeVar
 
 import tyro
 
-from famt.mae import MODELS, Decoder
+from famt.methods import METHODS
+from famt.models import MODELS, Decoder, ModelConfig
 from pipeline import storage
 from pipeline.join import JoinConfig
 from pipeline.loader import LoaderConfig, RandomView
@@ -83,10 +84,23 @@ class Pretrain:
     """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
     recipe: Recipe = "famt"
     """sets the defaults of other options; see above"""
+    method: Literal[tuple(METHODS)] = "mae"  # type: ignore[valid-type]
+    """what is learned from masked images"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
-    """encoder and decoder; the names on _32 take 32-px images"""
+    """widths and depths of encoder and decoder; nano and micro are made for 32-px images in 4-px
+    patches, huge for 224 px in 14, the others for 224 px in 16"""
+    image_size: int | None = None
+    """side of the crops, px, in place of the model's"""
+    patch_size: int | None = None
+    """side of a patch, px, in place of the model's"""
     decoder: Decoder = "self"
     """self-attention as in MAE, or cross: masked patches look at visible ones only (CrossMAE)"""
+    decoder_width: int | None = None
+    """token width of the decoder, in place of the model's"""
+    decoder_depth: int | None = None
+    """blocks of the decoder, in place of the model's"""
+    decoder_heads: int | None = None
+    """attention heads of the decoder, in place of the model's"""
     epochs: int = 800
     """passes over the data"""
     batch_size: int = 64
@@ -170,17 +184,23 @@ class Pretrain:
                 )
         if self.optimiser.ema_decay >= 1:
             raise ValueError(f"--optimiser.ema-decay {self.optimiser.ema_decay} must be below 1")
-        patch, size = MODELS[self.model].patch_size, self.rolling.image_size
+        patch, size = self.sizes.patch_size, self.rolling.image_size
         if size is not None and (size < patch or size % patch):
             raise ValueError(
-                f"--rolling.image-size {size} must be a multiple of {patch} px, the patch size of "
-                f"{self.model}"
+                f"--rolling.image-size {size} must be a multiple of {patch} px, the patch size"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--batch-size {self.batch_size} does not divide into --accumulate "
                 f"{self.accumulate} equal parts"
             )
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """The model's, and what the options put in place of them."""
+        names = ("image_size", "patch_size", "decoder_width", "decoder_depth", "decoder_heads")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(MODELS[self.model], decoder=self.decoder, **given)
 
     def describe(self) -> dict[str, Any]:
         """The options as plain data, as checkpoints keep them."""

@@ -20,7 +20,6 @@ import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from famt.mae import MaskedAutoencoder
 from pipeline.cache import ScoreCache
 from pipeline.loader import LoaderConfig
 from train.checkpoint import load_model
@@ -48,7 +47,7 @@ class LinearProbe:
     pool: Pool = "cls"
     """features are the class token, as in MAE's own probe, or the mean of the patch tokens"""
     centre: float | None = None
-    """share of the shorter side that is shown; 0.875, or all of it for 32-px models"""
+    """share of the shorter side that is shown; 0.875, or all of it up to 64 px"""
     epochs: int = 100
     """passes over the stored features"""
     batch_size: int = 256
@@ -68,7 +67,7 @@ def main(config: LinearProbe) -> float:
     torch.manual_seed(config.seed)
     model = load_model(config.checkpoint, ema=config.ema)
     if config.untrained:
-        model = MaskedAutoencoder(model.config, model.decoder)
+        model = type(model)(model.config)
     centre = config.centre or (0.875 if model.config.image_size > 64 else 1.0)
     cache = ScoreCache(config.cache)
     with ranks(config.device) as here:

@@ -18,6 +18,7 @@ A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -33,7 +34,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.methods import METHODS
 from famt.patches import normalise
 from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
@@ -69,7 +70,7 @@ class Run:
 
     def __init__(self, config: Pretrain, here: Ranks) -> None:
         self.config, self.here = config, here
-        self.sizes = MODELS[config.model]
+        self.sizes = config.sizes
         self.clock = Clock(here.device)
         self.side = SideStream(here.device)
         weighs = config.join.frequency_exponent != 0
@@ -82,7 +83,7 @@ class Run:
         self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
-        self.model = MaskedAutoencoder(self.sizes, config.decoder).to(here.device)
+        self.model = METHODS[config.method](self.sizes).to(here.device)
         first_epoch = resumed.epoch if resumed else 0
         self.generator = torch.Generator(here.device).manual_seed(
             (config.seed + first_epoch) * here.world_size + here.rank
@@ -285,8 +286,8 @@ class Run:
                 step=self.step,
                 schedule_start=self.schedule_start,
                 epoch=(self.step - self.schedule_start) // self.steps_per_epoch,
-                model_name=self.config.model,
-                decoder=self.config.decoder,
+                method=self.config.method,
+                sizes=dataclasses.asdict(self.sizes),
                 model=self.model.state_dict(),
                 ema=self.ema.module.state_dict() if self.ema else None,
                 optimizer=self.optimizer.state_dict(),
@@ -327,7 +328,8 @@ class Run:
         lines = {
             "run": f"{config.out} on {self.here.device}, {self.here.world_size} rank(s), "
             f"{config.precision}",
-            "model": f"{config.model}, {config.decoder} decoder: "
+            "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
+            f"{sizes.patch_size} px, {config.decoder} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.table)} images in {len(self.table.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -264,7 +265,8 @@ class PeriodicAttention:
         if path.exists() or self._published(step):
             return
         config = self._config
-        marked = Encoder(self._run, step, config.model, encoder.state_dict(), config.describe())
+        sizes = dataclasses.asdict(config.sizes)
+        marked = Encoder(self._run, step, sizes, encoder.state_dict(), config.describe())
         checkpoint.save_encoder(path, marked)
         if log:
             log.event(step, "refresh due", tell=True, encoder=path)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from famt.mae import MODELS
+from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 from jobs.benchmarks.training import Training, training

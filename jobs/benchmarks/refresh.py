@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 from jobs.benchmarks.training import training

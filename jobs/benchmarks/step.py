@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from famt.mae import MODELS, Decoder, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS, Decoder
 from famt.sampling import sample_patches
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
@@ -107,11 +109,12 @@ class _Rival:
 
     def __init__(self, name: str, options: Step) -> None:
         decoder, mask, throw = _RIVALS[name]
-        sizes, device = MODELS[options.model], torch.device(options.device)
+        sizes = dataclasses.replace(MODELS[options.model], decoder=decoder)
+        device = torch.device(options.device)
         self._autocast = partial(
             torch.autocast, device.type, torch.bfloat16, enabled=options.precision == "bf16"
         )
-        self._model = MaskedAutoencoder(sizes, decoder).to(device)
+        self._model = MaskedAutoencoder(sizes).to(device)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), 1e-4, fused=True)
         weights = torch.ones(options.batch_size, sizes.grid**2, device=device)
         split = sample_patches(weights, mask, throw)

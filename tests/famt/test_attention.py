@@ -3,7 +3,8 @@ import timm
 import torch
 
 from famt.attention import attention_scores, cls_attention, last_attention
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def _plain_attention(encoder, images):
     [
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=64),
         lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, qk_norm=True),
-        lambda: MaskedAutoencoder(MODELS["vit_nano_32"]).encoder,
+        lambda: MaskedAutoencoder(MODELS["vit_nano"]).encoder,
     ],
     ids=["timm", "timm with qk norm", "ours"],
 )
@@ -87,7 +88,7 @@ def test_last_attention_leaves_the_encoder_as_it_was():
 
 
 def test_smaller_images_are_seen_with_positions_in_between():
-    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
     images = torch.randn(2, 3, 16, 16)
     small = timm.models.VisionTransformer(
         img_size=16, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=0

@@ -1,21 +1,32 @@
 """The cross decoder against a naive loop, and what its predictions may depend on."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from famt.mae import MAEConfig, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import ModelConfig
 from famt.sampling import PatchSplit, sample_patches
 
-TINY = MAEConfig(32, 8, 24, 2, 3, decoder_width=16, decoder_depth=2, decoder_heads=2)
+TINY = ModelConfig(
+    image_size=32,
+    patch_size=8,
+    width=24,
+    depth=2,
+    heads=3,
+    decoder_width=16,
+    decoder_depth=2,
+    decoder_heads=2,
+)
 PIXELS = 8 * 8 * 3
 
 
 def _model(decoder="cross"):
     torch.manual_seed(0)
-    model = MaskedAutoencoder(TINY, decoder)
+    model = MaskedAutoencoder(dataclasses.replace(TINY, decoder=decoder))
     for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -147,7 +158,7 @@ def test_every_layer_works_on_visible_or_on_masked_tokens_alone(split):
 @pytest.mark.parametrize("decoder", ["self", "cross"])
 def test_under_bf16_autocast_loss_and_gradients_are_finite(split, decoder):
     torch.manual_seed(0)
-    model = MaskedAutoencoder(TINY, decoder)
+    model = MaskedAutoencoder(dataclasses.replace(TINY, decoder=decoder))
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(*_patches(split), split)
     loss.backward()

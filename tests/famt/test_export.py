@@ -1,11 +1,23 @@
+import dataclasses
+
 import pytest
 import timm
 import torch
 
 from famt.export import encoder_state, load_official, official_state
-from famt.mae import MODELS, MAEConfig, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS, ModelConfig
 
-TINY = MAEConfig(32, 8, 24, 2, 3, decoder_width=16, decoder_depth=1, decoder_heads=2)
+TINY = ModelConfig(
+    image_size=32,
+    patch_size=8,
+    width=24,
+    depth=2,
+    heads=3,
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=2,
+)
 
 # Key names of the published MAE checkpoints, one block each of encoder and decoder.
 _BLOCK = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
@@ -52,7 +64,8 @@ def test_timm_loads_the_encoder_and_agrees():
 
 
 def test_the_cross_decoder_has_no_official_names_but_its_encoder_exports():
-    own, cross = MaskedAutoencoder(TINY), MaskedAutoencoder(TINY, decoder="cross")
+    own = MaskedAutoencoder(TINY)
+    cross = MaskedAutoencoder(dataclasses.replace(TINY, decoder="cross"))
     with pytest.raises(ValueError, match="encoder_state"):
         official_state(cross)
     with pytest.raises(ValueError, match="cross decoder"):

@@ -15,8 +15,8 @@ from jobs.benchmarks.step import Step
 
 
 def test_several_benchmarks_are_measured_with_one_command():
-    several = parse(["loader", "--threads", "1", "step", "--model", "vit_nano_32", "loader"])
-    assert several == [Loader(threads=1), Step("vit_nano_32"), Loader()]
+    several = parse(["loader", "--threads", "1", "step", "--model", "vit_nano", "loader"])
+    assert several == [Loader(threads=1), Step("vit_nano"), Loader()]
 
 
 def test_rivals_take_turns_and_the_first_round_does_not_count():
@@ -55,7 +55,7 @@ def test_a_peak_is_what_was_held_at_once_while_working():
 
 @pytest.mark.slow
 def test_a_step_is_compared_in_time_and_memory_under_both_decoders():
-    lines = list(Step("vit_nano_32", batch_size=64, rounds=1).run())
+    lines = list(Step("vit_nano", batch_size=64, rounds=1).run())
     assert [line["benchmark"] for line in lines] == ["step"] * 4
     for line in lines:
         assert line["figure"] > 0
@@ -70,8 +70,8 @@ def test_a_step_is_compared_in_time_and_memory_under_both_decoders():
     [
         ("precompute", {"rounds": 1, "images": 10}, 5),
         ("loader", {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1}, 2),
-        ("attention", {"model": "vit_nano_32", "batch_size": 8, "rounds": 1, "threads": 1}, 5),
-        ("refresh", {"model": "vit_nano_32", "step_batch_size": 4, "rounds": 1, "threads": 1}, 2),
+        ("attention", {"model": "vit_nano", "batch_size": 8, "rounds": 1, "threads": 1}, 5),
+        ("refresh", {"model": "vit_nano", "step_batch_size": 4, "rounds": 1, "threads": 1}, 2),
         ("scale", {"shards": 3, "images_per_shard": 2}, 1),
     ],
 )

@@ -25,7 +25,7 @@ def _workers():
 def _command(scored, out, *more):
     return [
         sys.executable, "jobs/pretrain.py", "--shards", *scored.shards, "--cache", scored.cache.url,
-        "--out", str(out), "--model", "vit_nano_32", "--epochs", "8", "--batch-size", "4",
+        "--out", str(out), "--model", "vit_nano", "--epochs", "8", "--batch-size", "4",
         "--spec.grid", "7", "--log-steps", "1", "--checkpoint-minutes", "0", "--workers", "2",
         *more,
     ]  # fmt: skip

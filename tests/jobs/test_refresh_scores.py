@@ -23,7 +23,7 @@ RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 def _train(scored, out, *more):
     return [
         sys.executable, "-m", "train.pretrain", "--shards", *scored.shards,
-        "--cache", scored.cache.url, "--out", str(out), "--model", "vit_nano_32",
+        "--cache", scored.cache.url, "--out", str(out), "--model", "vit_nano",
         "--recipe", "famt-paper", "--plain-epochs", "1", "--periodic.every", "2",
         "--epochs", "6", "--batch-size", "8", "--spec.grid", "7", "--log-steps", "1",
         "--checkpoint-minutes", "0", "--device", "cpu", "--threads", "1",

@@ -5,7 +5,8 @@ import pytest
 import torch
 from samples import photo_members, score, tar_bytes
 
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from pipeline.manifest import CacheError
 from pipeline.refresh import refresh_shards
 from pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
@@ -14,7 +15,7 @@ from pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder.eval()
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
     for block in encoder.blocks:  # away from the flat attention of a fresh model
         block.attn.qkv.weight.data *= 2
     return encoder
@@ -121,7 +122,7 @@ def test_what_the_cache_has_is_not_computed_again(scored, encoder, monkeypatch):
 
 
 def test_another_encoder_is_another_generation_and_a_copy_is_the_same(encoder):
-    other = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder
+    other = MaskedAutoencoder(MODELS["vit_nano"]).encoder
     assert _spec(encoder).id != _spec(other).id
     other.load_state_dict(encoder.state_dict())
     assert _spec(encoder).id == _spec(other).id

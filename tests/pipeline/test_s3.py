@@ -83,7 +83,7 @@ def test_the_whole_path_runs_on_s3(bucket, shards, tmp_path):
         summaries.append(json.loads(done.stdout.splitlines()[-1]))
     assert [summary["decoded_now"] for summary in summaries] == [20, 0]
     config = Pretrain(
-        shards=[shards], cache=f"{bucket}/scores", out=tmp_path / "run", model="vit_nano_32",
+        shards=[shards], cache=f"{bucket}/scores", out=tmp_path / "run", model="vit_nano",
         epochs=2, batch_size=8, device="cpu",
     )  # fmt: skip
     pretrain(config)

@@ -19,7 +19,7 @@ with ranks("cpu") as here:
             shards=options["shards"],
             cache=options["cache"],
             out=folder / f"run{here.world_size}",
-            model="vit_nano_32",
+            model="vit_nano",
             batch_size=8 // here.world_size,
             device="cpu",
             attention="off",

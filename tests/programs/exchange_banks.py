@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from pipeline.loader import CropBatch
 from train.attention import LiveAttention, RollingAttention
 from train.config import RollingConfig
@@ -13,7 +14,7 @@ from train.distributed import ranks
 
 with ranks("cpu") as here:
     torch.manual_seed(0)
-    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
     rolling = RollingAttention(LiveAttention(encoder, "famt"), 9, 8, RollingConfig(1), here)
     images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8)
     for step in range(2):

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from pipeline.cache import ScoreCache
 from pipeline.generations import Generation
 from pipeline.loader import CropBatch
@@ -25,14 +26,14 @@ with ranks("cpu") as here:
         shards=options["shards"],
         cache=options["cache"],
         out=folder,
-        model="vit_nano_32",
+        model="vit_nano",
         attention="periodic",
         periodic=PeriodicConfig(every=9),
     )
     cache = ScoreCache(config.cache)
     table = here.share(lambda: load_samples(config.shards, cache))
     torch.manual_seed(0)
-    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder.eval()
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
     periodic = PeriodicAttention(config, "run-a", table, 8, here)
     periodic.begin_epoch(0, 0, encoder, Stop(), None)
     first = periodic.current

@@ -15,7 +15,7 @@ def config(scored, tmp_path: Path) -> Pretrain:
         shards=scored.shards,
         cache=scored.cache.url,
         out=tmp_path / "run",
-        model="vit_nano_32",
+        model="vit_nano",
         epochs=3,
         batch_size=8,
         spec=scored.spec,

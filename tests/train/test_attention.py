@@ -5,7 +5,8 @@ import torch
 
 from famt.attention import attention_scores, last_attention
 from famt.geometry import crop_maps
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from famt.patches import normalise_images
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView, WholeView
 from pipeline.table import load_samples
@@ -17,7 +18,7 @@ from train.distributed import ranks
 @pytest.fixture
 def encoder():
     torch.manual_seed(0)
-    return MaskedAutoencoder(MODELS["vit_nano_32"]).encoder
+    return MaskedAutoencoder(MODELS["vit_nano"]).encoder
 
 
 def _loader(scored, view, batch_size=8):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from launch import finish, launch, program_file
 
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from train import checkpoint
 from train.checkpoint import Checkpoint
 
@@ -21,9 +22,9 @@ def _state(step, model=None):
         step=step,
         schedule_start=0,
         epoch=0,
-        model_name="vit_nano_32",
-        decoder="self",
-        model=(model or MaskedAutoencoder(MODELS["vit_nano_32"])).state_dict(),
+        method="mae",
+        sizes=dataclasses.asdict(MODELS["vit_nano"]),
+        model=(model or MaskedAutoencoder(MODELS["vit_nano"])).state_dict(),
         ema=None,
         optimizer={"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 1)}]},
         loaders=[{"setup": "x", "epoch": 1, "step": 2, "dali": b"\x00bytes"}],
@@ -36,7 +37,7 @@ def _state(step, model=None):
 
 def test_a_checkpoint_comes_back_whole(tmp_path):
     torch.manual_seed(0)
-    model = MaskedAutoencoder(MODELS["vit_nano_32"])
+    model = MaskedAutoencoder(MODELS["vit_nano"])
     path = checkpoint.save(tmp_path, _state(7, model), keep=2)
     loaded = checkpoint.load(path)
     assert (loaded.step, loaded.loaders[0]["dali"]) == (7, b"\x00bytes")

@@ -3,14 +3,15 @@ import torch
 from PIL import Image
 from samples import photo
 
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from famt.patches import normalise_images
 from train.features import labelled_features
 
 
 def test_features_are_those_of_each_images_centre(scored):
     torch.manual_seed(0)
-    encoder = MaskedAutoencoder(MODELS["vit_nano_32"]).encoder.eval()
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
     features, labels = labelled_features(
         encoder, scored.shards, scored.cache, centre=1.0, batch_size=8, pool="cls", threads=1,
         device=torch.device("cpu"), name="features",

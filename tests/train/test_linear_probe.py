@@ -26,7 +26,7 @@ def test_a_separable_problem_is_solved(tmp_path):
 @pytest.fixture
 def run(scored, tmp_path):
     config = Pretrain(
-        shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run", model="vit_nano_32",
+        shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run", model="vit_nano",
         epochs=1, batch_size=8, spec=scored.spec, device="cpu", threads=1,
     )  # fmt: skip
     pretrain(config)

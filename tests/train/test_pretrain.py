@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -13,9 +14,10 @@ import torch
 from launch import finish, launch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from famt.models import MODELS
 from pipeline.join import JoinConfig
 from train import checkpoint
-from train.config import OptimiserConfig, RollingConfig, parse
+from train.config import OptimiserConfig, Pretrain, RollingConfig, parse
 from train.distributed import ranks
 from train.pretrain import Run, main
 
@@ -239,8 +241,8 @@ def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_unasked(config):
 
 def test_another_model_is_refused_even_by_an_elastic_run(config):
     main(dataclasses.replace(config, epochs=1))
-    with pytest.raises(ValueError, match="model: vit_nano_32 -> vit_micro_32"):
-        main(dataclasses.replace(config, model="vit_micro_32", elastic=True))
+    with pytest.raises(ValueError, match="model: vit_nano -> vit_micro"):
+        main(dataclasses.replace(config, model="vit_micro", elastic=True))
 
 
 class _Stop(Exception):
@@ -330,6 +332,24 @@ def test_single_options_override_the_recipe():
     assert mae.join == JoinConfig(0.6, 0.0, frequency_exponent=0.0)
 
 
+def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(config):
+    sizes = {"image_size": 24, "patch_size": 8, "decoder": "cross", "decoder_depth": 1}
+    main(dataclasses.replace(config, epochs=1, **sizes))
+    model = checkpoint.load_model(config.out)
+    assert (model.config.grid, model.config.width, len(model.decoder_blocks)) == (3, 96, 1)
+    assert checkpoint.load(config.out).method == "mae"
+    assert checkpoint.load_encoder(config.out).build().patch_embed.grid_size == (3, 3)
+
+
+def test_a_size_on_the_command_line_overrides_the_models():
+    base = ["--shards", "a", "--cache", "c", "--out", "o", "--model", "vit_small"]
+    assert parse(base, None).sizes == MODELS["vit_small"]
+    given = parse([*base, "--image-size", "96", "--patch-size", "8"], None).sizes
+    assert (given.grid, given.width, given.depth) == (12, 384, 12)
+    with pytest.raises(ValueError, match="96 is no multiple of patch size 7"):
+        Pretrain([], "c", Path("o"), image_size=96, patch_size=7)
+
+
 def test_bf16_trains(config):
     main(dataclasses.replace(config, precision="bf16", epochs=1))
     assert all(torch.isfinite(value).all() for value in _weights(config.out).values())
@@ -338,7 +358,7 @@ def test_bf16_trains(config):
 def _command(config, *more):
     return [
         "-m", "train.pretrain", "--shards", *config.shards, "--cache", config.cache,
-        "--model", "vit_nano_32", "--epochs", "6", "--batch-size", "4", "--spec.grid", "7",
+        "--model", "vit_nano", "--epochs", "6", "--batch-size", "4", "--spec.grid", "7",
         "--device", "cpu", "--threads", "1", "--log-steps", "1", "--checkpoint-minutes", "0",
         *more,
     ]  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from famt.geometry import crop_maps
-from famt.mae import MODELS, MaskedAutoencoder
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from pipeline.generations import Generation
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.manifest import CacheError
@@ -39,7 +40,7 @@ def _periodic(config, scored, run="run-a"):
 
 def _model(seed=0):
     torch.manual_seed(seed)
-    return MaskedAutoencoder(MODELS["vit_nano_32"])
+    return MaskedAutoencoder(MODELS["vit_nano"])
 
 
 def _refresh(scored, path, kind="famt"):

@@ -1,0 +1,106 @@
+"""How large a model is: what its name stands for, and what may be set apart from the name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+Decoder = Literal["self", "cross"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """All that a model is built from; `dataclasses.asdict` of it goes into checkpoints.
+
+    Raises:
+        ValueError: the image does not divide into patches, or a width not into heads.
+    """
+
+    width: int
+    """encoder token width"""
+    depth: int
+    """encoder blocks"""
+    heads: int
+    """encoder attention heads"""
+    image_size: int = 224
+    """side of the square input, px"""
+    patch_size: int = 16
+    """side of a patch, px"""
+    decoder: Decoder = "self"
+    """self-attention as in MAE, or cross: masked patches look at visible ones only (CrossMAE)"""
+    decoder_width: int = 512
+    """decoder token width"""
+    decoder_depth: int = 8
+    """decoder blocks"""
+    decoder_heads: int = 16
+    """decoder attention heads"""
+    normalise_targets: bool = True
+    """reconstruct each patch less its own mean, over its own deviation (MAE, section 4.1)"""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "heads", "patch_size", "image_size", "decoder_width",
+                     "decoder_depth", "decoder_heads"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image size {self.image_size} is no multiple of patch size {self.patch_size}"
+            )
+        for part, width, heads in (
+            ("encoder", self.width, self.heads),
+            ("decoder", self.decoder_width, self.decoder_heads),
+        ):
+            if width % heads or width % 4:
+                raise ValueError(
+                    f"{part} width {width} must be a multiple of its {heads} heads, and of 4 for "
+                    "its sin-cos positions"
+                )
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    def encoder(self) -> VisionTransformer:
+        """A timm ViT with fixed 2-D sin-cos positions and no head; its weights are not set yet."""
+        encoder = VisionTransformer(
+            img_size=self.image_size,
+            patch_size=self.patch_size,
+            embed_dim=self.width,
+            depth=self.depth,
+            num_heads=self.heads,
+            num_classes=0,
+            weight_init="skip",
+        )
+        encoder.pos_embed = sincos_positions(self.grid, self.width)
+        return encoder
+
+
+def sincos_positions(grid: int, width: int) -> nn.Parameter:
+    """`[1, 1 + grid**2, width]`, not trained; the class token's is zero (MAE, appendix A.1)."""
+    patches = build_sincos2d_pos_embed([grid, grid], width)
+    positions = torch.cat([torch.zeros(1, width), patches])[None]
+    return nn.Parameter(positions, requires_grad=False)
+
+
+# A name stands for widths, depths and heads, and for the image and patch size that it is made for.
+MODELS: dict[str, ModelConfig] = {
+    "vit_nano": ModelConfig(
+        width=96, depth=6, heads=3, image_size=32, patch_size=4,
+        decoder_width=64, decoder_depth=2, decoder_heads=2,
+    ),
+    "vit_micro": ModelConfig(
+        width=192, depth=6, heads=3, image_size=32, patch_size=4,
+        decoder_width=96, decoder_depth=2, decoder_heads=3,
+    ),
+    "vit_tiny": ModelConfig(width=192, depth=12, heads=3),
+    "vit_small": ModelConfig(width=384, depth=12, heads=6),
+    "vit_base": ModelConfig(width=768, depth=12, heads=12),
+    "vit_large": ModelConfig(width=1024, depth=24, heads=16),
+    "vit_huge": ModelConfig(width=1280, depth=32, heads=16, patch_size=14),
+}  # fmt: skip

@@ -1,0 +1,44 @@
+import dataclasses
+
+import pytest
+import torch
+
+from famt.models import MODELS, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("vit_tiny", 5.5), ("vit_small", 21.7), ("vit_base", 85.8), ("vit_large", 303.3),
+     ("vit_huge", 630.8)],
+)  # fmt: skip
+def test_names_have_the_sizes_of_their_namesakes(name, millions):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in MODELS[name].encoder().parameters())
+    assert count / 1e6 == pytest.approx(millions, abs=0.15)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size": 30, "patch_size": 8}, "30 is no multiple of patch size 8"),
+        ({"patch_size": 0}, "patch_size 0 must be at least 1"),
+        ({"heads": 5}, "encoder width 96 must be a multiple of its 5 heads"),
+        ({"decoder_width": 66}, "decoder width 66 must be .* of 4 for"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(MODELS["vit_nano"], **change)
+
+
+def test_a_config_comes_back_from_plain_data():
+    config = dataclasses.replace(MODELS["vit_small"], image_size=96, patch_size=8)
+    assert ModelConfig(**dataclasses.asdict(config)) == config
+    assert config.grid == 12
+
+
+def test_positions_are_those_of_mae_and_fixed():
+    positions = dataclasses.replace(MODELS["vit_nano"], image_size=64).encoder().pos_embed
+    assert positions.shape == (1, 1 + 16 * 16, 96)
+    assert not positions.requires_grad
+    assert (positions[:, 0] == 0).all()
