@@ -1,0 +1,198 @@
+"""Weights of another encoder made to fit ours: positions and patches resampled, the rest listed."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from famt.mae import MaskedAutoencoder
+
+_ENCODER = "encoder."
+# Parts that change what an encoder computes: without them it would be another one.
+_FOREIGN = re.compile(r"(blocks|norm_pre|reg_token|rope|rel_pos)\b.*")
+
+
+@dataclass
+class Fit:
+    """What became of the weights that a model was to begin with, by their official names.
+
+    Attributes:
+        taken: in the model now, bit for bit or resized.
+        resized: of these, those that were resampled, and how.
+        missing: of the model; the weights have none, and they are as they were.
+        left_out: of the weights; the model has no place for them.
+    """
+
+    taken: list[str] = field(default_factory=list)
+    resized: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """A line for each kind that there is; every tensor is named, blocks by their number."""
+        lines = {
+            "taken": f"{len(self.taken)} tensors",
+            "resized": ", ".join(f"{name} ({how})" for name, how in self.resized.items()),
+            "missing": _short(self.missing) and f"{_short(self.missing)}: as initialised",
+            "left out": _short(self.left_out),
+        }
+        return "\n".join(f"  {name:10}{text}" for name, text in lines.items() if text)
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """What the shapes of an encoder's weights tell: width, depth, and pixels a side."""
+
+    width: int
+    depth: int
+    patch_size: int
+    image_size: int
+
+
+def encoder_sizes(weights: Mapping[str, Tensor]) -> EncoderSizes:
+    """Sizes of the encoder that weights under official names belong to.
+
+    Raises:
+        ValueError: they are not those of a ViT with a square grid of patches.
+    """
+    projection, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    numbers = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
+    if projection is None or projection.ndim != 4 or positions is None or not numbers:
+        some = ", ".join(list(weights)[:3])
+        raise ValueError(
+            "no ViT encoder: patch_embed.proj.weight, pos_embed and blocks.* are not all there, "
+            f"but {some}, ..."
+        )
+    patch_size = projection.shape[-1]
+    grid = math.isqrt(positions.shape[1])
+    if positions.shape[1] not in (grid**2, grid**2 + 1):
+        raise ValueError(f"pos_embed {list(positions.shape)} is of no square grid of patches")
+    return EncoderSizes(projection.shape[0], 1 + max(numbers), patch_size, grid * patch_size)
+
+
+def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tensor]) -> Fit:
+    """Put weights into an encoder: as they are where shapes agree.
+
+    Positions are interpolated to the encoder's grid as timm does, and the patch projection to its
+    patch size by the pseudo-inverse of resizing (Beyer et al., "FlexiViT", CVPR 2023). A head or
+    final norm that the weights do not have stays as it is, and one that they have is left out.
+
+    Args:
+        encoder: with a class token; a head for fine-tuning is welcome.
+        weights: under official names.
+
+    Raises:
+        ValueError: another width or depth, blocks of another kind, or a shape that does not fit;
+            the message names what is there and what is wanted.
+    """
+    own = encoder.state_dict()
+    _check_sizes(encoder_sizes(weights), encoder)
+    foreign = [name for name in weights if name not in own and _FOREIGN.fullmatch(name)]
+    if foreign:
+        raise ValueError(
+            f"its encoder is of another kind: it has {_short(foreign)}, which a plain ViT has not"
+        )
+    fit, fitted = Fit(), {}
+    for name, value in weights.items():
+        if name == "pos_embed":
+            value = _fit_positions(value, encoder, fit)
+        elif name == "patch_embed.proj.weight" and value.shape[-1] != own[name].shape[-1]:
+            value = resample_patch_embed(value, list(own[name].shape[2:]))
+            fit.resized[name] = f"patches of {weights[name].shape[-1]} px to {value.shape[-1]}"
+        is_head = name.startswith(("head.", "fc_norm."))
+        if name not in own or (is_head and value.shape != own[name].shape):
+            fit.left_out.append(name)
+            continue
+        if value.shape != own[name].shape:
+            raise ValueError(f"{name} is {list(value.shape)}, and here {list(own[name].shape)}")
+        fitted[name] = value
+    fit.taken = list(fitted)
+    fit.missing = [name for name in own if name not in fitted]
+    broken = [name for name in fit.missing if re.fullmatch(r"(blocks|patch_embed).*weight", name)]
+    if broken:
+        raise ValueError(f"the weights are not whole: {_short(broken)} are not there")
+    encoder.load_state_dict({**own, **fitted})
+    return fit
+
+
+def load_weights(model: MaskedAutoencoder, weights: Mapping[str, Tensor]) -> Fit:
+    """Put weights into encoder and decoder; into the decoder only if all of its tensors fit.
+
+    Args:
+        weights: under official names, without a decoder or with one of any kind.
+
+    Raises:
+        ValueError: see `load_encoder_weights`.
+    """
+    own = {
+        name: value for name, value in model.state_dict().items() if not name.startswith(_ENCODER)
+    }
+    given = {name: value for name, value in weights.items() if name in own}
+    fit = load_encoder_weights(
+        model.encoder, {name: value for name, value in weights.items() if name not in own}
+    )
+    positions, resized = given.get("decoder_pos_embed"), Fit()
+    if positions is not None and positions.shape[-1] == own["decoder_pos_embed"].shape[-1]:
+        given["decoder_pos_embed"] = _fit_positions(
+            positions, model.encoder, resized, "decoder_pos_embed"
+        )
+    fits = given.keys() == own.keys() and all(
+        given[name].shape == value.shape for name, value in own.items()
+    )
+    if fits and not any(name.startswith("decoder_blocks") for name in fit.left_out):
+        model.load_state_dict(given, strict=False)
+        fit.taken += given
+        fit.resized |= resized.resized
+    else:
+        fit.missing += own
+        fit.left_out += given
+    return fit
+
+
+def _check_sizes(there: EncoderSizes, encoder: VisionTransformer) -> None:
+    width, depth = encoder.embed_dim, len(encoder.blocks)
+    if (there.width, there.depth) != (width, depth):
+        raise ValueError(
+            f"its encoder has width {there.width} and depth {there.depth}, and this model's has "
+            f"width {width} and depth {depth}"
+        )
+
+
+def _fit_positions(
+    positions: Tensor, encoder: VisionTransformer, fit: Fit, name: str = "pos_embed"
+) -> Tensor:
+    """Positions `[1, 1+N, C]` or `[1, N, C]` on the encoder's grid, `[1, 1+M, C]`."""
+    grid = math.isqrt(positions.shape[1])
+    if grid**2 == positions.shape[1]:  # of patches alone: the class token gets nothing added
+        positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+        fit.resized[name] = "none for the class token: zeros"
+    size = list(encoder.patch_embed.grid_size)
+    if size != [grid, grid]:
+        positions = resample_abs_pos_embed(positions, size, [grid, grid])
+        fit.resized[name] = f"{grid} x {grid} patches to {size[0]} x {size[1]}"
+    return positions
+
+
+def _short(names: Iterable[str]) -> str:
+    """Names, those of blocks drawn together: `norm.weight, decoder_blocks.0-7 (96 tensors)`."""
+    blocks: Counter[str] = Counter()
+    numbers: dict[str, list[int]] = {}
+    others = []
+    for name in names:
+        match = re.match(r"(\w*blocks)\.(\d+)\.", name)
+        if match:
+            blocks[match[1]] += 1
+            numbers.setdefault(match[1], []).append(int(match[2]))
+        else:
+            others.append(name)
+    for stack, count in blocks.items():
+        others.append(f"{stack}.{min(numbers[stack])}-{max(numbers[stack])} ({count} tensors)")
+    return ", ".join(others)

@@ -1,0 +1,236 @@
+"""`--init` from every kind of source."""
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+
+from famt.export import encoder_state, official_state
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS, ModelConfig
+from train.initial import build_initial_encoder, load_initial, load_initial_encoder
+
+TINY = ModelConfig(
+    width=24, depth=2, heads=3, image_size=32, patch_size=8,
+    decoder_width=16, decoder_depth=1, decoder_heads=2,
+)  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(1)
+    return MaskedAutoencoder(TINY).eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+
+def _same(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    return all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
+
+
+def test_an_mae_checkpoint_with_its_command_line_beside_the_weights(model, tmp_path):
+    """As main_pretrain.py writes it: optimiser, arguments and all."""
+    content = {"model": official_state(model), "epoch": 799, "args": argparse.Namespace(lr=1e-3)}
+    torch.save(content, tmp_path / "checkpoint-799.pth")
+    target = MaskedAutoencoder(TINY)
+    assert not load_initial(target, str(tmp_path / "checkpoint-799.pth")).missing
+    assert _same(target, model)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_bare_files_of_weights(model, tmp_path, wrapper):
+    state = {wrapper + name: value for name, value in encoder_state(model).items()}
+    torch.save(state, tmp_path / "w.bin")
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    for name in ("w.bin", "w.safetensors"):
+        target = MaskedAutoencoder(TINY)
+        load_initial_encoder(target.encoder, str(tmp_path / name))
+        assert _same(target.encoder, model.encoder)
+
+
+def test_a_folder_that_transformers_saved(model, images, tmp_path):
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+        image_size=32, patch_size=8, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    theirs = transformers.ViTModel(config).eval()
+    theirs.save_pretrained(tmp_path)
+    fit = load_initial(model, str(tmp_path))
+    assert fit.left_out == ["pooler.dense.bias", "pooler.dense.weight"]
+    with torch.no_grad():
+        expected = theirs(images).last_hidden_state
+        torch.testing.assert_close(
+            model.encoder.forward_features(images), expected, rtol=0, atol=1e-5
+        )
+
+
+def test_a_folder_that_transformers_saved_in_parts(model, tmp_path):
+    config = transformers.ViTMAEConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
+        image_size=32, patch_size=8, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2, decoder_intermediate_size=64,
+    )  # fmt: skip
+    theirs = transformers.ViTMAEForPreTraining(config)
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    fit = load_initial(model, str(tmp_path))
+    assert len(fit.taken) == len(official_state(model))
+    assert torch.equal(model.decoder_pred.weight, theirs.decoder.decoder_pred.weight)
+
+
+def test_a_model_that_timm_has_by_name(tmp_path):
+    """Its weights lie where timm and the hub's client keep what they have fetched."""
+    name = "vit_tiny_patch16_224"
+    torch.manual_seed(3)
+    source = timm.create_model(name)
+    repository = source.pretrained_cfg["hf_hub_id"]
+    folder = tmp_path / "hub" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    safetensors.torch.save_file(
+        source.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors"
+    )
+    script = (
+        "import torch, train.initial as initial; from famt.models import MODELS\n"
+        "from famt.mae import MaskedAutoencoder\n"
+        "model = MaskedAutoencoder(MODELS['vit_tiny'])\n"
+        f"fit = initial.load_initial(model, 'timm:{name}')\n"
+        "print(fit.describe()); torch.save(model.encoder.state_dict(), 'loaded.pt')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "left out  head.weight, head.bias" in done.stdout
+    loaded = torch.load(tmp_path / "loaded.pt")
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in loaded.items())
+
+
+def test_a_model_that_timm_cannot_load_is_an_error(model):
+    with pytest.raises(ValueError, match="timm:no_such_model: timm can't load it"):
+        load_initial(model, "timm:no_such_model")
+    with pytest.raises(ValueError, match="timm can't load it"):
+        load_initial(model, "timm:local-dir:/no/such/folder")
+
+
+def test_errors_name_the_source_and_both_sizes(model, tmp_path):
+    torch.save(encoder_state(model), tmp_path / "w.pth")
+    wide = MaskedAutoencoder(dataclasses.replace(TINY, width=48))
+    with pytest.raises(ValueError, match=r"w\.pth: its encoder has width 24 and depth 2, and this"):
+        load_initial(wide, str(tmp_path / "w.pth"))
+    with pytest.raises(FileNotFoundError, match="give a run, an MAE checkpoint"):
+        load_initial(model, str(tmp_path / "none"))
+    with pytest.raises(ValueError, match=r"neither a checkpoint-\*\.pt nor a config\.json"):
+        load_initial(model, str(tmp_path))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(ValueError, match=r"text\.pth can't be read as weights"):
+        load_initial(model, str(tmp_path / "text.pth"))
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth: no ViT encoder"):
+        load_initial(model, str(tmp_path / "list.pth"))
+
+
+def test_another_number_of_heads_or_kind_of_model_is_refused(model, tmp_path):
+    heads = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    transformers.ViTModel(heads).save_pretrained(tmp_path / "heads")
+    with pytest.raises(ValueError, match="has 2 attention heads, and this model's has 3"):
+        load_initial(model, str(tmp_path / "heads"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="is a bert with gelu; a vit or vit_mae"):
+        load_initial(model, str(tmp_path / "other"))
+
+
+def test_an_encoder_is_built_in_the_sizes_of_its_source(model, images, tmp_path):
+    transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=96,
+            image_size=32,
+            patch_size=8,
+        )
+    ).save_pretrained(tmp_path / "hf")
+    encoder = build_initial_encoder(str(tmp_path / "hf"))
+    assert encoder.patch_embed.img_size == (32, 32)
+    assert encoder.blocks[0].attn.num_heads == 3
+    larger = build_initial_encoder(str(tmp_path / "hf"), image_size=64)
+    assert larger.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 65, 24)
+    torch.save(encoder_state(model), tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="does not tell how many attention heads"):
+        build_initial_encoder(str(tmp_path / "w.pth"))
+    base = MODELS["vit_tiny"].encoder()
+    torch.save(base.state_dict(), tmp_path / "tiny.pth")
+    assert build_initial_encoder(str(tmp_path / "tiny.pth")).blocks[0].attn.num_heads == 3
+
+
+# The shapes that MAE's authors released: width, depth, patch size.
+RELEASED = {"vit_base": (768, 12, 16), "vit_large": (1024, 24, 16), "vit_huge": (1280, 32, 14)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RELEASED)
+def test_weights_of_every_released_shape_load(name, tmp_path):
+    width, depth, patch = RELEASED[name]
+    torch.manual_seed(4)
+    weights = {
+        "cls_token": torch.randn(1, 1, width),
+        "pos_embed": torch.randn(1, 1 + (224 // patch) ** 2, width),
+        "patch_embed.proj.weight": torch.randn(width, 3, patch, patch),
+        "patch_embed.proj.bias": torch.randn(width),
+        **_blocks("blocks", width, depth),
+        **_norm("norm", width),
+        "decoder_embed.weight": torch.randn(512, width),
+        "decoder_embed.bias": torch.randn(512),
+        "mask_token": torch.randn(1, 1, 512),
+        "decoder_pos_embed": torch.randn(1, 1 + (224 // patch) ** 2, 512),
+        **_blocks("decoder_blocks", 512, 8),
+        **_norm("decoder_norm", 512),
+        "decoder_pred.weight": torch.randn(3 * patch**2, 512),
+        "decoder_pred.bias": torch.randn(3 * patch**2),
+    }
+    torch.save({"model": weights}, tmp_path / f"{name}.pth")
+    model = MaskedAutoencoder(MODELS[name])
+    fit = load_initial(model, str(tmp_path / f"{name}.pth"))
+    assert len(fit.taken) == len(weights)
+    assert not fit.missing
+    loaded = official_state(model)
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+def _norm(name, width):
+    return {f"{name}.weight": torch.randn(width), f"{name}.bias": torch.randn(width)}
+
+
+def _blocks(stack, width, depth):
+    weights = {}
+    for number in range(depth):
+        block = f"{stack}.{number}"
+        weights |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width)
+        for name, out, into in (
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ):
+            weights[f"{block}.{name}.weight"] = torch.randn(out, into)
+            weights[f"{block}.{name}.bias"] = torch.randn(out)
+    return weights

@@ -1,0 +1,220 @@
+"""Weights to begin with: those of a run, an official MAE checkpoint, timm or transformers.
+
+What a source may be, wherever `--init` asks for one:
+
+    runs/first, runs/first/checkpoint-00001000.pt    a run of ours
+    mae_pretrain_vit_base.pth, model.safetensors     weights by the names of MAE, timm, transformers
+    exported/                                        a folder of timm or transformers (config.json)
+    timm:vit_base_patch16_224.mae                    a model that timm has by name
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from famt.export import from_transformers
+from famt.initial import Fit, encoder_sizes, load_encoder_weights, load_weights
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS, ModelConfig
+from pipeline.storage import reason
+from train import checkpoint
+
+_TIMM = "timm:"
+_KINDS = "a run, an MAE checkpoint, a file or folder of timm or transformers, or timm:<name>"
+_TRANSFORMERS = "embeddings.patch_embeddings.projection.weight"
+
+
+@dataclass(frozen=True)
+class Initial:
+    """Weights that a model can begin with.
+
+    Attributes:
+        source: as it was given.
+        weights: under official names (see `famt.export`).
+        heads: attention heads, or None where the source does not tell.
+    """
+
+    source: str
+    weights: dict[str, Tensor]
+    heads: int | None
+
+
+def load_initial(model: MaskedAutoencoder, source: str) -> Fit:
+    """Let a model begin with the weights of a source: encoder, and decoder if it has one that fits.
+
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: it is no encoder, or does not fit; names the source and what both are.
+    """
+    initial = read_initial(source)
+    return _load(initial, model.encoder, lambda: load_weights(model, initial.weights))
+
+
+def load_initial_encoder(encoder: VisionTransformer, source: str) -> Fit:
+    """Let an encoder, with or without a head, begin with the weights of a source.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_initial`.
+    """
+    initial = read_initial(source)
+    return _load(initial, encoder, lambda: load_encoder_weights(encoder, initial.weights))
+
+
+def build_initial_encoder(source: str, image_size: int | None = None) -> VisionTransformer:
+    """The encoder of a source, in eval mode.
+
+    Args:
+        image_size: px, in place of its own; positions are interpolated.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_initial`; or a source that does not tell its heads.
+    """
+    initial = read_initial(source)
+    try:
+        sizes = encoder_sizes(initial.weights)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    known = {(each.width, each.depth): each.heads for each in MODELS.values()}
+    heads = initial.heads or known.get((sizes.width, sizes.depth))
+    if heads is None:
+        raise ValueError(
+            f"{source} does not tell how many attention heads its width of {sizes.width} is parted "
+            "into; give a folder with its config.json"
+        )
+    encoder = ModelConfig(
+        width=sizes.width,
+        depth=sizes.depth,
+        heads=heads,
+        image_size=image_size or sizes.image_size,
+        patch_size=sizes.patch_size,
+    ).encoder()
+    _load(initial, encoder, lambda: load_encoder_weights(encoder, initial.weights))
+    return encoder.eval()
+
+
+def read_initial(source: str) -> Initial:
+    """Read the weights of a source, whatever kind it is.
+
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: a kind of file or model that is not known here.
+    """
+    if source.startswith(_TIMM):
+        return _from_timm(source, source.removeprefix(_TIMM))
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder; give {_KINDS}")
+    if path.is_file():
+        return _from_file(path)
+    if checkpoint.latest(path):
+        return _from_run(path)
+    config = _json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "architecture" in config:
+        return _from_timm(source, f"local-dir:{path}")
+    if "model_type" in config:
+        return _from_transformers(path, config)
+    raise ValueError(
+        f"{source} holds neither a checkpoint-*.pt nor a config.json of timm or transformers; "
+        f"give {_KINDS}"
+    )
+
+
+def _load(initial: Initial, encoder: VisionTransformer, load: Any) -> Fit:
+    heads = encoder.blocks[0].attn.num_heads
+    if initial.heads not in (None, heads):
+        raise ValueError(
+            f"{initial.source}: its encoder has {initial.heads} attention heads, and this model's "
+            f"has {heads}"
+        )
+    try:
+        return load()
+    except ValueError as error:
+        raise ValueError(f"{initial.source}: {error}") from None
+
+
+def _from_run(path: Path) -> Initial:
+    model = checkpoint.load_model(path)
+    weights = {name.removeprefix("encoder."): each for name, each in model.state_dict().items()}
+    return Initial(str(path), weights, model.config.heads)
+
+
+def _from_file(path: Path) -> Initial:
+    content = _read(path)
+    if {"run", "step", "model"} <= content.keys():
+        return _from_run(path)
+    weights = _tensors(content)
+    if any(name.endswith(_TRANSFORMERS) for name in weights):
+        weights = from_transformers(weights)
+    return Initial(str(path), weights, None)
+
+
+def _from_timm(source: str, name: str) -> Initial:
+    """timm looks for the weights of a name in its own cache, then on the Hugging Face hub."""
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except (RuntimeError, OSError, AssertionError) as error:
+        raise ValueError(f"{source}: timm can't load it: {reason(error)}") from error
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"{source} is a {type(model).__name__}; a plain vision transformer fits")
+    return Initial(source, dict(model.state_dict()), model.blocks[0].attn.num_heads)
+
+
+def _from_transformers(path: Path, config: Mapping[str, Any]) -> Initial:
+    if config["model_type"] not in ("vit", "vit_mae") or config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(
+            f"{path} is a {config['model_type']} with {config.get('hidden_act', 'gelu')}; a vit or "
+            "vit_mae with gelu fits"
+        )
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(_json(index)["weight_map"].values()))
+    else:
+        files = [
+            name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()
+        ][:1]
+    if not files:
+        raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin")
+    weights = {name: value for file in files for name, value in _read(path / file).items()}
+    return Initial(str(path), from_transformers(weights), config.get("num_attention_heads"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a file holds: of safetensors, or of what torch saved, which must be a dictionary."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        # The MAE code keeps its command line beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, LookupError, UnpicklingError, SafetensorError) as error:
+        raise ValueError(f"{path} can't be read as weights: {reason(error)}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in a file's content, out of what training scripts wrap them in."""
+    for key in ("model", "state_dict"):
+        content = content.get(key, content)
+    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    for wrapper in ("module.", "_orig_mod."):
+        if all(name.startswith(wrapper) for name in weights):
+            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    return weights
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
