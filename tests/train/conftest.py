@@ -1,9 +1,14 @@
 """The smallest run that trains."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
+from samples import photo_members, score, tar_bytes
 
+from pipeline.cache import ScoreCache
+from pipeline.scores import ScoreSpec
+from train import pretrain
 from train.config import OptimiserConfig, Pretrain
 
 
@@ -24,3 +29,42 @@ def config(scored, tmp_path: Path) -> Pretrain:
         threads=1,
         log_steps=1,
     )
+
+
+def _train_tiny(folder: Path, decoder: Literal["self", "cross"]) -> Path:
+    shard = folder / "train-000000.tar"
+    shard.write_bytes(tar_bytes(photo_members(8)))
+    spec = ScoreSpec(grid=7)
+    cache = ScoreCache(str(folder / "cache"), create=True)
+    score([shard], cache, spec)
+    pretrain.main(
+        Pretrain(
+            shards=[str(shard)],
+            cache=cache.url,
+            out=folder / "run",
+            model="vit_nano",
+            image_size=48,
+            patch_size=8,
+            decoder=decoder,
+            epochs=2,
+            batch_size=4,
+            spec=spec,
+            optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=1, ema_decay=0.5),
+            device="cpu",
+            threads=1,
+            log_steps=1,
+        )
+    )
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run with 36 patches of 8 px and averaged weights, to be read only."""
+    return _train_tiny(tmp_path_factory.mktemp("tiny"), "self")
+
+
+@pytest.fixture(scope="session")
+def tiny_cross(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the cross decoder."""
+    return _train_tiny(tmp_path_factory.mktemp("cross"), "cross")

@@ -1,0 +1,236 @@
+"""Take a trained encoder to timm, to the code of MAE's authors, or to Hugging Face transformers.
+
+    python -m train.export runs/first --to timm --out exported
+    python -m train.export runs/first --to hf --out exported-hf --ema
+
+Writes a folder with the weights and the configuration that the library reads, and prints the lines
+that load it there:
+
+    timm    encoder (model.safetensors, config.json)
+    mae     encoder and decoder under the published checkpoints' names (mae.pth); detection
+            backbones of ViTDet's kind read this one too
+    hf      encoder and decoder for ViTMAEModel, ViTMAEForPreTraining and ViTModel
+            (model.safetensors, config.json, preprocessor_config.json)
+
+Only MAE's own decoder can be told to others: of a model with the cross decoder the encoder alone is
+written, and the program says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import timm
+import torch
+import tyro
+from torch import Tensor
+
+from famt.export import encoder_state, is_decoder, official_state, to_transformers
+from famt.mae import MaskedAutoencoder
+from famt.models import ModelConfig
+from famt.patches import IMAGENET_MEAN, IMAGENET_STD
+from train import checkpoint
+from train.program import run_program
+
+
+@dataclass(frozen=True)
+class Export:
+    """What to export, and where to."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """checkpoint file, or folder of a run (its latest one)"""
+    to: Literal["timm", "mae", "hf"]
+    """whose layout: timm's, the MAE authors', or that of Hugging Face transformers"""
+    out: Path
+    """folder to write; must not be there yet"""
+    ema: bool = False
+    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay; the decoder,
+    which is not averaged, stays behind"""
+
+
+def main(args: Export) -> list[str]:
+    """Write the folder; returns the lines of Python that load it, which are printed too.
+
+    Raises:
+        FileNotFoundError: no checkpoint.
+        ValueError: --out is there already, or --ema of a run that keeps no average.
+    """
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} is there already; give a new folder")
+    model = checkpoint.load_model(args.checkpoint, ema=args.ema)
+    reason = None
+    if model.config.decoder == "cross":
+        reason = f"{args.to} has no cross decoder"
+    elif args.ema:
+        reason = "it is not averaged, as the encoder is"
+    if args.to == "timm":
+        files, lines = _timm(model, args.out)
+    else:
+        weights = encoder_state(model) if reason else official_state(model)
+        layout = _mae if args.to == "mae" else _transformers
+        files, lines = layout(model.config, weights, args.out)
+    _write(args.out, files)
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.checkpoint}: written to {args.out}, {size / 1e6:.1f} MB")
+    if reason and args.to != "timm":
+        left = [name for name in model.state_dict() if not name.startswith("encoder.")]
+        print(f"left out: the decoder ({len(left)} tensors: {left[0]} ...), because {reason}")
+    print("To load it:", *lines, sep="\n    ")
+    return lines
+
+
+def _timm(model: MaskedAutoencoder, out: Path) -> tuple[dict[str, Any], list[str]]:
+    sizes = model.config
+    name, arguments = timm_name(sizes)
+    config = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": sizes.width,
+        "global_pool": "token",
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [3, sizes.image_size, sizes.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875 if sizes.image_size > 64 else 1.0,
+            "crop_mode": "center",
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    return {"model.safetensors": encoder_state(model), "config.json": config}, [
+        f'timm.create_model("local-dir:{out}", pretrained=True)',
+        f'timm.create_model("{name}", {_spelled({"num_classes": 0, **arguments})}, '
+        f'checkpoint_path="{out}/model.safetensors")',
+    ]
+
+
+def timm_name(sizes: ModelConfig) -> tuple[str, dict[str, int]]:
+    """A name that timm knows, and what must be given beside it to get an encoder of these sizes."""
+    for name in ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"):
+        name += f"_patch{sizes.patch_size}_{sizes.image_size}"
+        if timm.is_model(name):
+            with torch.device("meta"):
+                known = timm.create_model(name)
+            heads = known.blocks[0].attn.num_heads
+            if (known.embed_dim, len(known.blocks), heads) == (
+                sizes.width, sizes.depth, sizes.heads,
+            ):  # fmt: skip
+                return name, {}
+    return "vit_base_patch16_224", {
+        "img_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+        "embed_dim": sizes.width,
+        "depth": sizes.depth,
+        "num_heads": sizes.heads,
+    }
+
+
+def _mae(
+    sizes: ModelConfig, weights: Mapping[str, Tensor], out: Path
+) -> tuple[dict[str, Any], list[str]]:
+    encoder = {
+        "img_size": sizes.image_size, "patch_size": sizes.patch_size,
+        "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
+    }  # fmt: skip
+    decoder = {
+        "decoder_embed_dim": sizes.decoder_width, "decoder_depth": sizes.decoder_depth,
+        "decoder_num_heads": sizes.decoder_heads, "norm_pix_loss": sizes.normalise_targets,
+    }  # fmt: skip
+    calls = [("models_vit.VisionTransformer", {**encoder, "qkv_bias": True, "num_classes": 0})]
+    if any(map(is_decoder, weights)):
+        calls.append(("models_mae.MaskedAutoencoderViT", {**encoder, **decoder}))
+    norm = "norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6)"
+    lines = [
+        f"{name}({_spelled(arguments)}, {norm}).load_state_dict("
+        f'torch.load("{out}/mae.pth")["model"], strict={name.startswith("models_mae")})'
+        for name, arguments in calls
+    ]
+    return {"mae.pth": {"model": dict(weights)}}, lines
+
+
+def _transformers(
+    sizes: ModelConfig, weights: Mapping[str, Tensor], out: Path
+) -> tuple[dict[str, Any], list[str]]:
+    decoder = any(map(is_decoder, weights))
+    config = {
+        "model_type": "vit_mae",
+        "architectures": ["ViTMAEForPreTraining" if decoder else "ViTMAEModel"],
+        "image_size": sizes.image_size,
+        "patch_size": sizes.patch_size,
+        "num_channels": 3,
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "intermediate_size": 4 * sizes.width,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
+        "decoder_hidden_size": sizes.decoder_width,
+        "decoder_num_hidden_layers": sizes.decoder_depth,
+        "decoder_num_attention_heads": sizes.decoder_heads,
+        "decoder_intermediate_size": 4 * sizes.decoder_width,
+        "mask_ratio": 0.75,
+        "norm_pix_loss": sizes.normalise_targets,
+        "torch_dtype": "float32",
+    }
+    preprocessor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": sizes.image_size, "width": sizes.image_size},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
+    }
+    classes = ["ViTMAEForPreTraining"] if decoder else []
+    lines = [
+        f'transformers.ViTModel.from_pretrained("{out}", add_pooling_layer=False)',
+        f'transformers.ViTMAEModel.from_pretrained("{out}", mask_ratio=0.0)',
+        *(f'transformers.{name}.from_pretrained("{out}")' for name in classes),
+    ]
+    return {
+        "model.safetensors": to_transformers(weights),
+        "config.json": config,
+        "preprocessor_config.json": preprocessor,
+    }, lines
+
+
+def _spelled(arguments: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in arguments.items())
+
+
+def _write(out: Path, files: Mapping[str, Any]) -> None:
+    """Write a folder that appears under its name only when all of it is there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        for name, content in files.items():
+            if name.endswith(".safetensors"):
+                whole = {key: value.contiguous().clone() for key, value in content.items()}
+                safetensors.torch.save_file(whole, partial / name, metadata={"format": "pt"})
+            elif name.endswith(".pth"):
+                torch.save(content, partial / name)
+            else:
+                (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        partial.chmod(0o755)
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+if __name__ == "__main__":
+    run_program(main, tyro.cli(Export, description=__doc__))
