@@ -50,11 +50,14 @@ class SampleTable:
         """Hash of the shards' contents in their order: equal digests mean equal rows."""
         return hashlib.sha256(" ".join(self.shard_ids).encode()).hexdigest()[:12]
 
+    def keys(self, shard: int) -> list[str]:
+        """Sample keys of the shard of that number, in the order of its rows."""
+        return self._cache.read_table(self.shard_ids[shard]).key
+
     def key(self, row: int) -> str:
         """`<url>:<sample key>` of a row, to name a sample in an error or a log."""
         shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
-        keys = self._cache.read_table(self.shard_ids[shard]).key
-        return f"{self.urls[shard]}:{keys[row - self.first_row[shard]]}"
+        return f"{self.urls[shard]}:{self.keys(shard)[row - self.first_row[shard]]}"
 
     def write_indices(self) -> tempfile.TemporaryDirectory[str]:
         """DALI index files `<shard number>.idx` in a folder that lives as long as the result."""

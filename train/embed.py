@@ -1,0 +1,225 @@
+"""Features of every image of some shards, with keys and labels, in one file or folder.
+
+    python -m train.embed --checkpoint runs/first --cache scores \\
+        --shards 'shards/val-*.tar' --out features.parquet
+    python -m train.embed --checkpoint exported --cache scores --shards shards --out features
+
+A name that ends in .parquet gets one Parquet file with the columns shard, key, label (null where an
+image has none), cls and mean: the class token and the mean of the patch tokens after the last norm,
+float32. Any other name gets a folder with cls.npy, mean.npy, labels.npy (-1 where an image has
+none) and keys.txt, a line `<shard>:<key>` an image. Rows follow the shards in the order given, and
+the images in each tar. Features go to disk as they are made, and the name appears when all are
+there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import tyro
+from numpy.typing import NDArray
+from timm.models.vision_transformer import VisionTransformer
+from tqdm import tqdm
+
+from famt.patches import normalise_images
+from pipeline.cache import ScoreCache
+from pipeline.loader import CentreView, CropLoader, LoaderConfig
+from pipeline.table import SampleTable, load_samples
+from train import checkpoint
+from train.distributed import ranks
+from train.initial import build_initial_encoder
+from train.program import run_program
+
+_ROW_GROUP = 4096  # images that are in memory at a time, and a row group of the file
+
+
+@dataclass(frozen=True)
+class Embed:
+    """Which images to embed, and with what."""
+
+    checkpoint: str
+    """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
+    cache: str
+    """score cache that knows the shards"""
+    shards: list[str]
+    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
+    out: Path
+    """<name>.parquet, or a folder for .npy files; must not be there yet"""
+    ema: bool = False
+    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
+    centre: float | None = None
+    """share of the shorter side that is shown; 0.875, or all of it up to 64 px"""
+    batch_size: int = 256
+    """images at a time"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """what to compute on"""
+    threads: int = LoaderConfig.threads
+    """CPU threads that decode"""
+
+
+def main(args: Embed) -> None:
+    """Write the features of all images.
+
+    Raises:
+        ValueError: --out is there already, or --checkpoint is no encoder.
+        CacheError: shards that the cache does not know.
+    """
+    if args.out.exists():
+        raise ValueError(f"--out {args.out} is there already; give a new name")
+    encoder = (
+        checkpoint.load_model(Path(args.checkpoint), ema=True).encoder
+        if args.ema
+        else build_initial_encoder(args.checkpoint)
+    )
+    cache = ScoreCache(args.cache)
+    table = load_samples(args.shards, cache)
+    with (
+        ranks(args.device) as here,
+        _open(args.out, table, encoder.embed_dim) as writer,
+        tqdm(total=len(table), desc="features", unit=" images", mininterval=1) as bar,
+    ):
+        for first, cls, mean in _features(encoder, table, args, here.device):
+            writer.write(first, cls, mean)
+            bar.update(len(cls))
+    rejected = sum(len(cache.summary(shard_id).rejected) for shard_id in table.shard_ids)
+    print(
+        f"{args.out}: {len(table)} images of {len(table.urls)} shards, {encoder.embed_dim} values "
+        f"each; {rejected} that can't be decoded are left out"
+    )
+
+
+def _features(
+    encoder: VisionTransformer, table: SampleTable, args: Embed, device: torch.device
+) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+    """First row, class tokens and patch means `[K, C]` of batch after batch, in order of rows."""
+    size = encoder.patch_embed.img_size[0]
+    loader = CropLoader(
+        table,
+        LoaderConfig(
+            batch_size=args.batch_size,
+            image_size=size,
+            view=CentreView(args.centre or (0.875 if size > 64 else 1.0)),
+            shuffle_buffer=0,
+            threads=args.threads,
+        ),
+        drop_last=False,
+        device=device,
+    )
+    encoder, next_row = encoder.to(device).eval(), 0
+    with torch.inference_mode():
+        for crops in loader:
+            if crops.rows.tolist() != list(range(next_row, next_row + len(crops.rows))):
+                raise RuntimeError(f"images came out of order after row {next_row}")
+            tokens = encoder.forward_features(normalise_images(crops.images)).float()
+            yield next_row, tokens[:, 0].cpu().numpy(), tokens[:, 1:].mean(1).cpu().numpy()
+            next_row += len(crops.rows)
+
+
+class _Writer(Protocol):
+    """Takes rows in order, from `first` on."""
+
+    def write(self, first: int, cls: NDArray[np.float32], mean: NDArray[np.float32]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def _open(out: Path, table: SampleTable, width: int) -> Iterator[_Writer]:
+    """A writer to `out`, which appears under its name when all went well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+    kind = _Parquet if out.suffix == ".parquet" else _Npy
+    writer: _Writer = kind(partial, table, width)
+    try:
+        yield writer
+    finally:
+        writer.close()
+    partial.rename(out)
+
+
+class _Parquet:
+    def __init__(self, path: Path, table: SampleTable, width: int) -> None:
+        self._table, self._width = table, width
+        features = pa.list_(pa.float32(), width)
+        self._schema = pa.schema(
+            {
+                "shard": pa.string(),
+                "key": pa.string(),
+                "label": pa.int64(),
+                "cls": features,
+                "mean": features,
+            }
+        )
+        self._file = pq.ParquetWriter(path, self._schema, use_dictionary=["shard"])
+        self._names = _names(table)
+        self._rows = 0
+        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
+
+    def write(self, first: int, cls: NDArray[np.float32], mean: NDArray[np.float32]) -> None:
+        self._waiting.append((cls, mean))
+        if sum(len(part) for part, _ in self._waiting) >= _ROW_GROUP:
+            self._flush()
+
+    def close(self) -> None:
+        self._flush()
+        self._file.close()
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        cls, mean = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        names = [next(self._names) for _ in range(len(cls))]
+        labels = self._table.labels[self._rows : self._rows + len(cls)].numpy()
+        self._rows += len(cls)
+        columns = [
+            pa.array([shard for shard, _ in names]),
+            pa.array([key for _, key in names]),
+            pa.array(labels, mask=labels < 0),
+            *(
+                pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), self._width)
+                for part in (cls, mean)
+            ),
+        ]
+        self._file.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+
+
+class _Npy:
+    def __init__(self, path: Path, table: SampleTable, width: int) -> None:
+        path.mkdir()
+        shape = (len(table), width)
+        self._arrays = [
+            np.lib.format.open_memmap(path / name, "w+", np.float32, shape)
+            for name in ("cls.npy", "mean.npy")
+        ]
+        np.save(path / "labels.npy", table.labels.numpy())
+        with open(path / "keys.txt", "w") as file:
+            file.writelines(f"{shard}:{key}\n" for shard, key in _names(table))
+
+    def write(self, first: int, cls: NDArray[np.float32], mean: NDArray[np.float32]) -> None:
+        for array, part in zip(self._arrays, (cls, mean), strict=True):
+            array[first : first + len(part)] = part
+
+    def close(self) -> None:
+        for array in self._arrays:
+            array.flush()
+
+
+def _names(table: SampleTable) -> Iterator[tuple[str, str]]:
+    """Shard and key of every row, a shard's keys in memory at a time."""
+    for number, url in enumerate(table.urls):
+        yield from ((url, key) for key in table.keys(number))
+
+
+if __name__ == "__main__":
+    run_program(main, tyro.cli(Embed, description=__doc__))
