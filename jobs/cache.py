@@ -17,7 +17,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.collector import Collection, collect
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import score_shard
@@ -97,7 +98,7 @@ class Verify:
     def run(self) -> int:
         cache = ScoreCache(self.cache)
         known = [
-            (f"{folder}/{name}", record)
+            (storage.join_url(folder, name), record)
             for folder, records in sorted(cache.manifests.folders().items())
             for name, record in sorted(records.items())
         ]
@@ -106,10 +107,13 @@ class Verify:
         wrong = 0
         for url, record in tqdm(chosen, desc="verify", unit="shard"):
             entry = stored.get(record.shard_id)
-            # What a model gave can't be had from the tar alone.
-            specs = [each for each in entry.specs if not is_generation(each)] if entry else []
-            whole = entry is not None and entry.whole
-            problem = _contradiction(cache, url, record, specs) if whole else "no whole entry"
+            try:
+                if entry is None or not entry.whole:
+                    problem: str | None = "no whole entry"
+                else:
+                    problem = _contradiction(cache, url, record, entry.specs)
+            except (CacheError, ValueError, *storage.UNREACHABLE) as error:
+                problem = storage.reason(error)
             if problem:
                 wrong += 1
                 tqdm.write(f"{url}: {problem}")
@@ -136,78 +140,22 @@ class Gc:
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
-        # Entries are listed before manifests are read: what is published meanwhile stays.
-        entries = list(cache.entries())
-        named, unseen = self._forget_deleted_shards(cache)
-        generations = self._forget_superseded_generations(cache)
-        limit = datetime.now(UTC) - timedelta(hours=self.older_than_hours)
+        options = Collection(
+            timedelta(hours=self.older_than_hours), tuple(self.drop_runs), self.dry_run
+        )
         freed = 0
-        for entry in entries:
-            if entry.whole and entry.shard_id in named:
-                for maps in entry.maps:
-                    orphan = is_generation(maps.spec_id) and maps.spec_id not in generations
-                    if maps.modified <= limit and (orphan or not maps.whole):
-                        reason = "unfinished" if not maps.whole else "of no generation"
-                        print(f"{entry.shard_id}/{maps.spec_id}: {_size(maps.bytes)}, {reason}")
-                        freed += maps.bytes
-                        if not self.dry_run:
-                            cache.remove(entry.shard_id, maps.spec_id, limit=limit)
-            elif entry.modified <= limit:
-                reason = "no manifest names it" if entry.whole else "only partly written"
-                print(f"{entry.shard_id}: {_size(entry.bytes)}, {reason}")
-                freed += entry.bytes
-                if not self.dry_run:
-                    cache.remove(entry.shard_id, limit=limit)
-        for file in storage.staging_files(cache.url):
-            if file.modified <= limit:
-                print(f"{file.path}: {_size(file.bytes)}, a staging file")
-                freed += file.bytes
-                if not self.dry_run:
-                    file.path.unlink(missing_ok=True)
+        for removed in collect(cache, options):
+            size = f"{_size(removed.bytes)}, " if removed.bytes else ""
+            print(f"{removed.what}: {size}{removed.reason}")
+            freed += removed.bytes
+        for folder, reason in options.out_of_reach.items():
+            print(
+                f"{reason}; its shards keep their scores. If it was deleted for good, "
+                f"remove {cache.url}/{cache.manifests.path(folder)}",
+                file=sys.stderr,
+            )
         print(f"{_size(freed)} {'would be ' if self.dry_run else ''}freed")
-        return 1 if unseen else 0
-
-    def _forget_superseded_generations(self, cache: ScoreCache) -> set[str]:
-        """Drop generations that no run needs; returns the spec ids of those that stay."""
-        named = set()
-        for run in cache.generations.runs():
-            dropped = run in self.drop_runs
-            old = cache.generations.of(run) if dropped else cache.generations.superseded(run)
-            for generation in old:
-                print(f"generation {run}/{generation.step}: no run needs it")
-                if not self.dry_run:
-                    cache.generations.forget(generation)
-            if dropped and not self.dry_run:
-                cache.generations.drop(run)
-            named |= {each.spec.id for each in cache.generations.of(run) if each not in old}
-        return named
-
-    def _forget_deleted_shards(self, cache: ScoreCache) -> tuple[set[str], list[str]]:
-        """Drop records of tars that are gone; returns the shard ids still named, and the folders
-        that could not be looked into: their records stay."""
-        named: set[str] = set()
-        unseen = []
-        # A folder is listed after its manifest is read: a tar that is not there then was deleted.
-        for folder, records in sorted(cache.manifests.folders().items()):
-            gone: dict[str, ShardRecord] = {}
-            try:
-                present = storage.list_names(folder)
-                if records and not present and not storage.is_remote(folder):
-                    raise OSError(f"{folder} is empty, as if its disk were not mounted")
-                gone = {name: record for name, record in records.items() if name not in present}
-            except OSError as error:
-                unseen.append(folder)
-                print(
-                    f"{error}; its {len(records)} shards keep their scores. If it was deleted for "
-                    f"good, remove {cache.url}/{cache.manifests.path(folder)}",
-                    file=sys.stderr,
-                )
-            for name in sorted(gone):
-                print(f"{folder}/{name}: the tar is gone, its record goes")
-            if gone and not self.dry_run:
-                cache.manifests.forget(folder, gone)
-            named |= {record.shard_id for name, record in records.items() if name not in gone}
-        return named, unseen
+        return 1 if options.out_of_reach else 0
 
 
 @dataclass(frozen=True)
@@ -256,29 +204,31 @@ def _contradiction(
 ) -> str | None:
     """What the tar at `url` says against its entry, or None."""
     shard_id = record.shard_id
-    if not storage.exists(url):
+    try:
+        data = storage.read(url)
+    except FileNotFoundError:
         return "the tar is gone"
-    data = storage.read(url)
     if content_id(data) != shard_id:
         return "the tar has changed since it was scored; run jobs/precompute_freq.py again"
+    table = cache.read_table(shard_id)
     for spec_id in specs:
+        cache.check_maps(shard_id, spec_id)
+        if is_generation(spec_id):
+            continue  # what a model gave can't be had from the tar alone
         spec = cache.stored_spec(shard_id, spec_id)
         if spec is None:
             tqdm.write(f"{url}: {spec_id} is not checked, other code wrote it")
             continue
-        try:
-            scored, table = score_shard(data, spec, url), cache.read_table(shard_id)
-            maps = cache.read_maps([shard_id], spec)[0]
-        except CacheError as error:
-            return str(error)
+        maps = cache.read_maps([shard_id], spec)[0].astype(np.float32)
+        scored = score_shard(data, spec, url)
         if scored.table.key != table.key or not all(
             np.array_equal(getattr(scored.table, name), getattr(table, name))
             for name in ("offset", "size", "label")
         ):
             return "other samples than in the tar"
         # Another machine may round otherwise: one part in a thousand is a float16's own error.
-        difference = np.abs(maps.astype(np.float32) - scored.maps.astype(np.float32))
-        if difference.size and difference.max() > 1e-2:
+        difference = np.abs(maps - scored.maps.astype(np.float32))
+        if not (difference <= 1e-2).all():
             return f"{spec_id}: maps differ by up to {difference.max():.3g}"
     return None
 

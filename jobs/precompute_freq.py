@@ -101,29 +101,38 @@ def _run_once(args: PrecomputeFreq) -> int:
     if todo:
         ray.init(ignore_reinit_error=True, logging_level="warning")
     started = published = time.monotonic()
-    reports: list[ShardReport] = []
+    reports: dict[str, ShardReport] = {}
     failed: dict[str, str] = {}
     unpublished: dict[str, ShardRecord] = {}
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
-        for url, outcome in score_shards(todo, cache, args.spec, args.workers):
-            if isinstance(outcome, ShardReport):
-                reports.append(outcome)
-                unpublished[url] = ShardRecord(outcome.version, outcome.shard_id)
-                if outcome.damage:
-                    bar.write(f"damaged: {url}: {outcome.damage}", file=sys.stderr)
-            else:
-                failed[url] = outcome
-                bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
-            rate = sum(report.decoded for report in reports) / (time.monotonic() - started)
-            bad = sum(report.quarantined for report in reports)
-            bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
-            bar.update()
-            if time.monotonic() - published > _PUBLISH_EVERY:
-                cache.manifests.publish(unpublished)
-                unpublished.clear()
-                published = time.monotonic()
-    cache.manifests.publish(unpublished)
-    return _report(args, urls, reports, failed, cache, time.monotonic() - started)
+        # Twice, if a gc took away what was there when a task looked; see pipeline.notices.
+        for _ in range(2):
+            lost: dict[str, str] = {}
+            for url, outcome in score_shards(todo, cache, args.spec, args.workers):
+                if isinstance(outcome, ShardReport):
+                    reports[url] = outcome
+                    unpublished[url] = ShardRecord(outcome.version, outcome.shard_id)
+                    if outcome.damage:
+                        bar.write(f"damaged: {url}: {outcome.damage}", file=sys.stderr)
+                else:
+                    failed[url] = outcome
+                    bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
+                rate = sum(each.decoded for each in reports.values()) / (time.monotonic() - started)
+                bad = sum(report.quarantined for report in reports.values())
+                bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
+                bar.update()
+                if time.monotonic() - published > _PUBLISH_EVERY:
+                    lost |= cache.publish(unpublished, args.spec)
+                    unpublished.clear()
+                    published = time.monotonic()
+            lost |= cache.publish(unpublished, args.spec)
+            unpublished.clear()
+            todo = list(lost)
+            bar.total += len(lost)
+    for url, reason in lost.items():
+        failed[url] = reason
+        print(f"failed: {url}: {reason}", file=sys.stderr)
+    return _report(args, urls, list(reports.values()), failed, cache, time.monotonic() - started)
 
 
 def _not_in_cache(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> list[str]:

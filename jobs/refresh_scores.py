@@ -17,6 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from tqdm import tqdm
 from famt.models import ModelConfig
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.collector import collect_superseded
 from pipeline.generations import Generation
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
@@ -153,22 +155,19 @@ def _refresh(encoder: Encoder, args: RefreshScores) -> int:
     )
     table = load_samples(urls, cache)
     started = time.perf_counter()
-    failed = {}
-    with tqdm(total=len(urls), desc=f"step {encoder.step}: {spec.id}", unit="shard") as bar:
-        for tars, outcome in _run_all(urls, encoder, cache, spec, args):
-            if isinstance(outcome, str):
-                failed[tars[0]] = outcome
-                tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
-            bar.update(len(tars))
-    seconds = time.perf_counter() - started
+    failed = _score_all(urls, encoder, cache, spec, args)
     if not failed:
         cache.generations.publish(
             Generation(encoder.run, encoder.step, spec, table.digest, len(table))
         )
-        for old in cache.generations.superseded(encoder.run):
-            cache.generations.forget(old)
-            for shard_id in table.shard_ids:
-                cache.remove(shard_id, old.spec.id)
+        # A gc may have taken away maps that were there already; see pipeline.notices.
+        cache.notices.wait({f"shards/{shard_id}" for shard_id in table.shard_ids})
+        with ThreadPoolExecutor(32) as pool:
+            problems = pool.map(lambda shard_id: cache.problem(shard_id, spec), table.shard_ids)
+            lost = [url for url, each in zip(table.urls, problems, strict=True) if each]
+        failed = _score_all(lost, encoder, cache, spec, args) if lost else {}
+        collect_superseded(cache, encoder.run, table.shard_ids)
+    seconds = time.perf_counter() - started
     summary = {
         "run": encoder.run,
         "step": encoder.step,
@@ -182,6 +181,24 @@ def _refresh(encoder: Encoder, args: RefreshScores) -> int:
     }
     print(json.dumps(summary), flush=True)
     return 1 if failed else 0
+
+
+def _score_all(
+    urls: list[str],
+    encoder: Encoder,
+    cache: ScoreCache,
+    spec: ModelScoreSpec,
+    args: RefreshScores,
+) -> dict[str, str]:
+    """Make the cache hold the maps of some tars; returns what failed, with the reason."""
+    failed = {}
+    with tqdm(total=len(urls), desc=f"step {encoder.step}: {spec.id}", unit="shard") as bar:
+        for tars, outcome in _run_all(urls, encoder, cache, spec, args):
+            if isinstance(outcome, str):
+                failed[tars[0]] = outcome
+                tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
+            bar.update(len(tars))
+    return failed
 
 
 def _run_all(

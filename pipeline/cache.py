@@ -1,7 +1,5 @@
 """The score cache: content-addressed zarr entries that all experiments share.
 
-This module, `pipeline.manifest` and `pipeline.generations` alone know the layout:
-
     <cache>/shards/<shard id>/zarr.json       a zarr group; attributes: format, columns, bytes,
                                               damage, kept, quarantined (key and reason of each)
     <cache>/shards/<shard id>/samples         int64 [n, 3]: offset, size, label, in tar order
@@ -12,33 +10,32 @@ This module, `pipeline.manifest` and `pipeline.generations` alone know the layou
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an entry
 never changes and whoever writes it writes the same bytes. An object is put whole, data before
 metadata: an array or group whose `zarr.json` exists is complete, and two writers can't harm each
-other.
+other. Nothing here deletes; `pipeline.collector` does.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import obstore
-import zarr
-import zarr.api.asynchronous
 from numpy.typing import NDArray
-from zarr.storage import MemoryStore, ObjectStore
 
-from pipeline import storage
+from pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
 from pipeline.generations import Generations
-from pipeline.manifest import FORMAT, CacheError, Manifests, check_format
+from pipeline.manifest import Manifests, ShardRecord
+from pipeline.notices import Notices
+from pipeline.objects import Objects, Stored, is_spec_id
 from pipeline.scores import ScoreSpec, Spec
+from pipeline.sealed import CacheError, damaged, unseal_zarr
 from pipeline.shards import Rejected
 
 _CONCURRENT_READS = 64
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -119,26 +116,32 @@ class ScoreCache:
 
     Args:
         url: its root folder.
-        create: make a local root that is not there.
+        create: open it to be written, and make a local root that is not there.
 
     Attributes:
+        objects: all that it holds.
         manifests: which shard of which folder has which entry.
         generations: which maps belong to which moment of which training run.
+        notices: what a collection is about to delete.
 
     Raises:
         FileNotFoundError: a local root that is not there, without `create`.
+        CacheError: with `create`, a root whose folders hold what is no part of a cache.
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:
-        self.url = storage.normalise_url(url)
         try:
-            self._store = storage.open_store(self.url, create=create)
+            self.objects = Objects(url, create=create)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{self.url}: no score cache there; make one with `python jobs/precompute_freq.py`"
+                f"{url}: no score cache there; make one with `python jobs/precompute_freq.py`"
             ) from None
-        self.manifests = Manifests(self._store, self.url)
-        self.generations = Generations(self._store, self.url)
+        self.url = self.objects.url
+        self.manifests = Manifests(self.objects)
+        self.generations = Generations(self.objects)
+        self.notices = Notices(self.objects)
+        if create:
+            self.objects.refuse_foreign()
 
     # Pickled to Ray workers: a store holds connections, its URL says all.
     def __getstate__(self) -> str:
@@ -150,8 +153,8 @@ class ScoreCache:
     def has_entry(self, shard_id: str, spec: Spec | None) -> bool:
         """Whether the shard's table is there, whole, and its maps of `spec` if one is given."""
         entry = f"shards/{shard_id}"
-        return self._exists(f"{entry}/zarr.json") and (
-            spec is None or self._exists(f"{entry}/{spec.id}/zarr.json")
+        return self.objects.exists(f"{entry}/zarr.json") and (
+            spec is None or self.objects.exists(f"{entry}/{spec.id}/zarr.json")
         )
 
     def write(
@@ -162,6 +165,7 @@ class ScoreCache:
         Raises:
             ValueError: maps that do not fit the table and spec, or are not finite; a table that
                 differs from the stored one, which other maps go by.
+            CacheError: the stored table is damaged.
             OSError: the store refused, a full disk say; nothing half-written is readable.
         """
         shape = (len(table.label), spec.grid, spec.grid)
@@ -170,44 +174,65 @@ class ScoreCache:
                 f"shard {shard_id}: maps of {spec.id} must be finite float16 {list(shape)}, "
                 f"got {maps.dtype} {list(maps.shape)}"
             )
-        stored = self.read_table(shard_id) if self.has_entry(shard_id, None) else None
-        if stored is not None and stored.key != table.key:
+        if not is_spec_id(spec.id):
             raise ValueError(
-                f"shard {shard_id}: maps of {spec.id} are for other samples than {self.url} keeps"
+                f"a score can't be named {spec.kind!r}: use letters, digits, _, . and - alone"
             )
-        objects: dict[str, zarr.core.buffer.Buffer] = {}
-        group = zarr.create_group(
-            MemoryStore(store_dict=objects),
-            attributes={
-                "format": FORMAT,
+        if not self.has_entry(shard_id, None):
+            attributes = {
                 "columns": ["offset", "size", "label"],
                 "bytes": table.bytes,
                 "kept": len(table.label),
                 "damage": table.damage,
                 "quarantined": [asdict(bad) for bad in table.rejected],
-            },
-        )
-        samples = np.stack([table.offset, table.size, table.label], axis=1)
-        names = np.array(table.key, dtype=np.dtypes.StringDType())
-        _add_array(group, "samples", samples)
-        _add_array(group, "key", names)
-        _add_array(group, spec.id, maps, {"spec": spec.describe()})
-        # Data first, then each array's metadata, then the group's, which completes the entry.
-        order = sorted(objects, key=lambda name: (name.endswith("zarr.json"), -name.count("/")))
-        for name in order:
-            if stored is None or name.startswith(f"{spec.id}/"):
-                storage.put(self._store, f"shards/{shard_id}/{name}", objects[name].to_bytes())
+            }
+            samples = np.stack([table.offset, table.size, table.label], axis=1)
+            for name, data in table_objects(attributes, samples, table.key):
+                self.objects.put(f"shards/{shard_id}/{name}", data)
+        elif self.read_table(shard_id).key != table.key:
+            raise ValueError(
+                f"shard {shard_id}: maps of {spec.id} are for other samples than {self.url} keeps"
+            )
+        for name, data in maps_objects(spec, maps):
+            self.objects.put(f"shards/{shard_id}/{name}", data)
+
+    def publish(self, records: Mapping[str, ShardRecord], spec: Spec | None) -> dict[str, str]:
+        """Make shards known (URL -> record) whose entries, with maps of `spec`, were put or found.
+
+        Returns:
+            shards (URL -> reason) whose entries can't be read: what a collection took away
+            meanwhile, and is to be made again, or what is damaged.
+        """
+        self.manifests.publish(records)
+        self.notices.wait({f"shards/{record.shard_id}" for record in records.values()})
+        with ThreadPoolExecutor(32) as pool:
+            problems = pool.map(lambda each: self.problem(each.shard_id, spec), records.values())
+            return {url: each for url, each in zip(records, problems, strict=True) if each}
+
+    def problem(self, shard_id: str, spec: Spec | None) -> str | None:
+        """Why a shard's table, and its maps of `spec`, can't be read; None if they can."""
+        try:
+            self.read_table(shard_id)
+            if spec is not None:
+                self.read_maps([shard_id], spec)
+        except CacheError as error:
+            return str(error)
+        return None
 
     def read_table(self, shard_id: str) -> ShardTable:
         """The table of a shard.
 
         Raises:
-            CacheError: no whole entry, or one of a newer format.
+            CacheError: no whole entry, a damaged one, or one of another format.
         """
         summary = self.summary(shard_id)
-        offset, size, label = self._array(shard_id, "samples").T
+        samples, key = self._run(self._arrays(shard_id, ["samples", "key"]))
+        self._check_samples(shard_id, samples, summary.kept)
+        if key.shape != (summary.kept,):
+            raise self._damaged(shard_id, "key", f"{list(key.shape)} for {summary.kept} samples")
+        offset, size, label = samples.T
         return ShardTable(
-            key=[str(key) for key in self._array(shard_id, "key")],
+            key=[str(each) for each in key],
             offset=offset,
             size=size,
             label=label,
@@ -220,13 +245,13 @@ class ScoreCache:
         """What a shard's entry says of itself, from its metadata alone.
 
         Raises:
-            CacheError: no whole entry, or one of a newer format.
+            CacheError: no whole entry, a damaged one, or one of another format.
         """
         try:
-            text = obstore.get(self._store, f"shards/{shard_id}/zarr.json").bytes()
+            data = self.objects.get(f"shards/{shard_id}/zarr.json")
         except FileNotFoundError:
             raise self._no_entry(shard_id) from None
-        attributes = self._attributes(shard_id, bytes(text))
+        attributes = self._attributes(shard_id, data)
         return ShardSummary(
             kept=attributes["kept"],
             rejected=[Rejected(**bad) for bad in attributes["quarantined"]],
@@ -238,135 +263,143 @@ class ScoreCache:
         """Offset, size and label `[n, 3]` of the samples that shards keep, read side by side.
 
         Raises:
-            CacheError: no whole entry, or one of another format.
+            CacheError: no whole entry, a damaged one, or one of another format.
         """
-        samples = self._read_side_by_side(shard_ids, "samples")
-        for shard_id, rows in zip(shard_ids, samples, strict=True):
-            # zarr reads a chunk that is gone as zeros, and no size is zero.
-            if (rows[:, 1] <= 0).any():
-                raise self._damaged(shard_id)
-        return samples
+        return self._read_side_by_side(shard_ids, "samples", self._check_samples)
 
     def read_maps(self, shard_ids: list[str], spec: Spec) -> list[NDArray[np.float16]]:
         """The maps `[n, G, G]` of shards, each in the order of its samples, read side by side.
 
         Raises:
-            CacheError: no whole entry, none of this spec, or one of another format.
+            CacheError: no whole entry, none of this spec, a damaged one, or one of another format.
         """
-        maps = self._read_side_by_side(shard_ids, spec.id)
-        for shard_id, each in zip(shard_ids, maps, strict=True):
-            if not each.any(axis=(1, 2)).all():  # as above: no map is all zeros
-                raise self._damaged(shard_id)
-        return maps
 
-    def _read_side_by_side(self, shard_ids: list[str], name: str) -> list[NDArray]:
-        store = ObjectStore(self._store, read_only=True)
+        def check(shard_id: str, maps: NDArray, kept: int) -> None:
+            self._check_maps(shard_id, spec.id, maps, (kept, spec.grid, spec.grid))
 
+        return self._read_side_by_side(shard_ids, spec.id, check)
+
+    def _read_side_by_side(
+        self, shard_ids: list[str], name: str, check: Callable[[str, NDArray, int], None]
+    ) -> list[NDArray]:
         async def read(shard_id: str, turn: asyncio.Semaphore) -> NDArray:
             async with turn:
                 try:
-                    text = await obstore.get_async(self._store, f"shards/{shard_id}/zarr.json")
-                    attributes = self._attributes(shard_id, bytes(await text.bytes_async()))
+                    data = await self.objects.get_async(f"shards/{shard_id}/zarr.json")
                 except FileNotFoundError:
                     raise self._no_entry(shard_id) from None
-                try:
-                    array = await zarr.api.asynchronous.open_array(
-                        store=store, path=f"shards/{shard_id}/{name}", mode="r", zarr_format=3
-                    )
-                except FileNotFoundError:
-                    raise CacheError(
-                        f"shard {shard_id} in {self.url} has no maps of {name}"
-                    ) from None
-                values = np.asarray(await array.getitem(...))
-                if len(values) != attributes["kept"]:
-                    raise self._damaged(shard_id)
+                kept = self._attributes(shard_id, data)["kept"]
+                (values,) = await self._arrays(shard_id, [name])
+                check(shard_id, values, kept)
                 return values
 
         async def read_all() -> list[NDArray]:
             turn = asyncio.Semaphore(_CONCURRENT_READS)
             return await asyncio.gather(*(read(shard_id, turn) for shard_id in shard_ids))
 
-        with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
-            return pool.submit(asyncio.run, read_all()).result()
-
-    def _damaged(self, shard_id: str) -> CacheError:
-        return CacheError(
-            f"shard {shard_id} in {self.url} is damaged: an object of it is gone. "
-            f"Remove {self.url}/shards/{shard_id} and run jobs/precompute_freq.py again"
-        )
+        return self._run(read_all())
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, whole or partial, in the order of shard ids."""
-        for prefix in obstore.list_with_delimiter(self._store, "shards")["common_prefixes"]:
-            objects = [meta for part in obstore.list(self._store, prefix) for meta in part]
-            if not objects:
-                continue  # a local folder whose files were removed
-            names = {meta["path"].removeprefix(f"{prefix}/") for meta in objects}
-            folders = {name.partition("/")[0] for name in names if "/" in name}
-            maps = []
-            for name in sorted(folders - {"samples", "key"}):
-                parts = [meta for meta in objects if meta["path"].startswith(f"{prefix}/{name}/")]
-                maps.append(
-                    StoredMaps(
-                        name,
-                        f"{name}/zarr.json" in names,
-                        sum(meta["size"] for meta in parts),
-                        max(meta["last_modified"] for meta in parts),
-                    )
+        for shard_id in self.objects.children("shards"):
+            entry = self.entry(shard_id)
+            if entry is not None:
+                yield entry
+
+    def entry(self, shard_id: str) -> Entry | None:
+        """What is stored for a shard, None if nothing is."""
+        arrays: dict[str, list[Stored]] = {}
+        objects = list(self.objects.below(f"shards/{shard_id}"))
+        for each in objects:
+            name, slash, _ = each.path.removeprefix(f"shards/{shard_id}/").partition("/")
+            arrays.setdefault(name if slash else "", []).append(each)
+        if not objects:
+            return None  # a local folder whose files were removed
+        return Entry(
+            shard_id=shard_id,
+            whole="" in arrays,
+            maps=[
+                StoredMaps(
+                    name,
+                    any(part.path.endswith("/zarr.json") for part in parts),
+                    sum(part.bytes for part in parts),
+                    max(part.modified for part in parts),
                 )
-            yield Entry(
-                shard_id=prefix.rpartition("/")[2],
-                whole="zarr.json" in names,
-                maps=maps,
-                bytes=sum(meta["size"] for meta in objects),
-                objects=len(objects),
-                modified=max(meta["last_modified"] for meta in objects),
-            )
+                for name, parts in sorted(arrays.items())
+                if is_spec_id(name)
+            ],
+            bytes=sum(each.bytes for each in objects),
+            objects=len(objects),
+            modified=max(each.modified for each in objects),
+        )
 
-    def remove(
-        self, shard_id: str, spec_id: str | None = None, *, limit: datetime | None = None
-    ) -> None:
-        """Delete an entry, or only its maps of one spec; the object that makes it whole first.
+    def check_maps(self, shard_id: str, spec_id: str) -> None:
+        """Read stored maps, whatever made them.
 
-        With a `limit`, nothing is deleted if any of it is newer: a writer is at work on it.
+        Raises:
+            CacheError: there are none, or they are damaged.
         """
-        folder = f"shards/{shard_id}" if spec_id is None else f"shards/{shard_id}/{spec_id}"
-        objects = [meta for part in obstore.list(self._store, folder) for meta in part]
-        if limit is not None and any(meta["last_modified"] > limit for meta in objects):
-            return
-        paths = [meta["path"] for meta in objects]
-        root = f"{folder}/zarr.json"
-        if root in paths:
-            obstore.delete(self._store, root)
-        obstore.delete(self._store, [path for path in paths if path != root])
+        (maps,) = self._run(self._arrays(shard_id, [spec_id]))
+        shape = (self.summary(shard_id).kept, *maps.shape[1:])
+        self._check_maps(shard_id, spec_id, maps, shape)
 
     def stored_spec(self, shard_id: str, spec_id: str) -> ScoreSpec | None:
-        """The spec of stored maps, or None if other code wrote them."""
-        text = obstore.get(self._store, f"shards/{shard_id}/{spec_id}/zarr.json").bytes()
-        return ScoreSpec.from_description(json.loads(bytes(text))["attributes"]["spec"])
+        """The spec of stored maps, or None if other code wrote them.
 
-    def _array(self, shard_id: str, name: str) -> NDArray:
-        store = ObjectStore(self._store, read_only=True)
+        Raises:
+            CacheError: what is written of it is damaged, or gone.
+        """
+        path = f"shards/{shard_id}/{spec_id}/zarr.json"
+        where = f"{self.url}/{path}"
+        try:
+            data = self.objects.get(path)
+        except FileNotFoundError:
+            raise CacheError(f"{where} is gone. {remedy(self.url, path)}") from None
+        return ScoreSpec.from_description(
+            unseal_zarr(data, where, remedy(self.url, path)).get("spec", {})
+        )
+
+    async def _arrays(self, shard_id: str, names: list[str]) -> list[NDArray]:
+        store = CheckedStore(self.objects.zarr(), self.url)
+        found = []
+        for name in names:
+            try:
+                found.append(await read_array(store, self.url, f"shards/{shard_id}/{name}"))
+            except FileNotFoundError:
+                if name in ("samples", "key"):
+                    raise self._damaged(shard_id, name, "it is gone") from None
+                raise CacheError(
+                    f"shard {shard_id} in {self.url} has no maps of {name}; make them with "
+                    "jobs/precompute_freq.py, or a model's with jobs/refresh_scores.py"
+                ) from None
+        return found
+
+    def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
+            return pool.submit(asyncio.run, coroutine).result()
+
+    def _check_samples(self, shard_id: str, samples: NDArray, kept: int) -> None:
+        if samples.shape != (kept, 3) or (samples[:, 1] <= 0).any():
+            raise self._damaged(shard_id, "samples", f"{list(samples.shape)} for {kept} samples")
+
+    def _check_maps(
+        self, shard_id: str, spec_id: str, maps: NDArray, shape: tuple[int, ...]
+    ) -> None:
+        if maps.shape != shape or maps.dtype != np.float16:
+            found = f"{maps.dtype} {list(maps.shape)} in place of float16 {list(shape)}"
+            raise self._damaged(shard_id, spec_id, found)
+        if not np.isfinite(maps).all() or not maps.any(axis=(1, 2)).all():
+            raise self._damaged(shard_id, spec_id, "maps that are not finite, or zero all over")
+
+    def _attributes(self, shard_id: str, data: bytes) -> dict[str, Any]:
+        path = f"shards/{shard_id}/zarr.json"
+        return unseal_zarr(data, f"{self.url}/{path}", remedy(self.url, path))
+
+    def _damaged(self, shard_id: str, name: str, why: str) -> CacheError:
         path = f"shards/{shard_id}/{name}"
-        return np.asarray(zarr.open_array(store, path=path, mode="r", zarr_format=3)[:])
-
-    def _attributes(self, shard_id: str, text: bytes) -> dict[str, Any]:
-        attributes: dict[str, Any] = json.loads(text)["attributes"]
-        check_format(attributes["format"], f"shard {shard_id} in {self.url}")
-        return attributes
+        return damaged(f"{self.url}/{path}", why, remedy(self.url, f"{path}/zarr.json"))
 
     def _no_entry(self, shard_id: str) -> CacheError:
-        return CacheError(f"{self.url} has no whole entry for shard {shard_id}")
-
-    def _exists(self, path: str) -> bool:
-        try:
-            obstore.head(self._store, path)
-        except FileNotFoundError:
-            return False
-        return True
-
-
-def _add_array(group: zarr.Group, name: str, data: NDArray, attributes: dict | None = None) -> None:
-    """One array in one chunk; zarr refuses chunks without extent, so an empty one gets a length."""
-    chunks = tuple(max(1, extent) for extent in data.shape)
-    group.create_array(name, data=data, chunks=chunks, attributes=attributes)
+        return CacheError(
+            f"{self.url} has no whole entry for shard {shard_id}; run jobs/precompute_freq.py"
+        )

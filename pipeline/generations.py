@@ -9,20 +9,18 @@ weights: generations of two runs can't be mixed up, and one that is computed aga
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import obstore
-from obstore.store import ObjectStore
-
-from pipeline import storage
-from pipeline.manifest import FORMAT, CacheError, check_format
+from pipeline.notices import Notices
+from pipeline.objects import Objects
 from pipeline.scores import ModelScoreSpec
+from pipeline.sealed import damaged, seal, unseal
 
 _ROOT = "generations"
 _NEEDED = "needed-by-"
+_REMEDY = "Remove it; runs that use that generation go on with the next one."
 
 
 @dataclass(frozen=True)
@@ -45,66 +43,84 @@ class Generation:
 
 
 class Generations:
-    """The generations of all runs in the cache in `store`; `url` names it in errors."""
+    """The generations of all runs in the cache in `objects`."""
 
-    def __init__(self, store: ObjectStore, url: str) -> None:
-        self._store, self._url = store, url
+    def __init__(self, objects: Objects) -> None:
+        self._objects, self._notices = objects, Notices(objects)
 
     def publish(self, generation: Generation) -> None:
         """Make a generation known, whose maps are all in the cache."""
-        text = json.dumps({"format": FORMAT, **asdict(generation)}).encode()
-        storage.put(self._store, f"{_ROOT}/{generation.run}/{generation.step:08d}.json", text)
+        self._objects.put(self.path(generation), seal(asdict(generation)))
 
     def of(self, run: str) -> list[Generation]:
-        """The generations of a run, oldest first."""
+        """The generations of a run, oldest first.
+
+        Raises:
+            CacheError: what is written of one is damaged.
+        """
         found = []
-        for part in obstore.list(self._store, f"{_ROOT}/{run}"):
-            for meta in part:
-                if meta["path"].endswith(".json"):
-                    content = self._read(meta["path"])
-                    if content is not None:
-                        found.append(_generation(content))
+        for stored in self._objects.below(f"{_ROOT}/{run}"):
+            if stored.path.endswith(".json"):
+                content = self._read(stored.path)
+                if content is not None:
+                    found.append(self._generation(content, stored.path))
         return sorted(found, key=lambda generation: generation.step)
 
     def runs(self) -> list[str]:
         """Ids of the runs that have generations here."""
-        paths = (meta["path"] for part in obstore.list(self._store, _ROOT) for meta in part)
-        return sorted({path.split("/")[1] for path in paths})
+        return sorted({stored.path.split("/")[1] for stored in self._objects.below(_ROOT)})
 
     def need(self, run: str, steps: Iterable[int], *, by: str) -> None:
-        """Say which generations of a run must stay for the run `by`, which may be the same."""
-        content = {"format": FORMAT, "steps": sorted(set(steps))}
-        storage.put(self._store, f"{_ROOT}/{run}/{_NEEDED}{by}", json.dumps(content).encode())
+        """Say which generations of a run must stay for the run `by`, which may be the same.
 
-    def superseded(self, run: str) -> list[Generation]:
-        """Generations of a run that nothing needs: neither the newest nor said to be needed."""
+        After this nothing deletes them; one that was about to go is gone, and `of` does not list
+        it any more.
+        """
+        needed = sorted(set(steps))
+        self._objects.put(f"{_ROOT}/{run}/{_NEEDED}{by}", seal({"steps": needed}))
+        self._notices.wait({_path(run, step) for step in needed})
+
+    def superseded(self, run: str, *, gone: Collection[str] = ()) -> list[Generation]:
+        """Generations of a run that nothing needs: neither the newest nor said to be needed.
+
+        Args:
+            gone: runs that need nothing any more; if `run` is one of them, not even its newest.
+        """
         needed = set()
-        for part in obstore.list(self._store, f"{_ROOT}/{run}"):
-            for meta in part:
-                if _NEEDED in meta["path"]:
-                    needed |= set((self._read(meta["path"]) or {"steps": []})["steps"])
-        return [each for each in self.of(run)[:-1] if each.step not in needed]
+        for path in self._needs(run):
+            if path.partition(f"/{_NEEDED}")[2] not in gone:
+                content = self._read(path) or {"steps": []}
+                if not isinstance(content.get("steps"), list):
+                    raise damaged(f"{self._objects.url}/{path}", "it names no steps", _REMEDY)
+                needed |= set(content["steps"])
+        known = self.of(run)
+        kept = len(known) if run in gone else -1
+        return [each for each in known[:kept] if each.step not in needed]
 
-    def drop(self, run: str) -> None:
-        """Make all generations of a run unknown, and what is said to need them."""
-        for part in obstore.list(self._store, f"{_ROOT}/{run}"):
-            obstore.delete(self._store, [meta["path"] for meta in part])
+    def idle_needs(self, run: str, *, gone: Collection[str] = ()) -> list[str]:
+        """Objects that say what runs need of `run`, of the runs that are gone."""
+        return [path for path in self._needs(run) if path.partition(f"/{_NEEDED}")[2] in gone]
 
-    def forget(self, generation: Generation) -> None:
-        """Make a generation unknown; its maps are then nobody's."""
-        obstore.delete(self._store, f"{_ROOT}/{generation.run}/{generation.step:08d}.json")
+    def path(self, generation: Generation) -> str:
+        """The object that makes a generation known."""
+        return _path(generation.run, generation.step)
+
+    def _needs(self, run: str) -> list[str]:
+        return [each.path for each in self._objects.below(f"{_ROOT}/{run}") if _NEEDED in each.path]
 
     def _read(self, path: str) -> dict[str, Any] | None:
         try:
-            content: dict[str, Any] = json.loads(bytes(obstore.get(self._store, path).bytes()))
+            data = self._objects.get(path)
         except FileNotFoundError:  # collected meanwhile, or never there
             return None
-        except ValueError:
-            raise CacheError(f"{path} in {self._url} is damaged; remove it") from None
-        check_format(content.pop("format"), f"{path} in {self._url}")
-        return content
+        return unseal(data, f"{self._objects.url}/{path}", _REMEDY)
+
+    def _generation(self, content: dict[str, Any], path: str) -> Generation:
+        try:
+            return Generation(**{**content, "spec": ModelScoreSpec(**content["spec"])})
+        except (TypeError, KeyError) as error:
+            raise damaged(f"{self._objects.url}/{path}", error, _REMEDY) from None
 
 
-def _generation(content: dict[str, Any]) -> Generation:
-    spec = dict(content["spec"])
-    return Generation(**{**content, "spec": ModelScoreSpec(**spec)})
+def _path(run: str, step: int) -> str:
+    return f"{_ROOT}/{run}/{step:08d}.json"

@@ -6,26 +6,24 @@ nobody else has put that number, so any number of jobs may publish at once.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import obstore
 from obstore.exceptions import AlreadyExistsError
-from obstore.store import ObjectStore
 
 from pipeline import storage
+from pipeline.objects import Objects
+from pipeline.sealed import CacheError as CacheError
+from pipeline.sealed import damaged, seal, unseal
 from pipeline.storage import Version
 
-FORMAT = 2  # 1 named shards by their SHA-256
 _KEEP_VERSIONS = 3
-
-
-class CacheError(RuntimeError):
-    """The cache lacks what was asked of it; the message names the shard and the remedy."""
+_REMEDY = (
+    "Remove it and run jobs/precompute_freq.py over its folder again: shards are hashed anew, "
+    "scores are not."
+)
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,16 @@ class _Manifest:
 
 
 class Manifests:
-    """The manifests of the cache in `store`; `url` names it in errors."""
+    """The manifests of the cache in `objects`."""
 
-    def __init__(self, store: ObjectStore, url: str) -> None:
-        self._store, self._url = store, url
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
 
     def read(self, folder: str) -> dict[str, ShardRecord]:
         """What is known of the shards in a folder: file name -> record; empty if nothing is.
 
         Raises:
-            CacheError: a manifest of a newer format.
+            CacheError: the manifest is damaged, or of another format.
         """
         return self._newest(_prefix(folder)).records
 
@@ -95,10 +93,14 @@ class Manifests:
         return _prefix(folder)
 
     def folders(self) -> dict[str, dict[str, ShardRecord]]:
-        """Every folder of shards that the cache knows, with its manifest."""
+        """Every folder of shards that the cache knows, with its manifest.
+
+        Raises:
+            CacheError: a manifest is damaged, or of another format.
+        """
         found = {}
-        for prefix in obstore.list_with_delimiter(self._store, "datasets")["common_prefixes"]:
-            manifest = self._newest(prefix)
+        for name in self._objects.children("datasets"):
+            manifest = self._newest(f"datasets/{name}")
             if manifest.version:
                 found[manifest.folder] = manifest.records
         return found
@@ -120,16 +122,13 @@ class Manifests:
             }
             for name, record in sorted(merged.items())
         }
-        text = json.dumps({"format": FORMAT, "folder": folder, "shards": shards}, indent=1)
+        data = seal({"folder": folder, "shards": shards})
         try:
-            path = _path(prefix, old.version + 1)
-            storage.put(self._store, path, text.encode(), mode="create")
+            self._objects.put(_path(prefix, old.version + 1), data, mode="create")
         except AlreadyExistsError:
             return False
         versions = self._versions(prefix)
-        for outdated in versions[:-_KEEP_VERSIONS]:
-            with contextlib.suppress(FileNotFoundError):  # another publisher was faster
-                obstore.delete(self._store, _path(prefix, outdated))
+        self._objects.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
         # A publisher that was slow may have put a number that was taken and cleared away already.
         # Then newer versions, which know nothing of it, are there: it has to merge into those.
         return versions[-1] == old.version + 1 or not self._is_missing(prefix, new)
@@ -141,41 +140,25 @@ class Manifests:
     def _newest(self, prefix: str) -> _Manifest:
         """The newest version of a manifest; version 0, which knows nothing, if there is none."""
         while versions := self._versions(prefix):
+            path = _path(prefix, versions[-1])
             try:
-                text = obstore.get(self._store, _path(prefix, versions[-1])).bytes()
+                data = self._objects.get(path)
             except FileNotFoundError:
                 continue  # outdated and cleared away since it was listed
+            where = f"{self._objects.url}/{path}"
+            content = unseal(data, where, _REMEDY)
             try:
-                manifest = json.loads(bytes(text))
-            except ValueError:
-                raise CacheError(
-                    f"manifest {_path(prefix, versions[-1])} in {self._url} is damaged; remove it"
-                ) from None
-            check_format(manifest["format"], f"manifest {prefix} in {self._url}")
-            records = {
-                name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
-                for name, entry in manifest["shards"].items()
-            }
-            return _Manifest(versions[-1], manifest["folder"], records)
+                records = {
+                    name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
+                    for name, entry in content["shards"].items()
+                }
+                return _Manifest(versions[-1], content["folder"], records)
+            except (AttributeError, KeyError, TypeError) as error:
+                raise damaged(where, error, _REMEDY) from None
         return _Manifest(0, "", {})
 
     def _versions(self, prefix: str) -> list[int]:
-        listing = obstore.list_with_delimiter(self._store, prefix)
-        found = (re.search(r"/(\d{8})\.json$", meta["path"]) for meta in listing["objects"])
-        return sorted(int(match[1]) for match in found if match)
-
-
-def check_format(found: object, where: str) -> None:
-    """Refuse what another version of this program wrote.
-
-    Raises:
-        CacheError: `found` is not `FORMAT`.
-    """
-    if found != FORMAT:
-        raise CacheError(
-            f"{where} has format {found}, and this version of FAMT reads format {FORMAT}; "
-            "use the version that wrote it, or another cache"
-        )
+        return sorted(int(each.path[-13:-5]) for each in self._objects.below(prefix))
 
 
 def _prefix(folder: str) -> str:

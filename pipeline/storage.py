@@ -9,10 +9,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +25,9 @@ class Version:
 
     Attributes:
         size: bytes.
-        stamp: the object's etag, or the file's modification time in ns.
+        stamp: the object's etag, or the times in ns at which the file's content and its inode were
+            changed. The second, which no program can set, tells a file that was replaced at equal
+            size and time.
     """
 
     size: int
@@ -50,7 +49,12 @@ def normalise_url(url: str) -> str:
 def split_url(url: str) -> tuple[str, str]:
     """(folder, name) of a normalised URL."""
     folder, _, name = url.rpartition("/")
-    return folder, name
+    return folder or "/", name
+
+
+def join_url(folder: str, name: str) -> str:
+    """The URL that `split_url` took apart."""
+    return f"{folder.rstrip('/')}/{name}"
 
 
 def open_store(url: str, *, create: bool = False) -> ObjectStore:
@@ -99,7 +103,7 @@ def _matches(pattern: str) -> list[str]:
         if "*" not in name:
             return [pattern]
         names = sorted(list_names(folder))
-        return [f"{folder}/{found}" for found in names if fnmatch.fnmatchcase(found, name)]
+        return [join_url(folder, found) for found in names if fnmatch.fnmatchcase(found, name)]
     path = pattern.removeprefix("file://")
     if os.path.isdir(path):
         path = os.path.join(glob.escape(path), "*.tar")
@@ -116,7 +120,7 @@ def version(url: str) -> Version:
     """
     if not is_remote(url):
         info = os.stat(url)
-        return Version(info.st_size, str(info.st_mtime_ns))
+        return Version(info.st_size, f"{info.st_mtime_ns}-{info.st_ctime_ns}")
     folder, name = split_url(url)
     meta = obstore.head(open_store(folder), name)
     return Version(meta["size"], meta["e_tag"] or meta["last_modified"].isoformat())
@@ -132,38 +136,23 @@ def exists(url: str) -> bool:
 
 
 def list_names(folder: str) -> set[str]:
-    """Names of the files right in a normalised `folder`; none for a prefix that no object has.
+    """Names right in a normalised `folder`; none for a prefix that no object has.
+
+    A local name counts whatever is behind it: a link into a disk that is not mounted, say.
 
     Raises:
         OSError: it can't be listed: a local folder that is not there, a store out of reach.
     """
+    if not is_remote(folder):
+        try:
+            return set(os.listdir(folder))
+        except OSError as error:
+            raise OSError(f"{folder} can't be listed: {error.strerror}") from error
     try:
         listing = obstore.list_with_delimiter(open_store(folder))
     except BaseError as error:
         raise OSError(f"{folder} can't be listed: {reason(error)}") from error
     return {meta["path"] for meta in listing["objects"]}
-
-
-@dataclass(frozen=True)
-class StagingFile:
-    """What a local writer fills before it takes its name; one that stays is a killed writer's."""
-
-    path: Path
-    bytes: int
-    modified: datetime
-
-
-def staging_files(url: str) -> Iterator[StagingFile]:
-    """Staging files anywhere under a normalised local folder; an object store has none.
-
-    obstore names them `<name>#<number>`, and neither lists nor deletes them.
-    """
-    if is_remote(url):
-        return
-    for path in sorted(Path(url).rglob("*#*")):
-        if re.search(r"#\d+$", path.name) and path.is_file():
-            info = path.stat()
-            yield StagingFile(path, info.st_size, datetime.fromtimestamp(info.st_mtime, UTC))
 
 
 def read(url: str) -> bytes:

@@ -157,13 +157,20 @@ def check_dataset(out: str, classes: list[str]) -> dict[str, Any]:
     """The content of `<out>/dataset.json`, or what a new one starts with.
 
     Raises:
-        ValueError: the file is there and speaks of other classes.
+        ValueError: the file is there and damaged, or speaks of other classes.
     """
+    url = storage.join_url(storage.normalise_url(out), "dataset.json")
     try:
-        store = storage.open_store(out)
-        described: dict[str, Any] = json.loads(bytes(obstore.get(store, "dataset.json").bytes()))
+        described: Any = json.loads(storage.read(url))
+        whole = isinstance(described["splits"], dict) and isinstance(described["classes"], list)
     except FileNotFoundError:
         return {"classes": classes, "splits": {}}
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise ValueError(
+            f"{url} is damaged; restore or remove it: it only describes the shards to people"
+        )
     if described["classes"] != classes:
         raise ValueError(f"{out}/dataset.json has other classes; give each data set its own folder")
     return described

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -19,7 +20,6 @@ from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
-from pipeline.table import load_samples
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,13 @@ class Refresh:
     def _refresh(
         self, encoder: VisionTransformer, urls: list[str], cache: ScoreCache, spec: ModelScoreSpec
     ) -> Callable[[], None]:
-        (shard_id,) = load_samples(urls, cache).shard_ids
-
         def work() -> None:
-            cache.remove(shard_id, spec.id)  # what is there would not be made again
             done = refresh_shards(
                 encoder,
                 urls,
                 cache,
-                spec,
+                # What is there would not be made again.
+                replace(spec, encoder=uuid.uuid4().hex),
                 batch_size=self.batch_size,
                 threads=self.threads,
                 device=torch.device("cpu"),

@@ -7,19 +7,25 @@ import sys
 import time
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 from PIL import Image
-from s3_server import environment, free_port
+from s3_server import environment, free_port, serve
 from samples import photo_members, score, tar_bytes
 
 from jobs.cache import Gc, Ls, Show, Verify, main
 from pipeline.cache import ScoreCache
-from pipeline.manifest import CacheError
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_samples
+from pipeline.sealed import CacheError
+from pipeline.table import load_maps, load_samples
 
 ROOT = Path(__file__).parents[2]
+
+
+def _images(shards, cache, spec):
+    """How many images training would find, with their maps."""
+    return len(load_maps(load_samples(shards, cache), cache, spec))
 
 
 @pytest.fixture
@@ -62,11 +68,30 @@ def test_verify_finds_maps_that_are_not_the_tars(scored, capsys):
     assert "train-000000.tar: border_geodesic" in capsys.readouterr().out
 
 
-def test_verify_finds_an_object_that_went_missing(scored, capsys):
-    shard_id = load_samples(scored.shards[:1], scored.cache).shard_ids[0]
-    shutil.rmtree(Path(scored.cache.url) / "shards" / shard_id / "samples" / "c")
+def test_verify_counts_what_it_cannot_read_and_goes_on(scored, capsys):
+    ids = load_samples(scored.shards, scored.cache).shard_ids
+    entries = [Path(scored.cache.url) / "shards" / shard_id for shard_id in ids]
+    shutil.rmtree(entries[0] / "samples" / "c")
+    chunk = entries[1] / scored.spec.id / "c" / "0" / "0" / "0"
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
     assert main(Verify(scored.cache.url)) == 1
-    assert "train-000000.tar: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"train-000000.tar: {entries[0]}/samples/c/0/0 is damaged" in out
+    assert f"train-000001.tar: {entries[1] / scored.spec.id} is damaged" in out
+    assert "1 of 3 entries agree" in out
+
+
+def test_verify_counts_maps_that_are_not_finite(scored, capsys, monkeypatch):
+    (shard_id, *_) = load_samples(scored.shards, scored.cache).shard_ids
+    table = scored.cache.read_table(shard_id)
+    bad = np.full((10, 7, 7), np.nan, np.float16)
+    with monkeypatch.context() as patch:  # as a score that was written by a faulty program
+        patch.setattr(np, "isfinite", lambda _: np.True_)
+        scored.cache.write(shard_id, table, scored.spec, bad)
+    assert main(Verify(scored.cache.url)) == 1
+    assert "not finite" in capsys.readouterr().out
+    with pytest.raises(CacheError, match="not finite"):
+        _images(scored.shards, scored.cache, scored.spec)
 
 
 def test_verify_finds_tars_that_changed_or_went(scored, capsys):
@@ -104,7 +129,7 @@ def test_gc_removes_what_no_manifest_names_and_partial_writes(scored, spec, tmp_
     assert "only partly written" in out
     assert {entry.shard_id for entry in cache.entries()} >= set(ids[1:])
     assert len(list(cache.entries())) == 3
-    assert len(load_samples(scored.shards, cache)) == 19
+    assert _images(scored.shards, cache, scored.spec) == 19
 
 
 def _killed(code, *arguments):
@@ -121,6 +146,7 @@ def test_gc_removes_the_staging_files_of_killed_writers(scored, capsys):
     cache = scored.cache
     before = _everything(cache)
     (shard_id, *_) = load_samples(scored.shards, cache).shard_ids
+    entry = "e" * 32
     code = """
 import os, signal, sys
 import obstore
@@ -133,7 +159,7 @@ def parts():
 
 obstore.put(LocalStore(sys.argv[1]), sys.argv[2], parts(), max_concurrency=1)
 """
-    for place in (f"shards/{shard_id}/zarr.json", "shards/new/samples/c/0/0"):
+    for place in (f"shards/{shard_id}/zarr.json", f"shards/{entry}/samples/c/0/0"):
         _killed(code, cache.url, place)
     assert {Path(name).name for name in _everything(cache) - before} == {"zarr.json#1", "0#1"}
     assert main(Gc(cache.url)) == 0
@@ -159,8 +185,8 @@ from pipeline.scores import ScoreSpec
 
 put = storage.put
 
-def put_one(*arguments):
-    put(*arguments)
+def put_one(store, path, *more):
+    put(store, path, *more)
     os.kill(os.getpid(), signal.SIGKILL)
 
 storage.put = put_one
@@ -177,7 +203,7 @@ precompute_shard(sys.argv[1], ScoreCache(sys.argv[2]), ScoreSpec(kind="lowpass",
     main(Gc(cache.url))
     assert "unfinished" in capsys.readouterr().out
     assert _everything(cache) == before
-    assert len(load_samples(scored.shards, cache)) == 26
+    assert _images(scored.shards, cache, scored.spec) == 26
 
 
 def test_gc_forgets_shards_that_were_deleted(scored, spec, capsys):
@@ -195,7 +221,7 @@ def test_gc_forgets_shards_that_were_deleted(scored, spec, capsys):
     assert "train-000000.tar: the tar is gone" in capsys.readouterr().out
     assert set(cache.manifests.read(str(scored.folder))) == {"copy.tar", "train-000002.tar"}
     assert {entry.shard_id for entry in cache.entries()} == {ids[1], ids[2]}
-    assert len(load_samples([str(scored.folder)], cache)) == 16
+    assert _images([str(scored.folder)], cache, scored.spec) == 16
 
 
 @pytest.mark.parametrize("state", ["empty", "missing"])
@@ -209,12 +235,12 @@ def test_gc_takes_a_disk_that_is_not_mounted_for_no_deletion(scored, spec, capsy
     assert main(Gc(cache.url)) == 1
     error = capsys.readouterr().err
     assert str(scored.folder) in error
-    assert "its 3 shards keep their scores" in error
+    assert "its shards keep their scores" in error
     assert (Path(cache.url) / error.split(f"{cache.url}/")[1].strip()).is_dir()
     assert _everything(cache) == before
     shutil.rmtree(scored.folder, ignore_errors=True)
     away.rename(scored.folder)
-    assert len(load_samples(scored.shards, cache)) == 26
+    assert _images(scored.shards, cache, scored.spec) == 26
 
 
 def test_gc_takes_a_store_out_of_reach_for_no_deletion(scored, capsys, monkeypatch):
@@ -234,6 +260,119 @@ def test_gc_takes_a_store_out_of_reach_for_no_deletion(scored, capsys, monkeypat
     assert len(list(cache.entries())) == 3
 
 
+def _gc_keeps_everything(cache, capsys):
+    """A gc that can't tell whether the tars are gone: it says so, and leaves all as it is."""
+    _age(cache)
+    before = _everything(cache)
+    assert main(Gc(cache.url)) == 1
+    assert _everything(cache) == before
+    said = capsys.readouterr().err
+    assert "keep their scores. If it was deleted for good, remove" in said
+    return said
+
+
+def test_gc_takes_an_unmounted_disk_with_a_marker_file_for_no_deletion(scored, spec, capsys):
+    away = scored.folder.rename(scored.folder.with_name("away"))
+    scored.folder.mkdir()
+    (scored.folder / "NOT_MOUNTED").touch()
+    assert "none of its 3 shards" in _gc_keeps_everything(scored.cache, capsys)
+    shutil.rmtree(scored.folder)
+    away.rename(scored.folder)
+    assert _images(scored.shards, scored.cache, scored.spec) == 26
+
+
+def test_gc_takes_an_empty_bucket_of_that_name_elsewhere_for_no_deletion(
+    scored, capsys, monkeypatch
+):
+    """Shards on one S3 endpoint, gc on a machine whose environment names another."""
+    with serve(free_port()) as endpoint:
+        for name, value in environment(endpoint).items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="images")
+        records = scored.cache.manifests.read(str(scored.folder))
+        scored.cache.manifests.publish({f"s3://images/{name}": r for name, r in records.items()})
+        shutil.rmtree(scored.folder)
+        assert "s3://images holds none" in _gc_keeps_everything(scored.cache, capsys)
+
+
+def test_gc_counts_links_into_a_disk_that_is_not_mounted_as_there(scored, spec, tmp_path):
+    disk, links = tmp_path / "disk", tmp_path / "links"
+    disk.mkdir()
+    links.mkdir()
+    for number, name in enumerate(scored.shards):
+        target = Path(name) if number else disk / "0.tar"
+        if not number:
+            shutil.copy(name, target)
+        (links / f"{number}.tar").symlink_to(target)
+    score(sorted(links.iterdir()), scored.cache, spec)
+    disk.rename(tmp_path / "away")
+    _age(scored.cache)
+    assert main(Gc(scored.cache.url)) == 0
+    assert len(scored.cache.manifests.read(str(links))) == 3
+
+
+def test_gc_looks_for_a_tar_in_the_root_of_the_file_system_there(scored, monkeypatch, tmp_path):
+    (record, *_) = scored.cache.manifests.read(str(scored.folder)).values()
+    name = next(iter(sorted(os.listdir("/"))))  # any that is there
+    scored.cache.manifests.publish({f"/{name}": record})
+    monkeypatch.chdir(tmp_path)
+    _age(scored.cache)
+    assert main(Gc(scored.cache.url)) == 0
+    assert set(scored.cache.manifests.read("/")) == {name}
+
+
+def test_gc_sees_a_tar_that_is_named_like_a_staging_file(scored, spec):
+    odd = Path(shutil.copy(scored.shards[0], scored.folder / "train.tar#1"))
+    score([odd], scored.cache, spec)
+    _age(scored.cache)
+    assert main(Gc(scored.cache.url)) == 0
+    assert odd.exists()
+    assert len(scored.cache.manifests.read(str(scored.folder))) == 4
+
+
+@pytest.mark.parametrize("inside", ["shards/train", "shards", "datasets", "generations/run 1"])
+def test_a_cache_among_other_files_is_refused_and_gc_deletes_none(tmp_path, spec, inside, capsys):
+    """`--shards data/shards/train --cache data`."""
+    tars = tmp_path / "data" / inside
+    tars.mkdir(parents=True)
+    for name in ("train-0.tar", "notes#12"):
+        (tars / name).write_bytes(tar_bytes(photo_members(2)))
+    with pytest.raises(CacheError, match=r"is no part of a score cache.*another folder as --cache"):
+        ScoreCache(str(tmp_path / "data"), create=True)
+    cache = ScoreCache(str(tmp_path / "data"))  # one that was a cache before they came
+    score([tars / "train-0.tar"], cache, spec)
+    (tars / "train-0.tar").touch()
+    _age(cache)
+    before = _everything(cache)
+    with pytest.raises(CacheError, match="is no part of a score cache"):
+        main(Gc(cache.url))
+    assert _everything(cache) == before
+
+
+def test_gc_leaves_what_it_did_not_make_inside_its_own_folders(scored, spec):
+    """Other files in an entry, beside a manifest, a run's generations and at the root."""
+    cache = Path(scored.cache.url)
+    (shard_id, *_) = load_samples(scored.shards, scored.cache).shard_ids
+    for path in (cache / "datasets").iterdir():
+        shutil.rmtree(path)  # so that all entries go
+    foreign = [
+        cache / name
+        for name in (
+            "notes#12", "mine.tar", f"shards/{shard_id}/mine.tar",
+            f"shards/{shard_id}/photos/1.jpg",
+            f"shards/{shard_id}/samples/c/0/0.tar", f"shards/{shard_id}/mine#3", "datasets#1",
+            f"shards/{shard_id}/photos/zarr.json", "generations/run-1/model.pt",
+            "datasets/shards-0123456789ab/mine.json", "my shards/train-0.tar#1",
+        )
+    ]  # fmt: skip
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"mine")
+    _age(scored.cache)
+    assert main(Gc(str(cache))) == 0
+    assert _everything(scored.cache) == {str(path) for path in foreign}
+
+
 def test_show_draws_photos_beside_their_maps(scored, tmp_path):
     out = tmp_path / "maps.png"
     main(Show(scored.cache.url, scored.shards, out, images=3, spec=scored.spec))
@@ -243,11 +382,11 @@ def test_show_draws_photos_beside_their_maps(scored, tmp_path):
 
 def test_a_removed_entry_is_missed_by_name(scored, spec):
     (shard_id,) = load_samples(scored.shards[:1], scored.cache).shard_ids
-    scored.cache.remove(shard_id)
+    shutil.rmtree(Path(scored.cache.url) / "shards" / shard_id)
     assert not scored.cache.has_entry(shard_id, None)
     with pytest.raises(CacheError, match="no whole entry"):
         scored.cache.read_maps([shard_id], spec)[0]
-    with pytest.raises(CacheError, match=r"has no maps of .*precompute_freq"):
+    with pytest.raises(CacheError, match=r"has no whole entry .*precompute_freq"):
         load_samples(scored.shards, ScoreCache(scored.cache.url))
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 from samples import photo_members, tar_bytes
 
 from pipeline.cache import ScoreCache
-from pipeline.manifest import CacheError
 from pipeline.precompute import score_shard
 from pipeline.scores import ScoreSpec
+from pipeline.sealed import CacheError, seal_zarr
 from pipeline.shards import Rejected
 
 ID = "0123abcd" * 4
@@ -51,27 +52,67 @@ def test_an_entry_is_complete_only_when_its_last_object_is_there(cache, entry, s
     root = Path(cache.url) / "shards" / ID
     times = {name: (root / name).stat().st_mtime_ns for name in written}
     order = sorted(written, key=times.__getitem__)
-    assert order[-1] == "zarr.json"
+    assert order[-1] == f"{spec.id}/zarr.json"
     for cut in range(len(order)):  # a writer that is killed after each object in turn
         shutil.rmtree(root)
         for name in order[:cut]:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_bytes(written[name])
         assert not cache.has_entry(ID, spec)
-        with pytest.raises(CacheError, match="no whole entry"):
-            cache.read_table(ID)
+        with pytest.raises(CacheError, match=r"no whole entry|has no maps"):
+            cache.read_maps([ID], spec)[0]
         cache.write(ID, entry.table, spec, entry.maps)
         assert _objects(cache) == written
         assert cache.has_entry(ID, spec)
 
 
-@pytest.mark.parametrize("name", ["samples", "maps"])
+def _all_of(cache, spec):
+    """Everything that a reader can get of the entry."""
+    table = cache.read_table(ID)
+    maps = cache.read_maps([ID], spec)[0]
+    described = (
+        table.key,
+        table.rejected,
+        table.bytes,
+        table.damage,
+        cache.stored_spec(ID, spec.id),
+    )
+    return [described, *(a.tobytes() for a in (table.offset, table.size, table.label, maps))]
+
+
+def test_no_flipped_bit_and_no_missing_end_is_ever_believed(cache, entry, spec):
+    """Each object of an entry in turn: gone, cut short, and every 101st bit of it flipped."""
+    cache.write(ID, entry.table, spec, entry.maps)
+    whole = _all_of(cache, spec)
+    noticed = harmless = 0
+    said = set()
+    for name, data in _objects(cache).items():
+        path = Path(cache.url) / "shards" / ID / name
+        versions = [None, *(data[:end] for end in (0, 1, 3, len(data) // 2, len(data) - 1))]
+        for bit in range(0, 8 * len(data), 101):
+            flipped = bytearray(data)
+            flipped[bit // 8] ^= 1 << bit % 8
+            versions.append(bytes(flipped))
+        for version in versions:
+            path.unlink() if version is None else path.write_bytes(version)
+            try:
+                assert _all_of(cache, spec) == whole
+                harmless += 1
+            except CacheError as error:
+                noticed += 1
+                said.add(re.sub(r"\(.*\)", "", str(error)))
+            path.write_bytes(data)
+    assert noticed > 20 * harmless  # spaces of a zarr.json
+    assert all(ID in each and re.search("Remove|precompute_freq", each) for each in said)
+
+
+@pytest.mark.parametrize("name", ["samples", "key", "maps"])
 def test_an_object_that_went_missing_is_never_read_as_zeros(cache, entry, spec, name):
     cache.write(ID, entry.table, spec, entry.maps)
     chunks = Path(cache.url) / "shards" / ID / (spec.id if name == "maps" else name) / "c"
     shutil.rmtree(chunks)
-    with pytest.raises(CacheError, match="damaged: an object of it is gone"):
-        cache.read_maps([ID], spec) if name == "maps" else cache.read_samples([ID])
+    with pytest.raises(CacheError, match=r"damaged \(it is gone\)"):
+        _all_of(cache, spec)
 
 
 def test_maps_of_other_samples_are_refused(cache, entry, spec):
@@ -112,8 +153,9 @@ def test_a_cache_of_a_newer_format_is_refused(cache, entry, spec):
     path = Path(cache.url) / "shards" / ID / "zarr.json"
     metadata = json.loads(path.read_text())
     metadata["attributes"]["format"] = 99
-    path.write_text(json.dumps(metadata))
-    with pytest.raises(CacheError, match=r"format 99.*reads format 2"):
+    del metadata["attributes"]["checksum"]
+    path.write_bytes(seal_zarr(json.dumps(metadata).encode()))
+    with pytest.raises(CacheError, match=r"format 99.*reads format 3"):
         cache.read_table(ID)
 
 

@@ -2,8 +2,8 @@ import pytest
 
 from pipeline.cache import ScoreCache
 from pipeline.generations import Generation
-from pipeline.manifest import CacheError
 from pipeline.scores import ModelScoreSpec
+from pipeline.sealed import CacheError
 
 
 def _generation(run, step, kind="famt"):
@@ -32,17 +32,17 @@ def test_what_a_run_or_another_needs_and_the_newest_are_not_superseded(generatio
     assert [each.step for each in generations.superseded("a")] == [2]
     generations.need("a", [], by="b")
     assert [each.step for each in generations.superseded("a")] == [1, 2]
-    generations.forget(_generation("a", 2))
-    assert [each.step for each in generations.of("a")] == [1, 3, 4]
 
 
-def test_a_run_that_is_dropped_leaves_nothing(generations):
-    generations.publish(_generation("a", 1))
-    generations.publish(_generation("b", 1))
-    generations.need("a", [1], by="c")
-    generations.drop("a")
-    assert generations.runs() == ["b"]
-    assert generations.of("a") == generations.superseded("a") == []
+def test_a_run_that_is_over_needs_nothing_but_others_may_still_need_it(generations):
+    for step in (1, 2):
+        generations.publish(_generation("a", step))
+    generations.need("a", [1], by="a")
+    assert generations.superseded("a", gone=["a"]) == [_generation("a", 1), _generation("a", 2)]
+    generations.need("a", [2], by="c")
+    assert generations.superseded("a", gone=["a"]) == [_generation("a", 1)]
+    assert generations.superseded("a", gone=["a", "c"]) == generations.of("a")
+    assert generations.idle_needs("a", gone=["c"]) == ["generations/a/needed-by-c"]
 
 
 def test_publishing_again_replaces(generations):
@@ -51,9 +51,12 @@ def test_publishing_again_replaces(generations):
     assert generations.of("a") == [_generation("a", 1, "attention")]
 
 
-def test_a_generation_of_a_newer_format_is_refused(generations, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"{}", b"null", None], ids=str)
+@pytest.mark.parametrize("name", ["00000001.json", "needed-by-a"])
+def test_what_is_damaged_is_named_with_the_remedy(generations, tmp_path, name, content):
     generations.publish(_generation("a", 1))
-    path = tmp_path / "cache" / "generations" / "a" / "00000001.json"
-    path.write_text(path.read_text().replace('"format": ', '"format": 9'))
-    with pytest.raises(CacheError, match="format"):
-        generations.of("a")
+    generations.need("a", [1], by="a")
+    path = tmp_path / "cache" / "generations" / "a" / name
+    path.write_bytes(path.read_bytes().replace(b"1", b"3") if content is None else content)
+    with pytest.raises(CacheError, match=rf"{path} is damaged.*Remove it"):
+        generations.superseded("a")

@@ -5,7 +5,8 @@ import pytest
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
-from pipeline.manifest import CacheError, ShardRecord, check_format
+from pipeline.manifest import ShardRecord
+from pipeline.sealed import CacheError
 from pipeline.storage import Version
 
 
@@ -79,6 +80,21 @@ def test_every_folder_that_is_known_is_listed(cache):
     }
 
 
-def test_another_format_is_refused_with_what_to_do():
-    with pytest.raises(CacheError, match=r"x has format 99.*another cache"):
-        check_format(99, "x")
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"null", b"7", b"[" * 100_000, b"\xff", None], ids=str
+)
+def test_a_damaged_manifest_is_named_with_the_remedy(cache, content):
+    cache.manifests.publish({"/data/0.tar": _record(0)})
+    (path,) = Path(cache.url).rglob("datasets/*/*.json")
+    path.write_bytes(path.read_bytes()[:-20] if content is None else content)
+    with pytest.raises(CacheError, match=rf"{path} .*Remove it and run jobs/precompute_freq"):
+        cache.manifests.read("/data")
+    path.unlink()
+    cache.manifests.publish({"/data/0.tar": _record(0)})
+    assert cache.manifests.read("/data") == {"0.tar": _record(0)}
+
+
+def test_a_tar_in_the_root_of_the_file_system_has_a_folder(cache):
+    cache.manifests.publish({"/0.tar": _record(0)})
+    assert cache.manifests.folders() == {"/": {"0.tar": _record(0)}}
+    assert cache.manifests.lookup(["/0.tar"]) == {"/0.tar": _record(0)}

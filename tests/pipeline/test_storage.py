@@ -51,6 +51,36 @@ def test_a_version_changes_with_size_or_time(folder):
     assert storage.version(str(path)) != touched
 
 
+def test_a_file_replaced_at_equal_size_and_time_has_another_version(folder):
+    """By rename, as rsync and mv do, and in place."""
+    path = folder / "val-000000.tar"
+    os.utime(path, (1, 1))
+    seen = {storage.version(str(path))}
+    (folder / "new").write_bytes(b"y")
+    os.utime(folder / "new", (1, 1))
+    (folder / "new").rename(path)
+    seen.add(storage.version(str(path)))
+    path.write_bytes(b"z")
+    os.utime(path, (1, 1))
+    seen.add(storage.version(str(path)))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("url", ["/a.tar", "/data/a.tar", "s3://bucket/a.tar", "s3://b/c/a.tar"])
+def test_a_folder_and_a_name_make_the_url_that_they_came_from(url):
+    folder, name = storage.split_url(url)
+    assert storage.join_url(folder, name) == url
+    assert folder == storage.normalise_url(folder)
+
+
+def test_a_name_is_listed_whatever_is_behind_it(folder):
+    (folder / "link.tar").symlink_to(folder / "nowhere")
+    (folder / "odd.tar#1").touch()
+    assert {"link.tar", "odd.tar#1", "notes.txt"} <= storage.list_names(str(folder))
+    with pytest.raises(OSError, match="none can't be listed"):
+        storage.list_names(str(folder / "none"))
+
+
 def test_reading_and_existence(folder):
     assert storage.read(f"{folder}/notes.txt") == b"x"
     assert storage.exists(f"{folder}/notes.txt")

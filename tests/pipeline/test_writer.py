@@ -68,3 +68,12 @@ def test_a_torchvision_data_set_is_read_by_name(tmp_path, monkeypatch):
         assert [item.label for item in items] == labels
         for item, row in zip(items, expected, strict=True):
             assert (np.array(item.load()) == row.reshape(3, 32, 32).transpose(1, 2, 0)).all()
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"classes": 1, "splits": {}}'])
+def test_a_damaged_description_is_named_with_the_remedy(tmp_path, content):
+    (tmp_path / "dataset.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/dataset\.json is damaged; restore or remove"
+    ):
+        check_dataset(str(tmp_path), ["a"])
