@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -157,15 +156,10 @@ def _refresh(encoder: Encoder, args: RefreshScores) -> int:
     started = time.perf_counter()
     failed = _score_all(urls, encoder, cache, spec, args)
     if not failed:
-        cache.generations.publish(
-            Generation(encoder.run, encoder.step, spec, table.digest, len(table))
-        )
-        # A gc may have taken away maps that were there already; see pipeline.notices.
-        cache.notices.wait({f"shards/{shard_id}" for shard_id in table.shard_ids})
-        with ThreadPoolExecutor(32) as pool:
-            problems = pool.map(lambda shard_id: cache.problem(shard_id, spec), table.shard_ids)
-            lost = [url for url, each in zip(table.urls, problems, strict=True) if each]
-        failed = _score_all(lost, encoder, cache, spec, args) if lost else {}
+        made = Generation(encoder.run, encoder.step, spec, table.digest, len(table))
+        lost = cache.publish_generation(made, table.shard_ids)
+        again = [url for url, each in zip(urls, table.shard_ids, strict=True) if each in lost]
+        failed = _score_all(again, encoder, cache, spec, args) if again else {}
         collect_superseded(cache, encoder.run, table.shard_ids)
     seconds = time.perf_counter() - started
     summary = {

@@ -16,7 +16,7 @@ other. Nothing here deletes; `pipeline.collector` does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
-from pipeline.generations import Generations
+from pipeline.generations import Generation, Generations
 from pipeline.manifest import Manifests, ShardRecord
 from pipeline.notices import Notices
 from pipeline.objects import Objects, Stored, is_spec_id
@@ -204,12 +204,31 @@ class ScoreCache:
             meanwhile, and is to be made again, or what is damaged.
         """
         self.manifests.publish(records)
-        self.notices.wait({f"shards/{record.shard_id}" for record in records.values()})
-        with ThreadPoolExecutor(32) as pool:
-            problems = pool.map(lambda each: self.problem(each.shard_id, spec), records.values())
-            return {url: each for url, each in zip(records, problems, strict=True) if each}
+        problems = self._problems({each.shard_id for each in records.values()}, spec)
+        return {
+            url: problems[record.shard_id]
+            for url, record in records.items()
+            if record.shard_id in problems
+        }
 
-    def problem(self, shard_id: str, spec: Spec | None) -> str | None:
+    def publish_generation(self, generation: Generation, shard_ids: Iterable[str]) -> set[str]:
+        """Make a generation known, whose maps were put into, or found in, those shards' entries.
+
+        Returns:
+            ids of shards whose maps can't be read, as `publish`.
+        """
+        self.generations.publish(generation)
+        return set(self._problems(set(shard_ids), generation.spec))
+
+    def _problems(self, shard_ids: set[str], spec: Spec | None) -> dict[str, str]:
+        """What is amiss with entries, once no collection is at work on them."""
+        self.notices.wait({f"shards/{shard_id}" for shard_id in shard_ids})
+        ids = sorted(shard_ids)
+        with ThreadPoolExecutor(32) as pool:
+            problems = pool.map(lambda shard_id: self._problem(shard_id, spec), ids)
+            return {each: why for each, why in zip(ids, problems, strict=True) if why}
+
+    def _problem(self, shard_id: str, spec: Spec | None) -> str | None:
         """Why a shard's table, and its maps of `spec`, can't be read; None if they can."""
         try:
             self.read_table(shard_id)

@@ -210,7 +210,7 @@ def test_damaged_records_are_named(config, scored):
     periodic.close(finished=False)
     record = Path(scored.cache.url, "generations", "run-a", "00000003.json")
     record.write_text(record.read_text()[:40])
-    with pytest.raises(CacheError, match=r"00000003\.json in .* is damaged; remove it"):
+    with pytest.raises(CacheError, match=r"00000003\.json is damaged .*Remove it"):
         scored.cache.generations.of("run-a")
     (config.out / "generations.json").write_text('{"0": nu')
     with pytest.raises(ValueError, match=r"generations\.json is damaged; remove it"):

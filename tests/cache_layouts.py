@@ -1,0 +1,178 @@
+"""Random caches, with what a collection must keep and must not touch, for its property test."""
+
+import os
+import random
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.cache import ScoreCache, ShardTable
+from pipeline.generations import Generation
+from pipeline.manifest import ShardRecord
+from pipeline.scores import ModelScoreSpec, ScoreSpec
+from pipeline.storage import Version
+
+PIXELS = ScoreSpec(kind="lowpass", grid=2)
+
+
+def table(count: int = 2) -> ShardTable:
+    """A made-up table of so many samples."""
+    numbers = np.arange(1, count + 1)
+    keys = [f"{n}" for n in numbers]
+    return ShardTable(keys, 1024 * numbers, 500 + 0 * numbers, numbers, [], 10_000, None)
+
+
+def maps(count: int = 2) -> np.ndarray:
+    """Its maps."""
+    return np.ones((count, 2, 2), np.float16)
+
+
+def model_spec(number: int) -> ModelScoreSpec:
+    """A score of the encoder of that number."""
+    return ModelScoreSpec("famt", 2, 8, f"{number:032x}")
+
+
+@dataclass
+class Layout:
+    """A cache on disk and what has to be true after any collection.
+
+    Attributes:
+        keep: files that must stay as they are, because something needs them.
+        foreign: files that are not the cache's.
+        young: files of the cache that are younger than a collection's age limit.
+        records: shards that must stay known: folder -> names.
+    """
+
+    cache: ScoreCache
+    keep: set[Path] = field(default_factory=set)
+    foreign: set[Path] = field(default_factory=set)
+    young: set[Path] = field(default_factory=set)
+    records: dict[str, set[str]] = field(default_factory=dict)
+
+
+def make(root: Path, seed: int) -> Layout:
+    """A layout below an empty folder."""
+    rng = random.Random(seed)
+    cache = ScoreCache(str(root / "cache"), create=True)
+    layout = Layout(cache)
+    home = Path(cache.url)
+    ids = [f"{rng.getrandbits(128):032x}" for _ in range(rng.randint(2, 7))]
+    generations = _generations(rng, layout)
+    for shard_id in ids:
+        cache.write(shard_id, table(), PIXELS, maps())
+        for number in range(3):
+            if rng.random() < 0.5:
+                cache.write(shard_id, table(), model_spec(number), maps())
+    named = _folders(rng, root, layout, ids)
+    for shard_id in ids:
+        entry = home / "shards" / shard_id
+        specs = [model_spec(n) for n in generations if (entry / model_spec(n).id).exists()]
+        if shard_id in named or specs:
+            layout.keep |= {path for path in entry.rglob("*") if path.is_file() and _own(path)}
+            for number in set(range(3)) - set(generations):
+                layout.keep -= set((entry / model_spec(number).id).rglob("*"))
+        if rng.random() < 0.2:  # a writer was killed, or is at work
+            victim = rng.choice(sorted(entry.rglob("zarr.json")))
+            victim.unlink()
+            if victim.parent == entry:
+                layout.keep -= set(entry.rglob("*"))
+            else:
+                layout.keep -= set(victim.parent.rglob("*"))
+            layout.keep.discard(victim)
+            if specs:  # what a generation names stays, even of an entry that is not whole
+                for spec in specs:
+                    if (entry / spec.id / "zarr.json").exists():
+                        layout.keep |= {p for p in (entry / spec.id).rglob("*") if p.is_file()}
+    _age(rng, home, layout)
+    _add_foreign(rng, root, home, ids, layout)
+    return layout
+
+
+def _own(path: Path) -> bool:
+    return "#" not in path.name
+
+
+def _generations(rng: random.Random, layout: Layout) -> set[int]:
+    """Runs with generations; returns the encoders of those that must stay."""
+    needed = set()
+    home = Path(layout.cache.url) / "generations"
+    for run in [f"run-{n}" for n in range(rng.randint(0, 3))]:
+        steps = sorted(rng.sample(range(10), rng.randint(1, 3)))
+        encoders = {step: rng.randrange(3) for step in steps}
+        for step, encoder in encoders.items():
+            layout.cache.generations.publish(Generation(run, step, model_spec(encoder), "d", 2))
+        stay = {steps[-1]}
+        for user in rng.sample(["run-0", "run-1", "other"], rng.randint(0, 2)):
+            wants = rng.sample(steps, rng.randint(0, len(steps)))
+            layout.cache.generations.need(run, wants, by=user)
+            stay |= set(wants)
+        needed |= {encoders[step] for step in stay}
+        layout.keep |= {home / run / f"{step:08d}.json" for step in stay}
+    return needed
+
+
+def _folders(rng: random.Random, root: Path, layout: Layout, ids: list[str]) -> set[str]:
+    """Folders of tars with records; returns the shards that must stay known."""
+    named = set()
+    for number in range(rng.randint(0, 3)):
+        folder = root / f"data {number}"
+        folder.mkdir()
+        records = {}
+        for tar in range(rng.randint(1, 4)):
+            name = rng.choice(["{}.tar", "ü {}.tar", "{}.tar#1"]).format(tar)
+            records[name] = ShardRecord(Version(1, f"{tar}"), rng.choice(ids))
+        layout.cache.manifests.publish({f"{folder}/{n}": r for n, r in records.items()})
+        state = rng.choice(["there", "some", "some", "unmounted", "marker", "gone"])
+        there = set(records) if state == "there" else set()
+        if state == "some":
+            there = set(rng.sample(sorted(records), rng.randint(1, len(records))))
+        for name in there:
+            if rng.random() < 0.3:
+                (folder / name).symlink_to(root / "not mounted" / name)
+            else:
+                (folder / name).write_bytes(b"tar")
+        if state == "marker":
+            (folder / "NOT_MOUNTED").touch()
+        if state == "gone":
+            folder.rmdir()
+        kept = there or set(records)
+        layout.records[str(folder)] = kept
+        named |= {records[name].shard_id for name in kept}
+    return named
+
+
+def _age(rng: random.Random, home: Path, layout: Layout) -> None:
+    """Let most objects be old."""
+    for path in sorted(home.rglob("*")):
+        if path.is_file() and rng.random() < 0.9:
+            os.utime(path, (time.time() - 1e6,) * 2)
+        elif path.is_file():
+            layout.young.add(path)
+
+
+def _add_foreign(
+    rng: random.Random, root: Path, home: Path, ids: list[str], layout: Layout
+) -> None:
+    """Files that are not the cache's, old ones, anywhere that a cache is not refused for."""
+    entry = f"shards/{rng.choice(ids)}"
+    places = [
+        "", "my data/", "shards.bak/", f"{entry}/", f"{entry}/photos/", f"{entry}/samples/",
+        f"{entry}/samples/c/0/", f"{entry}/{PIXELS.id}/", f"{entry}/{model_spec(0).id}/c/",
+        "datasets/mine-0123456789ab/", "generations/run-0/", "generations/mine/deep/",
+    ]  # fmt: skip
+    names = [
+        "a.tar", "train-000000.tar#1", "notes#12", "zarr.json.bak", "1.json", "zarr.json#",
+        "needed-by", "00000001.JSON", ".DS_Store", "ü #3", "model.pt",
+    ]  # fmt: skip
+    for _ in range(rng.randint(0, 8)):
+        path = home / (rng.choice(places) + rng.choice(names))
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if rng.random() < 0.2:
+                path.symlink_to(root / "not mounted")
+            else:
+                path.write_bytes(rng.randbytes(8))
+                os.utime(path, (1, 1))
+            layout.foreign.add(path)
