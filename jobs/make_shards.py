@@ -1,8 +1,12 @@
-"""Turn an image folder or a torchvision data set into shuffled webdataset shards.
+"""Turn images into shuffled webdataset shards: a folder of any kind, or a torchvision data set.
 
     python jobs/make_shards.py --source photos/ --out shards/
+    python jobs/make_shards.py --source camera/ --out shards/ --unlabelled
     python jobs/make_shards.py --source cifar10 --out cifar/ --split train
     python jobs/make_shards.py --source imagenet/val --out s3://bucket/imagenet --split val
+
+The folders in a folder are the classes of the images in them. A folder with images right in it has
+no classes, nor has one with --unlabelled; pre-training needs none.
 
 Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With
 `--holdout` a share of the images goes to a second split, `val`.
@@ -12,6 +16,7 @@ Exit code: 0 done; 1 some images could not be read and were skipped, each named.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 
@@ -19,6 +24,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from pipeline.shards import NO_LABEL
 from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
 from train.program import run_program
 
@@ -28,8 +34,8 @@ class MakeShards:
     """What to write where."""
 
     source: str
-    """a folder of class folders, or a data set: digits, cifar10, cifar100, flowers102, food101 or
-    stl10"""
+    """a folder of images or of class folders, or a data set: digits, cifar10, cifar100, flowers102,
+    food101 or stl10"""
     out: str
     """folder or object-store URL for the shards"""
     split: str = "train"
@@ -39,6 +45,8 @@ class MakeShards:
     """share of the images that goes to split "val" in place of this one"""
     samples_per_shard: int = 1000
     """images a tar; ImageNet is usually cut at 1000 (about 110 MB)"""
+    unlabelled: bool = False
+    """folders tell where images lie, not what they show: leave classes out"""
     seed: int = 0
     """of the shuffle"""
     encoding: Encoding = field(default_factory=Encoding)
@@ -49,6 +57,8 @@ class MakeShards:
 def main(args: MakeShards) -> int:
     """Write the shards; returns 1 if any image had to be skipped."""
     classes, items = open_source(args.source, args.split, args.download_to)
+    if args.unlabelled:
+        classes, items = [], [dataclasses.replace(item, label=NO_LABEL) for item in items]
     if args.holdout and args.split == "val":
         raise ValueError('--holdout makes a split "val" of its own; give this one another --split')
     if not 0 <= args.holdout < 1:
@@ -72,7 +82,11 @@ def main(args: MakeShards) -> int:
                 on_sample=bar.update,
             )
         describe_dataset(args.out, classes, split, written, args.seed, args.source)
-        print(f"{split}: {written.samples} images in {len(written.shards)} shards at {args.out}")
+        kinds = f"{len(classes)} classes" if classes else "no classes"
+        print(
+            f"{split}: {written.samples} images of {kinds} in {len(written.shards)} shards at "
+            f"{args.out}"
+        )
         for name, reason in written.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         skipped += len(written.skipped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ import obstore
 import torchvision.datasets
 import webdataset
 from PIL import Image, ImageOps
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from pipeline import storage
-from pipeline.shards import IMAGE_EXTENSIONS
+from pipeline.shards import IMAGE_EXTENSIONS, NO_LABEL
 
 TORCHVISION_SOURCES = ("cifar10", "cifar100", "flowers102", "food101", "stl10")
 DIGITS = "digits"
@@ -27,7 +29,7 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a source: a name to trace it by, its class, and how to get at it."""
+    """One image of a source: a name to trace it by, its class or `NO_LABEL`, and its content."""
 
     name: str
     label: int
@@ -58,8 +60,12 @@ def open_source(
 ) -> tuple[list[str], list[Item]]:
     """Class names and items of an image folder, a torchvision data set, or scikit-learn's digits.
 
+    An image right in the folder has no class; so if there is any, no image of the folder has, at
+    whatever depth it lies.
+
     Args:
-        source: a folder `class/name.jpg`, one of `TORCHVISION_SOURCES`, or "digits".
+        source: a folder `class/name.jpg`, a folder without classes, one of `TORCHVISION_SOURCES`,
+            or "digits".
         split: "train" for the training half of a torchvision data set, else its test half.
         download_to: where torchvision keeps its files; it downloads what is not there.
 
@@ -79,15 +85,20 @@ def open_source(
         )
     if not Path(source).is_dir():
         raise FileNotFoundError(
-            f"{source} is no folder; give a folder of class folders, or one of "
+            f"{source} is no folder; give a folder of images or of class folders, or one of "
             f"{', '.join((DIGITS, *TORCHVISION_SOURCES))}"
         )
-    folder = torchvision.datasets.ImageFolder(source, allow_empty=True)
-    if not folder.samples:
-        raise FileNotFoundError(f"{source} holds no images in class folders (class/name.jpg)")
-    return folder.classes, [
-        Item(str(Path(path).relative_to(source)), label, partial(Path, path))
-        for path, label in folder.samples
+    images = _images(source)
+    if any(len(name.parts) == 1 for name in images):
+        return [], [Item(str(name), NO_LABEL, partial(Path, source, name)) for name in images]
+    if not images:
+        raise FileNotFoundError(f"{source} holds no images")
+    # Empty ones too: a class keeps its number in a split that has no image of it.
+    folders = (path.name for path in Path(source).iterdir() if path.is_dir())
+    classes = sorted(name for name in folders if not name.startswith("."))
+    label = {name: number for number, name in enumerate(classes)}
+    return classes, [
+        Item(str(name), label[name.parts[0]], partial(Path, source, name)) for name in images
     ]
 
 
@@ -147,7 +158,8 @@ def write_shards(
                 skipped.append((item.name, f"{type(error).__name__}: {error}"))
             else:
                 key = f"{number:08d}-{safe_key(item.name)}"
-                writer.write({"__key__": key, extension: data, "cls": str(item.label).encode()})
+                label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
+                writer.write({"__key__": key, extension: data, **label})
             on_sample()
         writer.close()
     return Written(shards, len(items) - len(skipped), skipped)
@@ -199,6 +211,19 @@ def describe_dataset(
 def safe_key(name: str) -> str:
     """A source name less its suffix, all but letters, digits, `-` and `_` turned into `_`."""
     return re.sub(r"[^A-Za-z0-9_-]", "_", name.rpartition(".")[0] or name)
+
+
+def _images(folder: str) -> list[Path]:
+    """Every image file below a folder, relative to it, in the order of names; none is hidden."""
+    images = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images += [
+            Path(parent, name).relative_to(folder)
+            for name in names
+            if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    return sorted(images)
 
 
 def _encode(source: Path | Image.Image, encoding: Encoding) -> tuple[str, bytes]:

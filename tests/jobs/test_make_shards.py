@@ -120,3 +120,58 @@ def test_the_script_runs_by_its_path(tmp_path):
     )
     assert done.returncode == 0
     assert "--samples-per-shard" in done.stdout
+
+
+def _scatter(root, *places):
+    """Photos at those places below a folder, the n-th one `photo(n)`."""
+    for n, place in enumerate(places):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(encode(photo(n)))
+    return root
+
+
+def _labels(out):
+    return [sample.get("cls") for sample in _read(out.glob("*.tar"))]
+
+
+def test_a_flat_folder_has_no_classes(tmp_path, capsys):
+    photos = _scatter(tmp_path / "photos", "b.jpg", "a 1.JPG", "c.png")
+    (photos / "notes.txt").write_text("no image")
+    (photos / "._b.jpg").write_bytes(b"what macOS leaves beside a file")
+    assert main(MakeShards(source=str(photos), out=str(tmp_path / "o"))) == 0
+    samples = _read((tmp_path / "o").glob("*.tar"))
+    assert [sample.get("cls") for sample in samples] == [None, None, None]
+    assert {s["__key__"].split("-")[-1] for s in samples} == {"a_1", "b", "c"}
+    assert json.loads((tmp_path / "o" / "dataset.json").read_text())["classes"] == []
+    assert "3 images of no classes" in capsys.readouterr().out
+
+
+def test_images_beside_folders_mean_that_folders_are_no_classes(tmp_path):
+    photos = _scatter(tmp_path / "photos", "x.jpg", "2021/03/x.jpg", "2022/x.jpg")
+    assert main(MakeShards(source=str(photos), out=str(tmp_path / "o"))) == 0
+    assert _labels(tmp_path / "o") == [None] * 3
+    assert {s["jpg"] for s in _read((tmp_path / "o").glob("*.tar"))} == {
+        encode(photo(n)) for n in range(3)
+    }
+
+
+def test_nested_folders_are_no_classes_if_the_user_says_so(tmp_path):
+    photos = _scatter(tmp_path / "photos", "2021/03/x.jpg", "2021/04/y.jpg", "2022/z.jpg")
+    main(MakeShards(source=str(photos), out=str(tmp_path / "a")))
+    assert sorted(_labels(tmp_path / "a")) == [b"0", b"0", b"1"]
+    main(MakeShards(source=str(photos), out=str(tmp_path / "b"), unlabelled=True))
+    assert _labels(tmp_path / "b") == [None] * 3
+
+
+def test_an_empty_class_keeps_its_number(tmp_path):
+    photos = _scatter(tmp_path / "photos", "a/x.jpg", "c/y.jpg")
+    (photos / "b").mkdir()
+    (photos / ".thumbnails").mkdir()
+    main(MakeShards(source=str(photos), out=str(tmp_path / "o")))
+    assert sorted(_labels(tmp_path / "o")) == [b"0", b"2"]
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no images"):
+        main(MakeShards(source=str(tmp_path / "empty"), out=str(tmp_path / "o")))
