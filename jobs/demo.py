@@ -3,7 +3,7 @@
     python jobs/demo.py
     python jobs/demo.py --data photos/      # a folder of class folders
 
-Ends with the accuracy of a linear probe on the trained encoder and on the same encoder untrained.
+Ends with the accuracy of a probe of the trained encoder and of the same encoder untrained.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from pipeline.cache import ScoreCache
 from pipeline.loader import RandomView
 from pipeline.table import load_samples
 from pipeline.writer import DIGITS
-from train import figures, linear_probe, pretrain
+from train import figures, pretrain
 from train.config import OptimiserConfig, Pretrain
+from train.evaluate.probe import Probe
+from train.evaluate.run import run as evaluate
 from train.program import run_program
 
 _MODEL = "vit_nano"
@@ -80,12 +82,11 @@ def main(demo: Demo) -> None:
         )
     accuracy = {}
     for name, untrained in (("trained", False), ("untrained", True)):
-        with _stage(f"4. linear probe of the {name} encoder"):
-            accuracy[name] = linear_probe.main(
-                linear_probe.LinearProbe(
-                    checkpoint=run, cache=cache, train=train, val=val, untrained=untrained
-                )
+        with _stage(f"4. probe of the {name} encoder"):
+            found = evaluate(
+                Probe(checkpoint=str(run), cache=cache, train=train, val=val, untrained=untrained)
             )
+            accuracy[name] = float(found["top1"])
     with _stage("5. pictures"):
         picture = figures.main(
             figures.Figures(
@@ -94,7 +95,7 @@ def main(demo: Demo) -> None:
         )
     minutes = (time.monotonic() - started) / 60
     print(
-        f"\nlinear probe, top-1 on {len(storage.expand(val))} held-out shard(s): "
+        f"\nprobe, top-1 on {len(storage.expand(val))} held-out shard(s): "
         f"{accuracy['trained']:.1%} trained, {accuracy['untrained']:.1%} untrained\n"
         f"picture: {picture}\ncurves:  tensorboard --logdir {run}\n"
         f"took {minutes:.1f} minutes"

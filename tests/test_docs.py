@@ -22,7 +22,8 @@ def test_every_file_and_module_that_a_page_names_is_there(page):
     for path in re.findall(r"\b((?:jobs|docs)/\w+\.(?:py|png|yaml|md))\b", text):
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"-m ((?:train|jobs)\.\w+)", text):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -33,9 +34,10 @@ def test_no_page_has_a_gap_left_to_fill(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_every_option_in_a_command_is_known_to_its_program(page):
     known = defaultdict(str)
-    for path in [*ROOT.glob("jobs/*.py"), *ROOT.glob("jobs/*/*.py"), *ROOT.glob("train/*.py")]:
-        program = {"config": "pretrain"}.get(path.stem, path.stem)
-        known["benchmark" if path.parent.name == "benchmarks" else program] += path.read_text()
+    for path in [*ROOT.glob("jobs/**/*.py"), *ROOT.glob("train/**/*.py")]:
+        programs = {"benchmarks": "benchmark", "evaluate": "evaluate", "config": "pretrain"}
+        program = programs.get(path.parent.name) or programs.get(path.stem, path.stem)
+        known[program] += path.read_text()
     text = (ROOT / page).read_text().replace("\\\n", " ")
     commands = re.findall(r"(?:jobs/|-m (?:train|jobs)\.)(\w+)(?:\.py)?((?: +[^\n`]*)?)", text)
     assert commands or page == "docs/decisions.md"

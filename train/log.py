@@ -103,6 +103,27 @@ def _append(path: Path, line: dict[str, object]) -> None:
         raise OSError(f"{path}: could not be written ({error.strerror})") from error
 
 
+def log_evaluation(
+    folder: Path, step: int, name: str, weights: str, values: dict[str, float | int | str]
+) -> None:
+    """Add what an evaluator found of a run's encoder to the log and the curves of the run.
+
+    Args:
+        folder: of the run; it may be training meanwhile.
+        step: of the checkpoint.
+        name: of the evaluator.
+        weights: which of the checkpoint's: trained, ema or untrained.
+        values: what it found; numbers become curves `<name>/<value>`, those of other weights than
+            the trained ones `<name>_<weights>/<value>`.
+    """
+    write_event(folder, step, "evaluation", evaluator=name, weights=weights, **values)
+    curve = name if weights == "trained" else f"{name}_{weights}"
+    with SummaryWriter(str(folder), filename_suffix=".evaluation") as board:
+        for value, number in values.items():
+            if not isinstance(number, str):
+                board.add_scalar(f"{curve}/{value}", number, step)
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])

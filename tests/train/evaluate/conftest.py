@@ -1,0 +1,35 @@
+"""A trained encoder, and evaluations of it that take no time."""
+
+from collections.abc import Callable
+
+import pytest
+
+from train.config import Pretrain
+from train.evaluate.trunk import Evaluation
+from train.pretrain import main as pretrain
+
+
+@pytest.fixture
+def run(scored, tmp_path) -> Pretrain:
+    """One epoch on 26 labelled images."""
+    config = Pretrain(
+        shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run", model="vit_nano",
+        epochs=1, batch_size=8, spec=scored.spec, device="cpu", threads=1,
+    )  # fmt: skip
+    pretrain(config)
+    return config
+
+
+@pytest.fixture
+def options(scored, tmp_path) -> Callable[..., Evaluation]:
+    """Options of an evaluation of that run: 17 images to learn from, 9 to test on."""
+
+    def make(kind: type[Evaluation], **others: object) -> Evaluation:
+        known: dict[str, object] = {
+            "checkpoint": str(tmp_path / "run"), "cache": scored.cache.url,
+            "train": scored.shards[:2], "val": scored.shards[2:],
+            "device": "cpu", "threads": 1, "batch_size": 8,
+        }  # fmt: skip
+        return kind(**(known | others))
+
+    return make

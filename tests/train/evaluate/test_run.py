@@ -1,0 +1,79 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from samples import photo_members, score, tar_bytes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train.checkpoint import load_model
+from train.evaluate.knn import Knn
+from train.evaluate.run import EVALUATORS, run
+from train.pretrain import main as pretrain
+
+
+def _evaluations(folder):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line.get("event") == "evaluation"]
+
+
+def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
+    config = request.getfixturevalue("run")
+    capsys.readouterr()
+    values = run(options(Knn))
+    printed = json.loads(capsys.readouterr().out)
+    assert {name: printed[name] for name in values} == values
+    assert printed["evaluate"] == "knn"
+    assert (printed["step"], printed["weights"]) == (3, "trained")
+    assert (printed["train_images"], printed["val_images"]) == (17, 9)
+    (logged,) = _evaluations(config.out)
+    assert logged["evaluator"] == "knn"
+    assert logged["top1_mean"] == pytest.approx(values["top1_mean"], rel=1e-5)
+    events = EventAccumulator(str(config.out)).Reload()
+    (drawn,) = events.Scalars("knn/top1_mean")
+    assert (drawn.step, drawn.value) == (3, pytest.approx(values["top1_mean"]))
+
+
+def test_the_untrained_floor_is_told_apart(request, options):
+    config = request.getfixturevalue("run")
+    untrained = run(options(Knn)) and run(options(Knn, untrained=True))
+    assert [line["weights"] for line in _evaluations(config.out)] == ["trained", "untrained"]
+    assert run(options(Knn, untrained=True)) == untrained
+    curves = EventAccumulator(str(config.out)).Reload().Tags()["scalars"]
+    assert {"knn/top1_cls", "knn_untrained/top1_cls"} <= set(curves)
+
+
+def test_an_encoder_that_is_from_no_run_is_evaluated_too(request, options, tmp_path, capsys):
+    config = request.getfixturevalue("run")
+    of_run = run(options(Knn))
+    torch.save(load_model(config.out).encoder.state_dict(), tmp_path / "elsewhere.pth")
+    assert run(options(Knn, checkpoint=str(tmp_path / "elsewhere.pth"))) == of_run
+    assert "step" not in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_resumed_run_keeps_what_was_found_of_it(request, options):
+    config = request.getfixturevalue("run")
+    run(options(Knn, checkpoint=str(config.out / "checkpoint-00000003.pt")))
+    pretrain(config)
+    assert len(_evaluations(config.out)) == 1
+
+
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_every_evaluator_names_what_it_lacks(request, scored, options, tmp_path, name):
+    request.getfixturevalue("run")
+    path = tmp_path / "unlabelled.tar"
+    path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
+    score([path], scored.cache, scored.spec)
+    with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
+        run(options(EVALUATORS[name][0], train=[str(path)]))
+
+
+@pytest.mark.slow
+def test_the_door_lists_its_evaluators():
+    told = subprocess.run(
+        [sys.executable, "-m", "train.evaluate", "--help"], capture_output=True, text=True
+    )
+    assert told.returncode == 0
+    for name in EVALUATORS:
+        assert name in told.stdout

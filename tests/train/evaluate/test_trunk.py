@@ -1,0 +1,87 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import photo, photo_members, score, tar_bytes
+
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
+from famt.patches import normalise_images
+from train.evaluate.trunk import Evaluation, open_images, require_labels, standard_error, top1
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
+
+
+def test_features_are_those_of_each_images_centre(scored, encoder, options):
+    evaluation = options(Evaluation, train=scored.shards)
+    images = open_images(evaluation, encoder, "train", torch.device("cpu"))
+    features = images.features(encoder, tokens=True)
+    assert features.cls.shape == features.mean.shape == (26, 96)
+    assert features.tokens.shape == (26, 64, 96)
+    assert features.labels.tolist() == [n % 3 for n in range(26)]
+    assert images.classes == 3
+    for n in (0, 13, 25):
+        picture = (
+            Image.fromarray(photo(n))
+            .crop((4, 0, 44, 40))
+            .resize((32, 32), Image.Resampling.BICUBIC)
+        )
+        with torch.no_grad():
+            expected = encoder.forward_features(
+                normalise_images(torch.from_numpy(np.array(picture))[None])
+            )[0]
+        similarity = torch.cosine_similarity(features.cls[n], expected[0], dim=0)
+        others = torch.cosine_similarity(features.cls[(n + 1) % 26], expected[0], dim=0)
+        assert similarity > 0.98
+        assert similarity > others
+        torch.testing.assert_close(
+            features.tokens[n].float().mean(0), features.mean[n], atol=1e-3, rtol=0
+        )
+
+
+def test_patch_tokens_are_kept_only_where_they_are_asked_for(encoder, options):
+    images = open_images(options(Evaluation), encoder, "val", torch.device("cpu"))
+    features = images.features(encoder)
+    assert features.tokens is None
+    taken = features.take(torch.tensor([4, 0]))
+    assert taken.labels.tolist() == features.labels[[4, 0]].tolist()
+    assert torch.equal(taken.mean, features.mean[[4, 0]])
+
+
+def test_images_without_a_class_are_named(scored, encoder, options, tmp_path):
+    path = tmp_path / "unlabelled.tar"
+    path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
+    score([path], scored.cache, scored.spec)
+    evaluation = options(Evaluation, train=[str(path)])
+    labelled, unlabelled = (
+        open_images(evaluation, encoder, name, torch.device("cpu")) for name in ("val", "train")
+    )
+    with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
+        require_labels(labelled, unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"centre": 0.0}, "--centre 0.0 must be above 0"),
+        ({"centre": 2.0}, "at most 1"),
+        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
+        ({"threads": 0}, "--threads 0"),
+        ({"seed": -1}, "--seed -1"),
+    ],
+)
+def test_options_out_of_bounds_are_refused(options, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        options(Evaluation, **wrong)
+
+
+def test_accuracy_and_its_standard_error():
+    assert top1(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]), 3) == 0.75
+    draws = np.random.default_rng(0).binomial(400, 0.3, 20_000) / 400
+    assert math.isclose(standard_error(0.3, 400), draws.std(), rel_tol=0.02)

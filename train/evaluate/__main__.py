@@ -1,0 +1,26 @@
+"""Evaluate a pre-trained encoder.
+
+    python -m train.evaluate knn --checkpoint runs/first --cache scores/ \\
+        --train 'shards/train-*.tar' --val 'shards/val-*.tar'
+
+    knn     the classes of the nearest training images: nothing is learned
+    probe   linear classifiers on the frozen encoder, and attentive pooling
+
+Prints one JSON line, which is also added to the log of the run and to its TensorBoard curves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tyro
+
+from train.evaluate.run import EVALUATORS, run
+from train.evaluate.trunk import Evaluation
+from train.program import run_program
+
+if __name__ == "__main__":
+    commands: dict[str, Callable[..., Evaluation]] = {
+        name: options for name, (options, _) in EVALUATORS.items()
+    }
+    run_program(run, tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))

@@ -1,0 +1,312 @@
+"""Linear classifiers on frozen features: on the class token, on the mean of the patch tokens, and
+on a mean by attention.
+
+For each of them every learning rate and penalty is tried, all side by side on the same stored
+features. What serves best on images held out of the training set is trained once more, on all of
+it, and tested. The images to test on choose nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from train.evaluate.trunk import (
+    Evaluation,
+    Features,
+    Images,
+    Pooling,
+    Value,
+    require_at_least,
+    require_labels,
+    standard_error,
+    top1,
+)
+
+
+@dataclass(frozen=True)
+class Probe(Evaluation):
+    """Linear classifiers on the frozen encoder, and attentive pooling."""
+
+    poolings: tuple[Pooling, ...] = ("cls", "mean", "attentive")
+    """features are the class token, as in MAE's own probe, the mean of the patch tokens, or a mean
+    of the patch tokens by learned attention, for which all of them are kept: N x C x 2 bytes an
+    image"""
+    learning_rates: tuple[float, ...] = (1e-2, 3e-2)
+    """of Adam, with cosine decay; all are tried"""
+    penalties: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    """times half the squared weights, beside the sum of the cross-entropy over the images: 1 / C of
+    scikit-learn's LogisticRegression; all are tried"""
+    epochs: int = 20
+    """passes over the stored features"""
+    steps: int = 1000
+    """steps to take at least, with few images in more passes"""
+    step_images: int = 1024
+    """images a step"""
+    hold_out: float = 0.1
+    """share of the training images by which learning rate, penalty and pooling are chosen"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "steps", "step_images"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("poolings", "learning_rates", "penalties"):
+            require_at_least(f"{name}: number of values", len(getattr(self, name)), 1)
+        for penalty in self.penalties:
+            require_at_least("penalties", penalty, 0)
+        if not all(rate > 0 for rate in self.learning_rates):
+            raise ValueError(f"--learning-rates {self.learning_rates} must be above 0")
+        if not 0 < self.hold_out <= 0.5:
+            raise ValueError(f"--hold-out {self.hold_out} must be above 0 and at most 0.5")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How one classifier is trained."""
+
+    pooling: Pooling
+    learning_rate: float
+    penalty: float
+
+
+def probe(
+    encoder: VisionTransformer, train: Images, val: Images, options: Probe
+) -> Iterator[tuple[str, Value]]:
+    """Top-1 accuracy of the classifier that held-out images chose, and of the best of each pooling,
+    with standard errors and the settings that were chosen."""
+    require_labels(train, val)
+    tokens = "attentive" in options.poolings
+    heads = encoder.blocks[-1].attn.num_heads
+    yield from score(
+        train.features(encoder, tokens=tokens),
+        val.features(encoder, tokens=tokens),
+        options,
+        heads,
+        train.device,
+    )
+
+
+def score(
+    train: Features, val: Features, options: Probe, heads: int, device: torch.device
+) -> Iterator[tuple[str, Value]]:
+    """`probe` on features that are there; `heads` is that of attentive pooling."""
+    classes = int(max(train.labels.max(), val.labels.max())) + 1
+    chosen = choose(train, options, classes, heads, device)
+    everything = torch.arange(len(train.labels))
+    classifiers = fit(train, everything, list(chosen), options, classes, heads, device)
+    predicted = classifiers.logits(val, options.batch_size, device).argmax(-1)
+    shares = [top1(each, val.labels, classes) for each in predicted]
+    best = max(range(len(shares)), key=list(chosen.values()).__getitem__)
+    yield "top1", shares[best]
+    yield "stderr", standard_error(shares[best], len(val.labels))
+    yield "pooling", list(chosen)[best].pooling
+    for share, (setting, held_out) in zip(shares, chosen.items(), strict=True):
+        yield f"top1_{setting.pooling}", share
+        yield f"stderr_{setting.pooling}", standard_error(share, len(val.labels))
+        yield f"held_out_top1_{setting.pooling}", held_out
+        yield f"learning_rate_{setting.pooling}", setting.learning_rate
+        yield f"penalty_{setting.pooling}", setting.penalty
+
+
+def choose(
+    train: Features, options: Probe, classes: int, heads: int, device: torch.device
+) -> dict[Setting, float]:
+    """The best setting of each pooling, with its top-1 accuracy on held-out training images.
+
+    Raises:
+        ValueError: a single image.
+    """
+    kept, held_out = part(train.labels, options.hold_out, options.seed)
+    settings = [
+        Setting(*each)
+        for each in itertools.product(options.poolings, options.learning_rates, options.penalties)
+    ]
+    classifiers = fit(train, kept, settings, options, classes, heads, device)
+    tested = train.take(held_out)
+    logits = classifiers.logits(tested, options.batch_size, device)
+    losses = [float(F.cross_entropy(each, tested.labels)) for each in logits]
+    shares = [top1(each, tested.labels, classes) for each in logits.argmax(-1)]
+    chosen = {}
+    for pooling in options.poolings:
+        mine = [n for n, setting in enumerate(settings) if setting.pooling == pooling]
+        best = max(mine, key=lambda n: (shares[n], -losses[n]))
+        chosen[settings[best]] = shares[best]
+    return chosen
+
+
+def part(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to learn from and rows held out, drawn evenly from every class.
+
+    Raises:
+        ValueError: too few images for both.
+    """
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    every = round(1 / share)
+    is_held_out = torch.arange(len(labels)) % every == every - 1
+    if is_held_out.sum() in (0, len(labels)):
+        raise ValueError(f"{len(labels)} training images are too few to hold {share:.0%} out")
+    return by_class[~is_held_out], by_class[is_held_out]
+
+
+def fit(
+    features: Features,
+    rows: Tensor,
+    settings: Sequence[Setting],
+    options: Probe,
+    classes: int,
+    heads: int,
+    device: torch.device,
+) -> Classifiers:
+    """Train one classifier a setting on the images `rows`, all of them on the same batches."""
+    classifiers = Classifiers(features, rows, settings, classes, heads).to(device)
+    optimizer = torch.optim.Adam(classifiers.groups(), betas=(0.9, 0.99), fused=True)
+    count = len(rows)
+    steps_per_epoch = -(-count // options.step_images)
+    epochs = max(options.epochs, -(-options.steps // steps_per_epoch))
+    steps = epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(options.seed)
+    with tqdm(total=steps, desc=f"{len(settings)} classifiers", mininterval=1) as bar:
+        for _ in range(epochs):
+            for drawn in torch.randperm(count, generator=generator).split(options.step_images):
+                batch = features.take(rows[drawn])
+                logits = classifiers(batch, device)
+                labels = batch.labels.to(device).repeat(len(settings))
+                # The sum over classifiers of each one's mean: none feels the others.
+                loss = F.cross_entropy(logits.flatten(0, 1), labels) * len(settings)
+                (loss + classifiers.penalty()).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                bar.update()
+    return classifiers.eval()
+
+
+class Classifiers(nn.Module):
+    """Linear classifiers trained side by side, on standardised features.
+
+    MAE (appendix A.1) found that its features must be standardised for a linear probe. Beyond that,
+    what is learned are weights on the principal axes of the features, each in units in which the
+    axis and the penalty together have about the same curvature as all others. The minimum is the
+    same, and reached in hundreds of steps: along the channels, some thousand are far from enough.
+
+    The queries of attentive pooling begin at zero: it begins as the mean of the patches.
+
+    Args:
+        features, rows: images to standardise by, and to learn from.
+        settings: of the classifiers.
+        classes: that they tell apart.
+        heads: slices of attentive pooling.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        rows: Tensor,
+        settings: Sequence[Setting],
+        classes: int,
+        heads: int,
+    ) -> None:
+        super().__init__()
+        self.penalties: Tensor
+        self.units: Tensor
+        width = features.cls.shape[1]
+        self.settings = settings
+        curvature = {}
+        for name in ("cls", "mean"):
+            known = getattr(features, name)[rows]
+            deviation, centre = torch.std_mean(known, dim=0, correction=0)
+            self.register_buffer(f"{name}_centre", centre)
+            self.register_buffer(f"{name}_scale", deviation.clamp_min(1e-6))
+            known = self._standardise(known, name)
+            curvature[name], axes = torch.linalg.eigh(known.T @ known / len(rows))
+            self.register_buffer(f"{name}_axes", axes)
+        penalty = torch.tensor([setting.penalty / len(rows) for setting in settings])
+        self.register_buffer("penalties", penalty)
+        variance = torch.stack([curvature[_source(each.pooling)] for each in settings])
+        # Cross-entropy curves by up to a quarter of an axis's variance, mostly by less.
+        self.register_buffer(
+            "units", (variance.clamp_min(1e-6) + 10 * penalty[:, None]).rsqrt()[..., None]
+        )
+        self.weights = nn.ParameterList(torch.zeros(width, classes) for _ in settings)
+        self.biases = nn.ParameterList(torch.zeros(classes) for _ in settings)
+        self.queries = nn.ParameterDict(
+            {
+                str(n): torch.zeros(heads, width)
+                for n, setting in enumerate(settings)
+                if setting.pooling == "attentive"
+            }
+        )
+
+    def groups(self) -> list[dict]:
+        """Parameters with the learning rate of their classifier."""
+        groups = []
+        for n, setting in enumerate(self.settings):
+            queries = [self.queries[str(n)]] if str(n) in self.queries else []
+            parameters = [self.weights[n], self.biases[n], *queries]
+            groups.append({"params": parameters, "lr": setting.learning_rate})
+        return groups
+
+    def penalty(self) -> Tensor:
+        """What the weights of all classifiers add to their mean cross-entropies."""
+        weights = torch.stack(list(self.weights)) * self.units
+        return (self.penalties * weights.square().sum((1, 2))).sum() / 2
+
+    def forward(self, features: Features, device: torch.device) -> Tensor:
+        """Logits `[settings, B, classes]`."""
+        logits: dict[int, Tensor] = {}
+        for pooling in {setting.pooling for setting in self.settings}:
+            mine = [n for n, each in enumerate(self.settings) if each.pooling == pooling]
+            source = _source(pooling)
+            if pooling == "attentive":
+                assert features.tokens is not None
+                tokens = self._standardise(features.tokens.to(device).float(), source)
+                pooled = attentive_pool(tokens, torch.stack([self.queries[str(n)] for n in mine]))
+            else:
+                pooled = self._standardise(getattr(features, source).to(device), source)
+            weights = torch.stack([self.weights[n] for n in mine]) * self.units[mine]
+            biases = torch.stack([self.biases[n] for n in mine])[:, None]
+            inputs = pooled @ getattr(self, f"{source}_axes")
+            logits |= zip(mine, inputs @ weights + biases, strict=True)
+        return torch.stack([logits[n] for n in range(len(self.settings))])
+
+    def _standardise(self, features: Tensor, name: str) -> Tensor:
+        return (features - getattr(self, f"{name}_centre")) / getattr(self, f"{name}_scale")
+
+    @torch.inference_mode()
+    def logits(self, features: Features, batch_size: int, device: torch.device) -> Tensor:
+        """Logits `[settings, R, classes]` of all images, on the CPU."""
+        rows = torch.arange(len(features.labels)).split(batch_size)
+        return torch.cat([self(features.take(each), device).cpu() for each in rows], dim=1)
+
+
+def attentive_pool(tokens: Tensor, queries: Tensor) -> Tensor:
+    """Means of patch tokens by attention, as multi-head attention with one query, a key map that is
+    part of the query, and no value map.
+
+    Args:
+        tokens: `[B, N, C]` float.
+        queries: `[S, H, C]`, of S poolings that don't know of each other; H divides C.
+
+    Returns:
+        `[S, B, C]`; slice h of the channels is weighed by softmax_n(q_h . x_n / sqrt(C)).
+    """
+    batch, count, width = tokens.shape
+    heads = queries.shape[1]
+    scores = torch.einsum("bnc,shc->sbhn", tokens, queries) / width**0.5
+    slices = tokens.view(batch, count, heads, -1)
+    return torch.einsum("sbhn,bnhd->sbhd", scores.softmax(-1), slices).flatten(2)
+
+
+def _source(pooling: Pooling) -> Literal["cls", "mean"]:
+    """Whose statistics standardise the features of a pooling."""
+    return "cls" if pooling == "cls" else "mean"

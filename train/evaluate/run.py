@@ -1,0 +1,80 @@
+"""One evaluation: from a checkpoint to numbers on the terminal, in the log and in TensorBoard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from famt.mae import MaskedAutoencoder
+from famt.models import ModelConfig
+from train import checkpoint
+from train.distributed import ranks
+from train.evaluate.knn import Knn, knn
+from train.evaluate.probe import Probe, probe
+from train.evaluate.trunk import Evaluation, Evaluator, Value, open_images
+from train.initial import build_initial_encoder
+from train.log import log_evaluation
+
+EVALUATORS: dict[str, tuple[type[Evaluation], Evaluator]] = {
+    "knn": (Knn, knn),
+    "probe": (Probe, probe),
+}
+
+
+def run(options: Evaluation) -> dict[str, Value]:
+    """Evaluate an encoder by the evaluator whose options these are; returns its values by name.
+
+    Raises:
+        FileNotFoundError, ValueError: see `train.initial.build_initial_encoder`.
+        CacheError: see `pipeline.table.load_samples`.
+    """
+    name, evaluator = next(
+        (name, evaluator) for name, (kind, evaluator) in EVALUATORS.items() if kind is type(options)
+    )
+    torch.manual_seed(options.seed)
+    encoder, of_run = open_encoder(options), _run_of(options.checkpoint)
+    with ranks(options.device) as here:
+        encoder = encoder.to(here.device)
+        train, val = (open_images(options, encoder, each, here.device) for each in ("train", "val"))
+        found = dict(evaluator(encoder, train, val, options))
+    values: dict[str, Value] = {"train_images": len(train), "val_images": len(val), **found}
+    weights = "untrained" if options.untrained else "ema" if options.ema else "trained"
+    which = {"checkpoint": options.checkpoint, "weights": weights}
+    if of_run:
+        folder, step = of_run
+        print(json.dumps({"evaluate": name, **which, "step": step, **values}))
+        log_evaluation(folder, step, name, weights, values)
+    else:
+        print(json.dumps({"evaluate": name, **which, **values}))
+    return found
+
+
+def open_encoder(options: Evaluation) -> VisionTransformer:
+    """The encoder that the options ask for, in eval mode."""
+    if options.ema:
+        encoder = checkpoint.load_model(Path(options.checkpoint), ema=True).encoder
+    else:
+        encoder = build_initial_encoder(options.checkpoint)
+    if options.untrained:
+        sizes = ModelConfig(
+            width=encoder.embed_dim,
+            depth=len(encoder.blocks),
+            heads=encoder.blocks[0].attn.num_heads,
+            image_size=encoder.patch_embed.img_size[0],
+            patch_size=encoder.patch_embed.patch_size[0],
+        )
+        encoder = MaskedAutoencoder(sizes).encoder
+    return encoder.eval()
+
+
+def _run_of(source: str) -> tuple[Path, int] | None:
+    """Folder of the run that an encoder is from, and its step, if it is from one of ours."""
+    path: Path | None = Path(source)
+    if path and path.is_dir():
+        path = checkpoint.latest(path)
+    if path is None or not path.name.startswith("checkpoint-"):
+        return None
+    return path.parent, checkpoint.load(path).step

@@ -1,0 +1,202 @@
+"""What all evaluators stand on: labelled images, and their features from a frozen encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy
+from tqdm import tqdm
+
+from famt.patches import normalise_images
+from pipeline.cache import ScoreCache
+from pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
+from pipeline.table import SampleTable, load_samples
+
+Value = float | int | str
+Pooling = Literal["cls", "mean", "attentive"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every evaluation needs to know."""
+
+    checkpoint: str
+    """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
+    cache: str
+    """score cache that knows the shards, whatever the score"""
+    train: list[str]
+    """shards to learn from"""
+    val: list[str]
+    """shards to test on"""
+    ema: bool = False
+    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
+    untrained: bool = False
+    """take the same encoder with fresh random weights instead: the floor to beat"""
+    centre: float | None = None
+    """share of the shorter side that is shown; 0.875, or all of it for models of up to 64 px"""
+    batch_size: int = 256
+    """images at a time"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """what to compute on"""
+    threads: int = LoaderConfig.threads
+    """CPU threads that decode"""
+    seed: int = 0
+    """of all that is drawn at random"""
+
+    def __post_init__(self) -> None:
+        if self.centre is not None and not 0 < self.centre <= 1:
+            raise ValueError(f"--centre {self.centre} must be above 0 and at most 1")
+        for name in ("batch_size", "threads"):
+            require_at_least(name, getattr(self, name), 1)
+        require_at_least("seed", self.seed, 0)
+
+
+Options = TypeVar("Options", bound=Evaluation)
+Results = Iterable[tuple[str, Value]]
+Evaluator = Callable[[VisionTransformer, "Images", "Images", Options], Results]
+
+
+@dataclass(frozen=True)
+class Features:
+    """What an encoder makes of R images, after its last norm, on the CPU.
+
+    Attributes:
+        cls: `[R, C]` float32, the class token.
+        mean: `[R, C]` float32, the mean of the patch tokens.
+        tokens: `[R, N, C]` float16, the patch tokens in raster order, or None.
+        labels: `[R]` int64.
+    """
+
+    cls: Tensor
+    mean: Tensor
+    tokens: Tensor | None
+    labels: Tensor
+
+    def take(self, rows: Tensor) -> Features:
+        """Those of the images `rows`, int64."""
+        tokens = self.tokens[rows] if self.tokens is not None else None
+        return Features(self.cls[rows], self.mean[rows], tokens, self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Images:
+    """The samples of some shards, and how to cut crops from them.
+
+    Attributes:
+        table: which samples.
+        name: what to call them on the terminal.
+        image_size: side of the crops, px.
+        centre: share of the shorter side that a crop shows when features are taken.
+        batch_size: crops at a time.
+        threads: CPU threads that decode.
+        device: where crops end up.
+    """
+
+    table: SampleTable
+    name: str
+    image_size: int
+    centre: float
+    batch_size: int
+    threads: int
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes: one more than the largest label."""
+        return int(self.table.labels.max()) + 1
+
+    def crops(self, view: View | None = None) -> Iterator[CropBatch]:
+        """Every image once, in the order of the shards; the centre of each if no view is given."""
+        config = LoaderConfig(
+            batch_size=self.batch_size,
+            image_size=self.image_size,
+            view=view or CentreView(self.centre),
+            shuffle_buffer=0,
+            threads=self.threads,
+        )
+        with tqdm(total=len(self), desc=self.name, unit=" images", mininterval=1) as bar:
+            for crops in CropLoader(self.table, config, drop_last=False, device=self.device):
+                yield crops
+                bar.update(len(crops.rows))
+
+    def features(self, encoder: VisionTransformer, *, tokens: bool = False) -> Features:
+        """Run every image through an encoder, once, row by row as the table.
+
+        Args:
+            encoder: frozen, in eval mode, on the images' device.
+            tokens: keep the patch tokens too: N x C x 2 bytes an image.
+        """
+        count, width = len(self), encoder.embed_dim
+        cls, mean = torch.empty(count, width), torch.empty(count, width)
+        kept = torch.empty(
+            count if tokens else 0, encoder.patch_embed.num_patches, width, dtype=torch.float16
+        )
+        with torch.inference_mode():
+            for crops in self.crops():
+                every = encoder.forward_features(normalise_images(crops.images)).float()
+                first = encoder.num_prefix_tokens
+                cls[crops.rows] = every[:, 0].cpu()
+                mean[crops.rows] = every[:, first:].mean(1).cpu()
+                if tokens:
+                    kept[crops.rows] = every[:, first:].half().cpu()
+        return Features(cls, mean, kept if tokens else None, self.table.labels)
+
+
+def open_images(
+    options: Evaluation, encoder: VisionTransformer, name: str, device: torch.device
+) -> Images:
+    """The images of `--train` or `--val`, as that encoder takes them."""
+    size = encoder.patch_embed.img_size[0]
+    return Images(
+        table=load_samples(getattr(options, name), ScoreCache(options.cache)),
+        name=name,
+        image_size=size,
+        centre=options.centre or (0.875 if size > 64 else 1.0),
+        batch_size=options.batch_size,
+        threads=options.threads,
+        device=device,
+    )
+
+
+def require_labels(*sets: Images) -> None:
+    """Refuse images without a class.
+
+    Raises:
+        ValueError: names the first of them.
+    """
+    for images in sets:
+        missing = (images.table.labels < 0).nonzero()
+        if len(missing):
+            raise ValueError(
+                f"{images.table.key(int(missing[0]))} and {len(missing) - 1} more samples have no "
+                "class; this evaluation needs a <key>.cls beside every image"
+            )
+
+
+def require_at_least(name: str, value: float, least: float) -> None:
+    """Refuse an option's value that is too small, or no number.
+
+    Raises:
+        ValueError: names the option.
+    """
+    if not value >= least:
+        raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+
+
+def top1(predicted: Tensor, labels: Tensor, classes: int) -> float:
+    """Share of right predictions, both `[R]` int64, in [0, 1]."""
+    metric = MulticlassAccuracy(classes, average="micro")
+    return float(metric(predicted, labels))
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share of `count` independent images (the binomial's)."""
+    return (share * (1 - share) / count) ** 0.5
