@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.reduction import ForkingPickler
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+
+from train.lifeline import Lifeline
+from train.shared_memory import Packed, drop_name, pack, unpack
+
+# Ranks may wait for a slow disk or a generation of maps; that one is lost, they learn otherwise.
+_PATIENCE = timedelta(days=14)
 
 Shared = TypeVar("Shared")
 
@@ -27,12 +32,16 @@ class Ranks:
         rank, world_size: 0 and 1 without a launcher.
         node: name of the machine; its ranks have it in common (`machine`).
         device: what this process computes on.
+        control: group of all ranks for messages, apart from the gradients'.
+        lifeline: word of lost ranks and of signals; None where the launcher has its own.
     """
 
     rank: int
     world_size: int
     node: str
     device: torch.device
+    control: dist.ProcessGroup | None = None
+    lifeline: Lifeline | None = None
 
     @property
     def is_main(self) -> bool:
@@ -44,7 +53,7 @@ class Ranks:
         if self.world_size == 1:
             return [value]
         values: list = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.control)
         return values
 
     def from_main(self, make: Callable[[], Shared]) -> Shared:
@@ -76,20 +85,23 @@ class Ranks:
         if self.world_size == 1:
             return make()
         leads = self.gather(self.node).index(self.node) == self.rank
-        made: Shared | Exception | None = None
+        packed: Packed | Exception | None = None
         if leads:
             try:
-                made = make()
+                packed = pack(make())
             except Exception as error:  # the other ranks wait for an answer
-                made = error
-        torch.multiprocessing.set_sharing_strategy("file_system")  # by name, not by open file
-        packed = bytes(ForkingPickler.dumps(made)) if leads else b""
-        first = next(each for each in self.gather((self.node, packed)) if each[0] == self.node)
-        shared = made if leads else pickle.loads(first[1])
-        self.gather(None)  # the leader keeps its tensors until all have opened them
-        if isinstance(shared, Exception):
-            raise shared
-        return shared  # type: ignore[return-value]
+                packed = error
+        everyones = self.gather((self.node, packed))
+        try:
+            for _, each in everyones:
+                if isinstance(each, Exception):
+                    raise each
+            shared = unpack(next(each for node, each in everyones if node == self.node))
+            self.gather(None)  # all have opened it
+            return shared  # type: ignore[return-value]
+        finally:
+            if isinstance(packed, Packed):
+                drop_name(packed)
 
 
 def machine() -> str:
@@ -108,16 +120,20 @@ def machine() -> str:
 def ranks(device: str) -> Iterator[Ranks]:
     """Join the process group that a launcher announces (NCCL on GPUs, gloo on CPUs), and leave it.
 
-    A process group that exists already (Ray Train's) is used as it is.
+    A process group that exists already (Ray Train's) is used as it is, and who made it looks after
+    its processes. Otherwise a rank that fails or is lost ends the others at once.
 
     Args:
         device: "auto" for a GPU if there is one, "cpu" or "cuda".
 
     Raises:
         ValueError: "cuda" where there is none.
+        RankError: another rank failed or was lost; says which.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            _warn_of_an_idle_gpu()
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU here")
     local = int(os.environ.get("LOCAL_RANK", 0))
@@ -127,11 +143,36 @@ def ranks(device: str) -> Iterator[Ranks]:
     ours = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if ours:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        yield Ranks(0, 1, machine(), chosen)
+        return
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
+    here = Ranks(rank, world_size, machine(), chosen, control)
+    if not ours:
+        yield here
+        return
+    lifeline = Lifeline(rank, os.environ["MASTER_ADDR"], here.gather)
     try:
-        if dist.is_initialized():
-            yield Ranks(dist.get_rank(), dist.get_world_size(), machine(), chosen)
-        else:
-            yield Ranks(0, 1, machine(), chosen)
+        yield replace(here, lifeline=lifeline)
+    except BaseException as error:
+        explained = lifeline.explain(error)
+        if explained is error:
+            raise
+        raise explained from error
+    else:
+        dist.destroy_process_group()
     finally:
-        if ours:
-            dist.destroy_process_group()
+        lifeline.close()
+
+
+def _warn_of_an_idle_gpu() -> None:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if Path("/proc/driver/nvidia/version").exists() and not hidden:
+        built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA at all"
+        print(
+            f"warning: this machine has an NVIDIA GPU that torch {torch.__version__} can't use, so "
+            f"the CPU computes. Compare `nvidia-smi` with what torch was built for ({built}), and "
+            "see that a container is given the GPU; or give --device cpu",
+            file=sys.stderr,
+        )

@@ -60,7 +60,7 @@ def main(config: Pretrain) -> None:
     with (
         ranks(config.device) as here,
         checkpoint.own(config.out) if here.is_main else contextlib.nullcontext(),
-        Stop() as stop,
+        Stop(here.lifeline) as stop,
     ):
         Run(config, here).train(stop)
 
@@ -300,6 +300,7 @@ class Run:
             path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
             if log:
                 log.event(self.step, "checkpoint", file=path.name)
+        self.here.gather(None)  # a slow disk is waited for here; gradients wait ten minutes at most
         if self.periodic:
             self.periodic.saved(self.step, log)
 

@@ -8,19 +8,20 @@ from typing import NoReturn, TypeVar
 
 from pipeline import storage
 from pipeline.manifest import CacheError
+from train.lifeline import RankError
 
 Config = TypeVar("Config")
 
 # What wrong input raises: its message says what is wrong and what to do. Anything else is a defect
 # of the program, and shows where.
-_USERS = (CacheError, FloatingPointError, ValueError, *storage.UNREACHABLE)
+USERS = (CacheError, FloatingPointError, RankError, ValueError, *storage.UNREACHABLE)
 
 
 def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
     """Run `main(config)` and exit with the code that it returns (0 if none), or 2 on an error."""
     try:
         result = main(config)
-    except _USERS as error:
+    except USERS as error:
         print(f"error: {storage.reason(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(result if type(result) is int else 0)

@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 import torch
 
 from pipeline.join import PatchBatch
+from train.lifeline import ASKING, Lifeline
 
 
 class SideStream:
@@ -72,28 +73,38 @@ class SideStream:
 class Stop:
     """Notes SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) while it is open, and lives on.
 
-    Attributes:
-        asked: whether one of them came.
+    Args:
+        lifeline: a signal to any rank of a run is noted on all of them by it.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, lifeline: Lifeline | None = None) -> None:
+        self._asked, self._lifeline = False, lifeline
         self._before: dict[int, object] = {}
+        self._fd_before = -1
+
+    @property
+    def asked(self) -> bool:
+        """Whether one of them came."""
+        return self._asked or (self._lifeline is not None and self._lifeline.stop_asked)
 
     def __enter__(self) -> Stop:
         # Only a process's main thread may handle signals; Ray Train runs its function in another.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if self._lifeline is not None:
+                self._fd_before = self._lifeline.hear_signals()
+            for number in ASKING:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._before and self._lifeline is not None:
+            signal.set_wakeup_fd(self._fd_before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self.asked:
+            if self._asked:
                 raise KeyboardInterrupt
             print("\nwriting a checkpoint, then leaving; Ctrl-C again leaves at once", flush=True)
-        self.asked = True
+        self._asked = True

@@ -1,0 +1,31 @@
+"""Ranks that talk until they are asked to stop; what one of them does else is an argument."""
+
+import sys
+import time
+from pathlib import Path
+
+from train.distributed import ranks
+from train.program import run_program
+from train.streams import Stop
+
+folder, deed = Path(sys.argv[1]), sys.argv[2]
+
+
+def main(_: None) -> None:
+    with ranks("cpu") as here, Stop(here.lifeline) as stop:
+        (folder / f"rank{here.rank}").touch()
+        while deed == "main waits" and here.is_main and not stop.asked:
+            time.sleep(0.01)
+        if deed == "main writes to a slow disk" and here.is_main:
+            time.sleep(600)
+        for n in range(600):
+            if any(here.gather(stop.asked)):
+                return
+            if deed == "rank 1 errs" and here.rank == 1 and n == 5:
+                raise ValueError("no such thing")
+            if deed == "rank 1 has a defect" and here.rank == 1 and n == 5:
+                raise RuntimeError("a defect")
+            time.sleep(0.05)
+
+
+run_program(main, None)
