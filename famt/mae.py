@@ -50,20 +50,27 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(config.decoder_width, config.patch_size**2 * 3)
         self._initialise()
 
-    def forward(self, visible: Tensor, masked: Tensor, split: PatchSplit) -> Tensor:
-        """Mean squared error of the masked patches, predicted from the visible ones.
+    def forward(
+        self,
+        visible: Tensor,
+        masked: Tensor,
+        split: PatchSplit,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error of masked patches, predicted from the visible ones.
 
         Args:
             visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
-            masked: `[B, M, P*P*3]` float, normalised pixels of `split.masked`.
+            masked: `[B, K, P*P*3]` float, normalised pixels of `split.predicted`.
             split: where the patches lie.
+            loss_weights: `[B, K]`, what each patch's error is multiplied by.
 
         Returns:
             scalar loss, float32.
         """
         latent = self.encode(visible, split.visible)
         prediction = self.decode(latent, split)
-        return self.loss(prediction, masked)
+        return self.loss(prediction, masked, loss_weights)
 
     def encode(self, patches: Tensor, index: Tensor) -> Tensor:
         """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, 1+V, width]`."""
@@ -75,13 +82,13 @@ class MaskedAutoencoder(nn.Module):
         return encoder.norm(encoder.blocks(torch.cat([cls, tokens], dim=1)))
 
     def decode(self, latent: Tensor, split: PatchSplit) -> Tensor:
-        """Tokens `[B, 1+V, width]` -> predicted pixels of the masked patches `[B, M, P*P*3]`."""
+        """Tokens `[B, 1+V, width]` -> pixels of the predicted patches `[B, K, P*P*3]`."""
         position = self.decoder_pos_embed
         seen = self.decoder_embed(latent)
         seen_at = torch.cat(
             [position[:, :1].expand(len(seen), -1, -1), position[0, 1 + split.visible]], dim=1
         )
-        hidden = self.mask_token + position[0, 1 + split.masked]
+        hidden = self.mask_token + position[0, 1 + split.predicted]
         seen = seen + seen_at
         if self.config.decoder == "self":
             tokens = torch.cat([seen, hidden], dim=1)
@@ -93,10 +100,12 @@ class MaskedAutoencoder(nn.Module):
                 hidden = block(hidden, seen)
         return self.decoder_pred(self.decoder_norm(hidden))
 
-    def loss(self, prediction: Tensor, masked: Tensor) -> Tensor:
+    def loss(
+        self, prediction: Tensor, masked: Tensor, loss_weights: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error against `masked`, in float32 whatever the autocast."""
-        target = self.target(masked)
-        return (prediction.float() - target).square().mean()
+        error = (prediction.float() - self.target(masked)).square()
+        return error.mean() if loss_weights is None else (error.mean(-1) * loss_weights).mean()
 
     def target(self, masked: Tensor) -> Tensor:
         """What the decoder is asked for: the pixels, by default normalised within each patch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from famt.geometry import crop_maps
 from famt.patches import gather_patches
-from famt.sampling import PatchSplit, patch_weights, sample_patches
+from famt.sampling import (
+    PatchSplit,
+    Predicted,
+    Thrown,
+    Visible,
+    loss_weights,
+    patch_weights,
+    predict_some,
+    sample_patches,
+)
 from pipeline.loader import CropBatch
 
 
@@ -25,6 +35,35 @@ class JoinConfig:
     """power of the cached frequency score in the weight; 0 ignores it"""
     attention_exponent: float = 1.0
     """power of the attention score in the weight, where there is one; 0 ignores it"""
+    visible: Visible = "lightest"
+    """the visible patches are the lightest, which masking and throwing leave over, or a uniform
+    draw made first, as MAE's are"""
+    thrown: Thrown = "heaviest"
+    """the thrown patches are the heaviest after the masked ones, or the lightest of all"""
+    blend: tuple[float, float] = (1.0, 1.0)
+    """how much the weights count at the first and at the last step, and linearly between: 0 draws
+    uniformly, 1 by weight alone"""
+    predicted_share: float = 1.0
+    """share of the masked patches that are reconstructed; the others cost nothing"""
+    predicted: Predicted = "random"
+    """which ones: a uniform draw, or spread as far from each other as can be"""
+    loss_exponent: float = 0.0
+    """power of a patch's weight in its share of the loss; 0 counts all patches alike"""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= end <= 1 for end in self.blend):
+            raise ValueError(f"--join.blend {self.blend} must be two numbers in [0, 1]")
+        if not 0 < self.predicted_share <= 1:
+            raise ValueError(f"--join.predicted-share {self.predicted_share} must be in (0, 1]")
+        if not 0 <= self.loss_exponent < math.inf:
+            raise ValueError(
+                f"--join.loss-exponent {self.loss_exponent} must be a number of at least 0"
+            )
+
+    def blend_at(self, progress: float) -> float:
+        """How much the weights count when `progress` in [0, 1] of the run's steps are done."""
+        first, last = self.blend
+        return first + (last - first) * min(max(progress, 0.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -33,23 +72,27 @@ class PatchBatch:
 
     Attributes:
         visible: `[B, V, P*P*3]` uint8 pixels of the patches that the encoder sees.
-        masked: `[B, M, P*P*3]` uint8 pixels of the patches to reconstruct.
-        split: positions of all three groups, on the device of the pixels.
+        masked: `[B, K, P*P*3]` uint8 pixels of the patches to reconstruct, `split.predicted`.
+        split: positions of all groups, on the device of the pixels.
         rows: `[B]` int64 on the CPU, rows in the `SampleTable`.
+        loss_weights: `[B, K]` float32, share of each of those patches in the loss; None counts
+            them alike.
     """
 
     visible: Tensor
     masked: Tensor
     split: PatchSplit
     rows: Tensor
+    loss_weights: Tensor | None = None
 
     def chunk(self, parts: int) -> list[PatchBatch]:
         """The batch in equal parts, one after another."""
         splits = zip(*(each.chunk(parts) for each in vars(self.split).values()), strict=True)
         others = (each.chunk(parts) for each in (self.visible, self.masked, self.rows))
+        weights = [None] * parts if self.loss_weights is None else self.loss_weights.chunk(parts)
         return [
-            PatchBatch(visible, masked, PatchSplit(*split), rows)
-            for split, visible, masked, rows in zip(splits, *others, strict=True)
+            PatchBatch(visible, masked, PatchSplit(*split), rows, weight)
+            for split, weight, visible, masked, rows in zip(splits, weights, *others, strict=True)
         ]
 
 
@@ -107,12 +150,34 @@ def split_crops(
     patch_size: int,
     config: JoinConfig,
     generator: torch.Generator | None = None,
+    progress: float = 1.0,
 ) -> PatchBatch:
-    """Sample masked, thrown and visible patches by weight and gather the pixels that are needed."""
-    split = sample_patches(weights, config.mask_ratio, config.throw_ratio, generator)
+    """Sample masked, thrown and visible patches by weight and gather the pixels that are needed.
+
+    Args:
+        crops: views on images.
+        weights: `[B, N]` of their patches; see `join_weights`.
+        patch_size: px.
+        config: how to draw.
+        generator: of the draws, on the crops' device.
+        progress: share of the run's steps that are done, in [0, 1].
+    """
+    split = sample_patches(
+        weights,
+        config.mask_ratio,
+        config.throw_ratio,
+        generator,
+        visible=config.visible,
+        thrown=config.thrown,
+        blend=config.blend_at(progress),
+    )
+    split = predict_some(split, config.predicted_share, config.predicted, generator)
     return PatchBatch(
         visible=gather_patches(crops.images, split.visible, patch_size),
-        masked=gather_patches(crops.images, split.masked, patch_size),
+        masked=gather_patches(crops.images, split.predicted, patch_size),
         split=split,
         rows=crops.rows,
+        loss_weights=loss_weights(weights, split, config.loss_exponent)
+        if config.loss_exponent
+        else None,
     )

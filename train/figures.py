@@ -156,7 +156,7 @@ def _show_split(patches: Tensor, split: PatchSplit) -> Tensor:
 
 
 def _reconstruct(model: MaskedAutoencoder, patches: Tensor, batch: PatchBatch) -> Tensor:
-    """The crop with its masked patches as predicted, and thrown ones left grey."""
+    """The crop with masked patches as predicted; those that enter nothing are left grey."""
     split = batch.split
     masked = normalise(batch.masked)
     latent = model.encode(normalise(batch.visible), split.visible)
@@ -169,7 +169,7 @@ def _reconstruct(model: MaskedAutoencoder, patches: Tensor, batch: PatchBatch) -
     shown = torch.full_like(patches, 160)
     index = torch.arange(len(patches), device=patches.device)[:, None]
     shown[index, split.visible] = batch.visible
-    shown[index, split.masked] = (pixels.flatten(-2).clamp(0, 1) * 255).to(torch.uint8)
+    shown[index, split.predicted] = (pixels.flatten(-2).clamp(0, 1) * 255).to(torch.uint8)
     return shown
 
 

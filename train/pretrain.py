@@ -252,7 +252,7 @@ class Run:
             with now() if number == len(parts) else later():
                 with self.clock.stage("forward"), self._autocast():
                     visible, masked = normalise(part.visible), normalise(part.masked)
-                    loss = self.trained(visible, masked, part.split) / len(parts)
+                    loss = self.trained(visible, masked, part.split, part.loss_weights) / len(parts)
                 with self.clock.stage("backward"):
                     loss.backward()
             total += loss.detach()
@@ -430,7 +430,10 @@ class Run:
 
 def _counts(grid: int, join: JoinConfig) -> str:
     masked, thrown, visible = patch_counts(grid**2, join.mask_ratio, join.throw_ratio)
-    return f"{grid**2} = {masked} masked + {thrown} thrown + {visible} visible"
+    predicted = max(1, int(masked * join.predicted_share))
+    return (
+        f"{grid**2} = {masked} masked ({predicted} predicted) + {thrown} thrown + {visible} visible"
+    )
 
 
 if __name__ == "__main__":

@@ -55,8 +55,11 @@ class SideStream:
         """Keep the memory of a batch made in this stream until the main stream has used it."""
         if self._stream is not None:
             main = torch.cuda.default_stream(self._stream.device)
-            for tensor in (batch.visible, batch.masked, *vars(batch.split).values()):
-                tensor.record_stream(main)
+            for tensor in (
+                batch.visible, batch.masked, batch.loss_weights, *vars(batch.split).values()
+            ):  # fmt: skip
+                if tensor is not None:
+                    tensor.record_stream(main)
         return batch
 
     def join(self) -> None:

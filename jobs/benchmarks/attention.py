@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
+from jobs.benchmarks.step import Step
 from jobs.benchmarks.training import Training, training
 from pipeline.loader import CropBatch
 from pipeline.scores import ScoreSpec
@@ -27,7 +28,8 @@ class Attention:
     """Time of whole FAMT steps with attention, beside those without; and the share of the join.
 
     `rolling` refreshes a part of each batch a step, `rolling low` on crops of half the side, `live`
-    looks at every crop. All steps are the training's own, on one batch of crops.
+    looks at every crop. All these steps are the training's own, on one batch of crops. The last
+    lines hold steps that decode a share of the masked patches against plain MAE's.
     """
 
     shards: list[str] = field(default_factory=list)
@@ -79,6 +81,9 @@ class Attention:
             ms["off"],
         )
         yield agreement
+        step = Step(self.model, self.batch_size, self.rounds, self.threads)
+        names = ["famt cross that predicts 1/2", "famt cross that predicts 1/3"]
+        yield from step.times("attention", names)
 
     def _rivals(self, steps: Training) -> dict[str, Attend | None]:
         live = LiveAttention(steps.run.model.encoder, steps.run.config.attention_score)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS, Decoder
-from famt.sampling import sample_patches
+from famt.sampling import predict_some, sample_patches
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 
@@ -47,24 +47,41 @@ class Step:
     """what to compute on"""
 
     def run(self) -> Iterator[Report]:
+        names = ["famt self", "famt cross"]
         # A process each, and before this one holds a model: what one rival frees helps no other.
-        memory = {name: self._memory(name) for name in tqdm(_RIVALS, desc="memory")}
-        torch.set_num_threads(self.threads)
-        rivals = {name: _Rival(name, self) for name in _RIVALS}
-        flops = {name: rival.flops() for name, rival in rivals.items()}
-        seconds = measure.seconds({name: rival.step for name, rival in rivals.items()}, self.rounds)
-        median = {name: statistics.median(each) for name, each in seconds.items()}
-        bound = "mae self"
-        famt = [name for name in _RIVALS if name != bound]
-        setting = (
-            f"{self.model}, {self.precision}, {self.device}, batch {self.batch_size}, "
-            f"{self.threads} threads"
-        )
-        for name in famt:
+        memory = {name: self._memory(name) for name in tqdm([*names, "mae self"], desc="memory")}
+        yield from self.times("step", names)
+        for name in names:
+            bound = RIVALS[name].bound
             yield {
                 **measure.line(
                     "step",
-                    f"ms an image of a step of {name}, {setting}",
+                    "MB that a step adds at its peak to weights, gradients and optimiser, "
+                    f"{name}, {self._setting}",
+                    memory[name].added / 1e6,
+                    f"MB of {bound}",
+                    memory[bound].added / 1e6,
+                ),
+                "whole_mb": {n: round(memory[n].whole / 1e6) for n in (name, bound)},
+                "whole_ratio": round(memory[name].whole / memory[bound].whole, 3),
+            }
+
+    def times(self, benchmark: str, names: list[str]) -> Iterator[Report]:
+        """A line each of `RIVALS`, all of them and their bounds taking turns."""
+        torch.set_num_threads(self.threads)
+        rivals = {
+            name: _Rival(name, self)
+            for name in dict.fromkeys([*names, *(RIVALS[name].bound for name in names)])
+        }
+        flops = {name: rival.flops() for name, rival in rivals.items()}
+        seconds = measure.seconds({name: rival.step for name, rival in rivals.items()}, self.rounds)
+        median = {name: statistics.median(each) for name, each in seconds.items()}
+        for name in names:
+            bound = RIVALS[name].bound
+            yield {
+                **measure.line(
+                    benchmark,
+                    f"ms an image of a step of {name}, {self._setting}",
                     1000 * median[name] / self.batch_size,
                     f"ms an image of a step of {bound}",
                     1000 * median[bound] / self.batch_size,
@@ -76,19 +93,13 @@ class Step:
                     n: round(flops[n] / median[n] / 1e9, 1) for n in (name, bound)
                 },
             }
-        for name in famt:
-            yield {
-                **measure.line(
-                    "step",
-                    "MB that a step adds at its peak to weights, gradients and optimiser, "
-                    f"{name}, {setting}",
-                    memory[name].added / 1e6,
-                    f"MB of {bound}",
-                    memory[bound].added / 1e6,
-                ),
-                "whole_mb": {n: round(memory[n].whole / 1e6) for n in (name, bound)},
-                "whole_ratio": round(memory[name].whole / memory[bound].whole, 3),
-            }
+
+    @property
+    def _setting(self) -> str:
+        return (
+            f"{self.model}, {self.precision}, {self.device}, batch {self.batch_size}, "
+            f"{self.threads} threads"
+        )
 
     def _memory(self, name: str) -> _Memory:
         spawn = multiprocessing.get_context("spawn")
@@ -96,11 +107,23 @@ class Step:
             return fresh_process.submit(_step_memory, name, self).result()
 
 
-# Decoder, mask ratio, throw ratio.
-_RIVALS: dict[str, tuple[Decoder, float, float]] = {
-    "famt self": ("self", 0.45, 0.40),
-    "famt cross": ("cross", 0.45, 0.40),
-    "mae self": ("self", 0.75, 0.0),
+@dataclass(frozen=True)
+class _Setup:
+    """What a rival trains, and whose step it is held against."""
+
+    bound: str
+    decoder: Decoder = "self"
+    mask_ratio: float = 0.45
+    throw_ratio: float = 0.40
+    predicted_share: float = 1.0
+
+
+RIVALS: dict[str, _Setup] = {
+    "mae self": _Setup("mae self", mask_ratio=0.75, throw_ratio=0.0),
+    "famt self": _Setup("mae self"),
+    "famt cross": _Setup("mae self", "cross"),
+    "famt cross that predicts 1/2": _Setup("mae self", "cross", predicted_share=1 / 2),
+    "famt cross that predicts 1/3": _Setup("mae self", "cross", predicted_share=1 / 3),
 }
 
 
@@ -108,8 +131,8 @@ class _Rival:
     """A model, its optimiser and a batch of made-up patches."""
 
     def __init__(self, name: str, options: Step) -> None:
-        decoder, mask, throw = _RIVALS[name]
-        sizes = dataclasses.replace(MODELS[options.model], decoder=decoder)
+        setup = RIVALS[name]
+        sizes = dataclasses.replace(MODELS[options.model], decoder=setup.decoder)
         device = torch.device(options.device)
         self._autocast = partial(
             torch.autocast, device.type, torch.bfloat16, enabled=options.precision == "bf16"
@@ -117,10 +140,11 @@ class _Rival:
         self._model = MaskedAutoencoder(sizes).to(device)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), 1e-4, fused=True)
         weights = torch.ones(options.batch_size, sizes.grid**2, device=device)
-        split = sample_patches(weights, mask, throw)
+        split = sample_patches(weights, setup.mask_ratio, setup.throw_ratio)
+        split = predict_some(split, setup.predicted_share)
         values = sizes.patch_size**2 * 3
         visible = torch.randn(*split.visible.shape, values, device=device)
-        masked = torch.randn(*split.masked.shape, values, device=device)
+        masked = torch.randn(*split.predicted.shape, values, device=device)
         self._batch = visible, masked, split
 
     def accumulate(self) -> None:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, normalise_images
-from famt.sampling import PatchSplit, sample_patches
+from famt.sampling import PatchSplit, predict_some, sample_patches
 
 TINY = ModelConfig(
     image_size=32,
@@ -43,7 +43,7 @@ def _loss(model, images, split):
     size = model.config.patch_size
     return model(
         normalise(gather_patches(images, split.visible, size)),
-        normalise(gather_patches(images, split.masked, size)),
+        normalise(gather_patches(images, split.predicted, size)),
         split,
     )
 
@@ -182,3 +182,34 @@ def test_positions_are_fixed_and_the_class_token_has_none(model):
     assert (model.encoder.pos_embed[:, 0] == 0).all()
     first = model.encoder.pos_embed[0, 1]  # at (0, 0) every sine is 0 and every cosine 1
     assert sorted(first.tolist()) == [0.0] * 12 + [1.0] * 12
+
+
+def test_only_predicted_patches_are_decoded_and_enter_the_loss(model, images):
+    split = predict_some(_split(0.45, 0.40), 0.5, "random", torch.Generator().manual_seed(3))
+    alone = PatchSplit(split.predicted, split.thrown, split.visible)
+    assert split.predicted.shape == (3, 3)
+    lengths = set()
+    for block in model.decoder_blocks:
+        block.register_forward_hook(lambda _module, _inputs, out: lengths.add(out.shape[1]))
+    assert torch.equal(_loss(model, images, split), _loss(model, images, alone))
+    assert lengths == {1 + split.visible.shape[1] + 3}
+
+
+def test_loss_weights_multiply_each_patchs_error(model, images):
+    split, size = _split(0.45, 0.40), model.config.patch_size
+    visible, masked = (
+        normalise(gather_patches(images, index, size)) for index in (split.visible, split.masked)
+    )
+    weights = torch.rand(split.masked.shape)
+    expected = 0.0
+    with torch.no_grad():
+        predicted = model.decode(model.encode(visible, split.visible), split)
+        for b in range(3):
+            for m in range(split.masked.shape[1]):
+                target = (masked[b, m] - masked[b, m].mean()) / (masked[b, m].var() + 1e-6) ** 0.5
+                expected += float(weights[b, m] * ((predicted[b, m] - target) ** 2).mean())
+        loss = model(visible, masked, split, weights)
+    assert loss.item() == pytest.approx(expected / weights.numel(), rel=1e-5)
+    torch.testing.assert_close(
+        model(visible, masked, split, torch.ones_like(weights)), model(visible, masked, split)
+    )

@@ -71,3 +71,55 @@ def test_heavy_patches_are_masked_and_light_ones_seen(crops, maps):
         masked += weights.gather(1, split.masked).mean()
         visible += weights.gather(1, split.visible).mean()
     assert masked > 1.2 * visible
+
+
+def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, maps):
+    weights = join_weights(crops, maps, GRID, PLAIN)
+    config = JoinConfig(predicted_share=0.5, predicted="spread", loss_exponent=1.0)
+    batch = split_crops(crops, weights, PATCH, config, torch.Generator().manual_seed(0))
+    patches = patchify(crops.images, PATCH)
+    assert batch.split.masked.shape[1] == 22
+    assert batch.masked.shape[1] == batch.loss_weights.shape[1] == 11
+    for b in range(8):
+        index = batch.split.predicted[b]
+        assert torch.equal(batch.masked[b], patches[b, index])
+        expected = weights[b, index] / weights[b, batch.split.masked[b]].mean()
+        torch.testing.assert_close(batch.loss_weights[b], expected)
+
+
+def test_a_batch_is_cut_into_equal_parts(crops, maps):
+    weights = join_weights(crops, maps, GRID, PLAIN)
+    config = JoinConfig(predicted_share=0.5, loss_exponent=1.0)
+    whole = split_crops(crops, weights, PATCH, config)
+    parts = whole.chunk(4)
+    for name in ("visible", "masked", "rows", "loss_weights"):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+    for name, value in vars(whole.split).items():
+        assert torch.equal(torch.cat([getattr(part.split, name) for part in parts]), value)
+
+
+def test_weights_count_more_as_the_run_goes_on(crops, maps):
+    weights = torch.zeros(8, GRID**2)
+    weights[:, :22] = 1.0
+    config, shares = JoinConfig(blend=(0.0, 1.0)), []
+    for progress in (0.0, 0.5, 1.0, 7.0):
+        generator = torch.Generator().manual_seed(0)
+        split = split_crops(crops, weights, PATCH, config, generator, progress).split
+        shares.append(weights.gather(1, split.masked).mean().item())
+    assert shares[0] == pytest.approx(22 / 49, abs=0.1)
+    assert shares[0] < shares[1] < shares[2] == shares[3] == 1.0
+    assert [config.blend_at(each) for each in (-1.0, 0.25, 1.0, 2.0)] == [0.0, 0.25, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"blend": (0.5, 1.5)}, "blend"),
+        ({"blend": (float("nan"), 1.0)}, "blend"),
+        ({"predicted_share": 0.0}, "predicted-share"),
+        ({"loss_exponent": -1.0}, "loss-exponent"),
+    ],
+)
+def test_options_out_of_bounds_are_named(options, named):
+    with pytest.raises(ValueError, match=f"--join.{named}"):
+        JoinConfig(**options)

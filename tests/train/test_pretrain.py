@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
     )
     assert events.Tags()["images"] == ["crops"]
     plan = capsys.readouterr().out
-    assert "64 = 28 masked + 26 thrown + 10 visible" in plan
+    assert "64 = 28 masked (28 predicted) + 26 thrown + 10 visible" in plan
     assert "36 = 12 epochs x 3" in plan
     assert "2 skipped each epoch" in plan
 
