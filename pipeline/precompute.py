@@ -1,29 +1,26 @@
-"""Score one shard: the pure kernel under the Ray job, and the only judge of what enters training.
+"""Judge and score one shard: the pure kernel under the Ray job.
 
-One read of the tar serves its hash, its table, every decode and every score.
+One read of the tar serves its hash, its table, every decode and every score. Judging, which decides
+what enters training, is a step of its own, `judge_shard`; scoring looks at the pixels it hands on.
 """
 
 from __future__ import annotations
 
-import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from nvidia import nvimgcodec
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pipeline import storage
 from pipeline.cache import ScoreCache, ShardTable
+from pipeline.decode import BadImage, decode
 from pipeline.scores import ScoreSpec
 from pipeline.shards import Rejected, Sample, content_id, list_shard
 
 _BATCH = 128  # enough to share the cost of a call
-_MAX_PIXELS = 100_000_000
-_FORMATS = ("JPEG", "PNG", "WEBP")  # what Pillow and DALI both decode
-Image.init()  # Pillow knows WebP only then
 
 
 @dataclass(frozen=True)
@@ -53,10 +50,6 @@ class ShardReport:
     damage: str | None
 
 
-class BadImage(ValueError):
-    """An image that can't enter training; the message says why."""
-
-
 def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardReport:
     """Make the cache hold the table and the maps of the tar at `url`; compute only what it lacks.
 
@@ -82,23 +75,74 @@ def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardRepor
     )
 
 
+def judge_shard(
+    data: bytes,
+    name: str = "tar",
+    *,
+    size: int = 1,
+    on_kept: Callable[[NDArray[np.uint8]], None] = lambda pixels: None,
+    known: ShardTable | None = None,
+) -> ShardTable:
+    """Decide which images of a tar in memory enter training, and where their bytes lie.
+
+    Args:
+        data: the bytes of the tar.
+        name: what to call the tar in an error.
+        size: side of the squares that images are squashed to, px.
+        on_kept: called with the pixels `[size, size, 3]` uint8 of each image kept, in tar order.
+        known: what an earlier call on the same bytes returned: only its samples are decoded, and
+            all of them must be.
+
+    Raises:
+        ValueError: `data` is not a tar, holds no image at all, or a sample of `known` does not
+            decode any more.
+        MemoryError: too little of it here for one of the images.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
+        if known is not None:
+            for sample in _samples(known):
+                try:
+                    on_kept(decode(_bytes(data, sample), size))
+                except BadImage as error:
+                    raise ValueError(
+                        f"{name}: {sample.key} was kept before and does not decode now ({error}); "
+                        "judge the shard again with jobs/precompute_freq.py --retry-bad"
+                    ) from error
+            return known
+        listing = list_shard(data)
+        if not listing.samples and not listing.rejected:
+            raise ValueError(f"{name}: no image in it ({listing.damage or 'the tar is whole'})")
+        kept, rejected = [], list(listing.rejected)
+        for sample in listing.samples:
+            try:
+                pixels = decode(_bytes(data, sample), size)
+            except BadImage as error:
+                rejected.append(Rejected(sample.key, str(error)))
+            else:
+                on_kept(pixels)
+                kept.append(sample)
+    return ShardTable(
+        key=[sample.key for sample in kept],
+        offset=np.array([sample.offset for sample in kept], np.int64),
+        size=np.array([sample.size for sample in kept], np.int64),
+        label=np.array([sample.label for sample in kept], np.int64),
+        rejected=sorted(rejected, key=lambda bad: bad.key),
+        bytes=len(data),
+        damage=listing.damage,
+    )
+
+
 def score_shard(
-    data: bytes, spec: ScoreSpec, name: str = "tar", table: ShardTable | None = None
+    data: bytes, spec: ScoreSpec, name: str = "tar", known: ShardTable | None = None
 ) -> ShardScores:
-    """Decode and score every image of a tar in memory.
+    """Judge and score every image of a tar in memory.
 
     Args:
         data: the bytes of the tar.
         spec: which score.
-        name: what to call the tar in an error.
-        table: score just these samples, which an earlier call on the same bytes kept.
-
-    Raises:
-        ValueError: `data` is not a tar, holds no image at all, or a sample of `table` does not
-            decode any more.
+        name, known: see `judge_shard`, whose errors this raises too.
     """
-    samples, rejected, damage = _samples(data, name, table)
-    kept: list[Sample] = []
     maps: list[torch.Tensor] = []
     batch: list[NDArray[np.uint8]] = []
 
@@ -106,92 +150,22 @@ def score_shard(
         maps.append(spec.score(torch.from_numpy(np.stack(batch))))
         batch.clear()
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
-        for sample in samples:
-            try:
-                batch.append(decode(data[sample.offset : sample.offset + sample.size], spec.size))
-            except BadImage as error:
-                if table is not None:
-                    raise ValueError(
-                        f"{name}: {sample.key} was kept before and does not decode now ({error}); "
-                        "score with the Pillow that scored it first, or into another cache"
-                    ) from error
-                rejected.append(Rejected(sample.key, str(error)))
-                continue
-            kept.append(sample)
-            if len(batch) == _BATCH:
-                score_batch()
+    def add(pixels: NDArray[np.uint8]) -> None:
+        batch.append(pixels)
+        if len(batch) == _BATCH:
+            score_batch()
+
+    table = judge_shard(data, name, size=spec.size, on_kept=add, known=known)
     if batch:
         score_batch()
     stacked = torch.cat(maps) if maps else torch.empty(0, spec.grid, spec.grid)
-    new = ShardTable(
-        key=[sample.key for sample in kept],
-        offset=np.array([sample.offset for sample in kept], np.int64),
-        size=np.array([sample.size for sample in kept], np.int64),
-        label=np.array([sample.label for sample in kept], np.int64),
-        rejected=sorted(rejected, key=lambda bad: bad.key),
-        bytes=len(data),
-        damage=damage,
-    )
-    return ShardScores(table or new, stacked.to(torch.float16).numpy())
+    return ShardScores(table, stacked.to(torch.float16).numpy())
 
 
-def _samples(
-    data: bytes, name: str, table: ShardTable | None
-) -> tuple[list[Sample], list[Rejected], str | None]:
-    if table is not None:
-        rows = zip(table.key, table.offset, table.size, table.label, strict=True)
-        return [Sample(k, int(o), int(s), int(c)) for k, o, s, c in rows], [], table.damage
-    listing = list_shard(data)
-    if not listing.samples and not listing.rejected:
-        raise ValueError(f"{name}: no image in it ({listing.damage or 'the tar itself is whole'})")
-    return listing.samples, list(listing.rejected), listing.damage
+def _samples(table: ShardTable) -> list[Sample]:
+    rows = zip(table.key, table.offset, table.size, table.label, strict=True)
+    return [Sample(key, int(offset), int(size), int(c)) for key, offset, size, c in rows]
 
 
-def decode(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Decode an image upright, as RGB, squashed to `[size, size, 3]` uint8.
-
-    A JPEG is decoded at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still at least `size`.
-
-    Raises:
-        BadImage: undecodable, cut off, of a format that DALI does not read, or absurdly large.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise BadImage(f"{image.width} x {image.height} px is absurdly large")
-            if image.format == "WEBP" and data[12:16] == b"VP8X":
-                raise BadImage("extended WebP (alpha, animation or metadata) is not supported")
-            if image.mode.startswith(("I", "F")):
-                raise BadImage(f"{image.mode} pixels of more than 8 bits are not supported")
-            image.draft("RGB", (size, size))
-            # Pillow would also turn an image by its XMP; DALI and torchvision go by EXIF alone.
-            for xmp in ("xmp", "XML:com.adobe.xmp"):
-                image.info.pop(xmp, None)
-            if "exif" in image.info or image.format == "PNG":  # a PNG may carry it at its end
-                ImageOps.exif_transpose(image, in_place=True)
-            upright = image if image.mode == "RGB" else image.convert("RGB")
-            small = upright.resize((size, size), Image.Resampling.BOX)
-        _check_with_dalis_parser(data)
-    except BadImage:
-        raise
-    except UnidentifiedImageError:
-        raise BadImage(f"no {', '.join(_FORMATS)} image") from None
-    except (
-        Exception
-    ) as error:  # decoders raise anything on hostile bytes; each is the image's fault
-        raise BadImage(f"{type(error).__name__}: {error}") from error
-    return np.asarray(small)
-
-
-def _check_with_dalis_parser(data: bytes) -> None:
-    """Let the library that DALI reads images with judge the headers.
-
-    It refuses stray bytes between the segments of a JPEG, which Pillow skips: of 1,309 damaged
-    photos that Pillow accepted it refused 25, the same 25 that ended a DALI pipeline.
-    """
-    try:
-        _ = nvimgcodec.CodeStream(data).width
-    except RuntimeError as error:
-        raise BadImage(f"DALI can't parse its headers ({error})") from error
+def _bytes(data: bytes, sample: Sample) -> bytes:
+    return data[sample.offset : sample.offset + sample.size]

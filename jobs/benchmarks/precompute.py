@@ -24,7 +24,8 @@ from jobs.benchmarks.measure import Report
 from jobs.precompute_freq import score_shards
 from pipeline import storage
 from pipeline.cache import ScoreCache
-from pipeline.precompute import ShardReport, decode, score_shard
+from pipeline.decode import decode
+from pipeline.precompute import ShardReport, score_shard
 from pipeline.scores import ScoreSpec
 from pipeline.shards import content_id, list_shard
 

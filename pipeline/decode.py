@@ -1,0 +1,159 @@
+"""Decode an image ahead of training as training will decode it, or say why it can't enter.
+
+DALI reads images by nvImageCodec, and one that it can't decode ends a whole epoch. So nvImageCodec
+is the judge, of whether an image decodes and of how it lies. Plain JPEGs alone go another way: for
+them Pillow's scaled decode, several times cheaper, gives the same verdict and the same picture.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.orientation import is_ambiguous
+
+# nvImageCodec logs each image that it refuses; here the quarantine says so.
+os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
+from nvidia import nvimgcodec
+
+_MAX_PIXELS = 100_000_000
+_CODECS = ("jpeg", "png", "webp")
+_KNOWN = "JPEG, PNG or WebP"
+# Above 256 scans nvImageCodec decodes a progressive JPEG by another library; encoders write 10.
+_MAX_PLAIN_SCANS = 100
+# What a decoder needs at most: RGB, its turned copy, and a progressive JPEG's coefficients.
+_BYTES_PER_PIXEL = 16
+
+_START, _SCAN, _METADATA, _APP2 = 0xD8, 0xDA, 0xE1, 0xE2
+_FRAMES = (0xC0, 0xC1, 0xC2)  # Huffman-coded: baseline, extended, progressive
+_TABLES = (0xC4, 0xDB, 0xDD, 0xFE)  # Huffman, quantisation, restart interval, comment
+
+
+class BadImage(ValueError):
+    """An image that can't enter training; the message says why."""
+
+
+def decode(data: bytes, size: int) -> NDArray[np.uint8]:
+    """Decode an image as it lies in training, as RGB, squashed to `[size, size, 3]` uint8.
+
+    A plain JPEG is decoded at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still at least
+    `size`, everything else whole and by the library that DALI decodes with.
+
+    Raises:
+        BadImage: undecodable, cut off, neither JPEG, PNG nor WebP, or absurdly large.
+        MemoryError: too little of it here to decode this image; that is no verdict on the image.
+    """
+    extent = plain_jpeg_extent(data)
+    image = _decode_whole(data) if extent is None else _decode_scaled(data, extent, size)
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+
+
+def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG on which all decoders agree, or None for any other image.
+
+    Plain is: 8 bits, Huffman-coded, grey or three colours, well-formed segments up to the first
+    scan, and no metadata that could turn it (EXIF and XMP stand in APP1) or hold further images
+    (MPF, in APP2).
+    """
+    if data[:2] != bytes((0xFF, _START)):
+        return None
+    extent, progressive, at = None, False, 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        segment = data[at + 4 : at + 2 + length]
+        if marker == _SCAN:
+            scans = data.count(bytes((0xFF, _SCAN))) if progressive else 1
+            return extent if scans <= _MAX_PLAIN_SCANS else None
+        if marker in _FRAMES:
+            # Precision, height, width, components; then three bytes a component.
+            if (
+                extent
+                or segment[:1] != b"\x08"
+                or (length, segment[5:6])
+                not in (
+                    (11, b"\x01"),
+                    (17, b"\x03"),
+                )
+            ):
+                return None
+            extent = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
+            progressive = marker == _FRAMES[-1]
+        elif marker == _APP2:
+            if not segment.startswith(b"ICC_PROFILE\0"):
+                return None
+        elif not (marker in _TABLES or (0xE0 <= marker <= 0xEF and marker != _METADATA)):
+            return None
+        if length < 2:
+            return None
+        at += 2 + length
+    return None
+
+
+def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> Image.Image:
+    _check_extent(*extent)
+    _parse(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            image.draft("RGB", (size, size))
+            return image.convert("RGB")
+    except OSError as error:
+        _prove_memory(*extent)
+        raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _decode_whole(data: bytes) -> Image.Image:
+    stream = _parse(data)
+    if stream.codec_name not in _CODECS:
+        raise BadImage(f"no {_KNOWN} image but {stream.codec_name}")
+    _check_extent(stream.height, stream.width)
+    if stream.codec_name != "webp" and is_ambiguous(data):
+        raise BadImage("its EXIF can be read in several ways, and the image turned; rewrite it")
+    decoded = _decoder().decode(stream)
+    if decoded is None:
+        _prove_memory(stream.height, stream.width)
+        raise BadImage(f"DALI can't decode this {stream.codec_name}")
+    return Image.fromarray(np.asarray(decoded.cpu()))
+
+
+def _parse(data: bytes) -> nvimgcodec.CodeStream:
+    """What nvImageCodec makes of an image's headers.
+
+    It refuses stray bytes between the segments of a JPEG, say, which Pillow skips.
+    """
+    try:
+        stream = nvimgcodec.CodeStream(data)
+        _ = stream.width
+    except RuntimeError as error:
+        raise BadImage(f"no {_KNOWN} image, or DALI can't parse its headers ({error})") from error
+    return stream
+
+
+@cache
+def _decoder() -> nvimgcodec.Decoder:
+    """One CPU thread, and the very plugins that DALI's CPU decoders use."""
+    return nvimgcodec.Decoder(
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+    )
+
+
+def _check_extent(height: int, width: int) -> None:
+    if height * width > _MAX_PIXELS:
+        raise BadImage(f"{width} x {height} px is absurdly large")
+
+
+def _prove_memory(height: int, width: int) -> None:
+    """Tell a decoder that gave up for want of memory from one that refused the image.
+
+    Both decoders report the two alike.
+
+    Raises:
+        MemoryError: there is not enough for an image of this extent.
+    """
+    np.empty(height * width * _BYTES_PER_PIXEL, np.uint8)

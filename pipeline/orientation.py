@@ -1,0 +1,88 @@
+"""Tell metadata that every reader understands alike from metadata that turns an image for some.
+
+nvImageCodec reads the orientation of a JPEG or PNG twice: its parser, which decides how large the
+upright image is, and its decoder, which turns it. Where the two part, it writes beyond the end of
+the image: a process dies now, or later, of something else. So such a file must not even be decoded.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+_ORIENTATION = 0x0112
+_KIND_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
+_EXIF = b"Exif\0\0"
+
+
+def is_ambiguous(data: bytes) -> bool:
+    """Whether readers may take the upright form of this JPEG or PNG for another.
+
+    Not ambiguous is: no EXIF at all; one block of it that is well-formed; or any number and state
+    of them in which nothing could be read as an orientation other than upright.
+    """
+    blocks = list(_jpeg_blocks(data) if data[:2] == b"\xff\xd8" else _png_blocks(data))
+    if len(blocks) == 1 and _is_well_formed(blocks[0]):
+        return False
+    return any(_may_turn(block) for block in blocks)
+
+
+def _jpeg_blocks(data: bytes) -> Iterator[bytes]:
+    """The EXIF of each APP1 segment before the first scan; all of the file if its headers break."""
+    at = 2
+    while True:
+        while data[at : at + 2] == b"\xff\xff":  # fill bytes
+            at += 1
+        marker, length = data[at : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == b"\xff\xda":
+            return
+        if marker[:1] != b"\xff" or length < 2:
+            yield data
+            return
+        segment = data[at + 4 : at + 2 + length]
+        if marker == b"\xff\xe1" and segment.startswith(_EXIF):
+            yield segment[len(_EXIF) :]
+        at += 2 + length
+
+
+def _png_blocks(data: bytes) -> Iterator[bytes]:
+    """Each eXIf chunk."""
+    at = 8
+    while at + 8 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] == b"eXIf":
+            yield data[at + 8 : at + 8 + length]
+        at += 12 + length
+
+
+def _is_well_formed(block: bytes) -> bool:
+    """Whether a TIFF block's first directory, and all that it points at, lies inside the block."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
+    if order is None or len(block) < 10:
+        return False
+    (start,) = struct.unpack(order + "L", block[4:8])
+    if start + 2 > len(block):
+        return False
+    (count,) = struct.unpack(order + "H", block[start : start + 2])
+    end = start + 2 + 12 * count
+    if end > len(block):
+        return False
+    tags = []
+    for at in range(start + 2, end, 12):
+        tag, kind, values, offset = struct.unpack(order + "HHLL", block[at : at + 12])
+        size = _KIND_BYTES.get(kind, len(block)) * values
+        # A pointer to another directory is a value of 4 bytes, and an offset all the same.
+        if (size > 4 or tag == 0x8769) and offset + (size if size > 4 else 2) > len(block):
+            return False
+        tags.append(tag)
+    return tags.count(_ORIENTATION) <= 1
+
+
+def _may_turn(block: bytes) -> bool:
+    """Whether anything in a block looks like an Orientation, other than as 1, upright."""
+    for order in "<>":
+        tag = struct.pack(order + "H", _ORIENTATION)
+        upright = tag + struct.pack(order + "HLH", 3, 1, 1)
+        if block.count(tag) > block.count(upright):
+            return True
+    return False

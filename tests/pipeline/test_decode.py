@@ -1,0 +1,167 @@
+import io
+import subprocess
+import sys
+from random import Random
+
+import hostile
+import numpy as np
+import pytest
+import torch
+from hostile import exif, marked, segment, with_segments, xmp
+from PIL import Image
+from samples import encode, photo, score, tar_bytes
+
+from pipeline.cache import ScoreCache
+from pipeline.decode import BadImage, decode, plain_jpeg_extent
+from pipeline.loader import CropLoader, LoaderConfig, WholeView
+from pipeline.scores import ScoreSpec
+from pipeline.table import load_table
+
+
+def test_images_are_decoded_upright():
+    picture = photo(3, 40, 60)
+    turned = encode(
+        np.rot90(picture), quality=95, exif=b"Exif\0\0" + exif(6)
+    )  # a viewer turns it right
+    difference = decode(turned, 20).astype(int) - decode(encode(picture, quality=95), 20)
+    assert np.abs(difference).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_each_format_decodes(kind):
+    assert decode(encode(photo(0), kind), 16).shape == (16, 16, 3)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_become_rgb(mode):
+    data = encode(Image.fromarray(photo(0)).convert(mode))
+    assert decode(data, 16).shape == (16, 16, 3)
+
+
+def test_a_scaled_decode_scores_like_a_full_one():
+    spec = ScoreSpec()
+    data = encode(photo(5, 480, 640), quality=90)
+    full = Image.open(io.BytesIO(data)).resize((spec.size, spec.size), Image.Resampling.BOX)
+    images = torch.from_numpy(np.stack([decode(data, spec.size), np.array(full)]))
+    a, b = spec.score(images).flatten(1)
+    assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.99
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_decompression_bomb_is_refused_from_its_header(kind):
+    with pytest.raises(BadImage, match="absurdly large"):
+        decode(encode(Image.new("L", (12_000, 12_000)), kind), 16)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"garbage", encode(photo(0), "GIF"), encode(photo(0), "BMP")]
+)
+def test_other_formats_are_refused_with_a_reason(data):
+    with pytest.raises(BadImage, match="no JPEG, PNG or WebP image"):
+        decode(data, 16)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("metadata", [{}, {"exif": b"Exif\0\0" + exif(6)}])
+def test_what_is_cut_off_is_refused(kind, metadata):
+    data = encode(photo(0, 80, 90), kind, **metadata)
+    for share in (0.1, 0.5, 0.9):
+        with pytest.raises(BadImage):
+            decode(data[: int(share * len(data))], 16)
+
+
+def test_stray_bytes_between_jpeg_segments_are_refused_as_dali_refuses_them():
+    data = encode(photo(0))
+    stray = data[:20] + b"stray" + data[20:]  # after the JFIF segment; Pillow looks past it
+    Image.open(io.BytesIO(stray)).load()
+    with pytest.raises(BadImage, match="DALI can't parse"):
+        decode(stray, 16)
+
+
+def test_only_jpegs_that_all_decoders_read_alike_are_plain():
+    jpeg = encode(photo(0, 40, 60))
+    assert plain_jpeg_extent(jpeg) == (40, 60)
+    assert plain_jpeg_extent(encode(photo(0, 40, 60), progressive=True)) == (40, 60)
+    assert plain_jpeg_extent(encode(photo(0, 40, 60)[..., 0])) == (40, 60)
+    scans = encode(photo(0), progressive=True)
+    last = scans.rindex(b"\xff\xda")
+    for odd in (
+        scans[:last] + 200 * scans[last:-2],  # nvImageCodec counts them, Pillow does not
+        with_segments(jpeg, segment(0xE1, b"Exif\0\0" + exif(1))),
+        with_segments(jpeg, segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp(6))),
+        with_segments(jpeg, segment(0xE2, b"MPF\0" + bytes(20))),
+        jpeg[:2] + b"\xff" + jpeg[2:],
+        jpeg[:20] + b"stray" + jpeg[20:],
+        encode(Image.fromarray(photo(0)).convert("CMYK")),
+        hostile.lossless_jpeg(photo(0)[..., 0]),
+        encode(photo(0), "PNG"),
+        jpeg[:100],
+        b"",
+    ):
+        assert plain_jpeg_extent(odd) is None
+
+
+def test_too_little_memory_is_no_verdict_on_an_image():
+    child = """
+import io, resource, numpy as np
+from PIL import Image
+from pipeline.decode import decode
+
+def encode(kind, **options):
+    buffer = io.BytesIO()
+    Image.new("RGB", (6000, 6000), (10, 200, 30)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+files = [encode("JPEG", progressive=True), encode("PNG"), encode("WEBP", quality=1, method=0)]
+small = io.BytesIO()
+Image.new("RGB", (60, 60)).save(small, "PNG")
+decode(small.getvalue(), 8)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
+for data in files:
+    try:
+        decode(data, 5000)
+    except MemoryError:
+        print("MemoryError")
+"""
+    result = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+    assert result.stdout.split() == ["MemoryError"] * 3, result.stderr
+
+
+KINDS = {**hostile.METADATA, **hostile.STRUCTURE}
+
+
+def test_maps_lie_as_the_loaders_pixels_whatever_the_metadata(tmp_path):
+    """Of each kind some files: what is kept decodes in DALI, and looks there as it did here."""
+    spec = ScoreSpec()
+    members = [
+        (f"{kind}-{n}.jpg", make(Random(n))) for kind, make in KINDS.items() for n in range(6)
+    ]
+    path = tmp_path / "odd.tar"
+    path.write_bytes(tar_bytes(members))
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    score([path], cache, spec)
+    table = load_table([str(path)], cache, spec)
+    config = LoaderConfig(16, spec.size, WholeView(), "bilinear", shuffle_buffer=0, threads=1)
+    files = dict(members)
+    seen = set()
+    for crops in CropLoader(table, config, drop_last=False):
+        for pixels, row in zip(crops.images, crops.rows.tolist(), strict=True):
+            key = table.key(row).rpartition(":")[2]
+            ours = decode(files[f"{key}.jpg"], spec.size).astype(int)
+            assert np.abs(ours - pixels.numpy()).mean() < 6, key
+            seen.add(key.partition("-")[0])
+    assert seen == set(KINDS) - {
+        "jpeg_lossless_grey",
+        "jpeg_two_exif",
+        "png_bad_crc",
+        "png_two_exif",
+    }
+
+
+def test_metadata_that_turns_an_image_for_some_readers_only_is_refused():
+    jpeg = encode(marked(Random(0)))
+    first, second = (segment(0xE1, b"Exif\0\0" + exif(turned)) for turned in (6, 3))
+    decode(with_segments(jpeg, first), 16)
+    with pytest.raises(BadImage, match="several ways"):
+        decode(with_segments(jpeg, first, second), 16)
