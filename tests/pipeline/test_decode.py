@@ -15,7 +15,7 @@ from pipeline.cache import ScoreCache
 from pipeline.decode import BadImage, decode, plain_jpeg_extent
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_table
+from pipeline.table import load_samples
 
 
 def test_images_are_decoded_upright():
@@ -141,7 +141,7 @@ def test_maps_lie_as_the_loaders_pixels_whatever_the_metadata(tmp_path):
     path.write_bytes(tar_bytes(members))
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     score([path], cache, spec)
-    table = load_table([str(path)], cache, spec)
+    table = load_samples([str(path)], cache)
     config = LoaderConfig(16, spec.size, WholeView(), "bilinear", shuffle_buffer=0, threads=1)
     files = dict(members)
     seen = set()
