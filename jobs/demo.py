@@ -1,9 +1,10 @@
 """The whole path in a few minutes: images, shards, scores, training, probe, pictures.
 
     python jobs/demo.py
-    python jobs/demo.py --data photos/      # a folder of class folders
+    python jobs/demo.py --data photos/      # a folder of images or of class folders
 
-Ends with the accuracy of a probe of the trained encoder and of the same encoder untrained.
+Ends with the accuracy of a probe of the trained encoder and of the same encoder untrained;
+images without classes are trained on all the same, and only the probe is left out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Demo:
     """What to run the demo on."""
 
     data: str = DIGITS
-    """a folder of class folders with images; scikit-learn's digits if left out"""
+    """a folder of images or of class folders; scikit-learn's digits if left out"""
     out: Path = Path("demo")
     """folder for shards, scores, the run and pictures; a fresh one inside it each time"""
     images_seen: int = 120_000
@@ -65,7 +66,8 @@ def main(demo: Demo) -> None:
             precompute_freq.PrecomputeFreq(shards=[*train, *val], cache=cache, max_bad=1.0)
         )
         ray.shutdown()
-    images = len(load_samples(train, ScoreCache(cache)))
+    labels = load_samples(train, ScoreCache(cache)).labels
+    images = len(labels)
     with _stage("3. FAMT pre-training"):
         pretrain.main(
             Pretrain(
@@ -81,7 +83,8 @@ def main(demo: Demo) -> None:
             )
         )
     accuracy = {}
-    for name, untrained in (("trained", False), ("untrained", True)):
+    probed = {"trained": False, "untrained": True} if len(labels.unique()) > 1 else {}
+    for name, untrained in probed.items():
         with _stage(f"4. probe of the {name} encoder"):
             found = evaluate(
                 Probe(checkpoint=str(run), cache=cache, train=train, val=val, untrained=untrained)
@@ -96,8 +99,14 @@ def main(demo: Demo) -> None:
     minutes = (time.monotonic() - started) / 60
     print(
         f"\nprobe, top-1 on {len(storage.expand(val))} held-out shard(s): "
-        f"{accuracy['trained']:.1%} trained, {accuracy['untrained']:.1%} untrained\n"
+        f"{accuracy['trained']:.1%} trained, {accuracy['untrained']:.1%} untrained"
+        if accuracy
+        else f"\nno probe: the images of {demo.data} are of no classes, or of one; it would need "
+        "a folder for each class"
+    )
+    print(
         f"picture: {picture}\ncurves:  tensorboard --logdir {run}\n"
+        f"encoder: python -m train.export {run} --to timm --out {folder / 'exported'}\n"
         f"took {minutes:.1f} minutes"
     )
     print(json.dumps({"demo": accuracy, "minutes": round(minutes, 2), "picture": str(picture)}))

@@ -1,0 +1,25 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from samples import encode, photo
+
+
+@pytest.mark.slow
+def test_a_flat_folder_is_trained_on_and_the_missing_probe_explained(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for n in range(20):
+        (tmp_path / "photos" / f"{n}.jpg").write_bytes(encode(photo(n)))
+    done = subprocess.run(
+        [sys.executable, "jobs/demo.py", "--data", str(tmp_path / "photos"),
+         "--out", str(tmp_path / "demo"), "--images-seen", "32"],
+        env={**os.environ, "RAY_ADDRESS": "local"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "of no classes, or of one; it would need a folder for each class" in done.stdout
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["demo"] == {}
+    assert list((tmp_path / "demo").glob("run-*/run/checkpoint-*.pt"))
+    assert os.path.exists(last["picture"])
