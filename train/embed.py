@@ -28,14 +28,14 @@ import torch
 import tyro
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
-from tqdm import tqdm
 
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
-from pipeline.loader import CentreView, CropLoader, LoaderConfig
+from pipeline.loader import LoaderConfig
 from pipeline.table import SampleTable, load_samples
 from train import checkpoint
 from train.distributed import ranks
+from train.evaluate.trunk import Images
 from train.initial import build_initial_encoder
 from train.program import run_program
 
@@ -82,14 +82,19 @@ def main(args: Embed) -> None:
     )
     cache = ScoreCache(args.cache)
     table = load_samples(args.shards, cache)
-    with (
-        ranks(args.device) as here,
-        _open(args.out, table, encoder.embed_dim) as writer,
-        tqdm(total=len(table), desc="features", unit=" images", mininterval=1) as bar,
-    ):
-        for first, cls, mean in _features(encoder, table, args, here.device):
+    size = encoder.patch_embed.img_size[0]
+    with ranks(args.device) as here, _open(args.out, table, encoder.embed_dim) as writer:
+        images = Images(
+            table=table,
+            name="features",
+            image_size=size,
+            centre=args.centre or (0.875 if size > 64 else 1.0),
+            batch_size=args.batch_size,
+            threads=args.threads,
+            device=here.device,
+        )
+        for first, cls, mean in _features(encoder.to(here.device).eval(), images):
             writer.write(first, cls, mean)
-            bar.update(len(cls))
     rejected = sum(len(cache.summary(shard_id).rejected) for shard_id in table.shard_ids)
     print(
         f"{args.out}: {len(table)} images of {len(table.urls)} shards, {encoder.embed_dim} values "
@@ -98,25 +103,12 @@ def main(args: Embed) -> None:
 
 
 def _features(
-    encoder: VisionTransformer, table: SampleTable, args: Embed, device: torch.device
+    encoder: VisionTransformer, images: Images
 ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
     """First row, class tokens and patch means `[K, C]` of batch after batch, in order of rows."""
-    size = encoder.patch_embed.img_size[0]
-    loader = CropLoader(
-        table,
-        LoaderConfig(
-            batch_size=args.batch_size,
-            image_size=size,
-            view=CentreView(args.centre or (0.875 if size > 64 else 1.0)),
-            shuffle_buffer=0,
-            threads=args.threads,
-        ),
-        drop_last=False,
-        device=device,
-    )
-    encoder, next_row = encoder.to(device).eval(), 0
+    next_row = 0
     with torch.inference_mode():
-        for crops in loader:
+        for crops in images.crops():
             if crops.rows.tolist() != list(range(next_row, next_row + len(crops.rows))):
                 raise RuntimeError(f"images came out of order after row {next_row}")
             tokens = encoder.forward_features(normalise_images(crops.images)).float()
