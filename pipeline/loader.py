@@ -20,6 +20,8 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from pipeline import storage
+from pipeline.limits import allow_open_files
 from pipeline.table import SampleTable
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -113,8 +115,9 @@ class CropLoader:
 
     Each rank reads its share of the samples; shares move on by one rank every epoch, so a rank
     meets all the data. With `drop_last` every rank yields the same number of full batches an epoch
-    and what is left over is skipped (`remainder` of them, others each epoch if shuffled); without
-    it every sample of the rank's share is yielded exactly once, the last batch being smaller.
+    and what is left over is skipped (`remainder` of them; others each epoch, unless one rank reads
+    them unshuffled); without it every sample of the rank's share is yielded exactly once, the last
+    batch being smaller.
 
     Args:
         table: which samples; its index is written to a temporary folder.
@@ -176,23 +179,24 @@ class CropLoader:
         self._first_epoch = first_epoch
         # Ranks, and runs that begin at another epoch, must not draw the same crops.
         seeds = np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)
-        self._indices = table.write_indices()
-        self._pipeline: Pipeline = _crop_graph(
-            paths=table.urls,
-            index_paths=[f"{self._indices.name}/{n}.idx" for n in range(len(table.urls))],
-            config=config,
-            rank=rank,
-            world_size=world_size,
-            on_gpu=self.device.type == "cuda",
-            batch_size=config.batch_size,
-            num_threads=config.threads,
-            device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-            seed=int(seeds[0]),
-            enable_checkpointing=True,
-            checkpoint=checkpoint,
-            prefetch_queue_depth=2,
-        )
-        self._pipeline.build()
+        allow_open_files(sum(not storage.is_remote(url) for url in table.urls))
+        with table.write_indices() as indices:  # read when the pipeline is built
+            self._pipeline: Pipeline = _crop_graph(
+                paths=table.urls,
+                index_paths=[f"{indices}/{n}.idx" for n in range(len(table.urls))],
+                config=config,
+                rank=rank,
+                world_size=world_size,
+                on_gpu=self.device.type == "cuda",
+                batch_size=config.batch_size,
+                num_threads=config.threads,
+                device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+                seed=int(seeds[0]),
+                enable_checkpointing=True,
+                checkpoint=checkpoint,
+                prefetch_queue_depth=2,
+            )
+            self._pipeline.build()
 
     def __iter__(self) -> Iterator[CropBatch]:
         """The rest of the current epoch."""

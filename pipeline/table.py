@@ -60,7 +60,7 @@ class SampleTable:
         return f"{self.urls[shard]}:{self.keys(shard)[row - self.first_row[shard]]}"
 
     def write_indices(self) -> tempfile.TemporaryDirectory[str]:
-        """DALI index files `<shard number>.idx` in a folder that lives as long as the result."""
+        """DALI index files `<shard number>.idx` in a folder that its user removes."""
         folder = tempfile.TemporaryDirectory(prefix="famt-index-")
         for number, (first, end) in enumerate(itertools.pairwise(self.first_row)):
             offset, size = self._places[first:end].T.tolist()

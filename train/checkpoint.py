@@ -154,6 +154,8 @@ def load_encoder(path: Path) -> Encoder:
 def own(folder: Path) -> Iterator[None]:
     """Make a run's folder, and keep other processes from training in it meanwhile.
 
+    What a killed run left half written in it is removed.
+
     Raises:
         ValueError: another process trains in it, or it is a file.
     """
@@ -173,6 +175,9 @@ def own(folder: Path) -> Iterator[None]:
         held.truncate(0)
         held.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         held.flush()
+        for place in (folder, folder / "refresh"):
+            for partial in place.glob("*.partial"):  # of a writer that was killed
+                partial.unlink()
         yield
 
 

@@ -36,13 +36,10 @@ class Lifeline:
         rank: of this process.
         address: of the main rank's machine.
         gather: brings a value of every rank to all.
-
-    Attributes:
-        stop_asked: whether a signal asked any rank to stop.
     """
 
     def __init__(self, rank: int, address: str, gather: Callable[[object], list]) -> None:
-        self.stop_asked = False
+        self._stop_asked, self._tell = False, lambda: None
         self._rank, self._cause = rank, ""
         self._ended, self._left = threading.Event(), threading.Event()
         self._names = gather(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
@@ -53,12 +50,18 @@ class Lifeline:
         self._wake.setblocking(False)
         threading.Thread(target=self._listen, name="lifeline", daemon=True).start()
 
-    def hear_signals(self) -> int:
-        """Be told of signals, also while the main thread is in a collective.
+    def hear_signals(self, tell: Callable[[], None]) -> int:
+        """Let a signal to this process, even one in a collective, be heard on all ranks.
+
+        Args:
+            tell: is called, from a thread, when any rank is asked to stop.
 
         Returns:
             what `signal.set_wakeup_fd` gave, to be given back to it.
         """
+        self._tell = tell
+        if self._stop_asked:
+            tell()
         return signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
 
     def explain(self, error: BaseException) -> BaseException:
@@ -137,11 +140,12 @@ class Lifeline:
 
     def _hear(self, message: dict[str, Any]) -> None:
         """Do as a message says; the main rank passes it on first."""
-        news = "ended" in message or not self.stop_asked
+        news = "ended" in message or not self._stop_asked
         if news and not self._cause and (self._rank == 0 or "stop" in message):
             self._send(**message)
         if "stop" in message:
-            self.stop_asked = True
+            self._stop_asked = True
+            self._tell()
         elif not self._cause:
             self._cause = message["ended"]
             self._ended.set()

@@ -170,6 +170,8 @@ class PeriodicAttention:
             if self._job is not None:
                 self._job.terminate()
                 self._job.wait()
+            for path in encoder_path(self._config.out, 0).parent.glob("encoder-*.pt"):
+                path.unlink()  # no epoch is left that could take up its maps
             finished_path(self._config.out).parent.mkdir(exist_ok=True)
             finished_path(self._config.out).touch()
 

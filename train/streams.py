@@ -77,24 +77,23 @@ class Stop:
     """Notes SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) while it is open, and lives on.
 
     Args:
-        lifeline: a signal to any rank of a run is noted on all of them by it.
+        lifeline: by it a signal to any rank of a run is noted on all of them.
+
+    Attributes:
+        asked: whether one of them came.
     """
 
     def __init__(self, lifeline: Lifeline | None = None) -> None:
-        self._asked, self._lifeline = False, lifeline
+        self.asked = False
+        self._interrupted, self._lifeline = False, lifeline
         self._before: dict[int, object] = {}
         self._fd_before = -1
-
-    @property
-    def asked(self) -> bool:
-        """Whether one of them came."""
-        return self._asked or (self._lifeline is not None and self._lifeline.stop_asked)
 
     def __enter__(self) -> Stop:
         # Only a process's main thread may handle signals; Ray Train runs its function in another.
         if threading.current_thread() is threading.main_thread():
             if self._lifeline is not None:
-                self._fd_before = self._lifeline.hear_signals()
+                self._fd_before = self._lifeline.hear_signals(self._ask)
             for number in ASKING:
                 self._before[number] = signal.signal(number, self._note)
         return self
@@ -105,9 +104,13 @@ class Stop:
         if self._before and self._lifeline is not None:
             signal.set_wakeup_fd(self._fd_before)
 
+    def _ask(self) -> None:
+        self.asked = True
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self._asked:
+            if self._interrupted:
                 raise KeyboardInterrupt
+            self._interrupted = True
             print("\nwriting a checkpoint, then leaving; Ctrl-C again leaves at once", flush=True)
-        self._asked = True
+        self._ask()

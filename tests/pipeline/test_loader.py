@@ -1,4 +1,5 @@
 import dataclasses
+import tempfile
 
 import numpy as np
 import pytest
@@ -119,6 +120,14 @@ def test_a_state_goes_on_with_the_very_next_batch(table, steps):
         expected, actual = next(batches), next(resumed)
         for name in ("images", "rows", "windows", "flips"):
             assert torch.equal(getattr(expected, name), getattr(actual, name))
+
+
+def test_a_loader_leaves_no_index_that_a_kill_would_leave(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    loader = CropLoader(table, SMALL, drop_last=True)
+    assert not list((tmp_path / "temporary").iterdir())
+    assert len(_rows(loader)) == len(_rows(loader)) > 0
 
 
 @pytest.mark.parametrize("change", ["world size", "batch size", "shards", "seed"])

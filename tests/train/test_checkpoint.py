@@ -63,6 +63,17 @@ def test_a_partial_file_is_never_taken_for_a_checkpoint(tmp_path):
         checkpoint.load(tmp_path)
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next_run(tmp_path):
+    (tmp_path / "refresh").mkdir()
+    left = [tmp_path / "checkpoint-00000009.partial", tmp_path / "refresh" / "encoder-3.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    checkpoint.save(tmp_path, _state(1), keep=2)
+    with checkpoint.own(tmp_path):
+        assert not any(path.exists() for path in left)
+    assert checkpoint.load(tmp_path).step == 1
+
+
 def test_another_file_is_refused_by_name(tmp_path):
     torch.save({"weights": torch.ones(1)}, tmp_path / "checkpoint-00000001.pt")
     with pytest.raises(ValueError, match="no whole checkpoint"):

@@ -168,6 +168,7 @@ def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config):
     state = checkpoint.load(config.out)
     assert (state.step, state.generation) == (9, None)
     assert finished_path(config.out).exists()
+    assert not list(finished_path(config.out).parent.glob("encoder-*.pt"))
 
 
 def test_a_run_that_waits_for_a_generation_can_be_stopped(config, scored):
