@@ -85,6 +85,28 @@ def paste_maps(maps: Tensor, crops: Tensor, windows: Tensor, flips: Tensor) -> T
     return maps * (1 - covered) + rows @ upright @ columns
 
 
+def crop_labels(labels: Tensor, window: Tensor, flip: bool, size: int) -> Tensor:
+    """What a mask of a whole image says about a view of it, pixel by pixel.
+
+    A pixel of the crop takes the label that lies under its centre: labels are never mixed.
+
+    Args:
+        labels: `[H, W]` of any dtype, over the whole upright image, at any resolution.
+        window: `[4]` float, top, left, height, width in fractions of the image.
+        flip: the crop was mirrored left to right.
+        size: side of the result.
+
+    Returns:
+        `[size, size]`, dtype of `labels`. The full window without flip at H = W = size is the
+        identity.
+    """
+    top, left, height, width = window.double().tolist()
+    centres = (torch.arange(size, dtype=torch.float64, device=labels.device) + 0.5) / size
+    rows = ((top + height * centres) * labels.shape[0]).long().clamp_(0, labels.shape[0] - 1)
+    columns = ((left + width * centres) * labels.shape[1]).long().clamp_(0, labels.shape[1] - 1)
+    return labels[rows][:, columns.flip(0) if flip else columns]
+
+
 def overlap(start: Tensor, length: Tensor, cells: int, map_cells: int) -> Tensor:
     """Share of each of `cells` equal parts of [start, start + length] in each map cell of [0, 1].
 

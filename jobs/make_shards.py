@@ -2,11 +2,15 @@
 
     python jobs/make_shards.py --source photos/ --out shards/
     python jobs/make_shards.py --source camera/ --out shards/ --unlabelled
+    python jobs/make_shards.py --source people/ --out shards/ --holdout 0.2
     python jobs/make_shards.py --source cifar10 --out cifar/ --split train
     python jobs/make_shards.py --source imagenet/val --out s3://bucket/imagenet --split val
 
 The folders in a folder are the classes of the images in them. A folder with images right in it has
 no classes, nor has one with --unlabelled; pre-training needs none.
+
+In a folder with `images` and `masks` in it, `masks/<name>.png` tells the class of every pixel of
+`images/<name>.jpg`: its number, 255 for none. If all masks are black and white, white is class 1.
 
 Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With
 `--holdout` a share of the images goes to a second split, `val`.
@@ -34,8 +38,8 @@ class MakeShards:
     """What to write where."""
 
     source: str
-    """a folder of images or of class folders, or a data set: digits, cifar10, cifar100, flowers102,
-    food101 or stl10"""
+    """a folder of images, of class folders, or of images and masks; or a data set: digits, cifar10,
+    cifar100, flowers102, food101 or stl10"""
     out: str
     """folder or object-store URL for the shards"""
     split: str = "train"

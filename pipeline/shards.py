@@ -17,17 +17,25 @@ from blake3 import blake3
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
+MASK_EXTENSION = "mask.png"
 NO_LABEL = -1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a shard: where its bytes lie in the tar, and its class (`NO_LABEL` if none)."""
+    """One image of a shard.
+
+    Attributes:
+        offset, size: where its bytes lie in the tar.
+        label: its class, `NO_LABEL` if none.
+        mask: offset and size of the mask that tells the class of every pixel, or None.
+    """
 
     key: str
     offset: int
     size: int
     label: int
+    mask: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,9 @@ def list_shard(data: bytes) -> ShardListing:
 
     A sample is a member named `<key>.<jpg|jpeg|png|webp>`, whatever the case; its class is the
     integer text of `<key>.cls`, or of the `.cls` under the name up to its first dot, as webdataset
-    groups files. Keys may hold dots, spaces and folders; but beside `<key>.jpg`, an image such as
-    `<key>.mask.png` is another component of that sample and rejected. Other members are ignored.
+    groups files. A `<key>.mask.png`, found alike, is the sample's mask. Keys may hold dots, spaces
+    and folders; but beside `<key>.jpg`, an image such as `<key>.depth.png` is another component of
+    that sample and rejected. Other members are ignored.
     """
     members, damage = _members(data)
     labels = {
@@ -81,7 +90,21 @@ def list_shard(data: bytes) -> ShardListing:
         and not member.isdir()
         and not PurePosixPath(member.name).name.startswith("._")  # macOS's shadow of a file
     ]
+    masks = {
+        member.name[: -len(MASK_EXTENSION) - 1]: member
+        for member in images
+        if member.name.lower().endswith(f".{MASK_EXTENSION}")
+    }
+    images = [m for m in images if not m.name.lower().endswith(f".{MASK_EXTENSION}")]
     stems = {member.name.rpartition(".")[0] for member in images}
+    for key, member in list(masks.items()):
+        try:
+            _check_member(member, key, set(), len(data))
+            if key not in stems | {_webdataset_key(stem + ".") for stem in stems}:
+                raise ValueError("a mask without an image")
+        except ValueError as error:
+            rejected.append(Rejected(member.name, str(error)))
+            del masks[key]
     for member in images:
         key = member.name.rpartition(".")[0]
         label_key = key if key in labels else _webdataset_key(member.name)
@@ -95,7 +118,9 @@ def list_shard(data: bytes) -> ShardListing:
             rejected.append(Rejected(member.name, str(error)))
             continue
         seen.add(key)
-        samples.append(Sample(key, member.offset_data, member.size, label))
+        mask = masks.get(key if key in masks else _webdataset_key(member.name))
+        place = (mask.offset_data, mask.size) if mask else None
+        samples.append(Sample(key, member.offset_data, member.size, label, place))
     rejected += [
         Rejected(labels[key].name, "a class without an image") for key in labels.keys() - labelled
     ]

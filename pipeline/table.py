@@ -59,6 +59,11 @@ class SampleTable:
         shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
         return f"{self.urls[shard]}:{self.keys(shard)[row - self.first_row[shard]]}"
 
+    def offsets(self, shard: int) -> list[int]:
+        """Where in the tar the images of the shard of that number lie, in the order of its rows."""
+        first, end = self.first_row[shard : shard + 2]
+        return self._places[first:end, 0].tolist()
+
     def write_indices(self) -> tempfile.TemporaryDirectory[str]:
         """DALI index files `<shard number>.idx` in a folder that its user removes."""
         folder = tempfile.TemporaryDirectory(prefix="famt-index-")

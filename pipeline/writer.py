@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from pipeline import storage
-from pipeline.shards import IMAGE_EXTENSIONS, NO_LABEL
+from pipeline.masks import decode_mask
+from pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL
 
 TORCHVISION_SOURCES = ("cifar10", "cifar100", "flowers102", "food101", "stl10")
 DIGITS = "digits"
@@ -29,11 +30,16 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class Item:
-    """One image of a source: a name to trace it by, its class or `NO_LABEL`, and its content."""
+    """One image of a source: a name to trace it by, its class or `NO_LABEL`, and its content.
+
+    Attributes:
+        mask: gives the PNG of its mask, for an image of the given file.
+    """
 
     name: str
     label: int
     load: Callable[[], Path | Image.Image]
+    mask: Callable[[], bytes] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,16 +67,17 @@ def open_source(
     """Class names and items of an image folder, a torchvision data set, or scikit-learn's digits.
 
     An image right in the folder has no class; so if there is any, no image of the folder has, at
-    whatever depth it lies.
+    whatever depth it lies. In a folder of `images` and `masks`, `masks/<name>.png` tells the class
+    of every pixel of `images/<name>.jpg`, in place of a class for the image.
 
     Args:
-        source: a folder `class/name.jpg`, a folder without classes, one of `TORCHVISION_SOURCES`,
-            or "digits".
+        source: a folder `class/name.jpg`, without classes, or of `images` and `masks`, one
+            of `TORCHVISION_SOURCES`, or "digits".
         split: "train" for the training half of a torchvision data set, else its test half.
         download_to: where torchvision keeps its files; it downloads what is not there.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it.
+        FileNotFoundError: no such folder, no images in it, or an image without its mask.
         ValueError: the digits, of which there is but one set, as anything but "train".
     """
     if source == DIGITS:
@@ -88,6 +95,8 @@ def open_source(
             f"{source} is no folder; give a folder of images or of class folders, or one of "
             f"{', '.join((DIGITS, *TORCHVISION_SOURCES))}"
         )
+    if {"images", "masks"} <= {path.name for path in Path(source).iterdir() if path.is_dir()}:
+        return [], _masked(Path(source))
     images = _images(source)
     if any(len(name.parts) == 1 for name in images):
         return [], [Item(str(name), NO_LABEL, partial(Path, source, name)) for name in images]
@@ -154,12 +163,13 @@ def write_shards(
             item = items[number]
             try:
                 extension, data = _encode(item.load(), encoding)
+                mask = {MASK_EXTENSION: item.mask()} if item.mask else {}
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 skipped.append((item.name, f"{type(error).__name__}: {error}"))
             else:
                 key = f"{number:08d}-{safe_key(item.name)}"
                 label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
-                writer.write({"__key__": key, extension: data, **label})
+                writer.write({"__key__": key, extension: data, **label, **mask})
             on_sample()
         writer.close()
     return Written(shards, len(items) - len(skipped), skipped)
@@ -224,6 +234,51 @@ def _images(folder: str) -> list[Path]:
             if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
         ]
     return sorted(images)
+
+
+def _masked(folder: Path) -> list[Item]:
+    """Images with masks."""
+    names = _images(str(folder / "images"))
+    if not names:
+        raise FileNotFoundError(f"{folder / 'images'} holds no images")
+    paths = {name: (folder / "masks" / name).with_suffix(".png") for name in names}
+    for name, path in paths.items():
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder / 'images' / name} has no mask {path}")
+    binary = all(map(_is_binary, paths.values()))
+    items = []
+    for name, path in paths.items():
+        image = folder / "images" / name
+        mask = partial(_mask, image, path, binary)
+        items.append(Item(str(name), NO_LABEL, partial(Path, image), mask))
+    return items
+
+
+def _is_binary(path: Path) -> bool:
+    """Whether a mask holds but 0 and 255; one that can't be read says nothing."""
+    try:
+        return not np.setdiff1d(decode_mask(path.read_bytes()).numpy(), (0, 255)).size
+    except ValueError:
+        return True
+
+
+def _mask(image: Path, path: Path, binary: bool) -> bytes:
+    """The PNG of a mask; if masks are black and white, white becomes class 1."""
+    png = path.read_bytes()
+    labels = decode_mask(png)
+    height, width = labels.shape
+    with Image.open(image) as opened:
+        upright = ImageOps.exif_transpose(opened).size
+    if abs(width * upright[1] / upright[0] - height) > 1:  # it may be smaller or larger
+        raise ValueError(
+            f"mask {path.name} of {width} x {height} px has not the shape of its upright image, "
+            f"{upright[0]} x {upright[1]} px"
+        )
+    if not binary:
+        return png
+    buffer = io.BytesIO()
+    Image.fromarray((labels == 255).numpy().astype(np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _encode(source: Path | Image.Image, encoding: Encoding) -> tuple[str, bytes]:

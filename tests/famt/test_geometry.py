@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famt.geometry import crop_maps, overlap, paste_maps
+from famt.geometry import crop_labels, crop_maps, overlap, paste_maps
 
 windows = st.tuples(
     st.floats(0, 0.9), st.floats(0, 0.9), st.floats(0.02, 1), st.floats(0.02, 1)
@@ -149,3 +149,21 @@ def test_a_full_flipped_crop_replaces_the_map_by_its_mirror_image():
 def test_pasting_shapes_that_do_not_fit_is_refused():
     with pytest.raises(ValueError, match="expected maps"):
         paste_maps(torch.ones(2, 7, 7), torch.ones(1, 7, 7), torch.ones(2, 4), torch.ones(2).bool())
+
+
+def test_labels_of_the_full_window_are_the_mask_itself():
+    labels = torch.arange(49).view(7, 7)
+    whole = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    assert torch.equal(crop_labels(labels, whole, False, 7), labels)
+    assert torch.equal(crop_labels(labels, whole, True, 7), labels.flip(1))
+
+
+def test_labels_are_those_under_the_centres_of_a_crops_pixels():
+    labels = torch.randint(0, 99, (23, 31), generator=torch.Generator().manual_seed(0))
+    top, left, height, width = 0.2, 0.37, 0.5, 0.6
+    found = crop_labels(labels, torch.tensor([top, left, height, width]), True, 9)
+    for i in range(9):
+        for j in range(9):
+            y = int((top + height * (i + 0.5) / 9) * 23)
+            x = int((left + width * (8 - j + 0.5) / 9) * 31)
+            assert found[i, j] == labels[y, x]

@@ -107,6 +107,54 @@ def test_shards_are_never_written_over(folder, tmp_path):
         main(config)
 
 
+@pytest.fixture
+def masked(tmp_path):
+    """Five photos beside masks; the one named 3 is upright only by its EXIF orientation."""
+    (tmp_path / "source" / "images").mkdir(parents=True)
+    (tmp_path / "source" / "masks").mkdir()
+    for n in range(5):
+        image = Image.fromarray(photo(n))
+        exif = Image.Exif()
+        if n == 3:
+            exif[0x0112] = 6
+        image.save(tmp_path / "source" / "images" / f"{n}.jpg", exif=exif)
+        size = {3: (48, 40), 4: (61, 73)}.get(n, (40, 48))  # number 4 is finer than its image
+        mask = np.zeros(size, np.uint8)
+        mask[:10] = n
+        Image.fromarray(mask).save(tmp_path / "source" / "masks" / f"{n}.png")
+    return tmp_path / "source"
+
+
+def test_masks_go_into_the_shards_beside_their_images(masked, tmp_path):
+    assert main(MakeShards(source=str(masked), out=str(tmp_path / "o"))) == 0
+    samples = _read((tmp_path / "o").glob("*.tar"))
+    assert len(samples) == 5
+    for sample in samples:
+        name = sample["__key__"].split("-")[1]
+        assert sample["jpg"] == (masked / "images" / f"{name}.jpg").read_bytes()
+        assert sample["mask.png"] == (masked / "masks" / f"{name}.png").read_bytes()
+        assert "cls" not in sample
+
+
+def test_white_of_black_and_white_masks_becomes_class_1(masked, tmp_path):
+    for path in (masked / "masks").iterdir():
+        mask = np.array(Image.open(path))
+        Image.fromarray(((mask > 0) * 255).astype(np.uint8)).save(path)
+    main(MakeShards(source=str(masked), out=str(tmp_path / "o")))
+    found = [np.array(Image.open(io.BytesIO(s["mask.png"]))) for s in
+             _read((tmp_path / "o").glob("*.tar"))]  # fmt: skip
+    assert sorted(int(mask.max()) for mask in found) == [0, 1, 1, 1, 1]
+
+
+def test_an_image_without_its_mask_or_with_another_ones_is_told(masked, tmp_path, capsys):
+    Image.fromarray(np.ones((40, 48), np.uint8)).save(masked / "masks" / "3.png")
+    assert main(MakeShards(source=str(masked), out=str(tmp_path / "o"))) == 1
+    assert "mask 3.png of 48 x 40 px has not the shape" in capsys.readouterr().err
+    (masked / "masks" / "1.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1\.jpg has no mask"):
+        main(MakeShards(source=str(masked), out=str(tmp_path / "p")))
+
+
 def test_the_digits_come_with_scikit_learn(tmp_path):
     main(MakeShards(source="digits", out=str(tmp_path), samples_per_shard=2000))
     samples = _read(tmp_path.glob("*.tar"))

@@ -40,6 +40,16 @@ def test_labels_are_found_wherever_they_stand():
     assert listing.rejected == []
 
 
+def test_masks_are_found_wherever_they_stand():
+    members = [("a.mask.png", b"1"), ("a.jpg", IMAGE), ("b.rgb.jpg", IMAGE), ("b.MASK.png", b"22"),
+               ("c.v1.jpg", IMAGE), ("c.v1.mask.png", b"333"), ("d.jpg", IMAGE)]  # fmt: skip
+    data = tar_bytes(members)
+    listing = list_shard(data)
+    masks = {s.key: s.mask and data[s.mask[0] : sum(s.mask)] for s in listing.samples}
+    assert masks == {"a": b"1", "b.rgb": b"22", "c.v1": b"333", "d": None}
+    assert listing.rejected == []
+
+
 def test_other_components_are_ignored():
     members = [
         ("a.jpg", IMAGE),
@@ -66,9 +76,11 @@ def test_other_components_are_ignored():
         ),
         ([("a.jpg", IMAGE), ("a.cls", b"-4")], Rejected("a.jpg", "its class -4 is out of range")),
         (
-            [("a.jpg", IMAGE), ("a.mask.png", IMAGE), ("a.cls", b"1")],
-            Rejected("a.mask.png", "another component of a sample that has an image already"),
+            [("a.jpg", IMAGE), ("a.depth.png", IMAGE), ("a.cls", b"1")],
+            Rejected("a.depth.png", "another component of a sample that has an image already"),
         ),
+        ([("a.mask.png", IMAGE)], Rejected("a.mask.png", "a mask without an image")),
+        ([("a.jpg", IMAGE), ("a.mask.png", b"")], Rejected("a.mask.png", "empty")),
         ([("a.cls", b"1")], Rejected("a.cls", "a class without an image")),
     ],
 )

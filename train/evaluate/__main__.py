@@ -5,6 +5,7 @@
 
     knn     the classes of the nearest training images: nothing is learned
     probe   linear classifiers on the frozen encoder, and attentive pooling
+    segment a linear classifier of the patches of the frozen encoder, against masks
 
 Prints one JSON line, which is also added to the log of the run and to its TensorBoard curves.
 """

@@ -14,6 +14,7 @@ from train import checkpoint
 from train.distributed import ranks
 from train.evaluate.knn import Knn, knn
 from train.evaluate.probe import Probe, probe
+from train.evaluate.segment import Segment, segment
 from train.evaluate.trunk import Evaluation, Evaluator, Value, open_images
 from train.initial import build_initial_encoder
 from train.log import log_evaluation
@@ -21,6 +22,7 @@ from train.log import log_evaluation
 EVALUATORS: dict[str, tuple[type[Evaluation], Evaluator]] = {
     "knn": (Knn, knn),
     "probe": (Probe, probe),
+    "segment": (Segment, segment),
 }
 
 

@@ -113,19 +113,30 @@ class Images:
         """Number of classes: one more than the largest label."""
         return int(self.table.labels.max()) + 1
 
-    def crops(self, view: View | None = None) -> Iterator[CropBatch]:
-        """Every image once, in the order of the shards; the centre of each if no view is given."""
+    def crops(
+        self, view: View | None = None, *, epochs: int = 1, shuffle: bool = False, seed: int = 0
+    ) -> Iterator[CropBatch]:
+        """Every image once an epoch.
+
+        Args:
+            view: which part of each; its centre if none is given.
+            shuffle: draw them at random, else in the order of the shards.
+            seed: of shuffle and view.
+        """
         config = LoaderConfig(
             batch_size=self.batch_size,
             image_size=self.image_size,
             view=view or CentreView(self.centre),
-            shuffle_buffer=0,
+            shuffle_buffer=LoaderConfig.shuffle_buffer if shuffle else 0,
             threads=self.threads,
         )
-        with tqdm(total=len(self), desc=self.name, unit=" images", mininterval=1) as bar:
-            for crops in CropLoader(self.table, config, drop_last=False, device=self.device):
-                yield crops
-                bar.update(len(crops.rows))
+        loader = CropLoader(self.table, config, drop_last=False, device=self.device, seed=seed)
+        total = len(self) * epochs
+        with tqdm(total=total, desc=self.name, unit=" images", mininterval=1) as bar:
+            for _ in range(epochs):
+                for crops in loader:
+                    yield crops
+                    bar.update(len(crops.rows))
 
     def features(self, encoder: VisionTransformer, *, tokens: bool = False) -> Features:
         """Run every image through an encoder, once, row by row as the table.

@@ -1,0 +1,88 @@
+import numpy as np
+import pytest
+import torch
+from samples import encode, score, tar_bytes
+
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
+from pipeline.loader import RandomView, WholeView
+from pipeline.masks import IGNORED, crop_masks, read_masks
+from train.evaluate import segment as module
+from train.evaluate.run import run as evaluate
+from train.evaluate.segment import Segment, segment
+from train.evaluate.trunk import open_images
+
+
+@pytest.fixture
+def masked(scored, tmp_path):
+    """Shards of noise on which a bright square, or a dark one, is class 1 or 2."""
+    paths = []
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 12)):
+        members = []
+        for n in range(count):
+            image = rng.integers(90, 130, (40, 48, 3), dtype=np.uint8)
+            mask = np.zeros((40, 48), np.uint8)
+            kind = 1 + n % 2
+            top, left = rng.integers(0, 20), rng.integers(0, 24)
+            image[top : top + 20, left : left + 24] = (230, 20)[kind - 1]
+            mask[top : top + 20, left : left + 24] = kind
+            mask[:3] = IGNORED
+            members += [(f"{n}.png", encode(image, "PNG")), (f"{n}.mask.png",
+                        encode(mask, "PNG"))]  # fmt: skip
+        paths.append(tmp_path / f"{split}.tar")
+        paths[-1].write_bytes(tar_bytes(members))
+    score(paths, scored.cache, scored.spec)
+    return [str(path) for path in paths]
+
+
+def test_squares_are_found_and_the_mean_iou_is_that_of_a_slow_loop(masked, options, monkeypatch):
+    torch.manual_seed(0)
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
+    evaluation = options(
+        Segment, train=[masked[0]], val=[masked[1]], steps=60, epochs=1, step_images=8
+    )
+    train, val = (
+        open_images(evaluation, encoder, name, torch.device("cpu")) for name in ("train", "val")
+    )
+    heads = []
+    monkeypatch.setattr(module, "fit", lambda *args: heads.append(_fit(*args)) or heads[-1])
+    values = dict(segment(encoder, train, val, evaluation))
+    assert values["classes"] == 3
+    assert values["miou"] > 0.6
+
+    masks = read_masks(val.table)
+    counts = np.zeros((3, 3), int)
+    for crops in val.crops(WholeView()):
+        predicted = module._logits(encoder, heads[0], crops).argmax(1)
+        truth = crop_masks([masks[row] for row in crops.rows], crops.windows, crops.flips, 32)
+        for p, t in zip(predicted.flatten().tolist(), truth.flatten().tolist(), strict=True):
+            if t != IGNORED:
+                counts[t, p] += 1
+    either = counts.sum(0) + counts.sum(1) - counts.diagonal()
+    shares = counts.diagonal() / either
+    assert values["miou"] == pytest.approx(sum(shares) / 3, abs=1e-6)
+    assert values["pixel_accuracy"] == pytest.approx(counts.trace() / counts.sum(), abs=1e-6)
+
+
+_fit = module.fit
+
+
+def test_a_crop_of_no_class_at_all_teaches_nothing(masked, options):
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
+    evaluation = options(Segment, train=[masked[0]], steps=3, epochs=1, view=RandomView())
+    train = open_images(evaluation, encoder, "train", torch.device("cpu"))
+    nothing = encode(np.full((40, 48), IGNORED, np.uint8), "PNG")
+    head = module.fit(encoder, train, [nothing] * len(train), 3, evaluation)
+    assert all(torch.isfinite(each).all() for each in head.parameters())
+
+
+def test_a_run_is_tested_on_masks(run, masked, options):
+    values = evaluate(options(Segment, train=[masked[0]], val=[masked[1]], steps=2, epochs=1))
+    assert values.keys() == {"classes", "miou", "pixel_accuracy"}
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"steps": 0}, {"learning_rate": 0.0}])
+def test_options_out_of_bounds_are_refused(options, wrong):
+    with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+        options(Segment, **wrong)

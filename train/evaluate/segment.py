@@ -1,0 +1,112 @@
+"""Semantic segmentation by a linear classifier of patch tokens: do patches tell what they show?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from famt.patches import normalise_images
+from pipeline.loader import CropBatch, RandomView, WholeView
+from pipeline.masks import IGNORED, crop_masks, decode_mask, read_masks
+from train.evaluate.trunk import Evaluation, Images, Value, require_at_least
+
+
+@dataclass(frozen=True)
+class Segment(Evaluation):
+    """A linear classifier of patch tokens against masks, `<key>.mask.png` in the shards."""
+
+    learning_rate: float = 1e-2
+    """of Adam, with cosine decay"""
+    epochs: int = 20
+    """passes over the images, each through other crops"""
+    steps: int = 500
+    """steps to take at least, with few images in more passes"""
+    step_images: int = 32
+    """crops a step"""
+    view: RandomView = field(default_factory=lambda: RandomView(area=(0.25, 1.0)))
+    """which part of an image a crop to learn from shows; all of it is tested"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("epochs", "steps", "step_images"):
+            require_at_least(name, getattr(self, name), 1)
+        if not self.learning_rate > 0:
+            raise ValueError(f"--learning-rate {self.learning_rate} must be above 0")
+
+
+def segment(
+    encoder: VisionTransformer, train: Images, val: Images, options: Segment
+) -> Iterator[tuple[str, Value]]:
+    """Mean intersection over union, and the share of pixels that are right.
+
+    Whole images are tested, squashed to the encoder's square, at its resolution. Classes that
+    neither mask nor prediction shows do not count.
+    """
+    masks = {images.name: read_masks(images.table) for images in (train, val)}
+    classes = 1 + max(
+        int(labels[labels != IGNORED].max(initial=0))
+        for known in masks.values()
+        for labels in (decode_mask(png).numpy() for png in known)
+    )
+    yield "classes", classes
+    head = fit(encoder, train, masks["train"], classes, options)
+    metrics = {
+        "miou": MulticlassJaccardIndex(classes, ignore_index=IGNORED),
+        "pixel_accuracy": MulticlassAccuracy(classes, average="micro", ignore_index=IGNORED),
+    }
+    with torch.inference_mode():
+        for crops in val.crops(WholeView()):
+            predicted = _logits(encoder, head, crops).argmax(1).cpu()
+            truth = _truth(masks["val"], crops)
+            for metric in metrics.values():
+                metric.update(predicted, truth)
+    for name, metric in metrics.items():
+        yield name, float(metric.compute())
+
+
+def fit(
+    encoder: VisionTransformer, train: Images, masks: list[bytes], classes: int, options: Segment
+) -> nn.Module:
+    """Train a linear map from standardised patch tokens `[B, C, g, g]` to logits of classes."""
+    torch.manual_seed(options.seed)
+    head = nn.Sequential(
+        nn.BatchNorm2d(encoder.embed_dim, affine=False), nn.Conv2d(encoder.embed_dim, classes, 1)
+    ).to(train.device)
+    optimizer = torch.optim.Adam(head.parameters(), options.learning_rate)
+    drawn = dataclasses.replace(train, batch_size=min(options.step_images, len(train)))
+    steps_per_epoch = math.ceil(len(train) / drawn.batch_size)
+    epochs = max(options.epochs, math.ceil(options.steps / steps_per_epoch))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)
+    for crops in drawn.crops(options.view, epochs=epochs, shuffle=True, seed=options.seed):
+        logits = _logits(encoder, head, crops)
+        truth = _truth(masks, crops).to(train.device)
+        # A crop may show nothing but pixels of no class; the mean over none is no number.
+        losses = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="sum")
+        (losses / (truth != IGNORED).sum().clamp_min(1)).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    return head.eval()
+
+
+def _logits(encoder: VisionTransformer, head: nn.Module, crops: CropBatch) -> Tensor:
+    """`[B, classes, S, S]`, between the centres of patches interpolated."""
+    with torch.no_grad():
+        tokens = encoder.forward_features(normalise_images(crops.images)).float()
+    grid = encoder.patch_embed.grid_size
+    patches = tokens[:, encoder.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+    return F.interpolate(head(patches), size=crops.images.shape[1:3], mode="bilinear")
+
+
+def _truth(masks: list[bytes], crops: CropBatch) -> Tensor:
+    """The masks of crops, `[B, S, S]` int64 on the CPU."""
+    of_crops = [masks[row] for row in crops.rows.tolist()]
+    return crop_masks(of_crops, crops.windows, crops.flips, crops.images.shape[1])
