@@ -18,6 +18,9 @@ from pipeline.join import JoinConfig
 from pipeline.loader import LoaderConfig, RandomView
 from pipeline.scores import ScoreSpec
 
+TIMM = "timm:"
+"""What a source of initial weights begins with that is a name of timm's, and no path."""
+
 Recipe = Literal["famt", "mae", "amt", "famt-paper"]
 
 
@@ -84,6 +87,9 @@ class Pretrain:
     """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
     recipe: Recipe = "famt"
     """sets the defaults of other options; see above"""
+    init: str | None = None
+    """begin with these weights in place of random ones: a run, an MAE checkpoint, a file or folder
+    of timm or transformers, or timm:<name>"""
     method: Literal[tuple(METHODS)] = "mae"  # type: ignore[valid-type]
     """what is learned from masked images"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
@@ -215,6 +221,9 @@ class Pretrain:
             shards=[storage.normalise_url(pattern) for pattern in self.shards],
             cache=storage.normalise_url(self.cache),
             out=self.out.absolute(),
+            init=self.init
+            if self.init is None or self.init.startswith(TIMM)
+            else storage.normalise_url(self.init),
         )
 
 

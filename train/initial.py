@@ -31,8 +31,8 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS, ModelConfig
 from pipeline.storage import reason
 from train import checkpoint
+from train.config import TIMM
 
-_TIMM = "timm:"
 _KINDS = "a run, an MAE checkpoint, a file or folder of timm or transformers, or timm:<name>"
 _TRANSFORMERS = "embeddings.patch_embeddings.projection.weight"
 
@@ -112,8 +112,8 @@ def read_initial(source: str) -> Initial:
         FileNotFoundError: no such source.
         ValueError: a kind of file or model that is not known here.
     """
-    if source.startswith(_TIMM):
-        return _from_timm(source, source.removeprefix(_TIMM))
+    if source.startswith(TIMM):
+        return _from_timm(source, source.removeprefix(TIMM))
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{source}: no such file or folder; give {_KINDS}")

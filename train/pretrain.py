@@ -46,6 +46,7 @@ from train.attention import LiveAttention, RollingAttention
 from train.checkpoint import Checkpoint
 from train.config import PLAIN_MAE, Pretrain, parse
 from train.distributed import Ranks, ranks
+from train.initial import load_initial
 from train.log import Log
 from train.program import run_program
 from train.refresh import PeriodicAttention
@@ -84,6 +85,9 @@ class Run:
 
         torch.manual_seed(config.seed)
         self.model = METHODS[config.method](self.sizes).to(here.device)
+        self.began_with = (
+            load_initial(self.model, config.init) if config.init and not resumed else None
+        )
         first_epoch = resumed.epoch if resumed else 0
         self.generator = torch.Generator(here.device).manual_seed(
             (config.seed + first_epoch) * here.world_size + here.rank
@@ -343,6 +347,8 @@ class Run:
             "learning rate": f"{self.learning_rate:.3g} at its peak = "
             f"{config.optimiser.base_learning_rate:.3g} x {self.effective_batch} / 256",
         }
+        if self.began_with:
+            lines["begins with"] = f"{config.init}\n{self.began_with.describe()}"
         if self.ema:
             lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
         if config.plain_epochs:

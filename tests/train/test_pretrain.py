@@ -2,6 +2,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -460,3 +461,30 @@ def test_a_gpu_trains_under_bf16_with_live_attention(config):
     config = dataclasses.replace(config, device="cuda", precision="bf16", attention="live")
     main(config)
     assert all(torch.isfinite(value).all() for value in _weights(config.out).values())
+
+
+def test_a_run_begins_with_the_weights_of_another(config, tiny_run, tmp_path, capsys):
+    """Positions are interpolated; a resumed run does not read the source any more."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_run, source)
+    config = dataclasses.replace(config, init=str(source), image_size=64, patch_size=8, epochs=1)
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        theirs = checkpoint.load_model(tiny_run)
+        for name, value in theirs.state_dict().items():
+            if "pos_embed" not in name:
+                assert torch.equal(run.model.state_dict()[name], value), name
+        assert run.model.encoder.pos_embed.shape == (1, 65, 96)
+        assert "pos_embed (6 x 6 patches to 8 x 8)" in run.plan()
+    main(config)
+    shutil.rmtree(source)
+    main(config)
+    with pytest.raises(ValueError, match=r"other options \(init: "):
+        main(dataclasses.replace(config, init=None))
+
+
+def test_weights_of_another_width_to_begin_with_are_refused(config, tiny_run):
+    with pytest.raises(
+        ValueError, match="has width 96 and depth 6, and this model's has width 192"
+    ):
+        main(dataclasses.replace(config, model="vit_micro", init=str(tiny_run)))
