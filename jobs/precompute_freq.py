@@ -34,6 +34,7 @@ from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import ShardReport, precompute_shard
 from pipeline.scores import ScoreSpec
+from pipeline.stale import look_up
 from train.program import run_program
 
 # What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
@@ -92,7 +93,7 @@ def _seconds(duration: str) -> float:
 def _run_once(args: PrecomputeFreq) -> int:
     urls = storage.expand(args.shards)
     cache = ScoreCache(args.cache, create=True)
-    todo = _not_in_cache(urls, cache, args.spec)
+    todo = list(look_up(urls, cache, args.spec).stale)
     print(
         f"{len(urls)} shards, {len(urls) - len(todo)} of them scored before; "
         f"spec {args.spec.id}, cache {cache.url}",
@@ -133,22 +134,6 @@ def _run_once(args: PrecomputeFreq) -> int:
         failed[url] = reason
         print(f"failed: {url}: {reason}", file=sys.stderr)
     return _report(args, urls, list(reports.values()), failed, cache, time.monotonic() - started)
-
-
-def _not_in_cache(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> list[str]:
-    """Shards that the manifests do not know as they are now, or that have no maps of this spec."""
-    known = cache.manifests.lookup(urls)
-
-    def is_done(url: str) -> bool:
-        return (
-            url in known
-            and storage.exists(url)
-            and storage.version(url) == known[url].version
-            and cache.has_entry(known[url].shard_id, spec)
-        )
-
-    with ThreadPoolExecutor(32) as pool:
-        return [url for url, done in zip(urls, pool.map(is_done, urls), strict=True) if not done]
 
 
 def score_shards(

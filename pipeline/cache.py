@@ -160,15 +160,52 @@ class ScoreCache:
     def write(
         self, shard_id: str, table: ShardTable, spec: Spec, maps: NDArray[np.float16]
     ) -> None:
-        """Put a shard's entry, or only the maps if its table is there already.
+        """Put a shard's table, and maps of it; see `write_table` and `write_maps`."""
+        self._check_new_maps(shard_id, spec, maps, len(table.label))
+        self.write_table(shard_id, table)
+        self.write_maps(shard_id, spec, maps)
+
+    def write_table(self, shard_id: str, table: ShardTable) -> None:
+        """Put what a shard holds, unless it is there.
 
         Raises:
-            ValueError: maps that do not fit the table and spec, or are not finite; a table that
-                differs from the stored one, which other maps go by.
+            ValueError: another table is there, which maps go by.
             CacheError: the stored table is damaged.
             OSError: the store refused, a full disk say; nothing half-written is readable.
         """
-        shape = (len(table.label), spec.grid, spec.grid)
+        if self.has_entry(shard_id, None):
+            if self.read_table(shard_id).key != table.key:
+                raise ValueError(
+                    f"shard {shard_id}: these are other samples than {self.url} keeps of it"
+                )
+            return
+        attributes = {
+            "columns": ["offset", "size", "label"],
+            "bytes": table.bytes,
+            "kept": len(table.label),
+            "damage": table.damage,
+            "quarantined": [asdict(bad) for bad in table.rejected],
+        }
+        samples = np.stack([table.offset, table.size, table.label], axis=1)
+        for name, data in table_objects(attributes, samples, table.key):
+            self.objects.put(f"shards/{shard_id}/{name}", data)
+
+    def write_maps(self, shard_id: str, spec: Spec, maps: NDArray[np.float16]) -> None:
+        """Put maps `[n, G, G]`, in the order of the shard's table, which is there.
+
+        Raises:
+            ValueError: maps that do not fit the table and spec, or are not finite.
+            CacheError: no whole entry, or a damaged one.
+            OSError: as `write_table`.
+        """
+        self._check_new_maps(shard_id, spec, maps, self.summary(shard_id).kept)
+        for name, data in maps_objects(spec, maps):
+            self.objects.put(f"shards/{shard_id}/{name}", data)
+
+    def _check_new_maps(
+        self, shard_id: str, spec: Spec, maps: NDArray[np.float16], kept: int
+    ) -> None:
+        shape = (kept, spec.grid, spec.grid)
         if maps.shape != shape or maps.dtype != np.float16 or not np.isfinite(maps).all():
             raise ValueError(
                 f"shard {shard_id}: maps of {spec.id} must be finite float16 {list(shape)}, "
@@ -178,23 +215,6 @@ class ScoreCache:
             raise ValueError(
                 f"a score can't be named {spec.kind!r}: use letters, digits, _, . and - alone"
             )
-        if not self.has_entry(shard_id, None):
-            attributes = {
-                "columns": ["offset", "size", "label"],
-                "bytes": table.bytes,
-                "kept": len(table.label),
-                "damage": table.damage,
-                "quarantined": [asdict(bad) for bad in table.rejected],
-            }
-            samples = np.stack([table.offset, table.size, table.label], axis=1)
-            for name, data in table_objects(attributes, samples, table.key):
-                self.objects.put(f"shards/{shard_id}/{name}", data)
-        elif self.read_table(shard_id).key != table.key:
-            raise ValueError(
-                f"shard {shard_id}: maps of {spec.id} are for other samples than {self.url} keeps"
-            )
-        for name, data in maps_objects(spec, maps):
-            self.objects.put(f"shards/{shard_id}/{name}", data)
 
     def publish(self, records: Mapping[str, ShardRecord], spec: Spec | None) -> dict[str, str]:
         """Make shards known (URL -> record) whose entries, with maps of `spec`, were put or found.

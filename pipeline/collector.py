@@ -204,7 +204,7 @@ def _named(
 def _doomed(entry: Entry, named: _Named, limit: datetime) -> Iterator[_Doomed]:
     """What of an entry nothing needs and nobody was at work on lately."""
     needed = entry.whole and entry.shard_id in named.shards
-    if not needed and named.specs.isdisjoint(maps.spec_id for maps in entry.maps):
+    if not needed and named.specs.isdisjoint(entry.specs):
         if entry.modified <= limit:
             reason = "no manifest names it" if entry.whole else "only partly written"
             yield _Doomed(entry.shard_id, None, Removed(entry.shard_id, reason, entry.bytes))

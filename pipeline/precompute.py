@@ -57,11 +57,7 @@ def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardRepor
         OSError: the tar can't be read, or the cache can't be written.
         ValueError: the file is no tar.
     """
-    before = storage.version(url)
-    data = storage.read(url)
-    if storage.version(url) != before or len(data) != before.size:
-        raise OSError(f"{url} changed while it was read; run again when nothing writes to it")
-    shard_id = content_id(data)
+    data, shard_id, version = _read(url)
     decoded = 0
     if not cache.has_entry(shard_id, spec):
         # A table that is there decides which samples there are: its other maps go by it.
@@ -69,10 +65,45 @@ def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardRepor
         scored = score_shard(data, spec, url, known)
         cache.write(shard_id, scored.table, spec, scored.maps)
         decoded = len(scored.maps)
-    table = cache.read_table(shard_id)
-    return ShardReport(
-        url, shard_id, before, len(table.label), len(table.rejected), decoded, table.damage
-    )
+    return _report(url, shard_id, version, cache, decoded)
+
+
+def index_shard(url: str, cache: ScoreCache, *, judge: bool = True) -> ShardReport | None:
+    """Make the cache hold the table of the tar at `url`, without any score.
+
+    Args:
+        judge: judge the images of a tar whose content the cache does not know; None if not.
+
+    Raises:
+        OSError: the tar can't be read, or the cache can't be written.
+        ValueError: the file is no tar.
+    """
+    data, shard_id, version = _read(url)
+    decoded = 0
+    if not cache.has_entry(shard_id, None):
+        if not judge:
+            return None
+        table = judge_shard(data, url)
+        cache.write_table(shard_id, table)
+        decoded = len(table.key)
+    return _report(url, shard_id, version, cache, decoded)
+
+
+def _read(url: str) -> tuple[bytes, str, storage.Version]:
+    """Bytes of a tar, their hash, and the state of the file that they are of."""
+    before = storage.version(url)
+    data = storage.read(url)
+    if storage.version(url) != before or len(data) != before.size:
+        raise OSError(f"{url} changed while it was read; run again when nothing writes to it")
+    return data, content_id(data), before
+
+
+def _report(
+    url: str, shard_id: str, version: storage.Version, cache: ScoreCache, decoded: int
+) -> ShardReport:
+    entry = cache.summary(shard_id)
+    rejected = len(entry.rejected)
+    return ShardReport(url, shard_id, version, entry.kept, rejected, decoded, entry.damage)
 
 
 def judge_shard(

@@ -56,7 +56,7 @@ def refresh_shards(
             missing.append(url)
         else:
             nothing = np.empty((0, spec.grid, spec.grid), np.float16)
-            cache.write(shard_id, cache.read_table(shard_id), spec, nothing)
+            cache.write_maps(shard_id, spec, nothing)
             yield url
     if not missing:
         return
@@ -81,6 +81,6 @@ def refresh_shards(
         while done < len(missing) and table.first_row[done + 1] <= seen:
             shard_id, first = table.shard_ids[done], table.first_row[done]
             of_shard = maps[first : table.first_row[done + 1]].numpy()
-            cache.write(shard_id, cache.read_table(shard_id), spec, of_shard)
+            cache.write_maps(shard_id, spec, of_shard)
             yield table.urls[done]
             done += 1

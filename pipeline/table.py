@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +15,11 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
-from pipeline.manifest import CacheError, ShardRecord
+from pipeline.index import index_shards
 from pipeline.scores import ScoreSpec
+from pipeline.sealed import CacheError
 from pipeline.shards import write_dali_index
+from pipeline.stale import Shards, look_up
 
 
 @dataclass(frozen=True)
@@ -74,23 +74,35 @@ class SampleTable:
         return folder
 
 
-def load_samples(patterns: list[str], cache: ScoreCache) -> SampleTable:
-    """Resolve shards through the cache's manifests and read what they hold.
+def load_samples(
+    patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None = None
+) -> SampleTable:
+    """What shards hold, by the cache; what it does not know of them is found out and put there.
 
     Args:
         patterns: shards; see `storage.expand`.
         cache: where their tables are.
+        spec: a score that the caller is going to load: what was not scored is an error at once
+            then, and nothing is judged. A tar whose times alone changed is hashed, no more.
 
     Raises:
-        CacheError: a shard that the cache does not know, or that changed since it was scored. Names
-            the first such shard, the reason, the number of others, and the command that repairs it.
+        CacheError: a shard that is gone, can't be read, or lacks maps of `spec`. Names the first
+            such shard, the reason, the number of others, and the command that repairs it.
         FileNotFoundError: a pattern that matches nothing.
     """
     urls = storage.expand(patterns)
-    records = cache.manifests.lookup(urls)
-    remedy = _remedy(patterns, cache, ScoreSpec())
-    _refuse_stale(urls, lambda url: _staleness(url, records, cache), remedy)
-    ids = [records[url].shard_id for url in urls]
+    shards = look_up(urls, cache, spec)
+    mend = [
+        url
+        for url, each in shards.stale.items()
+        if each.lacks == "hash" or (spec is None and each.lacks != "file")
+    ]
+    failed: dict[str, str] = {}
+    if len(mend) == len(shards.stale) > 0:
+        failed = index_shards(mend, cache, judge=spec is None)
+        shards = look_up(urls, cache, spec)
+    _refuse_stale(shards, failed, _remedy(patterns, cache, spec or ScoreSpec()))
+    ids = [shards.records[url].shard_id for url in urls]
     rows = cache.read_samples(ids)
     counts = [len(shard) for shard in rows]
     if not sum(counts):
@@ -113,36 +125,20 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
     Raises:
         CacheError: a shard without maps of this spec; see `load_samples` for what it names.
     """
-    ids = dict(zip(samples.urls, samples.shard_ids, strict=True))
-
-    def lacking(url: str) -> str | None:
-        there = cache.has_entry(ids[url], spec)
-        return None if there else f"the score cache {cache.url} has no maps of {spec.id} for it"
-
-    _refuse_stale(samples.urls, lacking, _remedy(samples.patterns, cache, spec))
-    return torch.from_numpy(np.concatenate(cache.read_maps(samples.shard_ids, spec)))
-
-
-def _refuse_stale(urls: list[str], why: Callable[[str], str | None], remedy: str) -> None:
-    with ThreadPoolExecutor(32) as pool:
-        reasons = dict(zip(urls, pool.map(why, urls), strict=True))
-    stale = [f"{url}: {reason}" for url, reason in reasons.items() if reason]
-    if stale:
-        others = f" (and {len(stale) - 1} more shards)" if len(stale) > 1 else ""
-        raise CacheError(f"{stale[0]}{others}. {remedy}")
-
-
-def _staleness(url: str, records: dict[str, ShardRecord], cache: ScoreCache) -> str | None:
-    if url not in records:
-        return f"the score cache {cache.url} does not know this shard"
     try:
-        if storage.version(url) != records[url].version:
-            return f"changed since its scores were put into {cache.url}"
-    except FileNotFoundError:
-        return "no such file"
-    if not cache.has_entry(records[url].shard_id, None):
-        return f"the score cache {cache.url} has no whole entry for it"
-    return None
+        return torch.from_numpy(np.concatenate(cache.read_maps(samples.shard_ids, spec)))
+    except CacheError:
+        shards = look_up(samples.urls, cache, spec)  # tells which tar, and what helps
+        _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
+        raise
+
+
+def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:
+    if shards.stale:
+        (url, first), *more = shards.stale.items()
+        why = f" ({failed[url]})" if url in failed else ""
+        others = f" (and {len(more)} more shards)" if more else ""
+        raise CacheError(f"{url}: {first.reason}{why}{others}. {remedy}")
 
 
 def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:

@@ -68,30 +68,20 @@ def make(root: Path, seed: int) -> Layout:
     named = _folders(rng, root, layout, ids)
     for shard_id in ids:
         entry = home / "shards" / shard_id
-        specs = [model_spec(n) for n in generations if (entry / model_spec(n).id).exists()]
-        if shard_id in named or specs:
-            layout.keep |= {path for path in entry.rglob("*") if path.is_file() and _own(path)}
-            for number in set(range(3)) - set(generations):
-                layout.keep -= set((entry / model_spec(number).id).rglob("*"))
         if rng.random() < 0.2:  # a writer was killed, or is at work
-            victim = rng.choice(sorted(entry.rglob("zarr.json")))
-            victim.unlink()
-            if victim.parent == entry:
-                layout.keep -= set(entry.rglob("*"))
-            else:
-                layout.keep -= set(victim.parent.rglob("*"))
-            layout.keep.discard(victim)
-            if specs:  # what a generation names stays, even of an entry that is not whole
-                for spec in specs:
-                    if (entry / spec.id / "zarr.json").exists():
-                        layout.keep |= {p for p in (entry / spec.id).rglob("*") if p.is_file()}
+            rng.choice(sorted(entry.rglob("zarr.json"))).unlink()
+        whole = {path.parent.name for path in entry.glob("*/zarr.json")}
+        named_maps = whole & {model_spec(number).id for number in generations}
+        if not named_maps and not (shard_id in named and (entry / "zarr.json").exists()):
+            continue
+        unneeded = {model_spec(number).id for number in range(3)} - named_maps
+        for path in entry.rglob("*"):
+            array = path.relative_to(entry).parts[0]
+            if path.is_file() and array not in unneeded and (array in whole or array != PIXELS.id):
+                layout.keep.add(path)
     _age(rng, home, layout)
     _add_foreign(rng, root, home, ids, layout)
     return layout
-
-
-def _own(path: Path) -> bool:
-    return "#" not in path.name
 
 
 def _generations(rng: random.Random, layout: Layout) -> set[int]:
@@ -168,7 +158,7 @@ def _add_foreign(
     ]  # fmt: skip
     for _ in range(rng.randint(0, 8)):
         path = home / (rng.choice(places) + rng.choice(names))
-        if not path.exists():
+        if not path.exists() and not path.is_symlink():
             path.parent.mkdir(parents=True, exist_ok=True)
             if rng.random() < 0.2:
                 path.symlink_to(root / "not mounted")

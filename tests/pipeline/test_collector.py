@@ -69,7 +69,7 @@ def test_nothing_needed_is_lost_and_nothing_foreign_is_touched(seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2**64))
 def test_nothing_needed_is_lost_in_any_of_many_layouts(seed):
     with tempfile.TemporaryDirectory() as root:

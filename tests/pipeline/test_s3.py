@@ -17,7 +17,8 @@ from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import precompute_shard
-from pipeline.table import load_samples
+from pipeline.stale import look_up
+from pipeline.table import load_maps, load_samples
 from train.checkpoint import load
 from train.pretrain import Pretrain
 from train.pretrain import main as pretrain
@@ -98,16 +99,18 @@ def test_a_replaced_object_is_found_by_its_etag(bucket, shards, spec):
     client.copy_object(
         Bucket="images", Key="shards/train-000001.tar", CopySource="images/shards/train-000002.tar"
     )
-    with pytest.raises(CacheError, match=r"train-000001\.tar: changed"):
-        load_samples([shards], cache)
-    assert _score(urls, cache, spec) == 0  # its content is known under another name
-    assert len(load_samples([shards], cache)) == 16
+    assert set(look_up(urls, cache, spec).stale) == {urls[1]}
+    # Its content is known under another name.
+    assert len(load_maps(load_samples([shards], cache, spec), cache, spec)) == 16
+    assert _score(urls, cache, spec) == 0
 
 
 def test_what_is_not_there_is_named(bucket, shards, spec):
     cache = ScoreCache(f"{bucket}/scores", create=True)
     with pytest.raises(CacheError, match="does not know this shard"):
-        load_samples([shards], cache)
+        load_samples([shards], cache, spec)
+    with pytest.raises(CacheError, match=r"train-000009\.tar: no such file"):
+        load_samples([f"{bucket}/shards/train-000009.tar"], cache)
     with pytest.raises(FileNotFoundError, match="no such shards"):
         storage.expand([f"{bucket}/nothing-here"])
     assert not storage.exists(f"{bucket}/shards/train-000009.tar")

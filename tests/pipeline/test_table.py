@@ -40,25 +40,59 @@ def test_a_digest_follows_contents_and_order(scored):
     assert len(digests) == 3
 
 
-def test_a_changed_shard_is_found_and_named_with_the_repair(scored):
+def test_a_changed_shard_is_found_and_named_with_the_repair(scored, spec):
     path = Path(scored.shards[1])
     path.write_bytes(tar_bytes(photo_members(7, 50)))
-    with pytest.raises(CacheError, match="changed since") as error:
-        load_samples(scored.shards, scored.cache)
+    with pytest.raises(CacheError, match=r"changed since.*\(its content is new\)") as error:
+        load_samples(scored.shards, scored.cache, spec)
     assert str(path) in str(error.value)
     assert "python jobs/precompute_freq.py --shards" in str(error.value)
 
 
-def test_a_touched_shard_counts_as_changed(scored):
+def test_a_shard_whose_times_alone_changed_is_hashed_and_not_scored(scored, spec):
+    """It was copied, restored from a backup, or given another owner."""
     os.utime(scored.shards[0], (1, 1))
-    with pytest.raises(CacheError, match="changed since"):
-        load_samples(scored.shards, scored.cache)
+    before = {path: path.stat().st_mtime_ns for path in Path(scored.cache.url).glob("shards/*/*/*")}
+    samples = load_samples(scored.shards, scored.cache, spec)
+    assert len(load_maps(samples, scored.cache, spec)) == 26
+    after = {path: path.stat().st_mtime_ns for path in Path(scored.cache.url).glob("shards/*/*/*")}
+    assert after == before
 
 
-def test_an_unknown_shard_and_the_number_of_others_are_named(scored):
+def test_a_shard_replaced_at_equal_size_and_time_is_found(scored, spec):
+    """Other pixels, and rsync kept the time."""
+    path = Path(scored.shards[1])
+    info, data = path.stat(), bytearray(path.read_bytes())
+    data[512 + 200] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+    with pytest.raises(CacheError, match=r"train-000001\.tar: changed since"):
+        load_samples(scored.shards, scored.cache, spec)
+
+
+def test_an_unknown_shard_and_the_number_of_others_are_named(scored, spec):
     for name in ("new-a.tar", "new-b.tar"):
         (scored.folder / name).write_bytes(tar_bytes(photo_members(1)))
     with pytest.raises(CacheError, match=r"new-a\.tar: .*does not know.*\(and 1 more shards\)"):
+        load_samples([str(scored.folder)], scored.cache, spec)
+
+
+def test_shards_that_nobody_scored_are_judged_on_first_use(scored, spec, capsys):
+    members = [*photo_members(3, 50), ("bad.jpg", b"garbage")]
+    (scored.folder / "new.tar").write_bytes(tar_bytes(members))
+    assert len(load_samples([str(scored.folder)], scored.cache)) == 29
+    said = capsys.readouterr().err
+    assert "looking into shards" in said
+    assert "1 of 4 images can't be decoded" in said
+    assert len(load_samples([str(scored.folder)], scored.cache)) == 29
+    assert capsys.readouterr().err == ""
+    with pytest.raises(CacheError, match=rf"new\.tar: .*has no maps of {spec.id}"):
+        load_samples([str(scored.folder)], scored.cache, spec)
+
+
+def test_a_shard_that_is_no_tar_is_named_with_what_is_wrong(scored):
+    (scored.folder / "new.tar").write_bytes(b"no tar")
+    with pytest.raises(CacheError, match=r"new\.tar: .*does not know.*\(ValueError: .*no image"):
         load_samples([str(scored.folder)], scored.cache)
 
 

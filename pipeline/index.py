@@ -1,0 +1,81 @@
+"""What shards hold, found out on first use: for work that needs images and no scores.
+
+Each shard is hashed, and its images are judged unless the cache knows the hash. The result lies in
+the cache, where the score job and all others find it. Any number of processes may do the same work
+at once. On a cluster `jobs/precompute_freq.py` does it, and scores, on all machines.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from tqdm import tqdm
+
+from pipeline import storage
+from pipeline.cache import ScoreCache
+from pipeline.manifest import ShardRecord
+from pipeline.precompute import ShardReport, index_shard
+
+_PUBLISH_EVERY = 10.0  # seconds; a process that is killed loses at most this much
+_MOST_THREADS = 16  # each holds a tar
+
+
+def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) -> dict[str, str]:
+    """Make the cache know shards as they are now, with a progress bar.
+
+    Args:
+        urls: normalised.
+        judge: judge images of shards whose hash the cache does not know; if not, they stay unknown.
+
+    Returns:
+        shards (URL -> reason) that could not be read, are no tars, or stay unknown.
+
+    Raises:
+        OSError: the cache can't be written.
+    """
+    failed: dict[str, str] = {}
+    reports: dict[str, ShardReport] = {}
+    unpublished: dict[str, ShardRecord] = {}
+    published = time.monotonic()
+    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    with (
+        warnings.catch_warnings(),  # threads that do so themselves would undo each other's
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(total=len(urls), desc="looking into shards", unit="shard", mininterval=1) as bar,
+    ):
+        running = {pool.submit(index_shard, url, cache, judge=judge): url for url in urls}
+        for done in as_completed(running):
+            url = running[done]
+            try:
+                report = done.result()
+            except (ValueError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
+                failed[url] = f"{type(error).__name__}: {storage.reason(error)}"
+            else:
+                if report is None:
+                    failed[url] = "its content is new"
+                else:
+                    reports[url] = report
+                    unpublished[url] = ShardRecord(report.version, report.shard_id)
+            bar.update()
+            if time.monotonic() - published > _PUBLISH_EVERY:
+                failed |= cache.publish(unpublished, None)
+                unpublished.clear()
+                published = time.monotonic()
+    failed |= cache.publish(unpublished, None)
+    for url, report in reports.items():
+        if report.damage:
+            print(f"damaged: {url}: {report.damage}", file=sys.stderr)
+    bad = sum(report.quarantined for report in reports.values())
+    if bad:
+        kept = sum(report.kept for report in reports.values())
+        print(
+            f"{bad} of {bad + kept} images can't be decoded and are left out; "
+            f"`python jobs/cache.py ls --cache {cache.url} --bad` lists them",
+            file=sys.stderr,
+        )
+    return failed

@@ -1,0 +1,88 @@
+import multiprocessing
+from pathlib import Path
+
+from samples import photo_members, tar_bytes
+
+from pipeline.cache import ScoreCache
+from pipeline.index import index_shards
+from pipeline.precompute import precompute_shard
+from pipeline.stale import look_up
+
+
+def _tars(folder, count, damaged=False):
+    urls = []
+    for number in range(count):
+        members = [*photo_members(4, 10 * number), ("bad.jpg", b"garbage")]
+        path = folder / f"{number}.tar"
+        path.write_bytes(tar_bytes(members).rstrip(b"\0") if damaged else tar_bytes(members))
+        urls.append(str(path))
+    return urls
+
+
+def _cache(tmp_path):
+    return ScoreCache(str(tmp_path / "cache"), create=True)
+
+
+def test_what_shards_hold_is_found_without_any_score(tmp_path):
+    urls, cache = _tars(tmp_path, 3), _cache(tmp_path)
+    assert index_shards(urls, cache) == {}
+    shards = look_up(urls, cache, None)
+    assert shards.stale == {}
+    for record in shards.records.values():
+        assert cache.summary(record.shard_id).kept == 4
+        assert [bad.key for bad in cache.summary(record.shard_id).rejected] == ["bad"]
+        assert cache.entry(record.shard_id).maps == []
+
+
+def test_the_score_job_goes_by_the_samples_that_are_there(tmp_path, spec):
+    (url,), cache = _tars(tmp_path, 1), _cache(tmp_path)
+    index_shards([url], cache)
+    (record,) = look_up([url], cache, None).records.values()
+    entry = Path(cache.url) / "shards" / record.shard_id
+    before = {path: path.stat().st_mtime_ns for path in entry.rglob("*") if path.is_file()}
+    report = precompute_shard(url, cache, spec)
+    assert (report.kept, report.quarantined, report.decoded) == (4, 1, 4)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert cache.read_maps([report.shard_id], spec)[0].shape == (4, 7, 7)
+    alone = _cache(tmp_path / "alone")
+    precompute_shard(url, alone, spec)
+    assert cache.read_table(report.shard_id).key == alone.read_table(report.shard_id).key
+
+
+def test_only_hashes_are_told_where_nothing_is_to_be_judged(tmp_path):
+    urls, cache = _tars(tmp_path, 2), _cache(tmp_path)
+    index_shards(urls[:1], cache)
+    Path(urls[0]).touch()
+    assert index_shards(urls, cache, judge=False) == {urls[1]: "its content is new"}
+    assert set(look_up(urls, cache, None).stale) == {urls[1]}
+
+
+def test_what_can_not_be_read_is_told_and_the_others_are_done(tmp_path, capsys):
+    urls, cache = _tars(tmp_path, 2, damaged=True), _cache(tmp_path)
+    Path(urls[0]).write_bytes(b"no tar")
+    gone = str(tmp_path / "gone.tar")
+    failed = index_shards([gone, *urls], cache)
+    assert set(failed) == {gone, urls[0]}
+    assert "ValueError" in failed[urls[0]]
+    assert f"damaged: {urls[1]}: " in capsys.readouterr().err
+    assert set(look_up(urls, cache, None).stale) == {urls[0]}
+
+
+def _index(urls, url):
+    index_shards(urls, ScoreCache(url, create=True))
+
+
+def test_two_processes_that_do_the_same_do_each_other_no_harm(tmp_path):
+    urls = _tars(tmp_path, 6)
+    url = str(tmp_path / "cache")
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=_index, args=(urls, url)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    cache = ScoreCache(url)
+    shards = look_up(urls, cache, None)
+    assert shards.stale == {}
+    assert all(len(cache.read_table(each.shard_id).key) == 4 for each in shards.records.values())
