@@ -176,7 +176,7 @@ class Show:
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
-        table = load_samples(self.shards, cache)
+        table = load_samples(self.shards, cache, self.spec)
         config = LoaderConfig(batch_size=min(self.images, len(table)), view=WholeView(), threads=1)
         crops = next(iter(CropLoader(table, config, drop_last=True, seed=self.seed)))
         maps = load_maps(table, cache, self.spec)[crops.rows].float().numpy()

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
-from pipeline.manifest import CacheError, ShardRecord
-from pipeline.precompute import ShardReport, precompute_shard
+from pipeline.manifest import CacheError
+from pipeline.precompute import ShardReport, precompute_shard, publish
 from pipeline.scores import ScoreSpec
 from pipeline.stale import look_up
 from train.program import run_program
@@ -102,38 +102,29 @@ def _run_once(args: PrecomputeFreq) -> int:
     if todo:
         ray.init(ignore_reinit_error=True, logging_level="warning")
     started = published = time.monotonic()
-    reports: dict[str, ShardReport] = {}
+    reports: list[ShardReport] = []
     failed: dict[str, str] = {}
-    unpublished: dict[str, ShardRecord] = {}
+    unpublished: list[ShardReport] = []
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
-        # Twice, if a gc took away what was there when a task looked; see pipeline.notices.
-        for _ in range(2):
-            lost: dict[str, str] = {}
-            for url, outcome in score_shards(todo, cache, args.spec, args.workers):
-                if isinstance(outcome, ShardReport):
-                    reports[url] = outcome
-                    unpublished[url] = ShardRecord(outcome.version, outcome.shard_id)
-                    if outcome.damage:
-                        bar.write(f"damaged: {url}: {outcome.damage}", file=sys.stderr)
-                else:
-                    failed[url] = outcome
-                    bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
-                rate = sum(each.decoded for each in reports.values()) / (time.monotonic() - started)
-                bad = sum(report.quarantined for report in reports.values())
-                bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
-                bar.update()
-                if time.monotonic() - published > _PUBLISH_EVERY:
-                    lost |= cache.publish(unpublished, args.spec)
-                    unpublished.clear()
-                    published = time.monotonic()
-            lost |= cache.publish(unpublished, args.spec)
-            unpublished.clear()
-            todo = list(lost)
-            bar.total += len(lost)
-    for url, reason in lost.items():
-        failed[url] = reason
-        print(f"failed: {url}: {reason}", file=sys.stderr)
-    return _report(args, urls, list(reports.values()), failed, cache, time.monotonic() - started)
+        for url, outcome in score_shards(todo, cache, args.spec, args.workers):
+            if isinstance(outcome, ShardReport):
+                reports.append(outcome)
+                unpublished.append(outcome)
+                if outcome.damage:
+                    bar.write(f"damaged: {url}: {outcome.damage}", file=sys.stderr)
+            else:
+                failed[url] = outcome
+                bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
+            rate = sum(report.decoded for report in reports) / (time.monotonic() - started)
+            bad = sum(report.quarantined for report in reports)
+            bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
+            bar.update()
+            if time.monotonic() - published > _PUBLISH_EVERY:
+                publish(unpublished, cache)
+                unpublished.clear()
+                published = time.monotonic()
+    publish(unpublished, cache)
+    return _report(args, urls, reports, failed, cache, time.monotonic() - started)
 
 
 def score_shards(

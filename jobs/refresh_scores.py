@@ -154,13 +154,14 @@ def _refresh(encoder: Encoder, args: RefreshScores) -> int:
     )
     table = load_samples(urls, cache)
     started = time.perf_counter()
+    claim = cache.claims.claim(specs=[spec.id])  # maps that are there already must stay
     failed = _score_all(urls, encoder, cache, spec, args)
     if not failed:
-        made = Generation(encoder.run, encoder.step, spec, table.digest, len(table))
-        lost = cache.publish_generation(made, table.shard_ids)
-        again = [url for url, each in zip(urls, table.shard_ids, strict=True) if each in lost]
-        failed = _score_all(again, encoder, cache, spec, args) if again else {}
+        cache.generations.publish(
+            Generation(encoder.run, encoder.step, spec, table.digest, len(table))
+        )
         collect_superseded(cache, encoder.run, table.shard_ids)
+    cache.claims.release([claim])
     seconds = time.perf_counter() - started
     summary = {
         "run": encoder.run,

@@ -16,7 +16,7 @@ other. Nothing here deletes; `pipeline.collector` does.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -26,9 +26,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
-from pipeline.generations import Generation, Generations
-from pipeline.manifest import Manifests, ShardRecord
-from pipeline.notices import Notices
+from pipeline.generations import Generations
+from pipeline.manifest import Manifests
+from pipeline.notices import Claims, Notices
 from pipeline.objects import Objects, Stored, is_spec_id
 from pipeline.scores import ScoreSpec, Spec
 from pipeline.sealed import CacheError, damaged, unseal_zarr
@@ -122,7 +122,7 @@ class ScoreCache:
         objects: all that it holds.
         manifests: which shard of which folder has which entry.
         generations: which maps belong to which moment of which training run.
-        notices: what a collection is about to delete.
+        notices, claims: what a collection is about to delete, and writers are at work on.
 
     Raises:
         FileNotFoundError: a local root that is not there, without `create`.
@@ -139,7 +139,7 @@ class ScoreCache:
         self.url = self.objects.url
         self.manifests = Manifests(self.objects)
         self.generations = Generations(self.objects)
-        self.notices = Notices(self.objects)
+        self.notices, self.claims = Notices(self.objects), Claims(self.objects)
         if create:
             self.objects.refuse_foreign()
 
@@ -215,48 +215,6 @@ class ScoreCache:
             raise ValueError(
                 f"a score can't be named {spec.kind!r}: use letters, digits, _, . and - alone"
             )
-
-    def publish(self, records: Mapping[str, ShardRecord], spec: Spec | None) -> dict[str, str]:
-        """Make shards known (URL -> record) whose entries, with maps of `spec`, were put or found.
-
-        Returns:
-            shards (URL -> reason) whose entries can't be read: what a collection took away
-            meanwhile, and is to be made again, or what is damaged.
-        """
-        self.manifests.publish(records)
-        problems = self._problems({each.shard_id for each in records.values()}, spec)
-        return {
-            url: problems[record.shard_id]
-            for url, record in records.items()
-            if record.shard_id in problems
-        }
-
-    def publish_generation(self, generation: Generation, shard_ids: Iterable[str]) -> set[str]:
-        """Make a generation known, whose maps were put into, or found in, those shards' entries.
-
-        Returns:
-            ids of shards whose maps can't be read, as `publish`.
-        """
-        self.generations.publish(generation)
-        return set(self._problems(set(shard_ids), generation.spec))
-
-    def _problems(self, shard_ids: set[str], spec: Spec | None) -> dict[str, str]:
-        """What is amiss with entries, once no collection is at work on them."""
-        self.notices.wait({f"shards/{shard_id}" for shard_id in shard_ids})
-        ids = sorted(shard_ids)
-        with ThreadPoolExecutor(32) as pool:
-            problems = pool.map(lambda shard_id: self._problem(shard_id, spec), ids)
-            return {each: why for each, why in zip(ids, problems, strict=True) if why}
-
-    def _problem(self, shard_id: str, spec: Spec | None) -> str | None:
-        """Why a shard's table, and its maps of `spec`, can't be read; None if they can."""
-        try:
-            self.read_table(shard_id)
-            if spec is not None:
-                self.read_maps([shard_id], spec)
-        except CacheError as error:
-            return str(error)
-        return None
 
     def read_table(self, shard_id: str) -> ShardTable:
         """The table of a shard.

@@ -9,12 +9,11 @@ A collection removes
 and never anything that a manifest, a generation or a run's list of needed ones names, whichever
 job made it. Only objects whose names the cache gives are deleted (`pipeline.objects`), one by one.
 
-**Beside jobs at work.** What a job has put but not yet named looks like what nobody needs. Younger
-objects are left alone for that reason, but this saves work, not data: a writer names its objects
-first and looks whether they are all there afterwards, a collection announces what it is about to
-delete and looks afterwards whether something names it (`pipeline.notices`). Whatever their order,
-either the collection sees the name and keeps the objects, or the writer sees that they went and
-makes them again.
+**Beside jobs at work.** What a job has put but not yet named looks like what nobody needs. A writer
+claims what it is at work on, and a collection announces what it is about to delete, each before it
+looks what the other does (`pipeline.notices`): either the collection sees the claim and keeps the
+objects, or the writer waits until they are gone and makes them again. That only objects of some
+age go saves work, not data.
 
 **Folders out of reach.** A disk that is not mounted, a link that leads nowhere, another store's
 empty bucket of that name: a folder in which none of its recorded shards is to be seen is taken for
@@ -33,6 +32,7 @@ from pipeline import storage
 from pipeline.cache import Entry, ScoreCache
 from pipeline.generations import Generation
 from pipeline.manifest import ShardRecord
+from pipeline.notices import Claimed
 from pipeline.scores import is_generation
 
 _BATCH = 500  # entries a notice speaks of; they go within seconds
@@ -73,10 +73,17 @@ class Collection:
 
 @dataclass(frozen=True)
 class _Named:
-    """What must stay: ids of shards that manifests name, and of specs that generations name."""
+    """What must stay.
+
+    Attributes:
+        shards: ids that manifests name.
+        specs: ids that generations name.
+        claimed: what writers are at work on.
+    """
 
     shards: set[str]
     specs: set[str]
+    claimed: Claimed
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,10 @@ def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
             yield Removed(file.path, "a staging file", file.bytes)
             if not options.dry_run:
                 cache.objects.delete_staging(file)
+    for path in cache.claims.outdated():
+        yield Removed(path, "a killed writer's claim")
+        if not options.dry_run:
+            cache.objects.delete([path])
     gone: dict[str, dict[str, ShardRecord]] = {}
     for folder, records in sorted(cache.manifests.folders().items()):
         gone[folder] = _records_of_deleted(folder, records, options)
@@ -191,6 +202,7 @@ def _named(
     cache: ScoreCache, gone: dict[str, dict[str, ShardRecord]], old: list[Generation]
 ) -> _Named:
     """What manifests and generations name, but for what is going to be forgotten."""
+    claimed = cache.claims.held()  # first: a writer gives its claim up when a manifest has the name
     shards = {
         record.shard_id
         for folder, records in cache.manifests.folders().items()
@@ -198,20 +210,23 @@ def _named(
         if gone.get(folder, {}).get(name) != record
     }
     generations = [each for run in cache.generations.runs() for each in cache.generations.of(run)]
-    return _Named(shards, {each.spec.id for each in generations if each not in old})
+    return _Named(shards, {each.spec.id for each in generations if each not in old}, claimed)
 
 
 def _doomed(entry: Entry, named: _Named, limit: datetime) -> Iterator[_Doomed]:
     """What of an entry nothing needs and nobody was at work on lately."""
+    if entry.shard_id in named.claimed.shards:
+        return
+    claimed = named.claimed.specs & {maps.spec_id for maps in entry.maps}
     needed = entry.whole and entry.shard_id in named.shards
-    if not needed and named.specs.isdisjoint(entry.specs):
+    if not (needed or claimed) and named.specs.isdisjoint(entry.specs):
         if entry.modified <= limit:
             reason = "no manifest names it" if entry.whole else "only partly written"
             yield _Doomed(entry.shard_id, None, Removed(entry.shard_id, reason, entry.bytes))
         return
     for maps in entry.maps:
         orphan = is_generation(maps.spec_id) and maps.spec_id not in named.specs
-        if maps.modified <= limit and (orphan or not maps.whole):
+        if maps.modified <= limit and (orphan or not maps.whole) and maps.spec_id not in claimed:
             reason = "of no generation" if maps.whole else "unfinished"
             what = f"{entry.shard_id}/{maps.spec_id}"
             yield _Doomed(entry.shard_id, maps.spec_id, Removed(what, reason, maps.bytes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-from functools import cache
+import threading
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,14 +133,18 @@ def _parse(data: bytes) -> nvimgcodec.CodeStream:
     return stream
 
 
-@cache
+_own = threading.local()
+
+
 def _decoder() -> nvimgcodec.Decoder:
-    """One CPU thread, and the very plugins that DALI's CPU decoders use."""
-    return nvimgcodec.Decoder(
-        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
-        max_num_cpu_threads=1,
-        backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
-    )
+    """A thread's own: one CPU thread, and the very plugins that DALI's CPU decoders use."""
+    if not hasattr(_own, "decoder"):
+        _own.decoder = nvimgcodec.Decoder(
+            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            max_num_cpu_threads=1,
+            backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+        )
+    return _own.decoder
 
 
 def _check_extent(height: int, width: int) -> None:

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
-from pipeline.manifest import ShardRecord
-from pipeline.precompute import ShardReport, index_shard
+from pipeline.precompute import ShardReport, index_shard, publish
 
 _PUBLISH_EVERY = 10.0  # seconds; a process that is killed loses at most this much
 _MOST_THREADS = 16  # each holds a tar
@@ -40,7 +39,7 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
     """
     failed: dict[str, str] = {}
     reports: dict[str, ShardReport] = {}
-    unpublished: dict[str, ShardRecord] = {}
+    unpublished: list[ShardReport] = []
     published = time.monotonic()
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     with (
@@ -60,13 +59,13 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
                     failed[url] = "its content is new"
                 else:
                     reports[url] = report
-                    unpublished[url] = ShardRecord(report.version, report.shard_id)
+                    unpublished.append(report)
             bar.update()
             if time.monotonic() - published > _PUBLISH_EVERY:
-                failed |= cache.publish(unpublished, None)
+                publish(unpublished, cache)
                 unpublished.clear()
                 published = time.monotonic()
-    failed |= cache.publish(unpublished, None)
+    publish(unpublished, cache)
     for url, report in reports.items():
         if report.damage:
             print(f"damaged: {url}: {report.damage}", file=sys.stderr)

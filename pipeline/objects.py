@@ -7,7 +7,7 @@ this project deletes it:
                                           <array>: samples, key, or the id of a score
     datasets/<folder>-<hash>/<version>.json
     generations/<run>/<step>.json, generations/<run>/needed-by-<run>
-    notices/<id>.json
+    notices/<id>.json, claims/<id>.json
 
 A local writer fills `<name>#<number>` before it takes the name; a killed one leaves that behind.
 """
@@ -38,12 +38,13 @@ _CHILDREN = {
     "datasets": r"[A-Za-z0-9_-]+-[0-9a-f]{12}",
     "generations": _RUN,
     "notices": r"[0-9a-f]{32}\.json(#\d+)?",
+    "claims": r"[0-9a-f]{32}\.json(#\d+)?",
 }
 _OBJECT = re.compile(
     rf"shards/{_SHARD_ID}/(zarr\.json|(samples|key|{_SPEC_ID})/(zarr\.json|c(/0){{1,3}}))"
     rf"|datasets/{_CHILDREN['datasets']}/\d{{8}}\.json"
     rf"|generations/{_RUN}/(\d{{8,}}\.json|needed-by-{_RUN})"
-    rf"|notices/[0-9a-f]{{32}}\.json"
+    rf"|(notices|claims)/[0-9a-f]{{32}}\.json"
 )
 
 
@@ -145,7 +146,7 @@ class Objects:
                     )
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete objects; for `pipeline.collector`, the notices, and old versions of a manifest.
+        """Delete objects; for `pipeline.collector`, notices and claims, old versions of a manifest.
 
         Raises:
             ValueError: a name that can't be the cache's.

@@ -7,7 +7,8 @@ what enters training, is a step of its own, `judge_shard`; scoring looks at the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache import ScoreCache, ShardTable
 from pipeline.decode import BadImage, decode
+from pipeline.manifest import ShardRecord
 from pipeline.scores import ScoreSpec
 from pipeline.shards import Rejected, Sample, content_id, list_shard
 
@@ -39,6 +41,7 @@ class ShardReport:
         version: size and stamp of the file as it was read.
         kept, quarantined: samples; together all that were seen.
         decoded: images decoded now; 0 if the cache had it all.
+        claim: keeps the entry from being collected until `publish` gives it a name.
     """
 
     url: str
@@ -48,6 +51,7 @@ class ShardReport:
     quarantined: int
     decoded: int
     damage: str | None
+    claim: str
 
 
 def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardReport:
@@ -59,13 +63,14 @@ def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardRepor
     """
     data, shard_id, version = _read(url)
     decoded = 0
-    if not cache.has_entry(shard_id, spec):
-        # A table that is there decides which samples there are: its other maps go by it.
-        known = cache.read_table(shard_id) if cache.has_entry(shard_id, None) else None
-        scored = score_shard(data, spec, url, known)
-        cache.write(shard_id, scored.table, spec, scored.maps)
-        decoded = len(scored.maps)
-    return _report(url, shard_id, version, cache, decoded)
+    with _claimed(cache, shard_id) as claim:
+        if not cache.has_entry(shard_id, spec):
+            # A table that is there decides which samples there are: its other maps go by it.
+            known = cache.read_table(shard_id) if cache.has_entry(shard_id, None) else None
+            scored = score_shard(data, spec, url, known)
+            cache.write(shard_id, scored.table, spec, scored.maps)
+            decoded = len(scored.maps)
+        return _report(url, shard_id, version, cache, decoded, claim)
 
 
 def index_shard(url: str, cache: ScoreCache, *, judge: bool = True) -> ShardReport | None:
@@ -79,14 +84,26 @@ def index_shard(url: str, cache: ScoreCache, *, judge: bool = True) -> ShardRepo
         ValueError: the file is no tar.
     """
     data, shard_id, version = _read(url)
+    if not judge and not cache.has_entry(shard_id, None):
+        return None
     decoded = 0
-    if not cache.has_entry(shard_id, None):
-        if not judge:
-            return None
-        table = judge_shard(data, url)
-        cache.write_table(shard_id, table)
-        decoded = len(table.key)
-    return _report(url, shard_id, version, cache, decoded)
+    with _claimed(cache, shard_id) as claim:
+        if not cache.has_entry(shard_id, None):
+            table = judge_shard(data, url)
+            cache.write_table(shard_id, table)
+            decoded = len(table.key)
+        return _report(url, shard_id, version, cache, decoded, claim)
+
+
+@contextmanager
+def _claimed(cache: ScoreCache, shard_id: str) -> Iterator[str]:
+    """Claim an entry; the claim stays for `publish`, unless nothing comes of it."""
+    claim = cache.claims.claim(shards=[shard_id])
+    try:
+        yield claim
+    except BaseException:
+        cache.claims.release([claim])
+        raise
 
 
 def _read(url: str) -> tuple[bytes, str, storage.Version]:
@@ -98,12 +115,21 @@ def _read(url: str) -> tuple[bytes, str, storage.Version]:
     return data, content_id(data), before
 
 
+def publish(reports: Iterable[ShardReport], cache: ScoreCache) -> None:
+    """Make shards known whose entries were put or found."""
+    reports = list(reports)
+    cache.manifests.publish(
+        {each.url: ShardRecord(each.version, each.shard_id) for each in reports}
+    )
+    cache.claims.release(each.claim for each in reports)
+
+
 def _report(
-    url: str, shard_id: str, version: storage.Version, cache: ScoreCache, decoded: int
+    url: str, shard_id: str, version: storage.Version, cache: ScoreCache, decoded: int, claim: str
 ) -> ShardReport:
     entry = cache.summary(shard_id)
     rejected = len(entry.rejected)
-    return ShardReport(url, shard_id, version, entry.kept, rejected, decoded, entry.damage)
+    return ShardReport(url, shard_id, version, entry.kept, rejected, decoded, entry.damage, claim)
 
 
 def judge_shard(

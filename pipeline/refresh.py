@@ -12,7 +12,7 @@ from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.scores import ModelScoreSpec
-from pipeline.table import load_samples
+from pipeline.table import load_samples, require_shards
 
 
 def refresh_shards(
@@ -40,15 +40,13 @@ def refresh_shards(
         each shard's URL, when its maps are in the cache.
 
     Raises:
-        CacheError: a shard that the cache does not know, or that changed since it was scored.
+        CacheError: a shard that is gone or can't be read.
         ValueError: the encoder's scores are not finite.
         OSError: a shard can't be read, or the cache can't be written.
     """
-    known = cache.manifests.lookup(urls)
+    known = require_shards(urls, cache)
     missing = []
     for url in urls:
-        if url not in known:
-            load_samples([url], cache)  # raises, with reason and remedy
         shard_id = known[url].shard_id
         if cache.has_entry(shard_id, spec):
             yield url

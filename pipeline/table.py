@@ -16,6 +16,7 @@ from torch import Tensor
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.index import index_shards
+from pipeline.manifest import ShardRecord
 from pipeline.scores import ScoreSpec
 from pipeline.sealed import CacheError
 from pipeline.shards import write_dali_index
@@ -82,27 +83,15 @@ def load_samples(
     Args:
         patterns: shards; see `storage.expand`.
         cache: where their tables are.
-        spec: a score that the caller is going to load: what was not scored is an error at once
-            then, and nothing is judged. A tar whose times alone changed is hashed, no more.
+        spec: see `require_shards`.
 
     Raises:
-        CacheError: a shard that is gone, can't be read, or lacks maps of `spec`. Names the first
-            such shard, the reason, the number of others, and the command that repairs it.
+        CacheError: see `require_shards`; or no sample is left.
         FileNotFoundError: a pattern that matches nothing.
     """
     urls = storage.expand(patterns)
-    shards = look_up(urls, cache, spec)
-    mend = [
-        url
-        for url, each in shards.stale.items()
-        if each.lacks == "hash" or (spec is None and each.lacks != "file")
-    ]
-    failed: dict[str, str] = {}
-    if len(mend) == len(shards.stale) > 0:
-        failed = index_shards(mend, cache, judge=spec is None)
-        shards = look_up(urls, cache, spec)
-    _refuse_stale(shards, failed, _remedy(patterns, cache, spec or ScoreSpec()))
-    ids = [shards.records[url].shard_id for url in urls]
+    records = require_shards(urls, cache, spec, patterns=patterns)
+    ids = [records[url].shard_id for url in urls]
     rows = cache.read_samples(ids)
     counts = [len(shard) for shard in rows]
     if not sum(counts):
@@ -117,6 +106,39 @@ def load_samples(
         _places=torch.from_numpy(samples[:, :2].copy()),
         _cache=cache,
     )
+
+
+def require_shards(
+    urls: list[str],
+    cache: ScoreCache,
+    spec: ScoreSpec | None = None,
+    *,
+    patterns: list[str] | None = None,
+) -> dict[str, ShardRecord]:
+    """Make sure that the cache knows shards as they are now; returns URL -> record.
+
+    Args:
+        urls: normalised.
+        spec: a score that the caller is going to load: what was not scored is an error at once
+            then, and nothing is judged. A tar whose times alone changed is hashed, no more.
+        patterns: what the user called the shards.
+
+    Raises:
+        CacheError: a shard that is gone, can't be read, or lacks maps of `spec`. Names the first
+            such shard, the reason, the number of others, and the command that repairs it.
+    """
+    shards = look_up(urls, cache, spec)
+    mend = [
+        url
+        for url, each in shards.stale.items()
+        if each.lacks == "hash" or (spec is None and each.lacks != "file")
+    ]
+    failed: dict[str, str] = {}
+    if len(mend) == len(shards.stale) > 0:
+        failed = index_shards(mend, cache, judge=spec is None)
+        shards = look_up(urls, cache, spec)
+    _refuse_stale(shards, failed, _remedy(patterns or urls, cache, spec or ScoreSpec()))
+    return shards.records
 
 
 def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tensor:

@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 
 from pipeline.cache import ScoreCache
-from pipeline.manifest import ShardRecord
-from pipeline.precompute import precompute_shard
+from pipeline.precompute import precompute_shard, publish
 from pipeline.scores import ScoreSpec
 
 
@@ -53,5 +52,4 @@ def photo_members(count: int, first: int = 0, **size: int) -> list[tuple[str, by
 
 def score(urls: list[Path], cache: ScoreCache, spec: ScoreSpec) -> None:
     """What the Ray job does, in this process."""
-    reports = [precompute_shard(str(url), cache, spec) for url in urls]
-    cache.manifests.publish({r.url: ShardRecord(r.version, r.shard_id) for r in reports})
+    publish([precompute_shard(str(url), cache, spec) for url in urls], cache)

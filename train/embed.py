@@ -49,7 +49,7 @@ class Embed:
     checkpoint: str
     """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
     cache: str
-    """score cache that knows the shards"""
+    """score cache; it comes to know the shards that it does not"""
     shards: list[str]
     """tars, folders of tars, wildcards or brace patterns (in quotes)"""
     out: Path
@@ -71,7 +71,7 @@ def main(args: Embed) -> None:
 
     Raises:
         ValueError: --out is there already, or --checkpoint is no encoder.
-        CacheError: shards that the cache does not know.
+        CacheError: a shard that can't be read.
     """
     if args.out.exists():
         raise ValueError(f"--out {args.out} is there already; give a new name")
@@ -80,7 +80,7 @@ def main(args: Embed) -> None:
         if args.ema
         else build_initial_encoder(args.checkpoint)
     )
-    cache = ScoreCache(args.cache)
+    cache = ScoreCache(args.cache, create=True)
     table = load_samples(args.shards, cache)
     size = encoder.patch_embed.img_size[0]
     with ranks(args.device) as here, _open(args.out, table, encoder.embed_dim) as writer:

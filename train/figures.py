@@ -65,8 +65,9 @@ def main(config: Figures) -> Path:
     model = load_model(config.checkpoint)
     run = load(config.checkpoint).config
     cache, spec = ScoreCache(config.cache), ScoreSpec(**run["spec"])
-    table = load_samples(config.shards, cache)
-    maps = load_maps(table, cache, spec) if run["join"]["frequency_exponent"] else None
+    weighs = bool(run["join"]["frequency_exponent"])
+    table = load_samples(config.shards, cache, spec if weighs else None)
+    maps = load_maps(table, cache, spec) if weighs else None
     loader = CropLoader(
         table,
         LoaderConfig(

@@ -75,8 +75,10 @@ class Run:
         self.clock = Clock(here.device)
         self.side = SideStream(here.device)
         weighs = config.join.frequency_exponent != 0
-        cache = ScoreCache(config.cache)
-        self.table = here.share(lambda: load_samples(config.shards, cache))
+        cache = ScoreCache(config.cache, create=not weighs)
+        self.table = here.share(
+            lambda: load_samples(config.shards, cache, config.spec if weighs else None)
+        )
         self.maps = (
             here.share(lambda: load_maps(self.table, cache, config.spec)) if weighs else None
         )

@@ -18,8 +18,7 @@ from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
-from pipeline.manifest import ShardRecord
-from pipeline.precompute import precompute_shard
+from pipeline.precompute import precompute_shard, publish
 from pipeline.scores import ScoreSpec
 from pipeline.writer import Encoding, Item, write_shards
 
@@ -117,6 +116,5 @@ def scored(
     with shards(patterns, photos) as urls, tempfile.TemporaryDirectory() as folder:
         cache = ScoreCache(folder, create=True)
         for url in tqdm(urls, desc="scoring", unit="shard"):
-            report = precompute_shard(url, cache, spec)
-            cache.manifests.publish({url: ShardRecord(report.version, report.shard_id)})
+            publish([precompute_shard(url, cache, spec)], cache)
         yield urls, cache

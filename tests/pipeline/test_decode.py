@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import hostile
@@ -165,3 +166,12 @@ def test_metadata_that_turns_an_image_for_some_readers_only_is_refused():
     decode(with_segments(jpeg, first), 16)
     with pytest.raises(BadImage, match="several ways"):
         decode(with_segments(jpeg, first, second), 16)
+
+
+def test_threads_decode_side_by_side():
+    images = [encode(photo(n, 90, 70), "PNG") for n in range(40)]
+    expected = [decode(each, 32) for each in images]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda each: decode(each, 32), images * 4))
+    for first, second in zip(expected * 4, found, strict=True):
+        np.testing.assert_array_equal(first, second)

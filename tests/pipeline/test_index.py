@@ -1,6 +1,7 @@
 import multiprocessing
 from pathlib import Path
 
+import pytest
 from samples import photo_members, tar_bytes
 
 from pipeline.cache import ScoreCache
@@ -72,6 +73,7 @@ def _index(urls, url):
     index_shards(urls, ScoreCache(url, create=True))
 
 
+@pytest.mark.slow
 def test_two_processes_that_do_the_same_do_each_other_no_harm(tmp_path):
     urls = _tars(tmp_path, 6)
     url = str(tmp_path / "cache")

@@ -4,9 +4,9 @@ import time
 import pytest
 
 from pipeline import notices
-from pipeline.notices import Notices
+from pipeline.notices import Claimed, Claims, Notices
 from pipeline.objects import Objects
-from pipeline.sealed import CacheError
+from pipeline.sealed import CacheError, seal
 
 ENTRY = f"shards/{'a' * 32}"
 
@@ -60,3 +60,36 @@ def test_a_damaged_notice_is_named_with_the_remedy(objects):
     objects.put(f"notices/{'c' * 32}.json", b"{}")
     with pytest.raises(CacheError, match=r"c\.json is damaged.*Remove it"):
         Notices(objects).wait({ENTRY})
+
+
+def test_claims_hold_until_they_are_released(objects):
+    claims = Claims(objects)
+    first = claims.claim(shards=["a", "b"])
+    second = claims.claim(shards=["b"], specs=["lowpass-0123456789ab"])
+    assert claims.held() == Claimed({"a", "b"}, {"lowpass-0123456789ab"})
+    claims.release([first])
+    assert claims.held().shards == {"b"}
+    claims.release([second, first])
+    assert claims.held() == Claimed(set(), set())
+
+
+def test_who_claims_a_spec_waits_for_any_collection_of_maps(objects):
+    events = []
+
+    def writer():
+        Claims(objects).claim(specs=["lowpass-0123456789ab"])
+        events.append("claimed")
+
+    with Notices(objects).posted([f"{ENTRY}/lowpass-0123456789ab"]):
+        thread = threading.Thread(target=writer)
+        thread.start()
+        time.sleep(0.3)
+        events.append("deleted")
+    thread.join()
+    assert events == ["deleted", "claimed"]
+
+
+def test_a_damaged_claim_is_named_with_the_remedy(objects):
+    objects.put(f"claims/{'c' * 32}.json", seal({"shards": 1}))
+    with pytest.raises(CacheError, match=r"c\.json is damaged \(it lacks.*Remove it"):
+        Claims(objects).held()

@@ -18,6 +18,7 @@ OWN = [
     "generations/run-1/123456789.json",
     "generations/run-1/needed-by-run-2",
     f"notices/{ID}.json",
+    f"claims/{ID}.json",
 ]
 FOREIGN = [
     "zarr.json",
@@ -54,7 +55,7 @@ def test_objects_come_back_are_listed_and_deleted(objects):
     assert [objects.get(path) for path in OWN] == [path.encode() for path in OWN]
     found = [
         each.path
-        for folder in ("shards", "datasets", "generations", "notices")
+        for folder in ("shards", "datasets", "generations", "notices", "claims")
         for each in objects.below(folder)
     ]
     assert sorted(found) == sorted(OWN)

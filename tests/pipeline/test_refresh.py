@@ -7,7 +7,6 @@ from samples import photo_members, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.manifest import CacheError
 from pipeline.refresh import refresh_shards
 from pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
 
@@ -139,11 +138,10 @@ def test_a_shard_without_a_sound_image_gets_empty_maps(scored, encoder):
     assert scored.cache.read_maps([shard_id], spec)[0].shape == (0, 8, 8)
 
 
-def test_a_shard_that_was_never_scored_is_refused(scored, encoder):
+def test_a_shard_that_was_never_scored_is_judged_first(scored, encoder):
     path = scored.folder / "train-000009.tar"
-    path.write_bytes(tar_bytes(photo_members(1)))
-    with pytest.raises(CacheError, match="does not know this shard"):
-        _refresh(encoder, [str(path)], scored, _spec(encoder))
+    path.write_bytes(tar_bytes(photo_members(3)))
+    assert _refresh(encoder, [str(path)], scored, _spec(encoder)) == [str(path)]
 
 
 def test_an_encoder_without_a_number_in_it_is_refused(scored, encoder):

@@ -15,8 +15,8 @@ from jobs.make_shards import MakeShards, main
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.manifest import CacheError, ShardRecord
-from pipeline.precompute import precompute_shard
+from pipeline.manifest import CacheError
+from pipeline.precompute import precompute_shard, publish
 from pipeline.stale import look_up
 from pipeline.table import load_maps, load_samples
 from train.checkpoint import load
@@ -53,7 +53,7 @@ def shards(bucket, tmp_path):
 
 def _score(urls, cache, spec):
     reports = [precompute_shard(url, cache, spec) for url in urls]
-    cache.manifests.publish({r.url: ShardRecord(r.version, r.shard_id) for r in reports})
+    publish(reports, cache)
     return sum(report.decoded for report in reports)
 
 

@@ -28,7 +28,7 @@ class Evaluation:
     checkpoint: str
     """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
     cache: str
-    """score cache that knows the shards, whatever the score"""
+    """score cache; it comes to know the shards that it does not"""
     train: list[str]
     """shards to learn from"""
     val: list[str]
@@ -167,7 +167,7 @@ def open_images(
     """The images of `--train` or `--val`, as that encoder takes them."""
     size = encoder.patch_embed.img_size[0]
     return Images(
-        table=load_samples(getattr(options, name), ScoreCache(options.cache)),
+        table=load_samples(getattr(options, name), ScoreCache(options.cache, create=True)),
         name=name,
         image_size=size,
         centre=options.centre or (0.875 if size > 64 else 1.0),
