@@ -35,7 +35,7 @@ from pipeline.loader import LoaderConfig
 from pipeline.table import SampleTable, load_samples
 from train import checkpoint
 from train.distributed import ranks
-from train.evaluate.trunk import Images
+from train.evaluate.trunk import Images, default_centre
 from train.initial import build_initial_encoder
 from train.program import run_program
 
@@ -88,10 +88,10 @@ def main(args: Embed) -> None:
             table=table,
             name="features",
             image_size=size,
-            centre=args.centre or (0.875 if size > 64 else 1.0),
+            centre=args.centre or default_centre(size),
             batch_size=args.batch_size,
             threads=args.threads,
-            device=here.device,
+            here=here,
         )
         for first, cls, mean in _features(encoder.to(here.device).eval(), images):
             writer.write(first, cls, mean)

@@ -76,6 +76,12 @@ class Log:
             text = ", ".join(f"{key} {value}" for key, value in details.items())
             tqdm.write(f"step {step}: {name}: {text}", file=sys.stderr)
 
+    def found(self, step: int, evaluator: str, values: dict[str, float]) -> None:
+        """Log what an evaluator found at a step; a thread beside the steps may call this."""
+        for name, value in values.items():
+            self._board.add_scalar(f"{evaluator}/{name}", value, step)
+        self._write({"step": step, "event": "evaluation", "evaluator": evaluator, **values})
+
     def picture(self, step: int, picture: Image.Image) -> None:
         """Show what the run does to a few crops."""
         self._board.add_image("crops", np.asarray(picture), step, dataformats="HWC")

@@ -165,6 +165,8 @@ def fit(
     classes: int,
     heads: int,
     device: torch.device,
+    *,
+    progress: bool = True,
 ) -> Classifiers:
     """Train one classifier a setting on the images `rows`, all of them on the same batches."""
     classifiers = Classifiers(features, rows, settings, classes, heads).to(device)
@@ -175,7 +177,9 @@ def fit(
     steps = epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(options.seed)
-    with tqdm(total=steps, desc=f"{len(settings)} classifiers", mininterval=1) as bar:
+    with tqdm(
+        total=steps, desc=f"{len(settings)} classifiers", mininterval=1, disable=not progress
+    ) as bar:
         for _ in range(epochs):
             for drawn in torch.randperm(count, generator=generator).split(options.step_images):
                 batch = features.take(rows[drawn])

@@ -40,7 +40,7 @@ def run(options: Evaluation) -> dict[str, Value]:
     encoder, of_run = open_encoder(options), _run_of(options.checkpoint)
     with ranks(options.device) as here:
         encoder = encoder.to(here.device)
-        train, val = (open_images(options, encoder, each, here.device) for each in ("train", "val"))
+        train, val = (open_images(options, encoder, each, here) for each in ("train", "val"))
         found = dict(evaluator(encoder, train, val, options))
     values: dict[str, Value] = {"train_images": len(train), "val_images": len(val), **found}
     weights = "untrained" if options.untrained else "ema" if options.ema else "trained"

@@ -16,6 +16,7 @@ from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
 from pipeline.table import SampleTable, load_samples
+from train.distributed import Ranks
 
 Value = float | int | str
 Pooling = Literal["cls", "mean", "attentive"]
@@ -89,12 +90,12 @@ class Images:
 
     Attributes:
         table: which samples.
-        name: what to call them on the terminal.
+        name: what to call them on the terminal; "" shows nothing there.
         image_size: side of the crops, px.
         centre: share of the shorter side that a crop shows when features are taken.
         batch_size: crops at a time.
         threads: CPU threads that decode.
-        device: where crops end up.
+        here: this rank; crops end up on its device.
     """
 
     table: SampleTable
@@ -103,7 +104,12 @@ class Images:
     centre: float
     batch_size: int
     threads: int
-    device: torch.device
+    here: Ranks
+
+    @property
+    def device(self) -> torch.device:
+        """What the crops are on."""
+        return self.here.device
 
     def __len__(self) -> int:
         return len(self.table)
@@ -114,7 +120,13 @@ class Images:
         return int(self.table.labels.max()) + 1
 
     def crops(
-        self, view: View | None = None, *, epochs: int = 1, shuffle: bool = False, seed: int = 0
+        self,
+        view: View | None = None,
+        *,
+        epochs: int = 1,
+        shuffle: bool = False,
+        seed: int = 0,
+        own_share: bool = False,
     ) -> Iterator[CropBatch]:
         """Every image once an epoch.
 
@@ -122,6 +134,7 @@ class Images:
             view: which part of each; its centre if none is given.
             shuffle: draw them at random, else in the order of the shards.
             seed: of shuffle and view.
+            own_share: only the images of this rank; together the ranks read all.
         """
         config = LoaderConfig(
             batch_size=self.batch_size,
@@ -130,9 +143,22 @@ class Images:
             shuffle_buffer=LoaderConfig.shuffle_buffer if shuffle else 0,
             threads=self.threads,
         )
-        loader = CropLoader(self.table, config, drop_last=False, device=self.device, seed=seed)
-        total = len(self) * epochs
-        with tqdm(total=total, desc=self.name, unit=" images", mininterval=1) as bar:
+        loader = CropLoader(
+            self.table,
+            config,
+            drop_last=False,
+            rank=self.here.rank if own_share else 0,
+            world_size=self.here.world_size if own_share else 1,
+            device=self.device,
+            seed=seed,
+        )
+        with tqdm(
+            total=len(self) * epochs // loader.world_size,
+            desc=self.name,
+            unit=" images",
+            mininterval=1,
+            disable=not self.name,
+        ) as bar:
             for _ in range(epochs):
                 for crops in loader:
                     yield crops
@@ -161,20 +187,23 @@ class Images:
         return Features(cls, mean, kept if tokens else None, self.table.labels)
 
 
-def open_images(
-    options: Evaluation, encoder: VisionTransformer, name: str, device: torch.device
-) -> Images:
+def open_images(options: Evaluation, encoder: VisionTransformer, name: str, here: Ranks) -> Images:
     """The images of `--train` or `--val`, as that encoder takes them."""
     size = encoder.patch_embed.img_size[0]
     return Images(
         table=load_samples(getattr(options, name), ScoreCache(options.cache, create=True)),
         name=name,
         image_size=size,
-        centre=options.centre or (0.875 if size > 64 else 1.0),
+        centre=options.centre or default_centre(size),
         batch_size=options.batch_size,
         threads=options.threads,
-        device=device,
+        here=here,
     )
+
+
+def default_centre(image_size: int) -> float:
+    """Share of the shorter side that is shown at this size, px, unless said otherwise."""
+    return 0.875 if image_size > 64 else 1.0
 
 
 def require_labels(*sets: Images) -> None:

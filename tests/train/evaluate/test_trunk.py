@@ -9,7 +9,10 @@ from samples import photo, photo_members, score, tar_bytes
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
+from train.distributed import Ranks
 from train.evaluate.trunk import Evaluation, open_images, require_labels, standard_error, top1
+
+HERE = Ranks(0, 1, "here", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -20,7 +23,7 @@ def encoder():
 
 def test_features_are_those_of_each_images_centre(scored, encoder, options):
     evaluation = options(Evaluation, train=scored.shards)
-    images = open_images(evaluation, encoder, "train", torch.device("cpu"))
+    images = open_images(evaluation, encoder, "train", HERE)
     features = images.features(encoder, tokens=True)
     assert features.cls.shape == features.mean.shape == (26, 96)
     assert features.tokens.shape == (26, 64, 96)
@@ -46,7 +49,7 @@ def test_features_are_those_of_each_images_centre(scored, encoder, options):
 
 
 def test_patch_tokens_are_kept_only_where_they_are_asked_for(encoder, options):
-    images = open_images(options(Evaluation), encoder, "val", torch.device("cpu"))
+    images = open_images(options(Evaluation), encoder, "val", HERE)
     features = images.features(encoder)
     assert features.tokens is None
     taken = features.take(torch.tensor([4, 0]))
@@ -60,7 +63,7 @@ def test_images_without_a_class_are_named(scored, encoder, options, tmp_path):
     score([path], scored.cache, scored.spec)
     evaluation = options(Evaluation, train=[str(path)])
     labelled, unlabelled = (
-        open_images(evaluation, encoder, name, torch.device("cpu")) for name in ("val", "train")
+        open_images(evaluation, encoder, name, HERE) for name in ("val", "train")
     )
     with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
         require_labels(labelled, unlabelled)

@@ -1,0 +1,108 @@
+import json
+
+import pytest
+import torch
+from samples import photo_members, score, tar_bytes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
+from pipeline.cache import ScoreCache
+from train.distributed import Ranks
+from train.evaluate.knn import predict
+from train.evaluate.monitor import Monitor
+from train.evaluate.trunk import Evaluation, open_images, top1
+from train.log import Log
+from train.timing import Clock
+
+HERE = Ranks(0, 1, "here", torch.device("cpu"))
+SIZES = MODELS["vit_nano"]
+
+
+@pytest.fixture
+def log(tmp_path):
+    log = Log(tmp_path, 0, 10, 8, Clock(HERE.device))
+    yield log
+    log.close()
+
+
+@pytest.fixture
+def monitor(scored):
+    return Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, HERE)
+
+
+@pytest.fixture
+def encoder():
+    torch.manual_seed(0)
+    return MaskedAutoencoder(SIZES).encoder
+
+
+def _lines(folder, event):
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path):
+    images = open_images(options(Evaluation, val=options(Evaluation).train), encoder, "val", HERE)
+    expected = images.features(encoder.eval())
+    encoder.train()
+    monitor.look(encoder, 7, log)
+    with torch.no_grad():
+        for weights in encoder.parameters():
+            weights.zero_()
+    monitor.close(finished=True)
+    assert encoder.training
+    (line,) = _lines(tmp_path, "evaluation")
+    assert (line["step"], line["evaluator"]) == (7, "monitor")
+    values = {"knn_cls", "knn_mean", "probe_cls", "probe_mean", "seconds"}
+    assert values <= line.keys()
+    log.close()
+    curves = EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert {f"monitor/{name}" for name in values} <= set(curves)
+    # The k-NN by hand, on features that an encoder left alone gives.
+    assert len(expected.labels) == 17
+    known, tested = monitor._known, monitor._tested
+    assert len(tested) == 5
+    every = monitor._images.features(monitor._encoder)
+    torch.testing.assert_close(every.mean[:17], expected.mean, atol=1e-5, rtol=1e-4)
+    found = predict(every.mean[known], every.labels[known], every.mean[tested])
+    assert line["knn_mean"] == pytest.approx(top1(found, every.labels[tested], 3), abs=1e-5)
+
+
+def test_nothing_is_drawn_from_the_generator_of_the_training(scored, encoder, log):
+    before = torch.get_rng_state()
+    monitor = Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, HERE)
+    monitor.look(encoder, 1, log)
+    monitor.close(finished=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_look_is_left_out_while_the_last_one_lasts(monitor, encoder, log, tmp_path):
+    monitor.look(encoder, 1, log)
+    monitor.look(encoder, 2, log)
+    monitor.close(finished=True)
+    assert [line["step"] for line in _lines(tmp_path, "evaluation")] == [1]
+    assert [line["step"] for line in _lines(tmp_path, "monitor left out")] == [2]
+
+
+def test_a_look_is_given_up_when_the_run_is_stopped(monitor, encoder, log, tmp_path):
+    monitor._stop.set()
+    monitor.look(encoder, 1, log)
+    monitor.close(finished=False)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
+def test_a_look_that_fails_is_told_and_training_goes_on(monitor, encoder, log, tmp_path, scored):
+    (scored.folder / "train-000001.tar").unlink()
+    monitor.look(encoder, 1, log)
+    monitor.close(finished=True)
+    (line,) = _lines(tmp_path, "monitor failed")
+    assert line["reason"]
+
+
+def test_images_without_a_class_are_refused_at_once(scored, tmp_path):
+    path = tmp_path / "unlabelled.tar"
+    path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
+    score([path], scored.cache, scored.spec)
+    with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
+        Monitor([str(path)], scored.cache, SIZES, 1, HERE)
