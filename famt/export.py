@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from famt.mae import MaskedAutoencoder
+from famt.masked import MaskedModel
 
 _ENCODER = "encoder."
 
@@ -52,7 +52,7 @@ def is_decoder(name: str) -> bool:
     return name.startswith("decoder_") or name == "mask_token"
 
 
-def encoder_state(model: MaskedAutoencoder) -> dict[str, Tensor]:
+def encoder_state(model: MaskedModel) -> dict[str, Tensor]:
     """The encoder's weights as `timm.create_model("vit_...", num_classes=0)` loads them.
 
     timm's own position embedding is a trained parameter of the same shape, so ours fits.
@@ -60,24 +60,24 @@ def encoder_state(model: MaskedAutoencoder) -> dict[str, Tensor]:
     return dict(model.encoder.state_dict())
 
 
-def official_state(model: MaskedAutoencoder) -> dict[str, Tensor]:
+def official_state(model: MaskedModel) -> dict[str, Tensor]:
     """All weights under the key names of the checkpoints that the MAE authors published.
 
     Raises:
-        ValueError: the cross decoder, which those checkpoints don't have.
+        ValueError: a part that those checkpoints don't have, the cross decoder say.
     """
-    _refuse_cross(model)
+    _refuse_unofficial(model)
     return {key.removeprefix(_ENCODER): value for key, value in model.state_dict().items()}
 
 
-def load_official(model: MaskedAutoencoder, state: Mapping[str, Tensor]) -> None:
+def load_official(model: MaskedModel, state: Mapping[str, Tensor]) -> None:
     """Load weights that carry the official MAE key names, positions included.
 
     Raises:
         RuntimeError: keys or shapes that do not fit, each named.
-        ValueError: the cross decoder, which those checkpoints don't have.
+        ValueError: a part that those checkpoints don't have, the cross decoder say.
     """
-    _refuse_cross(model)
+    _refuse_unofficial(model)
     own = {key.removeprefix(_ENCODER): key for key in model.state_dict()}
     model.load_state_dict({own.get(key, key): value for key, value in state.items()})
 
@@ -145,9 +145,9 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def _refuse_cross(model: MaskedAutoencoder) -> None:
-    if model.config.decoder == "cross":
+def _refuse_unofficial(model: MaskedModel) -> None:
+    if model.unofficial:
         raise ValueError(
-            "the official MAE keys are those of the self decoder, and this model has the cross "
-            "decoder; `encoder_state` gives its encoder's weights"
+            f"the official MAE keys have no place for this model's {model.unofficial}; "
+            "`encoder_state` gives its encoder's weights"
         )

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.mae import MaskedAutoencoder
+from famt.masked import MaskedModel
 
 _ENCODER = "encoder."
 # Parts that change what an encoder computes: without them it would be another one.
@@ -123,7 +123,7 @@ def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tenso
     return fit
 
 
-def load_weights(model: MaskedAutoencoder, weights: Mapping[str, Tensor]) -> Fit:
+def load_weights(model: MaskedModel, weights: Mapping[str, Tensor]) -> Fit:
     """Put weights into encoder and decoder; into the decoder only if all of its tensors fit.
 
     Args:

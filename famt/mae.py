@@ -10,24 +10,19 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from famt.decoder import CrossBlock
+from famt.masked import MaskedModel
 from famt.models import ModelConfig, sincos_positions
 from famt.sampling import PatchSplit
 
 _norm = partial(nn.LayerNorm, eps=1e-6)  # as in timm's ViT
 
 
-class MaskedAutoencoder(nn.Module):
+class MaskedAutoencoder(MaskedModel):
     """A timm ViT encoder over visible patches and a light decoder that fills in the masked ones.
-
-    Attributes:
-        encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
-            are timm's own, and with the self decoder's those of the official MAE checkpoints
-            (see `famt.export`).
 
     The decoder "self" is MAE's: visible and masked tokens all attend to each other. "cross" is
     CrossMAE's: masked tokens attend to visible ones alone (see `famt.decoder`), so what is
@@ -35,9 +30,7 @@ class MaskedAutoencoder(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.encoder = config.encoder()
+        super().__init__(config)
         self.decoder_embed = nn.Linear(config.width, config.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
         self.decoder_pos_embed = sincos_positions(config.grid, config.decoder_width)
@@ -48,7 +41,8 @@ class MaskedAutoencoder(nn.Module):
         )
         self.decoder_norm = _norm(config.decoder_width)
         self.decoder_pred = nn.Linear(config.decoder_width, config.patch_size**2 * 3)
-        self._initialise()
+        self.initialise()
+        nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
         self,
@@ -72,14 +66,9 @@ class MaskedAutoencoder(nn.Module):
         prediction = self.decode(latent, split)
         return self.loss(prediction, masked, loss_weights)
 
-    def encode(self, patches: Tensor, index: Tensor) -> Tensor:
-        """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, 1+V, width]`."""
-        encoder, position = self.encoder, self.encoder.pos_embed
-        projection = encoder.patch_embed.proj
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
-        tokens = F.linear(patches, weight, projection.bias) + position[0, 1 + index]
-        cls = (encoder.cls_token + position[:, :1]).expand(len(tokens), -1, -1)
-        return encoder.norm(encoder.blocks(torch.cat([cls, tokens], dim=1)))
+    def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
+        """Pixels of the predicted patches `[B, K, P*P*3]`; see `MaskedModel`."""
+        return self.decode(self.encode(visible, split.visible), split)
 
     def decode(self, latent: Tensor, split: PatchSplit) -> Tensor:
         """Tokens `[B, 1+V, width]` -> pixels of the predicted patches `[B, K, P*P*3]`."""
@@ -100,29 +89,14 @@ class MaskedAutoencoder(nn.Module):
                 hidden = block(hidden, seen)
         return self.decoder_pred(self.decoder_norm(hidden))
 
-    def loss(
-        self, prediction: Tensor, masked: Tensor, loss_weights: Tensor | None = None
-    ) -> Tensor:
-        """Mean squared error against `masked`, in float32 whatever the autocast."""
-        error = (prediction.float() - self.target(masked)).square()
-        return error.mean() if loss_weights is None else (error.mean(-1) * loss_weights).mean()
+    def error(self, difference: Tensor) -> Tensor:
+        """L2."""
+        return difference.square()
 
-    def target(self, masked: Tensor) -> Tensor:
-        """What the decoder is asked for: the pixels, by default normalised within each patch."""
-        masked = masked.float()
-        if not self.config.normalise_targets:
-            return masked
-        variance, mean = torch.var_mean(masked, dim=-1, keepdim=True)
-        return (masked - mean) / (variance + 1e-6).sqrt()
-
-    def _initialise(self) -> None:
-        """MAE's own initialisation: Xavier for every linear map, the patch projection included."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
-        nn.init.normal_(self.encoder.cls_token, std=0.02)
-        nn.init.normal_(self.mask_token, std=0.02)
+    @property
+    def unofficial(self) -> str | None:
+        """A cross decoder or fused blocks; with neither, all keys are those of MAE's checkpoints,
+        but for the `encoder.` before the encoder's (see `famt.export`)."""
+        if self.config.decoder != "self":
+            return f"{self.config.decoder} decoder"
+        return "fused blocks" if self.config.fused else None

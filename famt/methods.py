@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from famt.mae import MaskedAutoencoder
+from famt.masked import MaskedModel
+from famt.simmim import SimMIM
 
-METHODS: dict[str, type[MaskedAutoencoder]] = {"mae": MaskedAutoencoder}
+METHODS: dict[str, type[MaskedModel]] = {"mae": MaskedAutoencoder, "simmim": SimMIM}

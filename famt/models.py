@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +19,8 @@ class ModelConfig:
     """All that a model is built from; `dataclasses.asdict` of it goes into checkpoints.
 
     Raises:
-        ValueError: the image does not divide into patches, or a width not into heads.
+        ValueError: the image does not divide into patches and units, a width not into heads, or an
+            option is out of range.
     """
 
     width: int
@@ -41,15 +43,31 @@ class ModelConfig:
     """decoder attention heads"""
     normalise_targets: bool = True
     """reconstruct each patch less its own mean, over its own deviation (MAE, section 4.1)"""
+    low_pass: float | None = None
+    """largest frequency of what is reconstructed, waves an image side (PixMIM); None leaves all"""
+    fused: tuple[int, ...] = ()
+    """blocks, from 0, whose output reaches the decoder beside that of the last (MFF)"""
+    unit: int = 1
+    """patches a side of the squares that are masked as a whole (SimMIM)"""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "heads", "patch_size", "image_size", "decoder_width",
-                     "decoder_depth", "decoder_heads"):  # fmt: skip
+                     "decoder_depth", "decoder_heads", "unit"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"image size {self.image_size} is no multiple of patch size {self.patch_size}"
+            )
+        if self.grid % self.unit:
+            raise ValueError(f"{self.grid} patches a side do not divide into units of {self.unit}")
+        if self.low_pass is not None and not 0 <= self.low_pass < math.inf:
+            raise ValueError(f"low_pass {self.low_pass} must be a number of at least 0")
+        shallow = range(self.depth - 1)
+        if list(self.fused) != [block for block in shallow if block in self.fused]:
+            raise ValueError(
+                f"fused {self.fused} must be rising numbers of blocks from 0 to {self.depth - 2}, "
+                "each before the last"
             )
         for part, width, heads in (
             ("encoder", self.width, self.heads),

@@ -56,11 +56,11 @@ def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
 
 
 def normalise(patches: Tensor) -> Tensor:
-    """uint8 RGB patches `[B, K, P*P*3]` to float32, ImageNet mean and deviation removed."""
+    """RGB patches `[B, K, P*P*3]`, 0 to 255, to float32, ImageNet mean and deviation removed."""
     pixels = patches.shape[-1] // 3
     mean = torch.tensor(IMAGENET_MEAN, device=patches.device).repeat(pixels)
     deviation = torch.tensor(IMAGENET_STD, device=patches.device).repeat(pixels)
-    return patches.float().mul_(1 / (255 * deviation)).sub_(mean / deviation)
+    return patches.to(torch.float32, copy=True).mul_(1 / (255 * deviation)).sub_(mean / deviation)
 
 
 def normalise_images(images: Tensor) -> Tensor:

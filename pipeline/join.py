@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from famt.geometry import crop_maps
+from famt.models import ModelConfig
 from famt.patches import gather_patches
 from famt.sampling import (
     PatchSplit,
@@ -20,6 +21,8 @@ from famt.sampling import (
     predict_some,
     sample_patches,
 )
+from famt.targets import low_pass
+from famt.units import split_of_patches, unit_weights
 from pipeline.loader import CropBatch
 
 
@@ -72,7 +75,8 @@ class PatchBatch:
 
     Attributes:
         visible: `[B, V, P*P*3]` uint8 pixels of the patches that the encoder sees.
-        masked: `[B, K, P*P*3]` uint8 pixels of the patches to reconstruct, `split.predicted`.
+        masked: `[B, K, P*P*3]` pixels of the patches to reconstruct, `split.predicted`; uint8, or
+            float32 on the same scale if they are low-passed.
         split: positions of all groups, on the device of the pixels.
         rows: `[B]` int64 on the CPU, rows in the `SampleTable`.
         loss_weights: `[B, K]` float32, share of each of those patches in the loss; None counts
@@ -147,7 +151,7 @@ def join_weights(
 def split_crops(
     crops: CropBatch,
     weights: Tensor,
-    patch_size: int,
+    sizes: ModelConfig,
     config: JoinConfig,
     generator: torch.Generator | None = None,
     progress: float = 1.0,
@@ -157,13 +161,13 @@ def split_crops(
     Args:
         crops: views on images.
         weights: `[B, N]` of their patches; see `join_weights`.
-        patch_size: px.
+        sizes: of the model that the patches are for.
         config: how to draw.
         generator: of the draws, on the crops' device.
         progress: share of the run's steps that are done, in [0, 1].
     """
     split = sample_patches(
-        weights,
+        unit_weights(weights, sizes.unit),
         config.mask_ratio,
         config.throw_ratio,
         generator,
@@ -171,10 +175,13 @@ def split_crops(
         thrown=config.thrown,
         blend=config.blend_at(progress),
     )
+    split = split_of_patches(split, sizes.unit)
     split = predict_some(split, config.predicted_share, config.predicted, generator)
+    images = crops.images
+    targets = images if sizes.low_pass is None else low_pass(images, sizes.low_pass)
     return PatchBatch(
-        visible=gather_patches(crops.images, split.visible, patch_size),
-        masked=gather_patches(crops.images, split.predicted, patch_size),
+        visible=gather_patches(images, split.visible, sizes.patch_size),
+        masked=gather_patches(targets, split.predicted, sizes.patch_size),
         split=split,
         rows=crops.rows,
         loss_weights=loss_weights(weights, split, config.loss_exponent)

@@ -22,7 +22,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.mae import MaskedAutoencoder
+from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
 from pipeline.storage import reason
@@ -212,7 +212,7 @@ def load(path: Path, *, verified: bool = False) -> Checkpoint:
         raise kind(f"{path} is no whole checkpoint of this program{remedy}") from error
 
 
-def load_model(path: Path, *, ema: bool = False) -> MaskedAutoencoder:
+def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
     """The model of a checkpoint file or run folder, in eval mode.
 
     Args:

@@ -21,7 +21,7 @@ from pipeline.scores import ScoreSpec
 TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""
 
-Recipe = Literal["famt", "mae", "amt", "famt-paper"]
+Recipe = Literal["famt", "mae", "amt", "famt-paper", "famt-simmim", "simmim"]
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,16 @@ class Pretrain:
     """blocks of the decoder, in place of the model's"""
     decoder_heads: int | None = None
     """attention heads of the decoder, in place of the model's"""
+    unit: int | None = None
+    """patches a side of the squares that are masked as a whole; SimMIM's are of 2, MAE's of 1"""
+    normalise_targets: bool | None = None
+    """predict each patch less its own mean, over its own deviation, as MAE does and SimMIM not"""
+    low_pass: float | None = None
+    """predict images without their finest detail (PixMIM): the largest frequency that is left, in
+    waves an image side, 40 for 224 px say"""
+    fused: tuple[int, ...] = ()
+    """blocks, from 0, whose output reaches the decoder beside that of the last (MFF): 0 2 4 6 8 of
+    vit_base say"""
     epochs: int = 800
     """passes over the data"""
     batch_size: int = 64
@@ -203,10 +213,16 @@ class Pretrain:
 
     @property
     def sizes(self) -> ModelConfig:
-        """The model's, and what the options put in place of them."""
-        names = ("image_size", "patch_size", "decoder_width", "decoder_depth", "decoder_heads")
+        """The model's, and what the method and the options put in place of them."""
+        names = (
+            "image_size", "patch_size", "decoder_width", "decoder_depth", "decoder_heads", "unit",
+            "normalise_targets", "low_pass",
+        )  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(MODELS[self.model], decoder=self.decoder, **given)
+        changes = METHODS[self.method].defaults | given
+        return dataclasses.replace(
+            MODELS[self.model], decoder=self.decoder, fused=self.fused, **changes
+        )
 
     def describe(self) -> dict[str, Any]:
         """The options as plain data, as checkpoints keep them."""
@@ -246,6 +262,15 @@ RECIPES: dict[str, dict[str, Any]] = {
         "attention": "periodic",
         "plain_epochs": 40,
         "periodic": PeriodicConfig(kind="famt"),
+    },
+    "famt-simmim": {
+        "method": "simmim",
+        "join": JoinConfig(mask_ratio=0.44, throw_ratio=0.26),
+    },
+    "simmim": {
+        "method": "simmim",
+        "join": JoinConfig(mask_ratio=0.6, throw_ratio=0.0, frequency_exponent=0.0),
+        "attention": "off",
     },
 }
 

@@ -33,7 +33,7 @@ import tyro
 from torch import Tensor
 
 from famt.export import encoder_state, is_decoder, official_state, to_transformers
-from famt.mae import MaskedAutoencoder
+from famt.masked import MaskedModel
 from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from train import checkpoint
@@ -66,8 +66,8 @@ def main(args: Export) -> list[str]:
         raise ValueError(f"--out {args.out} is there already; give a new folder")
     model = checkpoint.load_model(args.checkpoint, ema=args.ema)
     reason = None
-    if model.config.decoder == "cross":
-        reason = f"{args.to} has no cross decoder"
+    if model.unofficial:
+        reason = f"{args.to} has no {model.unofficial}"
     elif args.ema:
         reason = "it is not averaged, as the encoder is"
     if args.to == "timm":
@@ -86,7 +86,7 @@ def main(args: Export) -> list[str]:
     return lines
 
 
-def _timm(model: MaskedAutoencoder, out: Path) -> tuple[dict[str, Any], list[str]]:
+def _timm(model: MaskedModel, out: Path) -> tuple[dict[str, Any], list[str]]:
     sizes = model.config
     name, arguments = timm_name(sizes)
     config = {

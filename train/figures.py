@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from famt.mae import MaskedAutoencoder
+from famt.masked import MaskedModel
 from famt.patches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -92,7 +92,7 @@ def main(config: Figures) -> Path:
 
 @torch.no_grad()
 def picture(
-    model: MaskedAutoencoder,
+    model: MaskedModel,
     maps: Tensor | None,
     crops: CropBatch,
     join: JoinConfig,
@@ -111,7 +111,7 @@ def picture(
     if attention is None:
         attention = LiveAttention(model.encoder, "famt")(crops.images)
     generator = torch.Generator(device).manual_seed(seed)
-    batch = split_crops(crops, weights, patch_size, join, generator)
+    batch = split_crops(crops, weights, model.config, join, generator)
     patches = patchify(crops.images, patch_size)
     columns = {"crop": crops.images}
     if maps is not None:
@@ -156,15 +156,10 @@ def _show_split(patches: Tensor, split: PatchSplit) -> Tensor:
     return shown
 
 
-def _reconstruct(model: MaskedAutoencoder, patches: Tensor, batch: PatchBatch) -> Tensor:
+def _reconstruct(model: MaskedModel, patches: Tensor, batch: PatchBatch) -> Tensor:
     """The crop with masked patches as predicted; those that enter nothing are left grey."""
     split = batch.split
-    masked = normalise(batch.masked)
-    latent = model.encode(normalise(batch.visible), split.visible)
-    predicted = model.decode(latent, split)
-    if model.config.normalise_targets:  # the prediction lacks each patch's own mean and deviation
-        variance, mean = torch.var_mean(masked, dim=-1, keepdim=True)
-        predicted = predicted * (variance + 1e-6).sqrt() + mean
+    predicted = model.reconstruct(normalise(batch.visible), normalise(batch.masked), split)
     deviation, mean = (torch.tensor(v).to(predicted) for v in (IMAGENET_STD, IMAGENET_MEAN))
     pixels = predicted.unflatten(-1, (-1, 3)) * deviation + mean
     shown = torch.full_like(patches, 160)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from famt.export import from_transformers
 from famt.initial import Fit, encoder_sizes, load_encoder_weights, load_weights
-from famt.mae import MaskedAutoencoder
+from famt.masked import MaskedModel
 from famt.models import MODELS, ModelConfig
 from pipeline.storage import reason
 from train import checkpoint
@@ -52,7 +52,7 @@ class Initial:
     heads: int | None
 
 
-def load_initial(model: MaskedAutoencoder, source: str) -> Fit:
+def load_initial(model: MaskedModel, source: str) -> Fit:
     """Let a model begin with the weights of a source: encoder, and decoder if it has one that fits.
 
     Raises:

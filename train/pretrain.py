@@ -11,6 +11,8 @@
     amt         plain MAE for 40 epochs, then 45 % masked by AMT's attention score of whole images,
                 made anew every 40 epochs by a job beside the training; 40 % thrown
     famt-paper  the same with the paper's weight, token frequency x attention
+    famt-simmim SimMIM, 44 % of its units masked by the weights of famt, 26 % thrown
+    simmim      SimMIM, 60 % masked at random, nothing thrown
 
 A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and leave.
 """
@@ -35,6 +37,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from famt.methods import METHODS
+from famt.models import ModelConfig
 from famt.patches import normalise
 from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
@@ -244,7 +247,8 @@ class Run:
         join = PLAIN_MAE if plain else self.config.join
         with self.clock.stage("join"):
             weights = join_weights(crops, self.maps, self.sizes.grid, join, attention)
-            return split_crops(crops, weights, self.sizes.patch_size, join, self.generator)
+            progress = (step - self.schedule_start) / self.total_steps
+            return split_crops(crops, weights, self.sizes, join, self.generator, progress)
 
     def forward_backward(self, batch: PatchBatch) -> torch.Tensor:
         """Add up the gradients of a batch; returns the mean loss, still on the device."""
@@ -341,7 +345,7 @@ class Run:
             "data": f"{len(self.table)} images in {len(self.table.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches",
             "weights": f"{cached if self.maps is not None else 'uniform'}; {how}",
-            "patches": _counts(sizes.grid, config.join),
+            "patches": _counts(sizes, config.join),
             "steps": f"{self.total_steps} = {config.epochs} epochs x {self.steps_per_epoch}, "
             f"{self.warmup_steps} of warm-up; {self.step - self.schedule_start} done",
             "batch": f"{self.effective_batch} = {config.batch_size} x {self.here.world_size} "
@@ -355,7 +359,7 @@ class Run:
             lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
         if config.plain_epochs:
             lines["before"] = (
-                f"{config.plain_epochs} epochs of plain MAE, {_counts(sizes.grid, PLAIN_MAE)}"
+                f"{config.plain_epochs} epochs of plain MAE, {_counts(sizes, PLAIN_MAE)}"
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
 
@@ -436,11 +440,17 @@ class Run:
         return sum(losses) / len(losses)
 
 
-def _counts(grid: int, join: JoinConfig) -> str:
-    masked, thrown, visible = patch_counts(grid**2, join.mask_ratio, join.throw_ratio)
+def _counts(sizes: ModelConfig, join: JoinConfig) -> str:
+    patches = sizes.unit**2
+    masked, thrown, visible = (
+        patches * units
+        for units in patch_counts(sizes.grid**2 // patches, join.mask_ratio, join.throw_ratio)
+    )
     predicted = max(1, int(masked * join.predicted_share))
+    how = f", in squares of {sizes.unit} x {sizes.unit}" if sizes.unit > 1 else ""
     return (
-        f"{grid**2} = {masked} masked ({predicted} predicted) + {thrown} thrown + {visible} visible"
+        f"{sizes.grid**2} = {masked} masked ({predicted} predicted) + {thrown} thrown + "
+        f"{visible} visible{how}"
     )
 
 

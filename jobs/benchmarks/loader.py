@@ -22,6 +22,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
+from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
@@ -93,7 +94,7 @@ class Loader:
             for _ in range(epochs):
                 for crops in loader:
                     weights = join_weights(crops, maps, 14, join)
-                    batch = split_crops(crops, weights, 16, join)
+                    batch = split_crops(crops, weights, MODELS["vit_base"], join)
                     normalise(batch.visible)
                     normalise(batch.masked)
 

@@ -1,12 +1,17 @@
+import dataclasses
+
 import pytest
 import torch
 
-from famt.patches import patchify
+from famt.models import ModelConfig
+from famt.patches import gather_patches, normalise, patchify
+from famt.targets import low_pass
 from pipeline.join import JoinConfig, join_weights, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.table import load_maps, load_samples
 
 GRID, PATCH = 7, 8
+SIZES = ModelConfig(width=24, depth=2, heads=3, image_size=GRID * PATCH, patch_size=PATCH)
 PLAIN = JoinConfig(frequency_exponent=1.0)
 
 
@@ -54,7 +59,7 @@ def test_without_any_signal_weights_are_uniform(crops):
 
 def test_a_batch_leaves_with_the_pixels_of_its_split(crops, maps):
     weights = join_weights(crops, maps, GRID, PLAIN)
-    batch = split_crops(crops, weights, PATCH, JoinConfig(0.5, 0.25))
+    batch = split_crops(crops, weights, SIZES, JoinConfig(0.5, 0.25))
     patches = patchify(crops.images, PATCH)
     for pixels, index in ((batch.visible, batch.split.visible), (batch.masked, batch.split.masked)):
         expected = torch.stack([patches[b, index[b]] for b in range(8)])
@@ -67,7 +72,7 @@ def test_heavy_patches_are_masked_and_light_ones_seen(crops, maps):
     generator = torch.Generator().manual_seed(0)
     masked = visible = 0.0
     for _ in range(50):
-        split = split_crops(crops, weights, PATCH, PLAIN, generator).split
+        split = split_crops(crops, weights, SIZES, PLAIN, generator).split
         masked += weights.gather(1, split.masked).mean()
         visible += weights.gather(1, split.visible).mean()
     assert masked > 1.2 * visible
@@ -76,7 +81,7 @@ def test_heavy_patches_are_masked_and_light_ones_seen(crops, maps):
 def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, maps):
     weights = join_weights(crops, maps, GRID, PLAIN)
     config = JoinConfig(predicted_share=0.5, predicted="spread", loss_exponent=1.0)
-    batch = split_crops(crops, weights, PATCH, config, torch.Generator().manual_seed(0))
+    batch = split_crops(crops, weights, SIZES, config, torch.Generator().manual_seed(0))
     patches = patchify(crops.images, PATCH)
     assert batch.split.masked.shape[1] == 22
     assert batch.masked.shape[1] == batch.loss_weights.shape[1] == 11
@@ -90,7 +95,7 @@ def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, maps
 def test_a_batch_is_cut_into_equal_parts(crops, maps):
     weights = join_weights(crops, maps, GRID, PLAIN)
     config = JoinConfig(predicted_share=0.5, loss_exponent=1.0)
-    whole = split_crops(crops, weights, PATCH, config)
+    whole = split_crops(crops, weights, SIZES, config)
     parts = whole.chunk(4)
     for name in ("visible", "masked", "rows", "loss_weights"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
@@ -104,7 +109,7 @@ def test_weights_count_more_as_the_run_goes_on(crops, maps):
     config, shares = JoinConfig(blend=(0.0, 1.0)), []
     for progress in (0.0, 0.5, 1.0, 7.0):
         generator = torch.Generator().manual_seed(0)
-        split = split_crops(crops, weights, PATCH, config, generator, progress).split
+        split = split_crops(crops, weights, SIZES, config, generator, progress).split
         shares.append(weights.gather(1, split.masked).mean().item())
     assert shares[0] == pytest.approx(22 / 49, abs=0.1)
     assert shares[0] < shares[1] < shares[2] == shares[3] == 1.0
@@ -123,3 +128,30 @@ def test_weights_count_more_as_the_run_goes_on(crops, maps):
 def test_options_out_of_bounds_are_named(options, named):
     with pytest.raises(ValueError, match=f"--join.{named}"):
         JoinConfig(**options)
+
+
+def test_units_are_masked_whole_by_their_mean_weight(crops):
+    sizes = dataclasses.replace(SIZES, patch_size=4, unit=2)  # 14 x 14 patches, 7 x 7 units
+    heavy = torch.zeros(8, 7, 7)
+    heavy[:, 2, 3] = 1.0
+    weights = heavy.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
+    batch = split_crops(crops, weights, sizes, JoinConfig(0.03, 0.5))
+    expected = sorted([4 * 14 + 6, 4 * 14 + 7, 5 * 14 + 6, 5 * 14 + 7])
+    assert all(sorted(row) == expected for row in batch.split.masked.tolist())
+    assert torch.equal(batch.masked, gather_patches(crops.images, batch.split.masked, 4))
+
+
+def test_low_passed_pixels_are_predicted_and_whole_ones_seen(crops, maps):
+    weights = join_weights(crops, maps, GRID, PLAIN)
+    sizes = dataclasses.replace(SIZES, low_pass=6.0)
+    batch, plain = (
+        split_crops(crops, weights, each, PLAIN, torch.Generator().manual_seed(0))
+        for each in (sizes, SIZES)
+    )
+    smooth = patchify(low_pass(crops.images, 6.0), PATCH)
+    for b in range(8):
+        assert torch.equal(batch.masked[b], smooth[b, batch.split.masked[b]])
+    assert torch.equal(batch.visible, plain.visible)
+    before = batch.masked.clone()
+    assert normalise(batch.masked).isfinite().all()
+    assert torch.equal(batch.masked, before)

@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.models import MODELS
 from pipeline.join import JoinConfig
 from train import checkpoint
-from train.config import OptimiserConfig, Pretrain, RollingConfig, parse
+from train.config import RECIPES, OptimiserConfig, Pretrain, RollingConfig, parse
 from train.distributed import ranks
 from train.pretrain import Run, main
 
@@ -349,6 +349,40 @@ def test_a_size_on_the_command_line_overrides_the_models():
     assert (given.grid, given.width, given.depth) == (12, 384, 12)
     with pytest.raises(ValueError, match="96 is no multiple of patch size 7"):
         Pretrain([], "c", Path("o"), image_size=96, patch_size=7)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "patches"),
+    [
+        ("famt-simmim", "28 masked (28 predicted) + 16 thrown + 20 visible, in squares of 2 x 2"),
+        ("simmim", "36 masked (36 predicted) + 0 thrown + 28 visible, in squares of 2 x 2"),
+    ],
+)
+def test_simmim_learns_and_is_drawn(config, recipe, patches, capsys):
+    options = RECIPES[recipe] | {"epochs": 8, "low_pass": 8.0, "fused": (1, 3)}
+    main(dataclasses.replace(config, **options))
+    assert f"64 = {patches}" in capsys.readouterr().out
+    losses = [event.value for event in EventAccumulator(str(config.out)).Reload().Scalars("loss")]
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
+    assert checkpoint.load(config.out).method == "simmim"
+    model = checkpoint.load_model(config.out)
+    assert (model.config.unit, model.config.low_pass, model.config.fused) == (2, 8.0, (1, 3))
+
+
+def test_weights_count_more_as_the_run_goes_on(config):
+    with ranks("cpu") as here:
+        join = JoinConfig(blend=(0.0, 1.0), frequency_exponent=0.0)
+        run = Run(dataclasses.replace(config, attention="live", join=join), here)
+        crops = next(iter(run.loader))
+        heavy = torch.zeros(8, 64)
+        heavy[:, :28] = 1.0
+        run.attend = lambda crops, step: heavy
+        shares = [
+            heavy.gather(1, run.patches(crops, step).split.masked).mean().item()
+            for step in (0, run.total_steps // 2, run.total_steps)
+        ]
+    assert shares[0] == pytest.approx(28 / 64, abs=0.12)
+    assert shares[0] < shares[1] < shares[2] == 1.0
 
 
 def test_bf16_trains(config):

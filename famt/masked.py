@@ -1,0 +1,118 @@
+"""What the methods of masked image modelling have in common: an encoder that is given patches."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from famt.fusion import BlockFusion
+from famt.models import ModelConfig
+from famt.sampling import PatchSplit
+
+
+class MaskedModel(nn.Module):
+    """A timm ViT that learns by predicting masked patches.
+
+    A method derives from it: it says in `forward` what the encoder sees and how patches are
+    predicted, in `error` what a wrong pixel costs, and calls `initialise` when it is built. Its
+    line in `famt.methods.METHODS` makes it known.
+
+    Attributes:
+        config: all that it is built from.
+        encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
+            are timm's own.
+        defaults: fields of the config that the method sets apart from MAE's.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = config.encoder()
+        self.fusion = BlockFusion(config.width, config.fused) if config.fused else None
+
+    def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
+        """What the model makes of the predicted patches.
+
+        Args:
+            visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
+            split: where the patches lie.
+
+        Returns:
+            `[B, K, P*P*3]`, in the order of `split.predicted`, comparable to `target`.
+        """
+        raise NotImplementedError
+
+    def error(self, difference: Tensor) -> Tensor:
+        """What wrong values cost, each by itself."""
+        raise NotImplementedError
+
+    @property
+    def unofficial(self) -> str | None:
+        """What the checkpoints of the MAE authors have no place for, in words; None if nothing."""
+        raise NotImplementedError
+
+    def embed(self, patches: Tensor, index: Tensor) -> Tensor:
+        """Patches `[B, V, P*P*3]` at raster positions `index [B, V]` -> tokens `[B, V, width]`."""
+        projection = self.encoder.patch_embed.proj
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches, weight, projection.bias) + self.encoder.pos_embed[0, 1 + index]
+
+    def transform(self, tokens: Tensor) -> Tensor:
+        """The encoder's blocks and last norm on tokens `[B, T, width]` -> `[B, 1+T, width]`."""
+        encoder = self.encoder
+        cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        tokens = torch.cat([cls, tokens], dim=1)
+        if self.fusion is None:
+            return encoder.norm(encoder.blocks(tokens))
+        return encoder.norm(self.fusion(encoder.blocks, tokens))
+
+    def encode(self, patches: Tensor, index: Tensor) -> Tensor:
+        """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, 1+V, width]`."""
+        return self.transform(self.embed(patches, index))
+
+    def loss(
+        self, prediction: Tensor, masked: Tensor, loss_weights: Tensor | None = None
+    ) -> Tensor:
+        """Mean error against the target of `masked`, in float32 whatever the autocast."""
+        error = self.error(prediction.float() - self.target(masked))
+        return error.mean() if loss_weights is None else (error.mean(-1) * loss_weights).mean()
+
+    def target(self, masked: Tensor) -> Tensor:
+        """What is to be predicted: pixels, normalised within each patch if the config says so."""
+        masked = masked.float()
+        if not self.config.normalise_targets:
+            return masked
+        mean, deviation = _moments(masked)
+        return (masked - mean) / deviation
+
+    def reconstruct(self, visible: Tensor, masked: Tensor, split: PatchSplit) -> Tensor:
+        """The predicted patches as pixels, `[B, K, P*P*3]`; arguments as in `forward`.
+
+        Where targets are normalised, the mean and deviation of each patch are those of `masked`.
+        """
+        prediction = self.predict(visible, split).float()
+        if not self.config.normalise_targets:
+            return prediction
+        mean, deviation = _moments(masked.float())
+        return prediction * deviation + mean
+
+    def initialise(self) -> None:
+        """MAE's own initialisation: Xavier for every linear map, the patch projection included."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
+        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()

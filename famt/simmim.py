@@ -1,0 +1,77 @@
+"""SimMIM: the encoder itself sees mask tokens, and one linear layer predicts the pixels.
+
+Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022. Plain SimMIM is this
+class with a split drawn from uniform weights, 60 % of the 32-px units masked and nothing thrown.
+With throwing (Gui et al., arXiv 2211.15362 v3: 44 % masked, 26 % thrown) the encoder sees 74 % of
+the tokens. The paper's ViT has relative positions as well; this one has MAE's, so that its encoder
+goes wherever MAE's does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from famt.masked import MaskedModel
+from famt.models import ModelConfig
+from famt.sampling import PatchSplit
+
+
+class SimMIM(MaskedModel):
+    """A timm ViT over visible patches and mask tokens, and a head of one layer.
+
+    Raises:
+        ValueError: a config that asks for a decoder of another kind.
+    """
+
+    defaults: ClassVar[dict[str, Any]] = {"unit": 2, "normalise_targets": False}
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        if config.decoder != "self":
+            raise ValueError(f"SimMIM has no decoder that could be {config.decoder!r}")
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.decoder_pred = nn.Linear(config.width, config.patch_size**2 * 3)
+        self.initialise()
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        visible: Tensor,
+        masked: Tensor,
+        split: PatchSplit,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Mean absolute error of masked patches (SimMIM, section 3.4).
+
+        Args:
+            visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
+            masked: `[B, K, P*P*3]` float, normalised pixels of `split.predicted`.
+            split: where the patches lie.
+            loss_weights: `[B, K]`, what each patch's error is multiplied by.
+
+        Returns:
+            scalar loss, float32.
+        """
+        return self.loss(self.predict(visible, split), masked, loss_weights)
+
+    def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
+        """Pixels of the predicted patches `[B, K, P*P*3]`; see `MaskedModel`.
+
+        A mask token stands for each predicted patch; what is masked but not predicted enters
+        nothing.
+        """
+        hidden = self.mask_token + self.encoder.pos_embed[0, 1 + split.predicted]
+        tokens = self.transform(torch.cat([self.embed(visible, split.visible), hidden], dim=1))
+        return self.decoder_pred(tokens[:, -hidden.shape[1] :])
+
+    def error(self, difference: Tensor) -> Tensor:
+        """L1."""
+        return difference.abs()
+
+    @property
+    def unofficial(self) -> str:
+        """Its head."""
+        return "SimMIM head"

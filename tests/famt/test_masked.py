@@ -1,0 +1,55 @@
+import dataclasses
+
+import pytest
+import torch
+
+from famt.masked import MaskedModel
+from famt.methods import METHODS
+from famt.models import ModelConfig
+from famt.patches import gather_patches, normalise
+from famt.sampling import sample_patches
+
+TINY = ModelConfig(
+    image_size=32, patch_size=8, width=24, depth=2, heads=3,
+    decoder_width=16, decoder_depth=1, decoder_heads=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("normalise_targets", [True, False])
+@torch.no_grad()
+def test_a_reconstruction_differs_from_the_pixels_as_the_prediction_from_the_target(
+    method, normalise_targets
+):
+    torch.manual_seed(0)
+    model = METHODS[method](dataclasses.replace(TINY, normalise_targets=normalise_targets))
+    images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    split = sample_patches(torch.ones(2, 16), 0.45, 0.40)
+    visible, masked = (
+        normalise(gather_patches(images, index, 8)) for index in (split.visible, split.masked)
+    )
+    difference = model.reconstruct(visible, masked, split) - masked
+    expected = model.predict(visible, split) - model.target(masked)
+    if normalise_targets:
+        expected = expected * (masked.var(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(difference, expected, atol=1e-5, rtol=1e-4)
+
+
+class _AllGrey(MaskedModel):
+    """The least that a method must bring."""
+
+    def forward(self, visible, masked, split, loss_weights=None):
+        return self.loss(self.predict(visible, split), masked, loss_weights)
+
+    def predict(self, visible, split):
+        return torch.zeros(*split.predicted.shape, visible.shape[-1])
+
+    def error(self, difference):
+        return difference.abs()
+
+
+def test_a_method_is_a_forward_a_prediction_and_an_error():
+    model = _AllGrey(dataclasses.replace(TINY, normalise_targets=False))
+    masked, split = torch.randn(2, 7, 192), sample_patches(torch.ones(2, 16), 0.45, 0.40)
+    loss = model(torch.randn(2, 3, 192), masked, split)
+    torch.testing.assert_close(loss, masked.abs().mean())
