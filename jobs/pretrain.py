@@ -15,10 +15,17 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+import ray
+from ray.train import (
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
 from ray.train.torch import TorchTrainer
 
-from train import pretrain
+from jobs import failures
 from train.config import Pretrain, parse
 from train.program import run_program
 
@@ -41,7 +48,7 @@ def main(args: RayPretrain) -> None:
     """Train until all epochs are done.
 
     Raises:
-        ValueError: the workers failed more often than they may; says how.
+        ValueError: the input is wrong, or workers were lost more often than they may be.
     """
     config = Pretrain(
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
@@ -52,7 +59,7 @@ def main(args: RayPretrain) -> None:
         threads=args.cpus_per_worker if config.threads == Pretrain.threads else config.threads,
     )
     trainer = TorchTrainer(
-        pretrain.main,
+        failures.train,
         train_loop_config=config,  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
             num_workers=args.workers,
@@ -62,12 +69,17 @@ def main(args: RayPretrain) -> None:
         run_config=RunConfig(
             storage_path=str(config.out / "ray"),
             failure_config=FailureConfig(max_failures=args.max_failures),
+            callbacks=[failures.EndAtMistakes()],
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
-        raise ValueError(str(error)) from error
+        cause: Exception = error
+        while isinstance(cause, ControllerError):
+            cause = cause.controller_failure
+        ray.shutdown()  # the last words of workers and controller come before ours
+        raise ValueError(str(cause)) from error
 
 
 if __name__ == "__main__":
