@@ -497,11 +497,12 @@ def test_a_gpu_trains_under_bf16_with_live_attention(config):
     assert all(torch.isfinite(value).all() for value in _weights(config.out).values())
 
 
-def test_a_run_begins_with_the_weights_of_another(config, tiny_run, tmp_path, capsys):
+def test_a_run_begins_with_the_weights_of_another(config, tiny_run, tmp_path, monkeypatch):
     """Positions are interpolated; a resumed run does not read the source any more."""
     source = tmp_path / "source"
     shutil.copytree(tiny_run, source)
-    config = dataclasses.replace(config, init=str(source), image_size=64, patch_size=8, epochs=1)
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, init="source", image_size=64, patch_size=8, epochs=1)
     with ranks("cpu") as here:
         run = Run(config, here)
         theirs = checkpoint.load_model(tiny_run)
