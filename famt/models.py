@@ -84,6 +84,17 @@ class ModelConfig:
         """Patches a side."""
         return self.image_size // self.patch_size
 
+    @classmethod
+    def of(cls, encoder: VisionTransformer) -> ModelConfig:
+        """The sizes of an encoder, with a decoder as it comes."""
+        return cls(
+            width=encoder.embed_dim,
+            depth=len(encoder.blocks),
+            heads=encoder.blocks[0].attn.num_heads,
+            image_size=encoder.patch_embed.img_size[0],
+            patch_size=encoder.patch_embed.patch_size[0],
+        )
+
     def encoder(self) -> VisionTransformer:
         """A timm ViT with fixed 2-D sin-cos positions and no head; its weights are not set yet."""
         encoder = VisionTransformer(

@@ -14,6 +14,7 @@ there.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,7 +34,6 @@ from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import LoaderConfig
 from pipeline.table import SampleTable, load_samples
-from train import checkpoint
 from train.distributed import ranks
 from train.evaluate.trunk import Images, default_centre
 from train.initial import build_initial_encoder
@@ -73,13 +73,11 @@ def main(args: Embed) -> None:
         ValueError: --out is there already, or --checkpoint is no encoder.
         CacheError: a shard that can't be read.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("one process writes the features; start it without torchrun")
     if args.out.exists():
         raise ValueError(f"--out {args.out} is there already; give a new name")
-    encoder = (
-        checkpoint.load_model(Path(args.checkpoint), ema=True).encoder
-        if args.ema
-        else build_initial_encoder(args.checkpoint)
-    )
+    encoder = build_initial_encoder(args.checkpoint, ema=args.ema)
     cache = ScoreCache(args.cache, create=True)
     table = load_samples(args.shards, cache)
     size = encoder.patch_embed.img_size[0]

@@ -69,7 +69,7 @@ def main(args: Export) -> list[str]:
     if model.unofficial:
         reason = f"{args.to} has no {model.unofficial}"
     elif args.ema:
-        reason = "it is not averaged, as the encoder is"
+        reason = "the run averages nothing else"
     if args.to == "timm":
         files, lines = _timm(model, args.out)
     else:
@@ -80,8 +80,11 @@ def main(args: Export) -> list[str]:
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.checkpoint}: written to {args.out}, {size / 1e6:.1f} MB")
     if reason and args.to != "timm":
-        left = [name for name in model.state_dict() if not name.startswith("encoder.")]
-        print(f"left out: the decoder ({len(left)} tensors: {left[0]} ...), because {reason}")
+        names = [name.split(".")[0] for name in model.state_dict()]
+        left = ", ".join(dict.fromkeys(name for name in names if name != "encoder"))
+        print(f"left out: all but the encoder ({left}), because {reason}")
+    elif args.to != "timm" and model.config.low_pass is not None:
+        print(f"left out: that targets were low-passed; the loss in {args.to} knows no such thing")
     print("To load it:", *lines, sep="\n    ")
     return lines
 

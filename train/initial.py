@@ -73,16 +73,20 @@ def load_initial_encoder(encoder: VisionTransformer, source: str) -> Fit:
     return _load(initial, encoder, lambda: load_encoder_weights(encoder, initial.weights))
 
 
-def build_initial_encoder(source: str, image_size: int | None = None) -> VisionTransformer:
+def build_initial_encoder(
+    source: str, image_size: int | None = None, *, ema: bool = False
+) -> VisionTransformer:
     """The encoder of a source, in eval mode.
 
     Args:
         image_size: px, in place of its own; positions are interpolated.
+        ema: with the averaged weights of a run.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_initial`; or a source that does not tell its heads.
+        FileNotFoundError, ValueError: as `load_initial`; or a source that does not tell its heads,
+            or keeps no averaged weights.
     """
-    initial = read_initial(source)
+    initial = _from_run(Path(source), ema=True) if ema else read_initial(source)
     try:
         sizes = encoder_sizes(initial.weights)
     except ValueError as error:
@@ -145,8 +149,8 @@ def _load(initial: Initial, encoder: VisionTransformer, load: Any) -> Fit:
         raise ValueError(f"{initial.source}: {error}") from None
 
 
-def _from_run(path: Path) -> Initial:
-    model = checkpoint.load_model(path)
+def _from_run(path: Path, *, ema: bool = False) -> Initial:
+    model = checkpoint.load_model(path, ema=ema)
     weights = {name.removeprefix("encoder."): each for name, each in model.state_dict().items()}
     return Initial(str(path), weights, model.config.heads)
 

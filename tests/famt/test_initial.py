@@ -12,6 +12,7 @@ from famt.export import encoder_state, official_state
 from famt.initial import EncoderSizes, encoder_sizes, load_encoder_weights, load_weights
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
+from famt.simmim import SimMIM
 
 TINY = ModelConfig(
     width=24, depth=2, heads=3, image_size=32, patch_size=8,
@@ -91,6 +92,17 @@ def test_a_decoder_of_another_kind_or_size_is_left_out_whole_and_named(model):
         assert set(fit.left_out) == theirs
         assert "missing   mask_token, decoder_pos_embed" in fit.describe()
         assert "decoder_blocks.0-0 (12 tensors)" in fit.describe()
+
+
+def test_simmim_takes_an_encoder_from_anywhere_and_its_head_from_its_like(model):
+    simmim = SimMIM(TINY)
+    fit = load_weights(simmim, official_state(model))
+    assert _same(simmim.encoder, model.encoder)
+    assert fit.missing == ["mask_token", "decoder_pred.weight", "decoder_pred.bias"]
+    again = SimMIM(TINY)
+    state = {name.removeprefix("encoder."): v for name, v in simmim.state_dict().items()}
+    assert not load_weights(again, state).missing
+    assert _same(again, simmim)
 
 
 def test_an_encoder_alone_leaves_the_decoder_as_it_was(model):

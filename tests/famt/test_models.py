@@ -42,3 +42,10 @@ def test_positions_are_those_of_mae_and_fixed():
     assert positions.shape == (1, 1 + 16 * 16, 96)
     assert not positions.requires_grad
     assert (positions[:, 0] == 0).all()
+
+
+def test_sizes_are_read_off_an_encoder():
+    for name in ("vit_nano", "vit_tiny"):
+        sizes = ModelConfig.of(MODELS[name].encoder())
+        for each in ("width", "depth", "heads", "image_size", "patch_size"):
+            assert getattr(sizes, each) == getattr(MODELS[name], each), (name, each)

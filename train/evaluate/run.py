@@ -56,20 +56,10 @@ def run(options: Evaluation) -> dict[str, Value]:
 
 def open_encoder(options: Evaluation) -> VisionTransformer:
     """The encoder that the options ask for, in eval mode."""
-    if options.ema:
-        encoder = checkpoint.load_model(Path(options.checkpoint), ema=True).encoder
-    else:
-        encoder = build_initial_encoder(options.checkpoint)
+    encoder = build_initial_encoder(options.checkpoint, ema=options.ema)
     if options.untrained:
-        sizes = ModelConfig(
-            width=encoder.embed_dim,
-            depth=len(encoder.blocks),
-            heads=encoder.blocks[0].attn.num_heads,
-            image_size=encoder.patch_embed.img_size[0],
-            patch_size=encoder.patch_embed.patch_size[0],
-        )
-        encoder = MaskedAutoencoder(sizes).encoder
-    return encoder.eval()
+        encoder = MaskedAutoencoder(ModelConfig.of(encoder)).encoder.eval()
+    return encoder
 
 
 def _run_of(source: str) -> tuple[Path, int] | None:
