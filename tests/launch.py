@@ -37,8 +37,12 @@ def launch(
     ]  # fmt: skip
 
 
-def finish(ranks: list[subprocess.Popen[str]]) -> None:
-    """Wait for all ranks; each must end with 0."""
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+def finish(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> None:
+    """Wait for all ranks, so many seconds at most; each must end with 0."""
+    try:
+        for process in ranks:
+            _, errors = process.communicate(timeout=timeout)
+            assert process.returncode == 0, errors
+    finally:
+        for process in ranks:
+            process.kill()

@@ -20,6 +20,7 @@ from train.shared_memory import Packed, drop_name, pack, unpack
 
 # Ranks may wait for a slow disk or a generation of maps; that one is lost, they learn otherwise.
 _PATIENCE = timedelta(days=14)
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 Shared = TypeVar("Shared")
 
@@ -168,7 +169,7 @@ def ranks(device: str) -> Iterator[Ranks]:
 
 def _warn_of_an_idle_gpu() -> None:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    if Path("/proc/driver/nvidia/version").exists() and not hidden:
+    if _DRIVER.exists() and not hidden:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA at all"
         print(
             f"warning: this machine has an NVIDIA GPU that torch {torch.__version__} can't use, so "

@@ -26,6 +26,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -168,10 +169,12 @@ class Run:
         if resumed:
             self._restore(resumed, exact)
         trained: nn.Module = self.model
-        if config.compile:
-            trained = torch.compile(trained)  # type: ignore[assignment]
+        self._no_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext
         if here.world_size > 1:
-            trained = DistributedDataParallel(trained)
+            trained = parallel = DistributedDataParallel(trained, gradient_as_bucket_view=True)
+            self._no_sync = parallel.no_sync
+        if config.compile:  # after the former, whose buckets it then computes in parallel
+            trained = torch.compile(trained)  # type: ignore[assignment]
         self.trained: nn.Module = trained
 
     @property
@@ -255,8 +258,7 @@ class Run:
         self.side.join()
         parts = batch.chunk(self.config.accumulate)
         total = torch.zeros((), device=self.here.device)
-        trained, now = self.trained, contextlib.nullcontext
-        later = trained.no_sync if isinstance(trained, DistributedDataParallel) else now
+        now, later = contextlib.nullcontext, self._no_sync
         for number, part in enumerate(parts, start=1):
             # The ranks' gradients are averaged once, with the last part.
             with now() if number == len(parts) else later():

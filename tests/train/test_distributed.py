@@ -4,6 +4,7 @@ import pytest
 import torch
 from launch import finish, launch, program_file
 
+from train import distributed
 from train.distributed import ranks
 
 
@@ -15,8 +16,26 @@ def test_one_process_is_rank_0_of_1():
         assert here.share(lambda: "made") == "made"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
+def test_a_gpu_that_torch_can_not_use_is_told_of_unless_it_is_hidden(tmp_path, capsys, monkeypatch):
+    def warned(device):
+        with ranks(device) as here:
+            assert here.device == torch.device("cpu")
+        return "an NVIDIA GPU that torch" in capsys.readouterr().err
+
+    driver = tmp_path / "version"
+    monkeypatch.setattr(distributed, "_DRIVER", driver)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert not warned("auto")
+    driver.touch()
+    assert warned("auto")
+    assert not warned("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not warned("auto")
+
+
 def _run(program, tmp_path, machines):
-    finish(launch(program_file(program), str(tmp_path), machines=machines))
+    finish(launch(program_file(program), str(tmp_path), machines=machines), timeout=300)
 
 
 @pytest.mark.slow
@@ -38,11 +57,10 @@ def test_banks_are_the_same_on_all_machines_after_an_exchange(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_two_ranks_train_as_one_with_the_doubled_batch(scored, tmp_path, accumulate):
-    options = {
-        "shards": scored.shards, "cache": scored.cache.url, "accumulate": accumulate,
-    }  # fmt: skip
+@pytest.mark.parametrize(("accumulate", "compiled"), [(2, False), (4, False), (4, True)])
+def test_two_ranks_train_as_one_with_the_doubled_batch(scored, tmp_path, accumulate, compiled):
+    options = {"shards": scored.shards, "cache": scored.cache.url}
+    options |= {"accumulate": accumulate, "compile": compiled}
     torch.save(options, tmp_path / "options.pt")
     _run("average_gradients", tmp_path, ["a"])
     _run("average_gradients", tmp_path, ["a", "a"])
