@@ -1,4 +1,4 @@
-"""How large a model is: what its name stands for, and what may be set apart from the name."""
+"""How large a model is, and what it is given: names for both, and what may be set apart."""
 
 from __future__ import annotations
 
@@ -15,12 +15,50 @@ Decoder = Literal["self", "cross"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class PatchConfig:
+    """Images as patches: what a model is given, and what it has to predict.
+
+    Raises:
+        ValueError: the image does not divide into patches and units, or an option is out of range.
+    """
+
+    image_size: int = 224
+    """side of the square input, px"""
+    patch_size: int = 16
+    """side of a patch, px"""
+    unit: int = 1
+    """patches a side of the squares that are masked as a whole (SimMIM)"""
+    low_pass: float | None = None
+    """largest frequency of what is reconstructed, waves an image side (PixMIM); None leaves all"""
+
+    def __post_init__(self) -> None:
+        self._at_least_1("image_size", "patch_size", "unit")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image size {self.image_size} is no multiple of patch size {self.patch_size}"
+            )
+        if self.grid % self.unit:
+            raise ValueError(f"{self.grid} patches a side do not divide into units of {self.unit}")
+        if self.low_pass is not None and not 0 <= self.low_pass < math.inf:
+            raise ValueError(f"low_pass {self.low_pass} must be a number of at least 0")
+
+    @property
+    def grid(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.patch_size
+
+    def _at_least_1(self, *names: str) -> None:
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(PatchConfig):
     """All that a model is built from; `dataclasses.asdict` of it goes into checkpoints.
 
     Raises:
-        ValueError: the image does not divide into patches and units, a width not into heads, or an
-            option is out of range.
+        ValueError: see `PatchConfig`; or a width does not divide into its heads.
     """
 
     width: int
@@ -29,10 +67,6 @@ class ModelConfig:
     """encoder blocks"""
     heads: int
     """encoder attention heads"""
-    image_size: int = 224
-    """side of the square input, px"""
-    patch_size: int = 16
-    """side of a patch, px"""
     decoder: Decoder = "self"
     """self-attention as in MAE, or cross: masked patches look at visible ones only (CrossMAE)"""
     decoder_width: int = 512
@@ -43,26 +77,14 @@ class ModelConfig:
     """decoder attention heads"""
     normalise_targets: bool = True
     """reconstruct each patch less its own mean, over its own deviation (MAE, section 4.1)"""
-    low_pass: float | None = None
-    """largest frequency of what is reconstructed, waves an image side (PixMIM); None leaves all"""
     fused: tuple[int, ...] = ()
     """blocks, from 0, whose output reaches the decoder beside that of the last (MFF)"""
-    unit: int = 1
-    """patches a side of the squares that are masked as a whole (SimMIM)"""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "patch_size", "image_size", "decoder_width",
-                     "decoder_depth", "decoder_heads", "unit"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image size {self.image_size} is no multiple of patch size {self.patch_size}"
-            )
-        if self.grid % self.unit:
-            raise ValueError(f"{self.grid} patches a side do not divide into units of {self.unit}")
-        if self.low_pass is not None and not 0 <= self.low_pass < math.inf:
-            raise ValueError(f"low_pass {self.low_pass} must be a number of at least 0")
+        super().__post_init__()
+        self._at_least_1(
+            "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads"
+        )
         shallow = range(self.depth - 1)
         if list(self.fused) != [block for block in shallow if block in self.fused]:
             raise ValueError(
@@ -78,11 +100,6 @@ class ModelConfig:
                     f"{part} width {width} must be a multiple of its {heads} heads, and of 4 for "
                     "its sin-cos positions"
                 )
-
-    @property
-    def grid(self) -> int:
-        """Patches a side."""
-        return self.image_size // self.patch_size
 
     @classmethod
     def of(cls, encoder: VisionTransformer) -> ModelConfig:

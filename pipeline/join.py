@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from famt.geometry import crop_maps
-from famt.models import ModelConfig
+from famt.models import PatchConfig
 from famt.patches import gather_patches
 from famt.sampling import (
     PatchSplit,
@@ -151,7 +151,7 @@ def join_weights(
 def split_crops(
     crops: CropBatch,
     weights: Tensor,
-    sizes: ModelConfig,
+    sizes: PatchConfig,
     config: JoinConfig,
     generator: torch.Generator | None = None,
     progress: float = 1.0,
@@ -161,7 +161,7 @@ def split_crops(
     Args:
         crops: views on images.
         weights: `[B, N]` of their patches; see `join_weights`.
-        sizes: of the model that the patches are for.
+        sizes: of crops, patches and units.
         config: how to draw.
         generator: of the draws, on the crops' device.
         progress: share of the run's steps that are done, in [0, 1].
