@@ -8,8 +8,10 @@ training.
 from __future__ import annotations
 
 import io
+import re
 import tarfile
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -70,50 +72,65 @@ def list_shard(data: bytes) -> ShardListing:
     A sample is a member named `<key>.<jpg|jpeg|png|webp>`, whatever the case; its class is the
     integer text of `<key>.cls`, or of the `.cls` under the name up to its first dot, as webdataset
     groups files. A `<key>.mask.png`, found alike, is the sample's mask. Keys may hold dots, spaces
-    and folders; but beside `<key>.jpg`, an image such as `<key>.depth.png` is another component of
-    that sample and rejected. Other members are ignored.
+    and folders; but of several images that webdataset would take for one sample, such as `7.jpg`
+    and `7.depth.png`, only one named up to the first dot is its photo. Bytes of a name that are no
+    text stand as escapes in its key. Other members are ignored, and so are macOS's shadows
+    (`._<name>`).
+
+    Where it can't be told what class an image has, or which image is meant, none is guessed: the
+    sample is rejected.
     """
-    members, damage = _members(data)
-    labels = {
-        member.name.rpartition(".")[0]: member
-        for member in members
-        if _extension(member.name) == LABEL_EXTENSION and member.isreg()
-    }
+    contents = _read_members(data)
+    files = [
+        member
+        for member in contents.members
+        if not member.isdir() and not PurePosixPath(member.name).name.startswith("._")
+    ]
+    labels: defaultdict[str, list[tarfile.TarInfo]] = defaultdict(list)
+    for member in files:
+        if _extension(member.name) == LABEL_EXTENSION:
+            labels[_stem(member.name)].append(member)
+    images = [
+        member
+        for member in files
+        if _extension(member.name) in IMAGE_EXTENSIONS and not _is_mask(member.name)
+    ]
+    stems = {_stem(member.name) for member in images}
+    alike = Counter(_webdataset_key(stem) for stem in stems)
     samples: list[Sample] = []
     rejected: list[Rejected] = []
     seen: set[str] = set()
     labelled: set[str] = set()
-    images = [
-        member
-        for member in members
-        if _extension(member.name) in IMAGE_EXTENSIONS
-        and not member.isdir()
-        and not PurePosixPath(member.name).name.startswith("._")  # macOS's shadow of a file
-    ]
-    masks = {
-        member.name[: -len(MASK_EXTENSION) - 1]: member
-        for member in images
-        if member.name.lower().endswith(f".{MASK_EXTENSION}")
-    }
-    images = [m for m in images if not m.name.lower().endswith(f".{MASK_EXTENSION}")]
-    stems = {member.name.rpartition(".")[0] for member in images}
-    for key, member in list(masks.items()):
+    masks: dict[str, tarfile.TarInfo] = {}
+    for member in files:
+        if not _is_mask(member.name):
+            continue
+        key = member.name[: -len(MASK_EXTENSION) - 1]
         try:
-            _check_member(member, key, set(), len(data))
+            _check_member(member, key, masks, len(data))
             if key not in stems | {_webdataset_key(stem + ".") for stem in stems}:
                 raise ValueError("a mask without an image")
         except ValueError as error:
             rejected.append(Rejected(member.name, str(error)))
-            del masks[key]
+        else:
+            masks[key] = member
     for member in images:
-        key = member.name.rpartition(".")[0]
-        label_key = key if key in labels else _webdataset_key(member.name)
+        key, group = _stem(member.name), _webdataset_key(member.name)
+        label_key = key if key in labels else group
         labelled.add(label_key)
         try:
             _check_member(member, key, seen, len(data))
-            if key != _webdataset_key(member.name) and _webdataset_key(member.name) in stems:
+            if key != group and group in stems:
                 raise ValueError("another component of a sample that has an image already")
-            label = _read_label(data, labels.get(label_key))
+            if key != group and key not in labels and alike[group] > 1:
+                raise ValueError(
+                    f"one of {alike[group]} images of sample {group}: name its photo {group}."
+                    f"{_extension(member.name)}, or give each image a class or name of its own"
+                )
+            label = _read_label(data, labels.get(label_key, []))
+            may_go_on = bool(labels) or group == _webdataset_key(files[-1].name)
+            if label == NO_LABEL and contents.broken and may_go_on:
+                raise ValueError("has no class, and may have had one: the tar is broken after it")
         except ValueError as error:
             rejected.append(Rejected(member.name, str(error)))
             continue
@@ -122,9 +139,10 @@ def list_shard(data: bytes) -> ShardListing:
         place = (mask.offset_data, mask.size) if mask else None
         samples.append(Sample(key, member.offset_data, member.size, label, place))
     rejected += [
-        Rejected(labels[key].name, "a class without an image") for key in labels.keys() - labelled
+        Rejected(labels[key][0].name, "a class without an image")
+        for key in labels.keys() - labelled
     ]
-    return ShardListing(samples, sorted(rejected, key=lambda bad: bad.key), damage)
+    return ShardListing(samples, sorted(rejected, key=lambda bad: bad.key), contents.damage)
 
 
 def write_dali_index(path: Path, samples: Iterable[tuple[int, int, int]]) -> None:
@@ -161,24 +179,72 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def _members(data: bytes) -> tuple[list[tarfile.TarInfo], str | None]:
+@dataclass(frozen=True)
+class _Contents:
+    """Members of a tar, as far as they can be read, their names escaped.
+
+    Attributes:
+        damage: what is wrong with the tar, or None.
+        broken: whether reading stopped before the tar's own end.
+    """
+
+    members: list[tarfile.TarInfo]
+    damage: str | None
+    broken: bool
+
+
+# What tarfile raises on hostile headers.
+_UNREADABLE = (
+    tarfile.TarError,
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    RecursionError,  # thousands of extension headers in a row
+    ValueError,
+)
+
+
+def _read_members(data: bytes) -> _Contents:
     members: list[tarfile.TarInfo] = []
+    offset = -1
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:", tarinfo=_Header) as tar:
             for member in tar:
+                if member.size < 0 or tar.offset <= offset:
+                    raise ValueError(f"a member of {member.size} bytes")
+                offset = tar.offset
+                member.name = _escape(member.name)
                 members.append(member)
             end = tar.offset
-    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        return members, f"not readable as a tar beyond {len(members)} members: {error}"
+    except _UNREADABLE as error:
+        damage = f"not readable as a tar beyond {len(members)} members: {error}"
+        return _Contents(members, damage, broken=True)
     if members and members[-1].offset_data + members[-1].size > len(data):
-        return members, f"cut off inside {members[-1].name} at {len(data)} bytes"
+        damage = f"cut off inside {members[-1].name} at {len(data)} bytes"
+        return _Contents(members, damage, broken=True)
     # tarfile stops at a broken header as quietly as at the end-of-archive mark, a block of zeros.
     if data[end : end + tarfile.BLOCKSIZE].strip(b"\0") or end >= len(data):
-        return members, f"cut off or broken at byte {min(end, len(data))}: no end-of-archive mark"
-    return members, None
+        damage = f"cut off or broken at byte {min(end, len(data))}: no end-of-archive mark"
+        return _Contents(members, damage, broken=True)
+    if beyond := data[end:].strip(b"\0"):
+        damage = (
+            f"{len(beyond)} bytes after its end-of-archive mark at byte {end} are not read; "
+            "join tars by `tar --concatenate`, not by `cat`"
+        )
+        return _Contents(members, damage, broken=False)
+    return _Contents(members, None, broken=False)
 
 
-def _check_member(member: tarfile.TarInfo, key: str, seen: set[str], length: int) -> None:
+def _escape(name: str) -> str:
+    """A member's name with what no terminal prints, and no UTF-8 holds, as backslash escapes."""
+    return re.sub(
+        r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]",
+        lambda each: each[0].encode("unicode_escape").decode(),
+        name,
+    )
+
+
+def _check_member(member: tarfile.TarInfo, key: str, seen: Container[str], length: int) -> None:
     if not member.isreg() or member.issparse():
         raise ValueError("not a regular file")
     if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
@@ -191,17 +257,31 @@ def _check_member(member: tarfile.TarInfo, key: str, seen: set[str], length: int
         raise ValueError("duplicate key")
 
 
-def _read_label(data: bytes, member: tarfile.TarInfo | None) -> int:
-    if member is None:
-        return NO_LABEL
-    text = data[member.offset_data : member.offset_data + member.size]
-    try:
-        label = int(text)
-    except ValueError:
-        raise ValueError(f"its class {text[:20]!r} is no integer") from None
-    if not 0 <= label < 2**31:
+def _read_label(data: bytes, members: list[tarfile.TarInfo]) -> int:
+    labels = set()
+    for member in members:
+        if not member.isreg() or member.issparse():
+            raise ValueError("its class is not a regular file")
+        if member.offset_data + member.size > len(data):
+            raise ValueError("its class is cut off by the end of the tar")
+        text = data[member.offset_data : member.offset_data + member.size]
+        if not re.fullmatch(rb"\s*[+-]?[0-9]{1,20}\s*", text):
+            raise ValueError(f"its class {text[:20]!r} is no integer")
+        labels.add(int(text))
+    if len(labels) > 1:
+        raise ValueError(f"it has several classes: {', '.join(map(str, sorted(labels)))}")
+    label = labels.pop() if labels else NO_LABEL
+    if members and not 0 <= label < 2**31:
         raise ValueError(f"its class {label} is out of range")
     return label
+
+
+def _is_mask(name: str) -> bool:
+    return name.lower().endswith(f".{MASK_EXTENSION}")
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def _extension(name: str) -> str:
