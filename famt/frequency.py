@@ -66,24 +66,36 @@ def pixel_frequency(
         raise ValueError(
             f"images must be float [B, 3, H, W], got {images.dtype} {list(images.shape)}"
         )
-    if grid < 2:
-        raise ValueError(f"grid must be at least 2 cells a side, got {grid}")
+    check_pixel_score(grid, kind, band)
     images = images.float()
     if kind == "spectral_residual":
-        if band is not None:
-            raise ValueError("spectral_residual looks at the whole spectrum and takes no band")
         return _unit_mean(_spectral_residual(images, grid))
-    if kind not in _BANDS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(PIXEL_KINDS)}")
     low, high = _BANDS[kind] if band is None else band
-    if not 0 <= low < high:
-        raise ValueError(f"band must be 0 <= low < high, got ({low}, {high})")
     if kind == "border_geodesic":
         colour = rgb_to_lab(_finite(_band_cells(images, low, high, grid)).clamp(0, 1))
         return _unit_mean(_distance_from_border(colour), flat_below=1e-2)  # in CIE Lab units
     wave = _gaussian_band(_luminance(images), low, high)
     energy = (wave - wave.mean(dim=(-2, -1), keepdim=True)).abs()
     return _unit_mean(_smooth(_cells(energy, grid)).squeeze(1))
+
+
+def check_pixel_score(grid: int, kind: str, band: tuple[float, float] | None) -> None:
+    """Refuse what `pixel_frequency` can't compute, whatever the images.
+
+    Raises:
+        ValueError: says which of the three, and its bounds.
+    """
+    if grid < 2:
+        raise ValueError(f"grid must be at least 2 cells a side, got {grid}")
+    if kind not in PIXEL_KINDS:
+        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(PIXEL_KINDS)}")
+    if band is None:
+        return
+    if kind not in _BANDS:
+        raise ValueError(f"{kind} looks at the whole spectrum and takes no band")
+    low, high = band
+    if not 0 <= low < high:
+        raise ValueError(f"band must be 0 <= low < high, got {low} {high}")
 
 
 def token_frequency(tokens: Tensor, cutoff: float = 0.15) -> Tensor:

@@ -21,6 +21,7 @@ Exit code: 0 done; 1 some images could not be read and were skipped, each named.
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass, field
 
@@ -57,16 +58,25 @@ class MakeShards:
     download_to: str | None = None
     """where torchvision keeps what it downloads"""
 
+    def __post_init__(self) -> None:
+        if self.samples_per_shard < 1:
+            raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout must be at least 0 and below 1, got {self.holdout}")
+        if self.holdout and self.split == "val":
+            raise ValueError('holdout makes a split "val" of its own; give this one another split')
+        # Shards are found by <split>-*.tar, and DALI must be able to read their names.
+        if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.split):
+            raise ValueError(f"split {self.split!r} may hold letters, digits, _, . and - alone")
+
 
 def main(args: MakeShards) -> int:
     """Write the shards; returns 1 if any image had to be skipped."""
     classes, items = open_source(args.source, args.split, args.download_to)
     if args.unlabelled:
         classes, items = [], [dataclasses.replace(item, label=NO_LABEL) for item in items]
-    if args.holdout and args.split == "val":
-        raise ValueError('--holdout makes a split "val" of its own; give this one another --split')
-    if not 0 <= args.holdout < 1:
-        raise ValueError(f"--holdout {args.holdout} must be at least 0 and below 1")
     order = np.random.default_rng(args.seed).permutation(len(items))
     held_out = set(order[: int(len(items) * args.holdout)].tolist())
     parts = {args.split: [item for n, item in enumerate(items) if n not in held_out]}

@@ -23,13 +23,20 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.attention import attention_scores, cls_attention, last_attention, last_block
-from famt.frequency import DEFAULT_KIND, PIXEL_KINDS, pixel_frequency, token_frequency
+from famt.frequency import (
+    DEFAULT_KIND,
+    PIXEL_KINDS,
+    check_pixel_score,
+    pixel_frequency,
+    token_frequency,
+)
 
 # Raise these with any change that alters the numbers of an existing kind.
-_CODE_VERSION = 1
+_CODE_VERSION = 2  # 1 decoded all images by Pillow
 _MODEL_CODE_VERSION = 1
 
 _GENERATION = "generation-"
+_MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 
 PixelScore = Callable[[Tensor, int], Tensor]
 """images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
@@ -50,6 +57,19 @@ class ScoreSpec:
     """images are squashed to this many pixels a cell before they are scored"""
     band: tuple[float, float] | None = None
     """(low, high) edges of the pass band in cycles per image side; the kind's own if left out"""
+
+    def __post_init__(self) -> None:
+        if self.kind in PIXEL_KINDS:
+            check_pixel_score(self.grid, self.kind, self.band)
+        elif self.band is not None:
+            raise ValueError(f"band is for {', '.join(PIXEL_KINDS)}; {self.kind!r} takes none")
+        for name in ("grid", "pixels_per_cell"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.size > _MAX_SIZE:
+            raise ValueError(
+                f"grid x pixels_per_cell must be at most {_MAX_SIZE} px, got {self.size}"
+            )
 
     @property
     def size(self) -> int:
@@ -116,6 +136,10 @@ class ModelScoreSpec:
     """`encoder_digest` of its weights"""
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16 computes under autocast"""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.grid <= self.image_size:
+            raise ValueError(f"a grid of {self.grid} cells on images of {self.image_size} px")
 
     def describe(self) -> dict[str, object]:
         """The spec spelled out, as JSON keeps it.

@@ -49,7 +49,13 @@ class Encoding:
     max_side: int | None = None
     """shrink images whose longer side is above this many px, and store them as JPEG"""
     quality: int = 90
-    """JPEG quality of what is re-encoded"""
+    """JPEG quality of what is re-encoded, 1 to 100"""
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and self.max_side < 1:
+            raise ValueError(f"max_side must be at least 1 px, got {self.max_side}")
+        if not 1 <= self.quality <= 100:
+            raise ValueError(f"quality must be 1 to 100, got {self.quality}")
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,6 @@ def test_a_spec_scores_bytes_as_the_method_scores_floats():
     torch.testing.assert_close(spec.score(images), expected)
 
 
-def test_a_band_makes_no_sense_upside_down():
-    spec = ScoreSpec(band=(5.0, 1.0))
-    with pytest.raises(ValueError, match="low < high"):
-        spec.score(torch.zeros(1, spec.size, spec.size, 3, dtype=torch.uint8))
-
-
 PACKAGE = """
 import torch
 
@@ -132,3 +126,33 @@ def test_the_packaged_example_gives_a_map_that_finds_a_bright_square():
     assert maps.shape == (1, 7, 7)
     inside = maps[0, 2:4, 3:5].mean()
     assert inside > 2 * maps.mean()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"grid": 0}, "grid must be at least 2"),
+        ({"grid": -3}, "grid must be at least 2"),
+        ({"grid": 1}, "grid must be at least 2"),
+        ({"pixels_per_cell": 0}, "pixels_per_cell must be at least 1"),
+        ({"pixels_per_cell": -1}, "pixels_per_cell must be at least 1"),
+        ({"grid": 100_000}, "at most 1024 px"),
+        ({"band": (8.0, 2.0)}, "0 <= low < high"),
+        ({"band": (-1.0, 2.0)}, "0 <= low < high"),
+        ({"band": (float("nan"), 2.0)}, "0 <= low < high"),
+        ({"band": (1.0, float("nan"))}, "0 <= low < high"),
+        ({"kind": "spectral_residual", "band": (1.0, 2.0)}, "takes no band"),
+        ({"kind": "of_a_package", "band": (1.0, 2.0)}, "takes none"),
+        ({"kind": "of_a_package", "grid": 0}, "grid must be at least 1"),
+    ],
+)
+def test_a_spec_refuses_what_can_score_no_image(options, reason):
+    with pytest.raises(ValueError, match=reason):
+        ScoreSpec(**options)
+    assert ScoreSpec.from_description({**ScoreSpec().describe(), **options}) is None
+
+
+def test_a_model_score_needs_a_cell_and_a_pixel_for_it():
+    for grid, size in ((0, 32), (8, 4)):
+        with pytest.raises(ValueError, match="cells on images"):
+            ModelScoreSpec("attention", grid, size, "0" * 32)
