@@ -32,7 +32,7 @@ from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.precompute import score_shard
 from pipeline.scores import ScoreSpec, is_generation
-from pipeline.shards import content_id
+from pipeline.shards import content_id, judgement_ids
 from pipeline.table import load_maps, load_samples
 from train.figures import draw
 from train.program import run_program
@@ -208,7 +208,7 @@ def _contradiction(
         data = storage.read(url)
     except FileNotFoundError:
         return "the tar is gone"
-    if content_id(data) != shard_id:
+    if shard_id not in judgement_ids(content_id(data)):
         return "the tar has changed since it was scored; run jobs/precompute_freq.py again"
     table = cache.read_table(shard_id)
     for spec_id in specs:

@@ -9,7 +9,11 @@ whatever the tar's name: run it again after a crash, or over a data set that gre
 enter training are quarantined with a reason, and left out of training. A JSON summary is printed
 last.
 
-Exit code: 0 done; 1 a tar could not be scored, or more images are bad than --max-bad allows.
+A tar that is cut off or broken gives what stands before the damage; every run that is given it says
+so. What was quarantined stays so until --retry-bad judges it again, say by newer decoders.
+
+Exit code: 0 done; 1 a tar could not be scored, or more images are bad than --max-bad allows, or
+more tars damaged than --max-damaged allows, now or by an earlier run.
 """
 
 from __future__ import annotations
@@ -60,14 +64,32 @@ class PrecomputeFreq:
     """tasks at a time; all CPUs of the cluster if left out"""
     max_bad: float = 0.01
     """share of images that may be quarantined before the job counts as failed"""
+    max_damaged: int = 0
+    """tars that may be cut off or broken before the job counts as failed"""
+    retry_bad: bool = False
+    """judge all images of these shards again, the quarantined among them. A shard on which a
+    verdict changes gets new rows: its maps of other scores have to be computed again, and runs that
+    trained on it can't be resumed"""
     summary: str | None = None
     """file to write the JSON summary to as well"""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError(f"max_bad must be 0 to 1, got {self.max_bad}")
+        if self.max_damaged < 0:
+            raise ValueError(f"max_damaged must be at least 0, got {self.max_damaged}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        if self.watch is not None:
+            _seconds(self.watch)
+            if self.retry_bad:
+                raise ValueError("retry_bad is for one run; it would judge all again at each look")
+
 
 @ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError, obstore.exceptions.GenericError])
-def _score(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardReport:
+def _score(url: str, cache: ScoreCache, spec: ScoreSpec, retry_bad: bool) -> ShardReport:
     torch.set_num_threads(1)
-    return precompute_shard(url, cache, spec)
+    return precompute_shard(url, cache, spec, retry_bad=retry_bad)
 
 
 def main(args: PrecomputeFreq) -> int:
@@ -93,7 +115,7 @@ def _seconds(duration: str) -> float:
 def _run_once(args: PrecomputeFreq) -> int:
     urls = storage.expand(args.shards)
     cache = ScoreCache(args.cache, create=True)
-    todo = list(look_up(urls, cache, args.spec).stale)
+    todo = urls if args.retry_bad else list(look_up(urls, cache, args.spec).stale)
     print(
         f"{len(urls)} shards, {len(urls) - len(todo)} of them scored before; "
         f"spec {args.spec.id}, cache {cache.url}",
@@ -106,12 +128,10 @@ def _run_once(args: PrecomputeFreq) -> int:
     failed: dict[str, str] = {}
     unpublished: list[ShardReport] = []
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
-        for url, outcome in score_shards(todo, cache, args.spec, args.workers):
+        for url, outcome in score_shards(todo, cache, args.spec, args.workers, args.retry_bad):
             if isinstance(outcome, ShardReport):
                 reports.append(outcome)
                 unpublished.append(outcome)
-                if outcome.damage:
-                    bar.write(f"damaged: {url}: {outcome.damage}", file=sys.stderr)
             else:
                 failed[url] = outcome
                 bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
@@ -128,7 +148,11 @@ def _run_once(args: PrecomputeFreq) -> int:
 
 
 def score_shards(
-    urls: list[str], cache: ScoreCache, spec: ScoreSpec, workers: int | None
+    urls: list[str],
+    cache: ScoreCache,
+    spec: ScoreSpec,
+    workers: int | None,
+    retry_bad: bool = False,
 ) -> Iterator[tuple[str, ShardReport | str]]:
     """Score shards, so many at a time; yields each with its report, or with what went wrong."""
     waiting = iter(urls)
@@ -137,7 +161,7 @@ def score_shards(
         # Asked anew each time: a cluster grows and shrinks under a long job.
         limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         while len(running) < limit and (url := next(waiting, None)) is not None:
-            running[_score.remote(url, cache, spec)] = url
+            running[_score.remote(url, cache, spec, retry_bad)] = url
         if not running:
             return
         (done,), _ = ray.wait(list(running), num_returns=1)
@@ -161,6 +185,9 @@ def _report(
     records = cache.manifests.lookup([url for url in urls if url not in failed])
     with ThreadPoolExecutor(32) as pool:
         entries = list(pool.map(cache.summary, [record.shard_id for record in records.values()]))
+    damaged = {
+        url: entry.damage for url, entry in zip(records, entries, strict=True) if entry.damage
+    }
     kept = sum(entry.kept for entry in entries)
     bad_samples = [
         f"{url}:{rejected.key}: {rejected.reason}"
@@ -174,7 +201,7 @@ def _report(
         "shards": len(urls),
         "scored_now": len(reports),
         "failed": failed,
-        "damaged": {report.url: report.damage for report in reports if report.damage},
+        "damaged": damaged,
         "kept": kept,
         "quarantined": quarantined,
         "decoded_now": decoded,
@@ -187,13 +214,23 @@ def _report(
     if args.summary:
         Path(args.summary).write_text(text + "\n")
     print(text)
-    for line in bad_samples[:_SHOWN]:
-        print(f"quarantined: {line}", file=sys.stderr)
-    if quarantined > _SHOWN:
-        print(f"... and {quarantined - _SHOWN} more", file=sys.stderr)
+    for what, lines in (
+        ("damaged", [f"{url}: {damage}" for url, damage in damaged.items()]),
+        ("quarantined", bad_samples),
+    ):
+        for line in lines[:_SHOWN]:
+            print(f"{what}: {line}", file=sys.stderr)
+        if len(lines) > _SHOWN:
+            print(f"... and {len(lines) - _SHOWN} more {what}", file=sys.stderr)
     if bad > args.max_bad:
         print(f"more than --max-bad {args.max_bad} of the images are quarantined", file=sys.stderr)
-    return 1 if failed or bad > args.max_bad else 0
+    if len(damaged) > args.max_damaged:
+        print(
+            f"more than --max-damaged {args.max_damaged} of the tars are damaged; make them anew "
+            "to have the rest of their images",
+            file=sys.stderr,
+        )
+    return 1 if failed or bad > args.max_bad or len(damaged) > args.max_damaged else 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pipeline.cache import ScoreCache, ShardTable
 from pipeline.decode import BadImage, decode
 from pipeline.manifest import ShardRecord
 from pipeline.scores import ScoreSpec
-from pipeline.shards import Rejected, Sample, content_id, list_shard
+from pipeline.shards import Rejected, Sample, content_id, judgement_ids, list_shard
 
 _BATCH = 128  # enough to share the cost of a call
 
@@ -54,22 +54,32 @@ class ShardReport:
     claim: str
 
 
-def precompute_shard(url: str, cache: ScoreCache, spec: ScoreSpec) -> ShardReport:
+def precompute_shard(
+    url: str, cache: ScoreCache, spec: ScoreSpec, *, retry_bad: bool = False
+) -> ShardReport:
     """Make the cache hold the table and the maps of the tar at `url`; compute only what it lacks.
+
+    With `retry_bad` every image is judged again by the decoders that are here now. If that changes
+    which images enter training, the tar gets a new entry, with maps of `spec` alone: those of the
+    old one lie in other rows.
 
     Raises:
         OSError: the tar can't be read, or the cache can't be written.
-        ValueError: the file is no tar.
+        ValueError: the file is no tar, or was judged too often.
     """
-    data, shard_id, version = _read(url)
+    data, content, version = _read(url)
+    shard_id, free = _newest_entry(cache, content)
     decoded = 0
-    with _claimed(cache, shard_id) as claim:
-        if not cache.has_entry(shard_id, spec):
-            # A table that is there decides which samples there are: its other maps go by it.
-            known = cache.read_table(shard_id) if cache.has_entry(shard_id, None) else None
-            scored = score_shard(data, spec, url, known)
-            cache.write(shard_id, scored.table, spec, scored.maps)
+    with _claimed(cache, shard_id, free) as claim:
+        # A table that is there decides which samples there are: its other maps go by it.
+        known = cache.read_table(shard_id) if cache.has_entry(shard_id, None) else None
+        if retry_bad or not cache.has_entry(shard_id, spec):
+            scored = score_shard(data, spec, url, None if retry_bad else known)
             decoded = len(scored.maps)
+            if known is not None and not _same_rows(scored.table, known):
+                shard_id = free
+            if not cache.has_entry(shard_id, spec):
+                cache.write(shard_id, scored.table, spec, scored.maps)
         return _report(url, shard_id, version, cache, decoded, claim)
 
 
@@ -83,7 +93,8 @@ def index_shard(url: str, cache: ScoreCache, *, judge: bool = True) -> ShardRepo
         OSError: the tar can't be read, or the cache can't be written.
         ValueError: the file is no tar.
     """
-    data, shard_id, version = _read(url)
+    data, content, version = _read(url)
+    shard_id, _ = _newest_entry(cache, content)
     if not judge and not cache.has_entry(shard_id, None):
         return None
     decoded = 0
@@ -95,10 +106,31 @@ def index_shard(url: str, cache: ScoreCache, *, judge: bool = True) -> ShardRepo
         return _report(url, shard_id, version, cache, decoded, claim)
 
 
+def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
+    """The id of a tar's entry by its newest judgement, and the id that the next one would get.
+
+    Raises:
+        ValueError: it was judged too often.
+    """
+    newest, *later = judgement_ids(content)
+    for shard_id in later:
+        if not cache.has_entry(shard_id, None):
+            return newest, shard_id
+        newest = shard_id
+    raise ValueError(f"shard {content} was judged {len(later)} times; make another tar of it")
+
+
+def _same_rows(one: ShardTable, other: ShardTable) -> bool:
+    return one.key == other.key and all(
+        np.array_equal(getattr(one, column), getattr(other, column))
+        for column in ("offset", "size", "label")
+    )
+
+
 @contextmanager
-def _claimed(cache: ScoreCache, shard_id: str) -> Iterator[str]:
-    """Claim an entry; the claim stays for `publish`, unless nothing comes of it."""
-    claim = cache.claims.claim(shards=[shard_id])
+def _claimed(cache: ScoreCache, *shard_ids: str) -> Iterator[str]:
+    """Claim entries; the claim stays for `publish`, unless nothing comes of it."""
+    claim = cache.claims.claim(shards=list(shard_ids))
     try:
         yield claim
     except BaseException:

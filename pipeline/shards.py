@@ -21,6 +21,7 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
 MASK_EXTENSION = "mask.png"
 NO_LABEL = -1
+_JUDGEMENTS = 100
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,16 @@ class ShardListing:
 def content_id(data: bytes) -> str:
     """The name of a shard in the cache: BLAKE3 of its bytes, 32 hex digits of it."""
     return blake3(data).hexdigest(length=16)
+
+
+def judgement_ids(content: str) -> list[str]:
+    """The names that one tar's entries may have in the cache: one a judgement, the first is plain.
+
+    An entry never changes, since the rows of all its maps go by its table. Where a tar is judged
+    again and the verdict on an image differs, it gets another entry.
+    """
+    later = (f"{content} judged again {n}".encode() for n in range(1, _JUDGEMENTS))
+    return [content, *(content_id(text) for text in later)]
 
 
 def list_shard(data: bytes) -> ShardListing:

@@ -48,8 +48,10 @@ class SampleTable:
 
     @property
     def digest(self) -> str:
-        """Hash of the shards' contents in their order: equal digests mean equal rows."""
-        return hashlib.sha256(" ".join(self.shard_ids).encode()).hexdigest()[:12]
+        """Hash of the shards' contents and places in their order: equal ones mean equal rows."""
+        digest = hashlib.sha256(" ".join(self.shard_ids).encode())
+        digest.update(self._places.numpy().data)
+        return digest.hexdigest()[:12]
 
     def keys(self, shard: int) -> list[str]:
         """Sample keys of the shard of that number, in the order of its rows."""

@@ -31,7 +31,8 @@ def _images(shards, cache, spec):
 @pytest.fixture
 def with_bad(scored, spec):
     path = scored.folder / "train-000003.tar"
-    path.write_bytes(tar_bytes([*photo_members(2, 60), ("oops.jpg", b"garbage")]).rstrip(b"\0"))
+    members = [*photo_members(2, 60), ("oops.jpg", b"garbage"), ("oops.cls", b"1")]
+    path.write_bytes(tar_bytes(members).rstrip(b"\0"))
     score([path], scored.cache, spec)
     score([Path(scored.shards[0])], scored.cache, ScoreSpec(kind="lowpass", grid=7))
     return scored

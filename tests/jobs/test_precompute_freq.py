@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from jobs.precompute_freq import PrecomputeFreq, main
 from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError
 from pipeline.precompute import score_shard
+from pipeline.shards import Rejected, content_id
 from pipeline.table import load_maps, load_samples
 
 ROOT = Path(__file__).parents[2]
@@ -98,14 +100,66 @@ def test_a_tar_that_cannot_be_scored_fails_alone(cluster, shards, tmp_path, spec
     assert "no image in it" in reason
 
 
-def test_a_cut_tar_is_reported_and_its_whole_samples_kept(cluster, shards, tmp_path, spec, capsys):
+def test_a_cut_tar_is_reported_by_every_run_and_its_whole_samples_kept(
+    cluster, shards, tmp_path, spec, capsys
+):
     whole = (shards / "train-2.tar").read_bytes()
     (shards / "train-2.tar").write_bytes(whole[: len(whole) // 3])
-    assert main(_config(shards, tmp_path, spec, max_bad=1.0)) == 0
-    captured = capsys.readouterr()
-    assert "damaged" in captured.err
-    summary = json.loads(captured.out.strip().splitlines()[-1])
-    assert 10 < summary["kept"] < 15
+    for scored_now in (3, 0):
+        assert main(_config(shards, tmp_path, spec, max_bad=1.0)) == 1
+        captured = capsys.readouterr()
+        assert f"damaged: {shards}/train-2.tar: " in captured.err
+        assert "--max-damaged" in captured.err
+        summary = json.loads(captured.out.strip().splitlines()[-1])
+        assert summary["scored_now"] == scored_now
+        assert list(summary["damaged"]) == [f"{shards}/train-2.tar"]
+        assert 10 < summary["kept"] < 15
+    assert main(_config(shards, tmp_path, spec, max_bad=1.0, max_damaged=1)) == 0
+
+
+def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_path, spec, capsys):
+    path = str(shards / "train-0.tar")
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    judged = score_shard(Path(path).read_bytes(), spec)
+    earlier = dataclasses.replace(  # as a decoder of other days may have left it
+        judged.table,
+        key=judged.table.key[1:],
+        offset=judged.table.offset[1:],
+        size=judged.table.size[1:],
+        label=judged.table.label[1:],
+        rejected=[Rejected("img0000", "not to its taste")],
+    )
+    shard_id = content_id(Path(path).read_bytes())
+    cache.write(shard_id, earlier, spec, judged.maps[1:])
+    assert main(_config(shards, tmp_path, spec)) == 1
+    assert _summary(capsys)["quarantined"] == 1
+    before = load_samples([str(shards)], cache)
+    assert main(_config(shards, tmp_path, spec, retry_bad=True)) == 0
+    summary = _summary(capsys)
+    assert (summary["kept"], summary["quarantined"], summary["decoded_now"]) == (15, 0, 15)
+    after = load_samples([str(shards)], cache)
+    assert (len(before), len(after)) == (14, 15)
+    assert before.digest != after.digest
+    assert len(load_maps(after, cache, spec)) == 15
+    assert cache.read_table(shard_id).key == earlier.key  # whoever goes by it still can
+    assert main(_config(shards, tmp_path, spec)) == 0
+    assert _summary(capsys)["scored_now"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_bad": -0.1},
+        {"max_bad": float("nan")},
+        {"max_damaged": -1},
+        {"workers": 0},
+        {"watch": "soon"},
+        {"retry_bad": True, "watch": "1m"},
+    ],
+)
+def test_options_out_of_bounds_are_refused_by_name(tmp_path, spec, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        _config(tmp_path, tmp_path, spec, **options)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from samples import encode, photo, photo_members, tar_bytes
 
 from famt.frequency import pixel_frequency
 from pipeline.cache import ScoreCache
-from pipeline.decode import BadImage
+from pipeline.decode import BadImage, decode
 from pipeline.precompute import judge_shard, precompute_shard, score_shard
 from pipeline.scores import ScoreSpec
 
@@ -103,3 +103,36 @@ def test_a_second_score_goes_by_the_table_of_the_first(tmp_path, spec, monkeypat
     with pytest.raises(ValueError, match=r"a\.tar: img0000 was kept before.*not to my taste"):
         precompute_shard(str(path), cache, ScoreSpec(kind="highpass", grid=7))
     assert cache.read_table(first.shard_id).key == table.key
+
+
+def _keep(*keys):
+    """A decoder that refuses all images but those of certain seeds."""
+    liked = {encode(photo(n), quality=92) for n in keys}
+
+    def decoder(data, size):
+        if data not in liked:
+            raise BadImage("not to my taste")
+        return decode(data, size)
+
+    return decoder
+
+
+def test_another_verdict_gives_a_shard_another_entry_that_all_scores_then_go_by(
+    tmp_path, spec, monkeypatch
+):
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes(photo_members(4)))
+    ids = []
+    for keys in ((0, 1), (1, 2), (0, 1, 2, 3)):
+        monkeypatch.setattr("pipeline.precompute.decode", _keep(*keys))
+        report = precompute_shard(str(path), cache, spec, retry_bad=True)
+        assert (report.kept, report.quarantined) == (len(keys), 4 - len(keys))
+        assert cache.read_table(report.shard_id).key == [f"img{n:04d}" for n in keys]
+        assert len(cache.read_maps([report.shard_id], spec)[0]) == len(keys)
+        ids.append(report.shard_id)
+    assert len(set(ids)) == 3
+    other = ScoreSpec(kind="lowpass", grid=7)
+    assert precompute_shard(str(path), cache, other).shard_id == ids[-1]
+    again = precompute_shard(str(path), cache, spec, retry_bad=True)
+    assert (again.shard_id, again.decoded) == (ids[-1], 4)
