@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,6 +23,7 @@ from torch.utils.dlpack import from_dlpack
 
 from pipeline import storage
 from pipeline.limits import allow_open_files
+from pipeline.manifest import CacheError
 from pipeline.table import SampleTable
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -149,7 +151,7 @@ class CropLoader:
         self.config, self.drop_last = config, drop_last
         self.rank, self.world_size = rank, world_size
         self.device = torch.device(device)
-        self._samples = len(table)
+        self._table, self._samples = table, len(table)
         share = self._samples // world_size
         if drop_last and share < config.batch_size:
             raise ValueError(
@@ -209,7 +211,7 @@ class CropLoader:
             elif valid > 0:  # DALI fills the last batch up by repeating a sample
                 yield batch.first(valid)
         for _ in range(self._runs - self.steps_per_epoch):
-            self._pipeline.run()
+            self._run_graph()
         self.epoch, self.step = self.epoch + 1, 0
 
     def state(self) -> dict[str, object]:
@@ -223,7 +225,7 @@ class CropLoader:
         }
 
     def _run(self) -> CropBatch:
-        images, source, anchor, shape, extent, flip = self._pipeline.run()
+        images, source, anchor, shape, extent, flip = self._run_graph()
         rows = [int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source]
         size = torch.from_numpy(extent.as_array()).double()
         top_left = torch.from_numpy(anchor.as_array()).double() / size
@@ -234,6 +236,21 @@ class CropLoader:
             windows=torch.cat([top_left, height_width], dim=1).float(),
             flips=torch.from_numpy(flip.as_array().reshape(-1).astype(bool)),
         )
+
+    def _run_graph(self) -> tuple:
+        try:
+            return self._pipeline.run()
+        except RuntimeError as error:
+            # Of a failed decode DALI says `<tar>:<offset>:<row>`, of headers nothing.
+            decoding = re.search(r"Failed to decode sample #\d+ : .*:(\d+)$", str(error), re.M)
+            if decoding is None and "nvImageCodec failure" not in str(error):
+                raise
+            sample = self._table.key(int(decoding[1])) if decoding else "an image of these shards"
+            raise CacheError(
+                f"{sample}: DALI can't decode it, though it was kept when its shard was scored: "
+                "the tar was written over, or the decoders here are others. Remove it from the "
+                f"tar, or have all judged again: {self._table.judge_again()}"
+            ) from error
 
     def _share_size(self) -> int:
         """Samples of this rank's share of the current epoch: contiguous, moving on every epoch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,6 +18,9 @@ import braceexpand
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
+
+_DALI_SCHEMES = ("s3", "gs")
+_ODD = r"[^A-Za-z0-9/_.=+~@,-]"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def expand(patterns: list[str]) -> list[str]:
     """Shard URLs named by paths, brace patterns, wildcards or folders of tars, in order.
 
     Args:
-        patterns: such as `data/train-*.tar`, `s3://bucket/train-{000000..001023}.tar` or `data/`.
+        patterns: such as `data/train-*.tar`, `s3://bucket/train-{000000..001023}.tar` or `data/`. A
+            path that exists is taken as it is, whatever characters it holds.
 
     Returns:
         normalised URLs, each once.
@@ -83,16 +88,53 @@ def expand(patterns: list[str]) -> list[str]:
     Raises:
         FileNotFoundError: a pattern matches no tar.
         OSError: a store can't be listed.
+        ValueError: a name that DALI can't read, or braces that do not match.
     """
     urls: list[str] = []
-    for pattern in (one for each in patterns for one in braceexpand.braceexpand(each)):
-        found = _matches(pattern)
-        if not found:
-            raise FileNotFoundError(
-                f"{pattern}: no such shards; give tars, a folder of tars, or a pattern in quotes"
-            )
-        urls += found
+    for pattern in patterns:
+        for one in _expand_braces(pattern):
+            found = _matches(one)
+            if not found:
+                raise FileNotFoundError(
+                    f"{one}: no such shards; give tars, a folder of tars, or a pattern in quotes"
+                )
+            urls += found
+    for url in urls:
+        _check_name(url)
     return list(dict.fromkeys(urls))
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    if not is_remote(pattern) and os.path.exists(pattern.removeprefix("file://")):
+        return [pattern]
+    try:
+        return list(braceexpand.braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise ValueError(f"{pattern}: {error}; give names such as train-{{000..099}}.tar") from None
+
+
+def _check_name(url: str) -> None:
+    """Refuse a shard that could be scored but not trained on.
+
+    DALI reads a URL by rules of its own, and fails or hangs at what they do not allow.
+    """
+    if is_remote(url):
+        scheme, _, name = url.partition("://")
+        if scheme not in _DALI_SCHEMES:
+            raise ValueError(
+                f"{url}: DALI reads tars from local paths, {' and '.join(_DALI_SCHEMES)} alone; "
+                "copy them there (the score cache may stay)"
+            )
+        if odd := re.search(_ODD, name):
+            raise ValueError(
+                f"{url}: DALI can't read a URL with {odd[0]!r}; rename it to letters, digits and "
+                "/ _ - . = + ~ @ , alone"
+            )
+        return
+    try:
+        url.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{url!r}: DALI can't read a name that is not UTF-8; rename it") from None
 
 
 def _matches(pattern: str) -> list[str]:

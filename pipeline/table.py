@@ -67,6 +67,12 @@ class SampleTable:
         first, end = self.first_row[shard : shard + 2]
         return self._places[first:end, 0].tolist()
 
+    def judge_again(self) -> str:
+        """The command that judges the images of these shards again."""
+        shards = " ".join(f"'{each}'" for each in self.patterns)
+        command = "python jobs/precompute_freq.py --retry-bad"
+        return f"{command} --shards {shards} --cache {self._cache.url}"
+
     def write_indices(self) -> tempfile.TemporaryDirectory[str]:
         """DALI index files `<shard number>.idx` in a folder that its user removes."""
         folder = tempfile.TemporaryDirectory(prefix="famt-index-")

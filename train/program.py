@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -19,6 +20,9 @@ USERS = (CacheError, FloatingPointError, RankError, ValueError, *storage.UNREACH
 
 def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
     """Run `main(config)` and exit with the code that it returns (0 if none), or 2 on an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name of any script, on any terminal
+            stream.reconfigure(errors="backslashreplace")
     try:
         result = main(config)
     except USERS as error:

@@ -1,5 +1,6 @@
 import dataclasses
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from famt.geometry import crop_maps
 from famt.patches import patchify
 from pipeline.cache import ScoreCache
 from pipeline.loader import CentreView, CropLoader, LoaderConfig, RandomView, WholeView
+from pipeline.manifest import CacheError
 from pipeline.scores import ScoreSpec
+from pipeline.shards import list_shard
 from pipeline.table import load_samples
 
 SMALL = LoaderConfig(batch_size=4, image_size=32, shuffle_buffer=8, threads=2)
@@ -291,3 +294,23 @@ def test_a_gpu_decodes_the_same_crops_and_keeps_them(table):
         torch.testing.assert_close(cpu.windows, gpu.windows)
         difference = (cpu.images.float() - gpu.images.cpu().float()).abs().mean()
         assert difference < 3  # another decoder and another resampling kernel
+
+
+@pytest.mark.parametrize(
+    ("content", "sample"),
+    [
+        (lambda jpeg: jpeg[:-150].ljust(len(jpeg), b"\0"), "img0003: DALI can't decode"),
+        (lambda jpeg: bytes(len(jpeg)), "an image of these shards: DALI can't decode"),
+    ],
+)
+def test_an_image_that_ends_an_epoch_is_named_with_the_remedy(scored, content, sample):
+    path = Path(scored.shards[0])
+    data = bytearray(path.read_bytes())
+    place = list_shard(bytes(data)).samples[3]
+    table = load_samples(scored.shards[:1], scored.cache)
+    jpeg = bytes(data[place.offset : place.offset + place.size])
+    data[place.offset : place.offset + place.size] = content(jpeg)
+    path.write_bytes(data)
+    loader = CropLoader(table, LoaderConfig(5, 16, shuffle_buffer=0, threads=1), drop_last=False)
+    with pytest.raises(CacheError, match=rf"{sample}.*--retry-bad --shards '.*' --cache"):
+        list(loader)

@@ -143,10 +143,10 @@ def test_a_class_that_is_a_link_rejects_its_sample(kind):
 
 
 def test_of_images_that_webdataset_takes_for_one_sample_none_is_guessed_to_be_the_photo():
-    members = [("1.rgb.png", IMAGE), ("1.mask.png", IMAGE), ("1.cls", b"1"), ("2.rgb.png", IMAGE)]
+    members = [("1.rgb.png", IMAGE), ("1.depth.png", IMAGE), ("1.cls", b"1"), ("2.rgb.png", IMAGE)]
     listing = list_shard(tar_bytes(members))
     assert [s.key for s in listing.samples] == ["2.rgb"]
-    assert [bad.key for bad in listing.rejected] == ["1.mask.png", "1.rgb.png"]
+    assert [bad.key for bad in listing.rejected] == ["1.depth.png", "1.rgb.png"]
     assert "name its photo 1.png" in listing.rejected[0].reason
 
 

@@ -85,3 +85,44 @@ def test_reading_and_existence(folder):
     assert storage.read(f"{folder}/notes.txt") == b"x"
     assert storage.exists(f"{folder}/notes.txt")
     assert not storage.exists(f"{folder}/other.txt")
+
+
+@pytest.mark.parametrize("name", ["a\\b.tar", "a{1,2}.tar", "a{.tar", "a[1].tar", "ä#1 %.tar"])
+def test_a_local_path_that_exists_is_taken_as_it_is(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    assert storage.expand([f"{tmp_path}/{name}"]) == [f"{tmp_path}/{name}"]
+
+
+def test_backslashes_outlive_braces(tmp_path):
+    for number in range(2):
+        (tmp_path / f"a\\{number}.tar").write_bytes(b"x")
+    assert storage.expand([f"{tmp_path}/a\\{{0..1}}.tar"]) == [
+        f"{tmp_path}/a\\{number}.tar" for number in range(2)
+    ]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a#1.tar", "ä.tar", "a[1].tar", "x#y/a.tar", "a?.tar", "a\n.tar", "a|b.tar", "a%20.tar"],
+)
+def test_a_url_that_dali_can_not_read_is_refused_with_the_remedy(name):
+    with pytest.raises(ValueError, match=r"DALI can't read .* rename"):
+        storage.expand([f"s3://bucket/{name}"])
+
+
+def test_a_store_that_dali_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="DALI reads tars from local paths, s3 and gs alone"):
+        storage.expand(["az://container/a.tar"])
+
+
+def test_a_local_name_that_is_not_utf_8_is_refused(tmp_path):
+    path = os.fsencode(tmp_path) + b"/\xff.tar"
+    with open(path, "wb") as file:
+        file.write(b"x")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        storage.expand([str(tmp_path)])
+
+
+def test_braces_that_do_not_match_are_an_error_that_names_the_pattern():
+    with pytest.raises(ValueError, match=r"s3://bucket/a\{0\.tar: "):
+        storage.expand(["s3://bucket/a{0.tar"])

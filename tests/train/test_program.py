@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pipeline.manifest import CacheError
@@ -31,3 +35,10 @@ def test_a_defect_shows_where_it_is():
 
     with pytest.raises(KeyError):
         run_program(main, None)
+
+
+def test_a_terminal_that_knows_ascii_alone_is_shown_escapes():
+    program = "from train.program import run_program; run_program(print, 'ä')"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    assert (result.returncode, result.stdout) == (0, b"\\xe4\n")
