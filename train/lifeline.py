@@ -105,7 +105,10 @@ class Lifeline:
             while len(peers) < len(self._names) - 1:
                 peer, _ = server.accept()
                 peer.settimeout(_SILENCE)
-                hello = peer.recv(len(_hello(word, 0)), socket.MSG_WAITALL)
+                try:
+                    hello = peer.recv(len(_hello(word, 0)), socket.MSG_WAITALL)
+                except OSError:
+                    continue
                 if hello.startswith(word.encode()):  # and not someone who looks for open ports
                     peers[peer] = int(hello.split()[1])
         return peers

@@ -17,6 +17,9 @@ with ranks("cpu") as here:
     shared = here.share(make)
     shared["tensor"][here.rank] = 1 + here.rank
     here.gather(None)
+    memory = [m for m in Path("/proc/self/maps").read_text().splitlines() if "/famt-" in m]
+    assert memory
+    assert all(m.endswith("(deleted)") for m in memory)
     Path(sys.argv[1], str(here.rank)).write_text(f"{len(made)} {shared['tensor'].tolist()}")
     try:
         here.share(lambda: 1 / 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import finish, launch
+from launch import finish, launch, program_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.models import MODELS
@@ -481,6 +481,41 @@ def test_a_signal_makes_a_run_checkpoint_and_leave_with_0(config, tmp_path, aske
     assert 3 <= stopped[0] < stopped[1] < stopped[2]
     assert "stopped by a signal" in (out / "log.jsonl").read_text()
     assert _equal(_weights(tmp_path / "whole"), _weights(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machines", "sent", "rank"),
+    [
+        (["a", "a"], signal.SIGKILL, 0),
+        (["a", "a", "b", "b"], signal.SIGKILL, 2),
+        (["a", "a", "b", "b"], signal.SIGTERM, 3),
+    ],
+)
+def test_ranks_on_a_slow_disk_end_within_30_s_and_say_why(config, machines, sent, rank):
+    arguments = _command(config, "--out", str(config.out), "--epochs", "999")[2:]
+    program = program_file("pretrain_on_a_slow_disk")
+    processes = launch(program, *arguments, machines=machines)
+    while len(_losses(config.out)) < 3:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[rank].send_signal(sent)
+    started = time.monotonic()
+    try:
+        said = [process.communicate(timeout=30)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert time.monotonic() - started < 30
+    codes = [process.returncode for process in processes]
+    if sent == signal.SIGTERM:
+        assert codes == [0] * len(machines)
+        assert "stopped by a signal" in (config.out / "log.jsonl").read_text()
+        assert checkpoint.load(config.out).step == len(_losses(config.out))
+    else:
+        assert codes == [-9 if each == rank else 2 for each in range(len(machines))]
+        name = f"error: rank {rank} (process {processes[rank].pid} on "
+        assert all(name in text for each, text in enumerate(said) if each != rank)
 
 
 def _losses(folder):

@@ -1,0 +1,20 @@
+"""`train.pretrain` where a file takes two seconds to reach the disk."""
+
+import os
+import sys
+import time
+
+from train.config import parse
+from train.pretrain import main
+from train.program import run_program
+
+fsync = os.fsync
+
+
+def slowly(fd: int) -> None:
+    time.sleep(2)
+    fsync(fd)
+
+
+os.fsync = slowly
+run_program(main, parse(sys.argv[1:], __doc__))
