@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resample_abs_pos_embed
+from timm.layers import Attention, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
@@ -99,6 +99,25 @@ def last_block(encoder: VisionTransformer, images: Tensor) -> tuple[Tensor, Tens
         return _attention(block, x), block(x)[:, 1:].float()
 
 
+def attention_of(attention: Attention, projected: Tensor) -> Tensor:
+    """Softmax attention from what a timm attention's `qkv` layer gave.
+
+    Args:
+        attention: the layer that the projection is of.
+        projected: `[B, N, 3C]` queries, keys and values, or `[B, N, 2C]` without the values.
+
+    Returns:
+        `[B, heads, N, N]` float32, rows summing to 1.
+    """
+    width = attention.num_heads * attention.head_dim
+    batch, tokens, _ = projected.shape
+    qk = projected[..., : 2 * width].reshape(batch, tokens, 2, attention.num_heads, -1)
+    q, k = qk.permute(2, 0, 3, 1, 4)
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    logits = (q * attention.scale) @ k.transpose(-2, -1)
+    return logits.float().softmax(-1)
+
+
 @contextmanager
 def _evaluating(encoder: VisionTransformer) -> Iterator[None]:
     training = encoder.training
@@ -125,14 +144,10 @@ def _attention(block: Block, x: Tensor) -> Tensor:
     attention = block.attn
     if not hasattr(attention, "qkv"):
         raise ValueError(f"{type(attention).__name__} of the last block has no qkv projection")
-    batch, tokens, _ = x.shape
     width = attention.num_heads * attention.head_dim
     weight, bias = attention.qkv.weight, attention.qkv.bias
     qk = F.linear(block.norm1(x), weight[: 2 * width], None if bias is None else bias[: 2 * width])
-    q, k = qk.view(batch, tokens, 2, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k = attention.q_norm(q), attention.k_norm(k)
-    logits = (q * attention.scale) @ k.transpose(-2, -1)
-    return logits.float().softmax(-1)
+    return attention_of(attention, qk)
 
 
 def _embed(encoder: VisionTransformer, images: Tensor) -> Tensor:

@@ -45,7 +45,9 @@ def crop_maps(maps: Tensor, windows: Tensor, flips: Tensor, grid: int) -> Tensor
     return torch.where(flips[:, None, None], cropped.flip(-1), cropped)
 
 
-def paste_maps(maps: Tensor, crops: Tensor, windows: Tensor, flips: Tensor) -> Tensor:
+def paste_maps(
+    maps: Tensor, crops: Tensor, windows: Tensor, flips: Tensor, known: Tensor | None = None
+) -> Tensor:
     """Write what was seen through a view back into the map of its image.
 
     The transpose of `crop_maps`: a cell of the map takes on the mean of the crop over the part that
@@ -55,6 +57,7 @@ def paste_maps(maps: Tensor, crops: Tensor, windows: Tensor, flips: Tensor) -> T
         maps: `[B, G, G]` float, the maps as they are.
         crops: `[B, n, n]` float, values seen in the cells of the view.
         windows, flips: the views, as in `crop_maps`.
+        known: `[B, n, n]` bool, the cells of the view that something was seen in; all if left out.
 
     Returns:
         `[B, G, G]` float32, or float64 if `maps` is. A crop of the full window without flip at
@@ -81,8 +84,11 @@ def paste_maps(maps: Tensor, crops: Tensor, windows: Tensor, flips: Tensor) -> T
     upright = torch.where(flips[:, None, None], crops.flip(-1), crops)
     rows = _shared(windows[:, 0], windows[:, 2], crops.shape[1], maps.shape[1]).transpose(1, 2)
     columns = _shared(windows[:, 1], windows[:, 3], crops.shape[2], maps.shape[2])
-    covered = rows.sum(2, keepdim=True) * columns.sum(1, keepdim=True)  # [B, G, G], 0 to 1
-    return maps * (1 - covered) + rows @ upright @ columns
+    if known is None:
+        covered = rows.sum(2, keepdim=True) * columns.sum(1, keepdim=True)  # [B, G, G], 0 to 1
+        return maps * (1 - covered) + rows @ upright @ columns
+    seen = torch.where(flips[:, None, None], known.flip(-1), known).to(maps.dtype)
+    return maps * (1 - rows @ seen @ columns) + rows @ (upright * seen) @ columns
 
 
 def crop_labels(labels: Tensor, window: Tensor, flip: bool, size: int) -> Tensor:

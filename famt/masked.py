@@ -80,6 +80,7 @@ class MaskedModel(nn.Module):
     ) -> Tensor:
         """Mean error against the target of `masked`, in float32 whatever the autocast."""
         error = self.error(prediction.float() - self.target(masked))
+        self.patch_errors = error.detach().mean(-1)
         return error.mean() if loss_weights is None else (error.mean(-1) * loss_weights).mean()
 
     def target(self, masked: Tensor) -> Tensor:

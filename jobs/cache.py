@@ -78,9 +78,8 @@ class Ls:
             superseded = cache.generations.superseded(run)
             for each in cache.generations.of(run):
                 state = "superseded" if each in superseded else "in use or newest"
-                print(
-                    f"generation {run}/{each.step}: {each.spec.id}, {each.images} images, {state}"
-                )
+                ids = ", ".join(spec.id for spec in each.specs)
+                print(f"generation {run}/{each.step}: {ids}, {each.images} images, {state}")
         return 0
 
 

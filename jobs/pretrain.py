@@ -6,16 +6,20 @@
 
 The same training as `python -m train.pretrain`, with the same options, in Ray Train's workers. The
 folder of the run must be on a file system that all of them share: it is where a lost worker's
-successors find the checkpoint.
+successors find the checkpoint. Scores that follow the model are made by actors beside it, on what
+the workers leave free.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import ray
+from annotated_types import Ge
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -26,6 +30,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from jobs import failures
+from jobs.refresh_scores import RefreshWorkers, following
 from train.config import Pretrain, parse
 from train.program import run_program
 
@@ -34,14 +39,15 @@ from train.program import run_program
 class RayPretrain(Pretrain):
     """A pre-training run and the workers that it runs on."""
 
-    workers: int = 1
+    workers: Annotated[int, Ge(1)] = 1
     """ranks; each is a process of its own"""
     gpu: bool = False
     """a GPU for each worker"""
-    cpus_per_worker: int = 1
+    cpus_per_worker: Annotated[int, Ge(1)] = 1
     """CPU cores for each worker; also its decoding threads, unless --threads says otherwise"""
-    max_failures: int = 3
+    max_failures: Annotated[int, Ge(-1)] = 3
     """times that the run is started again after a worker was lost; -1 for any number"""
+    refresher: RefreshWorkers = field(default_factory=RefreshWorkers)
 
 
 def main(args: RayPretrain) -> None:
@@ -58,6 +64,7 @@ def main(args: RayPretrain) -> None:
         device="cuda" if args.gpu else "cpu",
         threads=args.cpus_per_worker if config.threads == Pretrain.threads else config.threads,
     )
+    ray.init(ignore_reinit_error=True)
     trainer = TorchTrainer(
         failures.train,
         train_loop_config=config,  # type: ignore[arg-type]
@@ -72,8 +79,10 @@ def main(args: RayPretrain) -> None:
             callbacks=[failures.EndAtMistakes()],
         ),
     )
+    beside = following(config.out, args.refresher) if config.refreshed_kinds else nullcontext()
     try:
-        trainer.fit()
+        with beside:
+            trainer.fit()
     except TrainingFailedError as error:
         cause: Exception = error
         while isinstance(cause, ControllerError):

@@ -1,30 +1,40 @@
 """Score whole images with the encoder of a run: a new generation of maps for its training.
 
-    python jobs/refresh_scores.py --follow runs/first        # beside `--attention periodic`
+    python jobs/refresh_scores.py --follow runs/first        # beside a training, as long as it runs
     python jobs/refresh_scores.py --checkpoint runs/first    # once, from the latest checkpoint
     ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/first
 
 Ray actors, on CPUs or on shares of GPUs, load the encoder once and write the maps of tar after tar
-into the score cache. When all tars are done the generation is published, and the training takes it
-up with its next epoch. Run it again after a crash: tars that are done are not done again.
+into the score cache, all kinds that the run asks for by one forward pass. When all tars are done
+the generation is published, and the training takes it up with its next epoch. Run it again after a
+crash: tars that are done are not done again. Beside a training that holds all of the cluster's CPUs
+the job makes do with one actor of low priority.
+
+With --follow, a generation that can't be made is tried again every minute while the run wants it.
 
 Exit code: 0 done; 1 a tar could not be scored, and no generation was published.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import obstore.exceptions
 import ray
 import torch
 import tyro
+from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.models import ModelConfig
@@ -32,19 +42,38 @@ from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.collector import collect_superseded
 from pipeline.generations import Generation
+from pipeline.manifest import CacheError
+from pipeline.options import Checked
 from pipeline.refresh import refresh_shards
-from pipeline.scores import ModelScoreSpec, encoder_digest
+from pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from pipeline.table import load_samples
 from train.checkpoint import Encoder, load_encoder
 from train.program import run_program
-from train.refresh import finished_path
+from train.signals.following import failed_path, finished_path, marked_encoders
 
 _POLL = 2.0  # seconds
+_RETRY = 60.0  # seconds
+_NICE = 19
+_PATIENCE = 60.0  # seconds that actors may take to come up
 _SHARDS_A_TASK = 16  # a task builds one DALI graph; what a lost worker did not finish is done again
 
 
 @dataclass(frozen=True)
-class RefreshScores:
+class RefreshWorkers:
+    """What a refresh may use of the cluster."""
+
+    workers: Annotated[int | None, Ge(1)] = None
+    """actors; as many as the cluster has room for now if left out"""
+    cpus_per_worker: Annotated[int, Ge(1)] = 1
+    """CPU cores, and decoding threads, of each"""
+    gpus_per_worker: Annotated[float, Ge(0)] = 0.0
+    """share of a GPU for each, 0.25 say; 0 computes on the CPU"""
+    batch_size: Annotated[int, Ge(1)] = 32
+    """images at a time"""
+
+
+@dataclass(frozen=True)
+class RefreshScores(RefreshWorkers, Checked):
     """Which encoder to score with, and on what."""
 
     checkpoint: Path | None = None
@@ -55,30 +84,34 @@ class RefreshScores:
     """tars to score; those of the run if left out"""
     cache: str | None = None
     """score cache; that of the run if left out"""
-    kind: str | None = None
-    """famt (token frequency x attention, the paper's weight), attention, cls_attention,
-    token_frequency, or a kind that an installed package adds; what the run weighs by if left out"""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """bf16 computes under autocast"""
-    workers: int | None = None
-    """actors; as many as the cluster has room for if left out"""
-    cpus_per_worker: int = 1
-    """CPU cores, and decoding threads, of each"""
-    gpus_per_worker: float = 0.0
-    """share of a GPU for each, 0.25 say; 0 computes on the CPU"""
-    batch_size: int = 32
-    """images at a time"""
+    kinds: list[str] | None = None
+    """token_frequency, attention, cls_attention, frequency_attention (the first times the second,
+    the paper's weight), or kinds that an installed package adds; what the run weighs by if left
+    out"""
+    precision: Literal["bf16", "fp32"] | None = None
+    """bf16 computes under autocast; the run's if left out"""
 
 
 @ray.remote(max_restarts=-1, max_task_retries=3)
 class _Refresher:
     def __init__(
-        self, encoder: Encoder, cache: ScoreCache, spec: ModelScoreSpec, threads: int, gpu: bool
+        self,
+        encoder: Encoder,
+        cache: ScoreCache,
+        specs: list[ModelScoreSpec],
+        threads: int,
+        gpu: bool,
+        nice: int,
     ) -> None:
+        os.nice(nice)
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if gpu else "cpu")
         self._encoder = encoder.build().to(self._device)
-        self._cache, self._spec, self._threads = cache, spec, threads
+        self._cache, self._specs, self._threads = cache, specs, threads
+
+    def ready(self) -> bool:
+        """Answers when the actor is up."""
+        return True
 
     @ray.method(retry_exceptions=[OSError, obstore.exceptions.GenericError])
     def refresh(self, urls: list[str], batch_size: int) -> int:
@@ -87,7 +120,7 @@ class _Refresher:
             self._encoder,
             urls,
             self._cache,
-            self._spec,
+            self._specs,
             batch_size=batch_size,
             threads=self._threads,
             device=self._device,
@@ -106,89 +139,142 @@ def main(args: RefreshScores) -> int:
     if args.checkpoint is not None:
         encoder = load_encoder(args.checkpoint)
         ray.init(ignore_reinit_error=True, log_to_driver=False)
-        return _refresh(encoder, args)
+        return 1 if _refresh(encoder, args) else 0
     assert args.follow is not None
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    for path in _marked(args.follow):
-        try:
-            encoder = load_encoder(path)
-        except FileNotFoundError:  # taken up meanwhile, and removed
-            continue
-        code = _refresh(encoder, args)
-        if code:
-            return code
-    return 0
+    return follow(args.follow, args)
 
 
-def _marked(run: Path) -> Iterator[Path]:
-    """Encoders that a run leaves for refresh, the newest first, until it is finished."""
-    done: set[tuple[Path, int]] = set()  # with the time: a run begun anew writes the same names
+@contextmanager
+def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
+    """Follow a run in a thread of this process, which is connected to Ray, for as long as this
+    context is open."""
+    left = threading.Event()
+    args = RefreshScores(**vars(workers), follow=run)
+    thread = threading.Thread(target=follow, args=(run, args, left), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join(2 * _POLL)
+
+
+def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) -> int:
+    """Make a generation of every encoder that a run leaves, the newest first, until it is finished.
+
+    Args:
+        left: ends this as well, between two generations.
+
+    Returns:
+        1 if the last one could not be made.
+    """
     if not run.is_dir():
         print(f"{run} is not there yet; waiting for a run to begin in it", file=sys.stderr)
+    done: set[tuple[Path, int]] = set()  # with the time: a run begun anew writes the same names
+    retry_at, failure = 0.0, None
     with tqdm(desc=f"following {run}", unit=" generations") as bar:
-        while not finished_path(run).exists():
-            found = sorted((run / "refresh").glob("encoder-*.pt"))
-            try:
-                marked = {(path, path.stat().st_mtime_ns) for path in found}
-            except FileNotFoundError:  # taken up just now
-                continue
-            if found and max(marked) not in done:
-                yield found[-1]
-                done |= marked
-                bar.update()
-            else:
+        while not (finished_path(run).exists() or (left and left.is_set())):
+            newest = _newest(run)
+            if newest is None or newest in done or (failure and time.monotonic() < retry_at):
                 time.sleep(_POLL)
+                continue
+            path, _ = newest
+            failure = _try(path, args)
+            if failure:
+                retry_at = time.monotonic() + _RETRY
+                with contextlib.suppress(OSError):
+                    failed_path(path).write_text(f"{failure}\n")
+                tqdm.write(f"{path}: {failure}", file=sys.stderr)
+            else:
+                failed_path(path).unlink(missing_ok=True)
+                done.add(newest)
+                bar.update()
+    return 1 if failure else 0
 
 
-def _refresh(encoder: Encoder, args: RefreshScores) -> int:
+def _newest(run: Path) -> tuple[Path, int] | None:
+    """The newest encoder that a run has left, and the time of its writing."""
+    try:
+        return max(((each, each.stat().st_mtime_ns) for each in marked_encoders(run)), default=None)
+    except FileNotFoundError:  # taken up just now
+        return None
+
+
+def _try(path: Path, args: RefreshScores) -> str | None:
+    """Make the generation of an encoder; returns why it could not be made."""
+    try:
+        failed = _refresh(load_encoder(path), args)
+        return "; ".join(f"{tar}: {reason}" for tar, reason in failed.items()) or None
+    except FileNotFoundError:
+        if not path.exists():  # taken up meanwhile, and removed
+            return None
+        raise
+    except (CacheError, *storage.UNREACHABLE) as error:
+        return storage.reason(error)
+
+
+def _refresh(encoder: Encoder, args: RefreshScores) -> dict[str, str]:
+    """Make one generation; returns which tars could not be scored, and why."""
     run: dict[str, Any] = encoder.config
     sizes = ModelConfig(**encoder.sizes)
     cache = ScoreCache(args.cache or run["cache"])
-    urls = storage.expand(args.shards or run["shards"])
-    spec = ModelScoreSpec(
-        kind=args.kind or run["periodic"]["kind"],
-        grid=sizes.grid,
-        image_size=sizes.image_size,
-        encoder=encoder_digest(encoder.weights),
-        precision=args.precision,
-    )
-    table = load_samples(urls, cache)
+    # Just the run's own tars, in its order: others may have come into its folders meanwhile.
+    urls = encoder.urls
+    if args.shards or urls is None:
+        urls = storage.expand(args.shards or run["shards"])
+    digest = encoder_digest(encoder.weights)
+    specs = [
+        ModelScoreSpec(
+            kind=kind,
+            grid=sizes.grid,
+            image_size=sizes.image_size,
+            encoder=digest,
+            precision=args.precision or run["precision"],
+        )
+        for kind in args.kinds or encoder.kinds
+    ]
+    if not specs:
+        raise ValueError(f"run {encoder.run} weighs by no refreshed score; say which by --kinds")
+    check_model_kinds(spec.kind for spec in specs)
+    samples = load_samples(urls, cache)
     started = time.perf_counter()
-    claim = cache.claims.claim(specs=[spec.id])  # maps that are there already must stay
-    failed = _score_all(urls, encoder, cache, spec, args)
+    claim = cache.claims.claim(specs=[spec.id for spec in specs])  # what is there already must stay
+    failed = _score_all(urls, encoder, cache, specs, args)
     if not failed:
         cache.generations.publish(
-            Generation(encoder.run, encoder.step, spec, table.digest, len(table))
+            Generation(encoder.run, encoder.step, specs, samples.digest, len(samples))
         )
-        collect_superseded(cache, encoder.run, table.shard_ids)
+        collect_superseded(cache, encoder.run, samples.shard_ids)
     cache.claims.release([claim])
     seconds = time.perf_counter() - started
     summary = {
         "run": encoder.run,
         "step": encoder.step,
-        "spec": spec.id,
+        "specs": [spec.id for spec in specs],
         "shards": len(urls),
-        "images": len(table),
+        "images": len(samples),
         "failed": failed,
-        "images_per_second": round(len(table) / seconds, 1),
+        "images_per_second": round(len(samples) / seconds, 1),
         "seconds": round(seconds, 1),
         "cache": cache.url,
     }
     print(json.dumps(summary), flush=True)
-    return 1 if failed else 0
+    return failed
 
 
 def _score_all(
     urls: list[str],
     encoder: Encoder,
     cache: ScoreCache,
-    spec: ModelScoreSpec,
+    specs: list[ModelScoreSpec],
     args: RefreshScores,
 ) -> dict[str, str]:
     """Make the cache hold the maps of some tars; returns what failed, with the reason."""
     failed = {}
-    with tqdm(total=len(urls), desc=f"step {encoder.step}: {spec.id}", unit="shard") as bar:
-        for tars, outcome in _run_all(urls, encoder, cache, spec, args):
+    names = ", ".join(spec.kind for spec in specs)
+    with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
+        for tars, outcome in _run_all(urls, encoder, cache, specs, args):
             if isinstance(outcome, str):
                 failed[tars[0]] = outcome
                 tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
@@ -200,47 +286,75 @@ def _run_all(
     urls: list[str],
     encoder: Encoder,
     cache: ScoreCache,
-    spec: ModelScoreSpec,
+    specs: list[ModelScoreSpec],
     args: RefreshScores,
 ) -> Iterator[tuple[list[str], int | str]]:
     """Tars and how many were done, or why they were not, as the actors finish them."""
-    resources = ray.cluster_resources()
-    room = int(resources.get("CPU", 1) // args.cpus_per_worker)
-    if args.gpus_per_worker:
-        room = min(room, int(resources.get("GPU", 0) / args.gpus_per_worker))
-    if room < 1:
-        raise ValueError(
-            f"the cluster has {resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} "
-            "GPUs: no room for one worker; lower --cpus-per-worker or --gpus-per-worker"
-        )
-    workers = min(args.workers or room, len(urls))
+    free = _free(args)
+    workers = min(args.workers or max(1, free), len(urls))
     size = max(1, min(_SHARDS_A_TASK, len(urls) // (4 * workers)))
-    parts = [urls[first : first + size] for first in range(0, len(urls), size)]
+    waiting = deque(urls[first : first + size] for first in range(0, len(urls), size))
     state = ray.put(encoder)
-    actors = [
-        _Refresher.options(  # type: ignore[attr-defined]
-            num_cpus=args.cpus_per_worker, num_gpus=args.gpus_per_worker
-        ).remote(state, cache, spec, args.cpus_per_worker, args.gpus_per_worker > 0)
-        for _ in range(workers)
-    ]
-    waiting = iter(parts)
+
+    def start(nice: int, cpus: int, gpus: float) -> tuple[ray.ObjectRef, Any]:
+        actor = _Refresher.options(num_cpus=cpus, num_gpus=gpus).remote(  # type: ignore[attr-defined]
+            state, cache, specs, args.cpus_per_worker, gpus > 0, nice
+        )
+        return actor.ready.remote(), actor
+
+    # Actors get tars when they are up: what is free now may be taken before they come.
+    coming = dict(
+        start(0, args.cpus_per_worker, args.gpus_per_worker) for _ in range(workers if free else 0)
+    )
     running: dict[ray.ObjectRef, tuple[Any, list[str]]] = {}
-    idle = list(actors)
-    while True:
-        while idle and (part := next(waiting, None)) is not None:
-            actor = idle.pop()
+    idle: list[Any] = []
+    while waiting or running:
+        while idle and waiting:
+            actor, part = idle.pop(), waiting.popleft()
             running[actor.refresh.remote(part, args.batch_size)] = (actor, part)
-        if not running:
-            return
-        (done,), _ = ray.wait(list(running), num_returns=1)
-        actor, part = running.pop(done)
+        patience = _PATIENCE if not running else None
+        ready, _ = (
+            ray.wait([*running, *coming], timeout=patience) if running or coming else ([], [])
+        )
+        if not ready:
+            tqdm.write(
+                "nothing of the cluster is free: one actor on CPUs at low priority", sys.stderr
+            )
+            coming |= [start(_NICE, 0, 0.0)]
+            continue
+        (found,) = ready
+        if found in coming:
+            idle.append(coming.pop(found))
+            continue
+        actor, part = running.pop(found)
         idle.append(actor)
         try:
-            yield part, ray.get(done)
+            yield part, ray.get(found)
         except ray.exceptions.RayTaskError as error:
             yield part, f"{type(error.cause).__name__}: {error.cause}"
         except ray.exceptions.RayError as error:
             yield part, str(error)
+
+
+def _free(args: RefreshScores) -> int:
+    """Actors that what is free of the cluster now has room for.
+
+    Raises:
+        ValueError: the whole cluster would not have room for one.
+    """
+
+    def room(resources: dict[str, float]) -> int:
+        cpus = resources.get("CPU", 0) // args.cpus_per_worker
+        if not args.gpus_per_worker:
+            return int(cpus)
+        return int(min(cpus, resources.get("GPU", 0) // args.gpus_per_worker))
+
+    if not room(ray.cluster_resources()):
+        raise ValueError(
+            f"the cluster has no room for one worker of {args.cpus_per_worker} CPUs and "
+            f"{args.gpus_per_worker:g} GPUs; lower --cpus-per-worker or --gpus-per-worker"
+        )
+    return room(ray.available_resources())
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
 def collect_superseded(cache: ScoreCache, run: str, shard_ids: Iterable[str]) -> list[Removed]:
     """Remove a run's superseded generations, and their maps of those shards that no other names."""
     old = _forget_generations(cache, cache.generations.superseded(run), ())
-    specs = {each.spec.id for each in old}
+    specs = {spec.id for each in old for spec in each.specs}
     doomed = [
         _Doomed(shard_id, maps.spec_id, Removed(f"{shard_id}/{maps.spec_id}", "superseded"))
         for shard_id in (shard_ids if specs else ())
@@ -210,7 +210,8 @@ def _named(
         if gone.get(folder, {}).get(name) != record
     }
     generations = [each for run in cache.generations.runs() for each in cache.generations.of(run)]
-    return _Named(shards, {each.spec.id for each in generations if each not in old}, claimed)
+    specs = {spec.id for each in generations if each not in old for spec in each.specs}
+    return _Named(shards, specs, claimed)
 
 
 def _doomed(entry: Entry, named: _Named, limit: datetime) -> Iterator[_Doomed]:

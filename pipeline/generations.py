@@ -5,6 +5,20 @@
 
 The maps themselves lie in the shards' entries, under an id that holds the hash of the encoder's
 weights: generations of two runs can't be mixed up, and one that is computed again is the same.
+
+The life of a generation, from the training's side in `train.signals.following`, from the job's in
+`jobs.refresh_scores`:
+
+1. *Due.* When an epoch begins, the run leaves its encoder in `<out>/refresh`, with the tars and the
+   kinds of scores that it wants.
+2. *Made.* The job that follows the folder puts maps of tar after tar, and then publishes the
+   generation. If it can't, it says why beside the encoder, and tries again.
+3. *Read.* A thread of the training, on each machine, reads the newest generation into RAM.
+4. *Taken up.* When the next epoch begins, all ranks exchange their maps for it; which epoch began
+   with which generation is written down, and repeated after a resume.
+5. *Superseded.* A run needs the generation in use, the one that it reads, and those that it took
+   up since its oldest checkpoint. The newest of all and those needed stay; the job has the others
+   collected.
 """
 
 from __future__ import annotations
@@ -30,14 +44,14 @@ class Generation:
     Attributes:
         run: id of the training run.
         step: optimiser steps that the encoder had done.
-        spec: what was computed.
+        specs: what was computed, alike but for their kinds.
         data: `SampleTable.digest` of the shards.
         images: how many were scored.
     """
 
     run: str
     step: int
-    spec: ModelScoreSpec
+    specs: list[ModelScoreSpec]
     data: str
     images: int
 
@@ -117,7 +131,8 @@ class Generations:
 
     def _generation(self, content: dict[str, Any], path: str) -> Generation:
         try:
-            return Generation(**{**content, "spec": ModelScoreSpec(**content["spec"])})
+            specs = [ModelScoreSpec(**spec) for spec in content["specs"]]
+            return Generation(**{**content, "specs": specs})
         except (TypeError, KeyError) as error:
             raise damaged(f"{self._objects.url}/{path}", error, _REMEDY) from None
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from famt.geometry import crop_maps
@@ -17,51 +18,36 @@ from famt.sampling import (
     Thrown,
     Visible,
     loss_weights,
-    patch_weights,
     predict_some,
     sample_patches,
 )
 from famt.targets import low_pass
 from famt.units import split_of_patches, unit_weights
-from pipeline.loader import CropBatch
+from pipeline.loader import CropBatch, Views
 
 
 @dataclass(frozen=True)
 class JoinConfig:
-    """How signals become a split."""
+    """How weights become a split."""
 
-    mask_ratio: float = 0.45
+    mask_ratio: Annotated[float, Ge(0), Lt(1)] = 0.45
     """share of the patches that are hidden and reconstructed"""
-    throw_ratio: float = 0.40
+    throw_ratio: Annotated[float, Ge(0), Lt(1)] = 0.40
     """share of the patches that are left out of everything"""
-    frequency_exponent: float = 0.25
-    """power of the cached frequency score in the weight; 0 ignores it"""
-    attention_exponent: float = 1.0
-    """power of the attention score in the weight, where there is one; 0 ignores it"""
     visible: Visible = "lightest"
     """the visible patches are the lightest, which masking and throwing leave over, or a uniform
     draw made first, as MAE's are"""
     thrown: Thrown = "heaviest"
     """the thrown patches are the heaviest after the masked ones, or the lightest of all"""
-    blend: tuple[float, float] = (1.0, 1.0)
+    blend: Annotated[tuple[float, float], Ge(0), Le(1)] = (1.0, 1.0)
     """how much the weights count at the first and at the last step, and linearly between: 0 draws
     uniformly, 1 by weight alone"""
-    predicted_share: float = 1.0
+    predicted_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """share of the masked patches that are reconstructed; the others cost nothing"""
     predicted: Predicted = "random"
     """which ones: a uniform draw, or spread as far from each other as can be"""
-    loss_exponent: float = 0.0
+    loss_exponent: Annotated[float, Ge(0)] = 0.0
     """power of a patch's weight in its share of the loss; 0 counts all patches alike"""
-
-    def __post_init__(self) -> None:
-        if not all(0 <= end <= 1 for end in self.blend):
-            raise ValueError(f"--join.blend {self.blend} must be two numbers in [0, 1]")
-        if not 0 < self.predicted_share <= 1:
-            raise ValueError(f"--join.predicted-share {self.predicted_share} must be in (0, 1]")
-        if not 0 <= self.loss_exponent < math.inf:
-            raise ValueError(
-                f"--join.loss-exponent {self.loss_exponent} must be a number of at least 0"
-            )
 
     def blend_at(self, progress: float) -> float:
         """How much the weights count when `progress` in [0, 1] of the run's steps are done."""
@@ -78,7 +64,7 @@ class PatchBatch:
         masked: `[B, K, P*P*3]` pixels of the patches to reconstruct, `split.predicted`; uint8, or
             float32 on the same scale if they are low-passed.
         split: positions of all groups, on the device of the pixels.
-        rows: `[B]` int64 on the CPU, rows in the `SampleTable`.
+        views: which parts of which images they are.
         loss_weights: `[B, K]` float32, share of each of those patches in the loss; None counts
             them alike.
     """
@@ -86,17 +72,20 @@ class PatchBatch:
     visible: Tensor
     masked: Tensor
     split: PatchSplit
-    rows: Tensor
+    views: Views
     loss_weights: Tensor | None = None
 
     def chunk(self, parts: int) -> list[PatchBatch]:
         """The batch in equal parts, one after another."""
         splits = zip(*(each.chunk(parts) for each in vars(self.split).values()), strict=True)
-        others = (each.chunk(parts) for each in (self.visible, self.masked, self.rows))
+        rows = torch.arange(len(self.visible)).chunk(parts)
+        others = (each.chunk(parts) for each in (self.visible, self.masked))
         weights = [None] * parts if self.loss_weights is None else self.loss_weights.chunk(parts)
         return [
-            PatchBatch(visible, masked, PatchSplit(*split), rows, weight)
-            for split, weight, visible, masked, rows in zip(splits, weights, *others, strict=True)
+            PatchBatch(visible, masked, PatchSplit(*split), self.views.take(index), weight)
+            for split, weight, visible, masked, index in zip(
+                splits, weights, *others, rows, strict=True
+            )
         ]
 
 
@@ -116,38 +105,6 @@ def crop_scores(maps: Tensor, crops: CropBatch, grid: int) -> Tensor:
     return crop_maps(maps[crops.rows].to(device), windows, flips, grid).flatten(1)
 
 
-def join_weights(
-    crops: CropBatch,
-    maps: Tensor | None,
-    grid: int,
-    config: JoinConfig,
-    attention: Tensor | None = None,
-) -> Tensor:
-    """Weight of every patch of every crop, on the crops' device.
-
-    Args:
-        crops: views on images.
-        maps: `[R, G, G]` the images' score maps, or None for none.
-        grid: patches a side of a crop.
-        config: exponents.
-        attention: `[B, grid**2]` attention scores of the crops, if there are any.
-
-    Returns:
-        `[B, grid**2]` float32, >= 0; all ones if there is no signal at all.
-    """
-    signals: dict[str, Tensor] = {}
-    if maps is not None:
-        signals["frequency"] = crop_scores(maps, crops, grid)
-    if attention is not None:
-        signals["attention"] = attention
-    if not signals:
-        return torch.ones(len(crops.rows), grid**2, device=crops.images.device)
-    return patch_weights(
-        signals,
-        {"frequency": config.frequency_exponent, "attention": config.attention_exponent},
-    )
-
-
 def split_crops(
     crops: CropBatch,
     weights: Tensor,
@@ -160,7 +117,7 @@ def split_crops(
 
     Args:
         crops: views on images.
-        weights: `[B, N]` of their patches; see `join_weights`.
+        weights: `[B, N]` of their patches; see `train.signals.weights`.
         sizes: of crops, patches and units.
         config: how to draw.
         generator: of the draws, on the crops' device.
@@ -183,7 +140,7 @@ def split_crops(
         visible=gather_patches(images, split.visible, sizes.patch_size),
         masked=gather_patches(targets, split.predicted, sizes.patch_size),
         split=split,
-        rows=crops.rows,
+        views=crops.views,
         loss_weights=loss_weights(weights, split, config.loss_exponent)
         if config.loss_exponent
         else None,

@@ -86,6 +86,19 @@ class LoaderConfig:
 
 
 @dataclass(frozen=True)
+class Views:
+    """Which parts of which images a batch shows; attributes as in `CropBatch`."""
+
+    rows: Tensor
+    windows: Tensor
+    flips: Tensor
+
+    def take(self, index: Tensor | slice) -> Views:
+        """The views at positions `index`, int64 or bool on the CPU."""
+        return Views(self.rows[index], self.windows[index], self.flips[index])
+
+
+@dataclass(frozen=True)
 class CropBatch:
     """Crops and where they come from.
 
@@ -101,6 +114,11 @@ class CropBatch:
     rows: Tensor
     windows: Tensor
     flips: Tensor
+
+    @property
+    def views(self) -> Views:
+        """Where the crops come from, without their pixels."""
+        return Views(self.rows, self.windows, self.flips)
 
     def first(self, count: int) -> CropBatch:
         """The first `count` crops."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
-from pipeline.scores import ModelScoreSpec
+from pipeline.scores import ModelScoreSpec, model_maps
 from pipeline.table import load_samples, require_shards
 
 
@@ -19,7 +19,7 @@ def refresh_shards(
     encoder: VisionTransformer,
     urls: list[str],
     cache: ScoreCache,
-    spec: ModelScoreSpec,
+    specs: Sequence[ModelScoreSpec],
     *,
     batch_size: int,
     threads: int,
@@ -32,7 +32,8 @@ def refresh_shards(
     Args:
         encoder: on `device`, in eval mode.
         urls: tars that the cache knows.
-        spec: what to compute; `spec.encoder` is the digest of this encoder's weights.
+        specs: what to compute, alike but for their kinds, by one forward pass; their `encoder` is
+            the digest of this encoder's weights.
         batch_size: images at a time.
         threads: that decode.
 
@@ -48,22 +49,23 @@ def refresh_shards(
     missing = []
     for url in urls:
         shard_id = known[url].shard_id
-        if cache.has_entry(shard_id, spec):
+        if all(cache.has_entry(shard_id, spec) for spec in specs):
             yield url
         elif cache.summary(shard_id).kept:
             missing.append(url)
         else:
-            nothing = np.empty((0, spec.grid, spec.grid), np.float16)
-            cache.write_maps(shard_id, spec, nothing)
+            for spec in specs:
+                nothing = np.empty((0, spec.grid, spec.grid), np.float16)
+                cache.write_maps(shard_id, spec, nothing)
             yield url
     if not missing:
         return
-    table = load_samples(missing, cache)
+    samples = load_samples(missing, cache)
     loader = CropLoader(
-        table,
+        samples,
         LoaderConfig(
             batch_size=batch_size,
-            image_size=spec.image_size,
+            image_size=specs[0].image_size,
             view=WholeView(),
             shuffle_buffer=0,  # in the order of rows: a shard is done when the next one begins
             threads=threads,
@@ -71,14 +73,18 @@ def refresh_shards(
         drop_last=False,
         device=device,
     )
-    maps = torch.empty(len(table), spec.grid, spec.grid, dtype=torch.float16)
+    grid = specs[0].grid
+    maps = [torch.empty(len(samples), grid, grid, dtype=torch.float16) for _ in specs]
     done = 0
     for crops in loader:
-        maps[crops.rows] = spec.score(encoder, normalise_images(crops.images)).half().cpu()
+        scored = model_maps(specs, encoder, normalise_images(crops.images))
+        for held, new in zip(maps, scored, strict=True):
+            held[crops.rows] = new.half().cpu()
         seen = int(crops.rows[-1]) + 1
-        while done < len(missing) and table.first_row[done + 1] <= seen:
-            shard_id, first = table.shard_ids[done], table.first_row[done]
-            of_shard = maps[first : table.first_row[done + 1]].numpy()
-            cache.write_maps(shard_id, spec, of_shard)
-            yield table.urls[done]
+        while done < len(missing) and samples.first_row[done + 1] <= seen:
+            shard_id, first = samples.shard_ids[done], samples.first_row[done]
+            for spec, held in zip(specs, maps, strict=True):
+                of_shard = held[first : samples.first_row[done + 1]].numpy()
+                cache.write_maps(shard_id, spec, of_shard)
+            yield samples.urls[done]
             done += 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -157,21 +157,6 @@ class ModelScoreSpec:
         """Hash of all of it: `generation-<kind>-<12 hex digits>`."""
         return f"{_GENERATION}{self.kind}-{_hash(self.describe())}"
 
-    def score(self, encoder: VisionTransformer, images: Tensor) -> Tensor:
-        """`[B, 3, S, S]` float, normalised -> `[B, grid, grid]` float32, mean 1 an image.
-
-        Raises:
-            ValueError: no such kind here, or another package's score is not what it must be.
-        """
-        function = MODEL_KINDS.get(self.kind)
-        if function is None:
-            function = _named("famt.model_scores", MODEL_KINDS, self.kind).load()
-        bf16 = self.precision == "bf16"
-        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-            scores = function(encoder, images)
-        scores = scores.unflatten(1, (self.grid, self.grid))
-        return _unit_mean(scores, (len(images), self.grid, self.grid), self.kind)
-
 
 Spec = ScoreSpec | ModelScoreSpec
 
@@ -191,29 +176,87 @@ def encoder_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    return attention_scores(last_attention(encoder, images))
-
-
-def _cls_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    return cls_attention(last_attention(encoder, images))
-
-
-def _token_frequency(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    return token_frequency(last_block(encoder, images)[1])
-
-
-def _famt(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    attention, tokens = last_block(encoder, images)
-    return token_frequency(tokens) * attention_scores(attention)
-
-
-MODEL_KINDS: dict[str, ModelScore] = {
-    "famt": _famt,  # token frequency x attention, the paper's weight
-    "attention": _attention,  # FAMT's formula
-    "cls_attention": _cls_attention,  # AMT's formula
-    "token_frequency": _token_frequency,
+# What the last block gives: its attention [B, H, N+1, N+1], and its patch tokens [B, N, C].
+_OF_ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention": attention_scores,  # FAMT's formula
+    "cls_attention": cls_attention,  # AMT's formula
 }
+_OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "token_frequency": lambda _, tokens: token_frequency(tokens),
+    # The paper's weight.
+    "frequency_attention": lambda attention, tokens: (
+        token_frequency(tokens) * attention_scores(attention)
+    ),
+}
+MODEL_KINDS = (*_OF_ATTENTION, *_OF_BOTH)
+
+
+def check_model_kinds(kinds: Iterable[str]) -> None:
+    """Refuse a kind of model score that is none.
+
+    Raises:
+        ValueError: no such kind here.
+    """
+    for kind in kinds:
+        if kind not in MODEL_KINDS:
+            _named("famt.model_scores", MODEL_KINDS, kind)
+
+
+def model_scores(
+    kinds: Sequence[str], encoder: VisionTransformer, images: Tensor
+) -> dict[str, Tensor]:
+    """Scores that an encoder gives of images, all of this package's kinds by one forward pass.
+
+    Args:
+        kinds: keys of `MODEL_KINDS`, or of other packages.
+        encoder: a timm `VisionTransformer` with a class token.
+        images: `[B, 3, S, S]` float, normalised.
+
+    Returns:
+        `[B, N]` float, >= 0, for each kind.
+
+    Raises:
+        ValueError: no such kind here.
+    """
+    scores: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if any(kind in _OF_BOTH for kind in kinds):
+            attention, tokens = last_block(encoder, images)
+        elif any(kind in _OF_ATTENTION for kind in kinds):
+            attention = last_attention(encoder, images)
+        for kind in kinds:
+            if kind in _OF_BOTH:
+                scores[kind] = _OF_BOTH[kind](attention, tokens)
+            elif kind in _OF_ATTENTION:
+                scores[kind] = _OF_ATTENTION[kind](attention)
+            else:
+                function = _named("famt.model_scores", MODEL_KINDS, kind).load()
+                scores[kind] = function(encoder, images)
+    return scores
+
+
+def model_maps(
+    specs: Sequence[ModelScoreSpec], encoder: VisionTransformer, images: Tensor
+) -> list[Tensor]:
+    """Maps of images by several specs of one encoder: `[B, grid, grid]` float32, mean 1 an image.
+
+    Args:
+        specs: alike but for their kinds.
+        encoder, images: as for `model_scores`.
+
+    Raises:
+        ValueError: no such kind here, or another package's score is not what it must be.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=specs[0].precision == "bf16"):
+        scores = model_scores([spec.kind for spec in specs], encoder, images)
+    return [
+        _unit_mean(
+            scores[spec.kind].unflatten(1, (spec.grid, spec.grid)),
+            (len(images), spec.grid, spec.grid),
+            spec.kind,
+        )
+        for spec in specs
+    ]
 
 
 @cache
@@ -221,7 +264,7 @@ def _plugins(group: str, builtin: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {each.name: each for each in entry_points(group=group) if each.name not in builtin}
 
 
-def _named(group: str, builtin: Mapping[str, object] | tuple[str, ...], kind: str) -> EntryPoint:
+def _named(group: str, builtin: tuple[str, ...], kind: str) -> EntryPoint:
     added = _plugins(group, tuple(builtin))
     if kind not in added:
         raise ValueError(

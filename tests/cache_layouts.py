@@ -31,7 +31,7 @@ def maps(count: int = 2) -> np.ndarray:
 
 def model_spec(number: int) -> ModelScoreSpec:
     """A score of the encoder of that number."""
-    return ModelScoreSpec("famt", 2, 8, f"{number:032x}")
+    return ModelScoreSpec("attention", 2, 8, f"{number:032x}")
 
 
 @dataclass
@@ -92,7 +92,7 @@ def _generations(rng: random.Random, layout: Layout) -> set[int]:
         steps = sorted(rng.sample(range(10), rng.randint(1, 3)))
         encoders = {step: rng.randrange(3) for step in steps}
         for step, encoder in encoders.items():
-            layout.cache.generations.publish(Generation(run, step, model_spec(encoder), "d", 2))
+            layout.cache.generations.publish(Generation(run, step, [model_spec(encoder)], "d", 2))
         stay = {steps[-1]}
         for user in rng.sample(["run-0", "run-1", "other"], rng.randint(0, 2)):
             wants = rng.sample(steps, rng.randint(0, len(steps)))

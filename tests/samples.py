@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
 
 from pipeline.cache import ScoreCache
 from pipeline.precompute import precompute_shard, publish
 from pipeline.scores import ScoreSpec
+from pipeline.table import SampleTable
+from train.config import Pretrain
+from train.distributed import Ranks
+from train.signals.signal import Context
 
 
 def photo(seed: int, height: int = 40, width: int = 48) -> np.ndarray:
@@ -53,3 +58,11 @@ def photo_members(count: int, first: int = 0, **size: int) -> list[tuple[str, by
 def score(urls: list[Path], cache: ScoreCache, spec: ScoreSpec) -> None:
     """What the Ray job does, in this process."""
     publish([precompute_shard(str(url), cache, spec) for url in urls], cache)
+
+
+def context(
+    encoder: VisionTransformer, samples: SampleTable | range, here: Ranks, **options: object
+) -> Context:
+    """What a signal that reads no cache may ask of a run; a range counts rows without images."""
+    config = Pretrain(shards=[], cache="", out=Path("run"), model="vit_nano", **options)
+    return Context("run-a", config, samples, None, config.sizes.grid, encoder, here, None)

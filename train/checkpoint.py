@@ -25,6 +25,7 @@ from torch import Tensor
 from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
+from pipeline.options import ELASTIC, FREE, annotated
 from pipeline.storage import reason
 from train.config import Pretrain
 from train.distributed import Ranks
@@ -33,13 +34,8 @@ from train.log import write_event
 _SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one minute
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 
-# What may differ between a run and its continuation: nothing that is learned depends on it...
-_FREE = {
-    "out", "cache", "shards", "threads", "compile", "checkpoint_minutes", "keep_checkpoints",
-    "picture_epochs", "resume", "elastic", "refresh", "refresh_job",
-}  # fmt: skip
-# ... and what may with --elastic, from the beginning of an epoch.
-_ELASTIC = {"data", "spec", "world_size", "batch_size", "accumulate", "log_steps"}
+# Circumstances that may differ from the beginning of an epoch, as options do that are `ELASTIC`.
+_ELASTIC_CIRCUMSTANCES = ("data", "world_size")
 
 
 class DamagedError(ValueError):
@@ -53,18 +49,16 @@ class Checkpoint:
     Attributes:
         run: id of the run.
         step: optimiser steps done; it only grows.
-        schedule_start: step at which the schedule would have begun, had it always been this one;
-            0 but after an elastic restart.
+        schedule_start: step that the learning rate's schedule counts from; not 0 after an elastic
+            restart, which lays it out anew.
         epoch: whole epochs done.
         method: key of `famt.methods.METHODS`.
         sizes: fields of the `famt.models.ModelConfig` that the model is built from.
         model: its weights.
         ema: the averaged weights of its encoder, if the run keeps them.
         optimizer: the optimiser's state.
-        loaders: each rank's loader state.
-        generators: each rank's sampling generator state.
-        bank: content of the attention bank, if the run has one.
-        generation: step of the generation of maps that weighs patches, if there is one.
+        signals: state of each signal, by its slot.
+        ranks: state of what each rank has alone: its loader, and its generator of samples.
         config: the run's options and circumstances, spelled out.
     """
 
@@ -77,22 +71,27 @@ class Checkpoint:
     model: dict[str, Tensor]
     ema: dict[str, Tensor] | None
     optimizer: dict[str, Any]
-    loaders: list[dict[str, object]]
-    generators: list[Tensor]
-    bank: dict[str, Tensor] | None
-    generation: int | None
+    signals: dict[str, dict[str, Any]]
+    ranks: list[dict[str, Any]]
     config: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """An encoder at a moment of a run; attributes as in `Checkpoint`."""
+    """An encoder at a moment of a run; attributes as in `Checkpoint`, and what to make of it.
+
+    Attributes:
+        kinds: model scores that are wanted.
+        urls: tars to make them of, in the order of the run's rows; None for those of its patterns.
+    """
 
     run: str
     step: int
     sizes: dict[str, Any]
     weights: dict[str, Tensor]
     config: dict[str, Any]
+    kinds: list[str]
+    urls: list[str] | None = None
 
     def build(self) -> VisionTransformer:
         """The encoder, in eval mode."""
@@ -141,7 +140,9 @@ def load_encoder(path: Path) -> Encoder:
             for name, value in state.model.items()
             if name.startswith(prefix)
         }
-        return Encoder(state.run, state.step, state.sizes, weights, state.config)
+        slots = (state.config["content"], state.config["attention"])
+        kinds = [each["kind"] for each in slots if "refreshed" in each["source"]]
+        return Encoder(state.run, state.step, state.sizes, weights, state.config, kinds)
     try:
         return Encoder(**_read(path))
     except TypeError:
@@ -256,9 +257,11 @@ def resume(
         raise ValueError(f"{found} is there; --resume never wants a folder without checkpoints")
     resumed = load(found, verified=here.is_main)
     then, now = _flat(resumed.config), _flat({**config.describe(), **circumstances})
+    notes = {name: beside for name, _, beside in annotated(config)}
+    notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
     differing = sorted(name for name in now if then.get(name) != now[name])
-    changed = [name for name in differing if name.split(".")[0] not in _FREE]
-    harmless = all(name.split(".")[0] in _ELASTIC for name in changed)
+    changed = [name for name in differing if FREE not in notes.get(name, ())]
+    harmless = all(ELASTIC in notes.get(name, ()) for name in changed)
     if not changed or (config.elastic and harmless):
         return resumed, not changed
     differences = "; ".join(f"{each}: {then.get(each)} -> {now[each]}" for each in changed)
@@ -368,6 +371,11 @@ def _damage(path: Path) -> str | None:
         raise
     except Exception as error:  # zipfile raises a dozen kinds on damaged headers
         return reason(error)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a run's folder, the earliest first."""
+    return [_step(path) for path in _all(folder)]
 
 
 def _all(folder: Path) -> list[Path]:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
+from annotated_types import Ge, Gt, Lt
 
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
 from pipeline import storage
 from pipeline.join import JoinConfig
 from pipeline.loader import LoaderConfig, RandomView
+from pipeline.options import ELASTIC, FREE, check_bounds
 from pipeline.scores import ScoreSpec
+from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig, RefreshConfig
 
 TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""
@@ -28,62 +30,27 @@ Recipe = Literal["famt", "mae", "amt", "famt-paper", "famt-simmim", "simmim"]
 class OptimiserConfig:
     """AdamW with cosine decay after a linear warm-up, as MAE pre-trains."""
 
-    base_learning_rate: float = 1.5e-4
+    base_learning_rate: Annotated[float, Ge(0)] = 1.5e-4
     """learning rate for 256 images a step; it grows with the effective batch"""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, Ge(0)] = 0.05
     """not applied to biases and norms"""
-    warmup_epochs: float = 40.0
+    warmup_epochs: Annotated[float, Ge(0)] = 40.0
     """epochs of linear warm-up from 0"""
-    clip_norm: float = 0.0
+    clip_norm: Annotated[float, Ge(0)] = 0.0
     """largest norm of all gradients together; 0 leaves them as they are"""
-    ema_decay: float = 0.0
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
     """keeps an exponential moving average of the encoder as well, 0.9999 say; 0 keeps none"""
-
-
-@dataclass(frozen=True)
-class RollingConfig:
-    """How `--attention rolling` keeps its maps fresh."""
-
-    every: int = 8
-    """a forward pass refreshes 1/every of each batch, the longest unseen first"""
-    image_size: int | None = None
-    """side of the crops in that pass, px, half the model's say; the model's own if left out"""
-
-
-@dataclass(frozen=True)
-class PeriodicConfig:
-    """What `--attention periodic` weighs by: maps of whole images, made as the model learns."""
-
-    every: int = 40
-    """epochs from one generation of maps to the next"""
-    kind: str = "famt"
-    """famt (token frequency x attention), attention, cls_attention, token_frequency, or a kind that
-    an installed package adds"""
-    pin: str | None = None
-    """use this one generation, <run>/<step> as `jobs/cache.py ls` lists it, and make none"""
-
-
-@dataclass(frozen=True)
-class RefreshJob:
-    """What `--refresh ray` and `--refresh wait` give to the job that makes a generation."""
-
-    workers: int | None = None
-    """processes; as many as the cluster has room for if left out"""
-    cpus_per_worker: int = 1
-    """CPU cores, and decoding threads, of each"""
-    gpus_per_worker: float = 0.0
-    """share of a GPU for each"""
 
 
 @dataclass(frozen=True)
 class Pretrain:
     """A pre-training run."""
 
-    shards: list[str]
+    shards: Annotated[list[str], FREE]
     """tars, folders of tars, wildcards or brace patterns (in quotes)"""
-    cache: str
+    cache: Annotated[str, FREE]
     """folder or object-store URL of the score cache"""
-    out: Path
+    out: Annotated[Path, FREE]
     """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
     recipe: Recipe = "famt"
     """sets the defaults of other options; see above"""
@@ -107,109 +74,79 @@ class Pretrain:
     """blocks of the decoder, in place of the model's"""
     decoder_heads: int | None = None
     """attention heads of the decoder, in place of the model's"""
-    unit: int | None = None
+    unit: Annotated[int | None, Ge(1)] = None
     """patches a side of the squares that are masked as a whole; SimMIM's are of 2, MAE's of 1"""
     normalise_targets: bool | None = None
     """predict each patch less its own mean, over its own deviation, as MAE does and SimMIM not"""
-    low_pass: float | None = None
+    low_pass: Annotated[float | None, Gt(0)] = None
     """predict images without their finest detail (PixMIM): the largest frequency that is left, in
     waves an image side, 40 for 224 px say"""
     fused: tuple[int, ...] = ()
     """blocks, from 0, whose output reaches the decoder beside that of the last (MFF): 0 2 4 6 8 of
     vit_base say"""
-    epochs: int = 800
+    epochs: Annotated[int, Ge(1)] = 800
     """passes over the data"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1), ELASTIC] = 64
     """images a step on each rank"""
-    accumulate: int = 1
+    accumulate: Annotated[int, Ge(1), ELASTIC] = 1
     """parts that a batch goes through the model in, one after another, to save memory"""
-    plain_epochs: int = 0
+    plain_epochs: Annotated[int, Ge(0)] = 0
     """epochs of plain MAE (75 %% masked at random) before weights and throwing begin"""
-    attention: Literal["off", "live", "rolling", "periodic"] = "rolling"
-    """how the encoder's attention enters the weights: not at all, from a forward pass on every
-    whole crop, from maps of which a part is refreshed each step, or from maps of whole images that
-    a job beside the training makes every so many epochs"""
-    attention_score: Literal["famt", "amt"] = "famt"
-    """which formula reads a score off the attention, if it is live or rolling"""
-    rolling: RollingConfig = field(default_factory=RollingConfig)
-    periodic: PeriodicConfig = field(default_factory=PeriodicConfig)
-    refresh: Literal["follow", "ray", "wait"] = "follow"
-    """who makes periodic maps: a `jobs/refresh_scores.py --follow <out>` that you run, or a job
-    that the training starts on Ray; wait also waits for it"""
-    refresh_job: RefreshJob = field(default_factory=RefreshJob)
-    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    content: ContentConfig = field(default_factory=ContentConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    hardness: HardnessConfig = field(default_factory=HardnessConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
+    optimiser: Annotated[OptimiserConfig, ELASTIC] = field(default_factory=OptimiserConfig)
     join: JoinConfig = field(default_factory=JoinConfig)
     view: RandomView = field(default_factory=RandomView)
-    spec: ScoreSpec = field(default_factory=ScoreSpec)
+    spec: Annotated[ScoreSpec, ELASTIC] = field(default_factory=ScoreSpec)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """how crops are resized"""
-    shuffle_buffer: int = 4096
+    shuffle_buffer: Annotated[int, Ge(0)] = 4096
     """encoded images held to draw from at random"""
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16 computes under autocast; it pays on GPUs and, for wide models, on recent CPUs"""
-    compile: bool = False
+    compile: Annotated[bool, FREE] = False
     """compile the model (torch.compile)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what to train on"""
-    threads: int = LoaderConfig.threads
+    threads: Annotated[int, Ge(1), FREE] = LoaderConfig.threads
     """CPU threads that decode, on each rank"""
-    resume: Literal["auto", "never"] = "auto"
+    resume: Annotated[Literal["auto", "never"], FREE] = "auto"
     """go on from the last checkpoint in --out, or refuse a folder that holds one"""
-    elastic: bool = False
-    """resume with other shards, scores, batch size or ranks too, from the beginning of the epoch"""
-    checkpoint_minutes: float = 10.0
+    elastic: Annotated[bool, FREE] = False
+    """resume with other shards, scores, batch size, optimiser options or ranks too, from the
+    beginning of the epoch; where nothing differs the run goes on exactly"""
+    checkpoint_minutes: Annotated[float, Ge(0), FREE] = 10.0
     """time between checkpoints; one is written at the end and on SIGTERM or SIGUSR1 as well"""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
     """how many of the last checkpoints stay"""
-    log_steps: int = 20
+    log_steps: Annotated[int, Ge(1), ELASTIC] = 20
     """steps between log points, and between the moments at which a run can be checkpointed"""
-    picture_epochs: int = 20
+    picture_epochs: Annotated[int, Ge(0), FREE] = 20
     """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
     none"""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """of weights, shuffle, crops and sampling"""
 
     def __post_init__(self) -> None:
-        smallest: dict[str, tuple[float, float]] = {
-            "epochs": (self.epochs, 1),
-            "batch_size": (self.batch_size, 1),
-            "accumulate": (self.accumulate, 1),
-            "log_steps": (self.log_steps, 1),
-            "keep_checkpoints": (self.keep_checkpoints, 1),
-            "threads": (self.threads, 1),
-            "rolling.every": (self.rolling.every, 1),
-            "periodic.every": (self.periodic.every, 1),
-            "spec.grid": (self.spec.grid, 2),
-            "spec.pixels_per_cell": (self.spec.pixels_per_cell, 1),
-            "plain_epochs": (self.plain_epochs, 0),
-            "picture_epochs": (self.picture_epochs, 0),
-            "checkpoint_minutes": (self.checkpoint_minutes, 0),
-            "shuffle_buffer": (self.shuffle_buffer, 0),
-            "join.frequency_exponent": (self.join.frequency_exponent, 0),
-            "join.attention_exponent": (self.join.attention_exponent, 0),
-            "optimiser.base_learning_rate": (self.optimiser.base_learning_rate, 0),
-            "optimiser.weight_decay": (self.optimiser.weight_decay, 0),
-            "optimiser.warmup_epochs": (self.optimiser.warmup_epochs, 0),
-            "optimiser.clip_norm": (self.optimiser.clip_norm, 0),
-            "optimiser.ema_decay": (self.optimiser.ema_decay, 0),
-        }
-        for name, (value, least) in smallest.items():
-            if not least <= value < math.inf:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} {value} must be a number of at least {least}"
-                )
-        if self.optimiser.ema_decay >= 1:
-            raise ValueError(f"--optimiser.ema-decay {self.optimiser.ema_decay} must be below 1")
-        patch, size = self.sizes.patch_size, self.rolling.image_size
+        check_bounds(self)
+        patch, size = self.sizes.patch_size, self.attention.image_size
         if size is not None and (size < patch or size % patch):
             raise ValueError(
-                f"--rolling.image-size {size} must be a multiple of {patch} px, the patch size"
+                f"--attention.image-size {size} must be a multiple of {patch} px, the patch size"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"--batch-size {self.batch_size} does not divide into --accumulate "
                 f"{self.accumulate} equal parts"
             )
+
+    @property
+    def refreshed_kinds(self) -> list[str]:
+        """Model scores that a job beside the training makes anew, each once."""
+        slots = (self.content, self.attention)
+        return list(dict.fromkeys(each.kind for each in slots if "refreshed" in each.source))
 
     @property
     def sizes(self) -> ModelConfig:
@@ -245,32 +182,26 @@ class Pretrain:
 
 Options = TypeVar("Options", bound=Pretrain)
 
+_OFF = {"content": ContentConfig(source="off"), "attention": AttentionConfig(source="off")}
+
 RECIPES: dict[str, dict[str, Any]] = {
     "famt": {},
-    "mae": {
-        "join": JoinConfig(mask_ratio=0.75, throw_ratio=0.0, frequency_exponent=0.0),
-        "attention": "off",
-    },
+    "mae": {**_OFF, "join": JoinConfig(mask_ratio=0.75, throw_ratio=0.0)},
     "amt": {
-        "join": JoinConfig(frequency_exponent=0.0),
-        "attention": "periodic",
+        **_OFF,
+        "attention": AttentionConfig(source="refreshed", kind="cls_attention"),
         "plain_epochs": 40,
-        "periodic": PeriodicConfig(kind="cls_attention"),
     },
     "famt-paper": {
-        "join": JoinConfig(frequency_exponent=0.0),
-        "attention": "periodic",
+        **_OFF,
+        "content": ContentConfig(source="refreshed", kind="frequency_attention"),
         "plain_epochs": 40,
-        "periodic": PeriodicConfig(kind="famt"),
     },
-    "famt-simmim": {
-        "method": "simmim",
-        "join": JoinConfig(mask_ratio=0.44, throw_ratio=0.26),
-    },
+    "famt-simmim": {"method": "simmim", "join": JoinConfig(mask_ratio=0.44, throw_ratio=0.26)},
     "simmim": {
+        **_OFF,
         "method": "simmim",
-        "join": JoinConfig(mask_ratio=0.6, throw_ratio=0.0, frequency_exponent=0.0),
-        "attention": "off",
+        "join": JoinConfig(mask_ratio=0.6, throw_ratio=0.0),
     },
 }
 

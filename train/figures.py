@@ -3,8 +3,9 @@
     python -m train.figures --checkpoint runs/first --cache scores/ --shards 'shards/val-*.tar' \\
         --out picture.png
 
-A row an image: the crop, its frequency map, the encoder's attention, the weights as the run makes
-them, the split (masked patches dark, thrown ones struck out) and the reconstruction.
+A row an image: the crop, the signals, the weights as the run makes them, the split (masked patches
+dark, thrown ones struck out) and the reconstruction. What the run keeps of its own images in banks
+and generations is asked anew of the checkpoint's encoder, for these crops.
 """
 
 from __future__ import annotations
@@ -26,18 +27,19 @@ from famt.patches import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     normalise,
+    normalise_images,
     patchify,
     unpatchify,
 )
 from famt.sampling import PatchSplit
 from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch, crop_scores, join_weights, split_crops
+from pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
-from pipeline.scores import ScoreSpec
+from pipeline.scores import ScoreSpec, model_scores
 from pipeline.table import load_maps, load_samples
-from train.attention import LiveAttention
 from train.checkpoint import load, load_model
 from train.program import run_program
+from train.signals.weights import OFF, Scores, weigh
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,13 @@ class Figures:
 def main(config: Figures) -> Path:
     """Draw the picture; returns where it is."""
     model = load_model(config.checkpoint)
-    run = load(config.checkpoint).config
-    cache, spec = ScoreCache(config.cache), ScoreSpec(**run["spec"])
-    weighs = bool(run["join"]["frequency_exponent"])
-    table = load_samples(config.shards, cache, spec if weighs else None)
-    maps = load_maps(table, cache, spec) if weighs else None
+    run = load(config.checkpoint)
+    cache = ScoreCache(config.cache)
+    samples = load_samples(config.shards, cache)
     loader = CropLoader(
-        table,
+        samples,
         LoaderConfig(
-            batch_size=min(config.images, len(table)),
+            batch_size=min(config.images, len(samples)),
             image_size=model.config.image_size,
             view=config.view,
             threads=1,
@@ -80,12 +80,21 @@ def main(config: Figures) -> Path:
         seed=config.seed,
     )
     crops = next(iter(loader))
-    attention = None
-    if run["attention"] != "off":
-        attention = LiveAttention(model.encoder, run["attention_score"])(crops.images)
+    scores = {}
+    for name in ("content", "attention"):
+        slot = run.config[name]
+        refreshed = run.signals.get(name, {}).get("generation") is not None
+        if slot["source"].startswith("cached") and not refreshed:
+            maps = load_maps(samples, cache, ScoreSpec(**run.config["spec"]))
+            found = crop_scores(maps, crops, model.config.grid)
+            scores[name] = (found, slot["cached_exponent"])
+        elif slot["source"] != OFF:
+            kind = slot["kind"]
+            found = model_scores([kind], model.encoder, normalise_images(crops.images))[kind]
+            scores[name] = (found, slot["exponent"])
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    join = JoinConfig(**run["join"])
-    picture(model, maps, crops, join, attention, config.seed).save(config.out)
+    join = JoinConfig(**run.config["join"])
+    picture(model, crops, scores, join, config.seed).save(config.out)
     print(config.out)
     return config.out
 
@@ -93,32 +102,29 @@ def main(config: Figures) -> Path:
 @torch.no_grad()
 def picture(
     model: MaskedModel,
-    maps: Tensor | None,
     crops: CropBatch,
+    scores: Scores,
     join: JoinConfig,
-    attention: Tensor | None,
     seed: int = 0,
 ) -> Image.Image:
     """Draw crops as a run sees them, a row each.
 
     Args:
-        attention: `[B, N]` scores that enter the weights, if any do; without them the picture
-            shows what the model attends to in these crops.
+        scores: of each signal that weighs the patches; without one for attention the picture shows
+            what the model attends to in these crops.
     """
     grid, patch_size = model.config.grid, model.config.patch_size
-    device = crops.images.device
-    weights = join_weights(crops, maps, grid, join, attention)
-    if attention is None:
-        attention = LiveAttention(model.encoder, "famt")(crops.images)
-    generator = torch.Generator(device).manual_seed(seed)
+    weights = weigh(scores, crops, grid)
+    shown = {name: found for name, (found, _) in scores.items()}
+    if "attention" not in shown:
+        pixels = normalise_images(crops.images)
+        shown |= model_scores(["attention"], model.encoder, pixels)
+    generator = torch.Generator(crops.images.device).manual_seed(seed)
     batch = split_crops(crops, weights, model.config, join, generator)
     patches = patchify(crops.images, patch_size)
-    columns = {"crop": crops.images}
-    if maps is not None:
-        frequency = crop_scores(maps, crops, grid)
-        columns["frequency"] = frequency.view(-1, grid, grid)
-    columns |= {
-        "attention": attention.view(-1, grid, grid),
+    columns = {
+        "crop": crops.images,
+        **{name: found.view(-1, grid, grid) for name, found in shown.items()},
         "weights": weights.view(-1, grid, grid),
         "split": unpatchify(_show_split(patches, batch.split), patch_size),
         "reconstruction": unpatchify(_reconstruct(model, patches, batch), patch_size),

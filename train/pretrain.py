@@ -6,11 +6,13 @@
 
 `--recipe` sets the defaults of other options, which still override it:
 
-    famt        45 % masked by cached frequency score and rolling attention, 40 % thrown
+    famt        45 % masked and 40 % thrown by content and attention: the cached pixel score until
+                the model's own token frequency is there, made anew every 40 epochs by a job beside
+                the training, times rolling attention
     mae         75 % masked at random, nothing thrown
-    amt         plain MAE for 40 epochs, then 45 % masked by AMT's attention score of whole images,
-                made anew every 40 epochs by a job beside the training; 40 % thrown
-    famt-paper  the same with the paper's weight, token frequency x attention
+    famt-paper  plain MAE for 40 epochs, then 45 % masked and 40 % thrown by the paper's weight,
+                token frequency x attention of whole images, made anew every 40 epochs
+    amt         the same by AMT's attention score of whole images
     famt-simmim SimMIM, 44 % of its units masked by the weights of famt, 26 % thrown
     simmim      SimMIM, 60 % masked at random, nothing thrown
 
@@ -21,11 +23,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import sys
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,7 +34,7 @@ from PIL import Image
 from timm.optim import param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from famt.methods import METHODS
@@ -42,22 +42,21 @@ from famt.models import ModelConfig
 from famt.patches import normalise
 from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch, join_weights, split_crops
+from pipeline.join import JoinConfig, PatchBatch, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig
-from pipeline.table import load_maps, load_samples
+from pipeline.table import load_samples
 from train import checkpoint, figures
-from train.attention import LiveAttention, RollingAttention
 from train.checkpoint import Checkpoint
 from train.config import PLAIN_MAE, Pretrain, parse
 from train.distributed import Ranks, ranks
 from train.initial import load_initial
-from train.log import Log
+from train.loop import Training
 from train.program import run_program
-from train.refresh import PeriodicAttention
+from train.signals.following import FollowedMaps
+from train.signals.signal import Context, Signal, Taken
+from train.signals.weights import build_signals, read_signals, weigh
 from train.streams import SideStream, Stop
 from train.timing import Clock
-
-_SHOWN = 6  # crops in a picture
 
 
 def main(config: Pretrain) -> None:
@@ -70,23 +69,20 @@ def main(config: Pretrain) -> None:
         Run(config, here).train(stop)
 
 
-class Run:
-    """Everything a run holds, and the loop over it."""
+class Run(Training[PatchBatch]):
+    """A pre-training run: everything it holds, and what a step of it is."""
 
     def __init__(self, config: Pretrain, here: Ranks) -> None:
         self.config, self.here = config, here
+        self.out, self.log_steps = config.out, config.log_steps
+        self.checkpoint_minutes = config.checkpoint_minutes
         self.sizes = config.sizes
         self.clock = Clock(here.device)
         self.side = SideStream(here.device)
-        weighs = config.join.frequency_exponent != 0
-        cache = ScoreCache(config.cache, create=not weighs)
-        self.table = here.share(
-            lambda: load_samples(config.shards, cache, config.spec if weighs else None)
-        )
-        self.maps = (
-            here.share(lambda: load_maps(self.table, cache, config.spec)) if weighs else None
-        )
-        resumed, exact = checkpoint.resume(config, self._identity(), here)
+        scored = config.spec if config.content.source.startswith("cached") else None
+        cache = ScoreCache(config.cache, create=scored is None)
+        self.samples = here.share(lambda: load_samples(config.shards, cache, scored))
+        resumed, exact = checkpoint.resume(config, self.identity(), here)
         self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
@@ -95,11 +91,12 @@ class Run:
             load_initial(self.model, config.init) if config.init and not resumed else None
         )
         first_epoch = resumed.epoch if resumed else 0
+        own = resumed.ranks[here.rank] if resumed and exact else None
         self.generator = torch.Generator(here.device).manual_seed(
             (config.seed + first_epoch) * here.world_size + here.rank
         )
         self.loader = CropLoader(
-            self.table,
+            self.samples,
             LoaderConfig(
                 batch_size=config.batch_size,
                 image_size=self.sizes.image_size,
@@ -114,33 +111,18 @@ class Run:
             device=here.device,
             seed=config.seed,
             first_epoch=first_epoch,
-            state=resumed.loaders[here.rank] if resumed and exact else None,
+            state=own["loader"] if own else None,
         )
-        live = LiveAttention(
-            self.model.encoder,
-            config.attention_score,
-            config.rolling.image_size if config.attention == "rolling" else None,
-            config.accumulate,
-            config.precision == "bf16",
-        )
-        self.rolling = (
-            RollingAttention(live, len(self.table), self.sizes.grid, config.rolling, here)
-            if config.attention == "rolling"
+        encoder = self.model.encoder
+        followed = (
+            FollowedMaps(self.id, config, self.samples, cache, encoder, here)
+            if config.refreshed_kinds
             else None
         )
-        self.periodic = (
-            PeriodicAttention(config, self.id, self.table, self.sizes.grid, here)
-            if config.attention == "periodic"
-            else None
+        self.context = Context(
+            self.id, config, self.samples, cache, self.sizes.grid, encoder, here, followed
         )
-        # Crops and the step they are for -> scores [B, N] of their patches, or None so far.
-        self.attend: Callable[[CropBatch, int], torch.Tensor | None] | None = None
-        if config.attention == "live":
-            self.attend = lambda crops, _: live(crops.images)
-        elif self.rolling:
-            self.attend = self.rolling
-        elif self.periodic:
-            self.attend = self.periodic.read
+        self.signals: list[Signal] = build_signals(self.context)
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.total_steps = config.epochs * self.steps_per_epoch
         self.effective_batch = config.batch_size * here.world_size
@@ -162,10 +144,9 @@ class Run:
             t_in_epochs=False,
         )
         decay = config.optimiser.ema_decay
-        self.ema = ModelEmaV3(self.model.encoder, decay) if decay else None
+        self.ema = ModelEmaV3(encoder, decay) if decay else None
         self.step = 0
-        self.schedule_start = 0  # step at which the schedule, as it is now, would have begun
-        self.shown: CropBatch | None = None
+        self.schedule_start = 0
         if resumed:
             self._restore(resumed, exact)
         trained: nn.Module = self.model
@@ -176,102 +157,51 @@ class Run:
         if config.compile:  # after the former, whose buckets it then computes in parallel
             trained = torch.compile(trained)  # type: ignore[assignment]
         self.trained: nn.Module = trained
+        self.model.train()
 
     @property
     def last_step(self) -> int:
-        """The step that the run ends with."""
         return self.schedule_start + self.total_steps
 
-    def train(self, stop: Stop) -> None:
-        """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
-        config, here = self.config, self.here
-        log = None
-        if here.is_main:
-            print(self.plan(), flush=True)
-            log = Log(config.out, self.step, self.last_step, self.effective_batch, self.clock)
-            log.event(self.step, "start", run=self.id, epoch=self.loader.epoch, **self._identity())
-        saved_at, saved_step = time.monotonic(), self.step
-        recent: list[tuple[torch.Tensor, torch.Tensor]] = []  # losses and rows since a log point
-        self.model.train()
-        while self.step < self.last_step:
-            epoch, crops = self.loader.epoch, iter(self.loader)
-            if self.periodic and self.loader.step == 0:
-                encoder = self.model.encoder
-                if not self.periodic.begin_epoch(epoch, self.step, encoder, stop, log):
-                    self.save(log)
-                    self._close(log, finished=False)
-                    return
-            batch = self._next(crops, self.step)
-            if log and self.shown and config.picture_epochs and epoch % config.picture_epochs == 0:
-                log.picture(self.step, self._picture(self.shown))
-            while batch is not None:
-                loss = self.forward_backward(batch)
-                # A checkpoint holds no batch, so one is made ahead only between these steps.
-                at_rest = (self.step + 1) % config.log_steps == 0
-                ahead = None if at_rest else self._next(crops, self.step + 1)
-                self.update()
-                recent.append((loss, batch.rows))
-                if log:
-                    log.step()
-                if at_rest or self.step == self.last_step:
-                    mean = self._mean_loss(recent)
-                    recent.clear()
-                    if log:
-                        rate = self.optimizer.param_groups[0]["lr"]
-                        scalars = {"loss": mean, "learning_rate": rate}
-                        if self.rolling:
-                            scalars["attention_coverage"] = self.rolling.bank.coverage
-                        log.point(self.step, epoch, scalars)
-                if at_rest:
-                    due = time.monotonic() - saved_at > config.checkpoint_minutes * 60
-                    wishes = here.gather((due, stop.asked))
-                    stopping = any(asked for _, asked in wishes)
-                    if wishes[0][0] or stopping:
-                        self.save(log)
-                        saved_at, saved_step = time.monotonic(), self.step
-                    if stopping:
-                        self._close(log, finished=False)
-                        return
-                    ahead = self._next(crops, self.step)
-                batch = ahead
-            if self.rolling:
-                self.rolling.exchange()
-        if self.step > saved_step:
-            self.save(log)
-        self._close(log, finished=True)
+    def begin_epoch(self, epoch: int, stop: Stop) -> bool:
+        return all(each.begin_epoch(epoch, self.step, stop, self.log) for each in self.signals)
 
-    def patches(self, crops: CropBatch, step: int) -> PatchBatch:
+    def prepare(self, crops: CropBatch, step: int) -> PatchBatch:
         """Weigh, sample and gather: from crops to what the model takes."""
-        attention, plain = None, self.loader.epoch < self.config.plain_epochs
-        if not plain and self.attend is not None:
-            with self.clock.stage("attention"):
-                attention = self.attend(crops, step)
-            plain = attention is None  # the first generation is still to come
-        join = PLAIN_MAE if plain else self.config.join
+        with self.clock.stage("signals"):
+            scores = {} if self._plain else read_signals(self.signals, crops, step)
         with self.clock.stage("join"):
-            weights = join_weights(crops, self.maps, self.sizes.grid, join, attention)
+            # Signals that have nothing to say yet leave the run a plain MAE.
+            join = PLAIN_MAE if self._plain or (self.signals and not scores) else self.config.join
+            weights = weigh(scores, crops, self.sizes.grid)
             progress = (step - self.schedule_start) / self.total_steps
-            return split_crops(crops, weights, self.sizes, join, self.generator, progress)
+            batch = split_crops(crops, weights, self.sizes, join, self.generator, progress)
+            return self.side.hand_over(batch)
 
-    def forward_backward(self, batch: PatchBatch) -> torch.Tensor:
-        """Add up the gradients of a batch; returns the mean loss, still on the device."""
+    def forward_backward(self, batch: PatchBatch) -> Tensor:
         self.side.join()
         parts = batch.chunk(self.config.accumulate)
         total = torch.zeros((), device=self.here.device)
-        now, later = contextlib.nullcontext, self._no_sync
+        errors = []
+        now, no_sync = contextlib.nullcontext, self._no_sync
         for number, part in enumerate(parts, start=1):
             # The ranks' gradients are averaged once, with the last part.
-            with now() if number == len(parts) else later():
+            with now() if number == len(parts) else no_sync():
                 with self.clock.stage("forward"), self._autocast():
                     visible, masked = normalise(part.visible), normalise(part.masked)
                     loss = self.trained(visible, masked, part.split, part.loss_weights) / len(parts)
                 with self.clock.stage("backward"):
                     loss.backward()
             total += loss.detach()
+            errors.append(self.model.patch_errors)
+        if self.signals:
+            with self.clock.stage("signals"):
+                taken = Taken(batch.views, batch.split, torch.cat(errors), self.step)
+                for signal in self.signals:
+                    signal.learn(taken)
         return total
 
     def update(self) -> None:
-        """One optimiser step with the gradients that are there."""
         self.side.join()
         with self.clock.stage("update"):
             self.schedule.step_update(self.step - self.schedule_start)
@@ -284,15 +214,23 @@ class Run:
         self.side.weights_are_ready()
         self.step += 1
 
-    def save(self, log: Log | None = None) -> None:
-        """Write a checkpoint of all ranks' state; every rank calls this."""
-        if self.rolling:
-            self.rolling.exchange()
-        loaders = self.here.gather(self.loader.state())
-        generators = self.here.gather(self.generator.get_state())
+    def scalars(self) -> dict[str, float]:
+        scalars = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        for signal in self.signals:
+            scalars |= signal.scalars()
+        return scalars
+
+    def end_epoch(self, epoch: int) -> None:
+        for signal in self.signals:
+            signal.synchronise()
+
+    def save(self) -> None:
+        for signal in self.signals:
+            signal.synchronise()
+        of_ranks = self.here.gather(
+            {"loader": self.loader.state(), "generator": self.generator.get_state()}
+        )
         if self.here.is_main:
-            bank = self.rolling.bank if self.rolling else None
-            generation = self.periodic.current if self.periodic else None
             state = Checkpoint(
                 run=self.id,
                 step=self.step,
@@ -303,51 +241,55 @@ class Run:
                 model=self.model.state_dict(),
                 ema=self.ema.module.state_dict() if self.ema else None,
                 optimizer=self.optimizer.state_dict(),
-                loaders=loaders,
-                generators=generators,
-                bank=bank.state() if bank else None,
-                generation=generation.step if generation else None,
-                config={**self.config.describe(), **self._identity()},
+                signals={each.name: each.state() for each in self.signals},
+                ranks=of_ranks,
+                config={**self.config.describe(), **self.identity()},
             )
-            path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
-            if log:
-                log.event(self.step, "checkpoint", file=path.name)
+            path = checkpoint.save(self.out, state, self.config.keep_checkpoints)
+            if self.log:
+                self.log.event(self.step, "checkpoint", file=path.name)
         self.here.gather(None)  # a slow disk is waited for here; gradients wait ten minutes at most
-        if self.periodic:
-            self.periodic.saved(self.step, log)
+        for signal in self.signals:
+            signal.saved(self.step, self.log)
+
+    def close(self, *, finished: bool) -> None:
+        for signal in self.signals:
+            signal.close(finished=finished)
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "device": self.here.device.type,
+            "world_size": self.here.world_size,
+            "data": self.samples.digest,
+        }
+
+    def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
+        """Crops with their signals, weights, split and reconstruction, as the run makes them."""
+        every = self.config.picture_epochs
+        if not every or epoch % every:
+            return None
+        self.side.join()
+        scores = {} if self._plain else read_signals(self.signals, crops, self.step, look=True)
+        join = PLAIN_MAE if self._plain or (self.signals and not scores) else self.config.join
+        return figures.picture(self.model, crops, scores, join)
 
     def plan(self) -> str:
-        """Every number of the run that follows from its options, for a reader to check."""
         config, sizes = self.config, self.sizes
         parameters = {
             "encoder": sum(p.numel() for p in self.model.encoder.parameters()),
             "in all": sum(p.numel() for p in self.model.parameters()),
         }
-        cached = f"cached {config.spec.id} to the power {config.join.frequency_exponent:g}"
-        how = {
-            "off": "no attention",
-            "live": "live attention on every crop",
-            "rolling": f"rolling attention, 1/{config.rolling.every} of a batch refreshed a step",
-            "periodic": f"generation {config.periodic.pin} of whole images"
-            if config.periodic.pin
-            else f"{config.periodic.kind} of whole images, made anew every "
-            f"{config.periodic.every} epochs"
-            + (
-                f"; start `python jobs/refresh_scores.py --follow {config.out}` beside this run"
-                if config.refresh == "follow"
-                else ""
-            ),
-        }[config.attention]
         lines = {
             "run": f"{config.out} on {self.here.device}, {self.here.world_size} rank(s), "
             f"{config.precision}",
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
             f"{sizes.patch_size} px, {config.decoder} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
-            "data": f"{len(self.table)} images in {len(self.table.urls)} shards; "
+            "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches",
-            "weights": f"{cached if self.maps is not None else 'uniform'}; {how}",
-            "patches": _counts(sizes, config.join),
+            **{each.name: each.describe() for each in self.signals},
+            "patches": _counts(sizes, config.join)
+            + ("" if self.signals else ", all of the same weight"),
             "steps": f"{self.total_steps} = {config.epochs} epochs x {self.steps_per_epoch}, "
             f"{self.warmup_steps} of warm-up; {self.step - self.schedule_start} done",
             "batch": f"{self.effective_batch} = {config.batch_size} x {self.here.world_size} "
@@ -365,81 +307,35 @@ class Run:
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
 
-    def _next(self, crops: Iterator[CropBatch], step: int) -> PatchBatch | None:
-        """The epoch's next batch or None, on a GPU made beside what the main stream does."""
-        with self.side:
-            with self.clock.stage("data_wait", on_host=True):
-                found = next(crops, None)
-            if found is not None and self.loader.step == 1:
-                self.shown = found.first(_SHOWN)
-            return None if found is None else self.side.hand_over(self.patches(found, step))
-
-    def _close(self, log: Log | None, *, finished: bool) -> None:
-        if self.periodic:
-            self.periodic.close(finished=finished)
-        if log:
-            log.event(self.step, "finished" if finished else "stopped by a signal")
-            log.close()
-
-    def _identity(self) -> dict[str, Any]:
-        """What a continuation must have in common with the run, besides its options."""
-        return {
-            "device": self.here.device.type,
-            "world_size": self.here.world_size,
-            "data": self.table.digest,
-        }
+    @property
+    def _plain(self) -> bool:
+        """Whether the epoch is one of those before the weights begin."""
+        return self.loader.epoch < self.config.plain_epochs
 
     def _restore(self, resumed: Checkpoint, exact: bool) -> None:
         self.step = resumed.step
         self.model.load_state_dict(resumed.model)
+        options = [dict(group) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(resumed.optimizer)
         if self.ema and resumed.ema:
             self.ema.module.load_state_dict(resumed.ema)
-        if self.rolling and resumed.bank and resumed.config["data"] == self.table.digest:
-            self.rolling.bank.load_state(resumed.bank)
         if exact:
-            if self.periodic and resumed.generation is not None:
-                self.periodic.restore(resumed.generation)
-            self.generator.set_state(resumed.generators[self.here.rank])
+            self.generator.set_state(resumed.ranks[self.here.rank]["generator"])
             self.schedule_start = resumed.schedule_start
         else:
             # Steps only grow, or a checkpoint would be older than those it follows.
             self.schedule_start = resumed.step - resumed.epoch * self.steps_per_epoch
-            if self.periodic:
-                self.periodic.restart(resumed.epoch)
-
-    def _picture(self, crops: CropBatch) -> Image.Image:
-        self.side.join()
-        plain, attention = self.loader.epoch < self.config.plain_epochs, None
-        if self.rolling and not plain:
-            attention = self.rolling.bank.read(crops, self.sizes.grid)  # as it is: no refresh
-        elif self.attend and not plain:
-            attention = self.attend(crops, self.step)
-            plain = attention is None
-        join = PLAIN_MAE if plain else self.config.join
-        return figures.picture(self.model, self.maps, crops, join, attention)
+            for group, now in zip(self.optimizer.param_groups, options, strict=True):
+                group.update({name: now[name] for name in now if name != "params"})
+        same_rows = resumed.config["data"] == self.samples.digest
+        for signal in self.signals:
+            if signal.name in resumed.signals:
+                state = resumed.signals[signal.name]
+                signal.load_state(state, epoch=resumed.epoch, exact=exact, same_rows=same_rows)
 
     def _autocast(self) -> torch.autocast:
         bf16 = self.config.precision == "bf16"
         return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
-
-    def _mean_loss(self, recent: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """Mean of the losses of the last steps, each with its batch's rows.
-
-        Raises:
-            FloatingPointError: one of them is no number; its samples are written to a file.
-        """
-        losses = torch.stack([loss for loss, _ in recent]).tolist()
-        first_step = self.step - len(recent) + 1
-        for step, (loss, (_, rows)) in enumerate(zip(losses, recent, strict=True), first_step):
-            if not math.isfinite(loss):
-                path = self.config.out / f"nan-rank{self.here.rank}-step{step:08d}.txt"
-                path.write_text("".join(f"{self.table.key(row)}\n" for row in rows.tolist()))
-                raise FloatingPointError(
-                    f"the loss is {loss} at step {step}; the samples are in {path}. Lower "
-                    "--optimiser.base-learning-rate, or look at those images"
-                )
-        return sum(losses) / len(losses)
 
 
 def _counts(sizes: ModelConfig, join: JoinConfig) -> str:

@@ -1,48 +1,48 @@
-"""What the attention of a training step costs."""
+"""What the signals of a training step cost."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 
 from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 from jobs.benchmarks.step import Step
 from jobs.benchmarks.training import Training, training
-from pipeline.loader import CropBatch
+from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
-from train.attention import LiveAttention, RollingAttention
-from train.config import RollingConfig
-
-Attend = Callable[[CropBatch, int], torch.Tensor | None]
+from train.signals.attention import Live
+from train.signals.config import AttentionConfig, HardnessConfig
 
 
 @dataclass(frozen=True)
-class Attention:
-    """Time of whole FAMT steps with attention, beside those without; and the share of the join.
+class Attention(Checked):
+    """Time of whole FAMT steps with a signal, beside those without; and the share of the join.
 
     `rolling` refreshes a part of each batch a step, `rolling low` on crops of half the side, `live`
-    looks at every crop. All these steps are the training's own, on one batch of crops. The last
-    lines hold steps that decode a share of the masked patches against plain MAE's.
+    looks at every crop; `seen` and `errors` keep what the step itself gives. All steps are the
+    training's own, on one batch of crops. The last lines hold steps that decode a share of the
+    masked patches against plain MAE's.
     """
 
     shards: list[str] = field(default_factory=list)
     """tars to take crops from"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
     """which model"""
-    batch_size: int = 16
+    batch_size: Annotated[int, Ge(1)] = 16
     """images a step"""
-    every: int = RollingConfig.every
+    every: Annotated[int, Ge(1)] = AttentionConfig.every
     """rolling attention refreshes 1/every of a batch"""
-    rounds: int = 5
+    rounds: Annotated[int, Ge(1)] = 5
     """steps that each rival is measured for"""
-    threads: int = 2
+    threads: Annotated[int, Ge(1)] = 2
     """CPU threads"""
 
     def run(self) -> Iterator[Report]:
@@ -53,22 +53,30 @@ class Attention:
         ):
             agreement = self._agreement(steps)
             joins: list[float] = []
-            rivals = {
-                name: self._stepper(steps, attend, joins)
-                for name, attend in self._rivals(steps).items()
+            half = steps.run.sizes.image_size // 2
+            slots: dict[str, dict[str, Any]] = {
+                "off": {},
+                "rolling": {"attention": AttentionConfig("rolling", every=self.every)},
+                "rolling low": {
+                    "attention": AttentionConfig("rolling", every=self.every, image_size=half)
+                },
+                "live": {"attention": AttentionConfig("live")},
+                "seen": {"attention": AttentionConfig("seen")},
+                "errors": {"hardness": HardnessConfig("errors")},
             }
+            rivals = {name: self._stepper(steps, each, joins) for name, each in slots.items()}
             taken = measure.seconds(rivals, self.rounds)
         ms = {
             name: 1000 * statistics.median(each) / self.batch_size for name, each in taken.items()
         }
         setting = f"{self.model}, batch {self.batch_size}, {self.threads} threads"
-        for name in ("rolling", "rolling low", "live"):
+        for name in (each for each in slots if each != "off"):
             yield {
                 **measure.line(
                     "attention",
-                    f"ms an image of a step, attention {name}, {setting}",
+                    f"ms an image of a step with {name}, {setting}",
                     ms[name],
-                    "ms an image of a step, attention off",
+                    "ms an image of a step without signals",
                     ms["off"],
                 ),
                 "ratio_of_fastest": round(min(taken[name]) / min(taken["off"]), 3),
@@ -77,7 +85,7 @@ class Attention:
             "attention",
             f"ms an image of join and sampling, {setting}",
             1000 * statistics.median(joins) / self.batch_size,
-            "ms an image of a step, attention off",
+            "ms an image of a step without signals",
             ms["off"],
         )
         yield agreement
@@ -85,27 +93,14 @@ class Attention:
         names = ["famt cross that predicts 1/2", "famt cross that predicts 1/3"]
         yield from step.times("attention", names)
 
-    def _rivals(self, steps: Training) -> dict[str, Attend | None]:
-        live = LiveAttention(steps.run.model.encoder, steps.run.config.attention_score)
-        return {
-            "off": None,
-            "rolling": self._rolling(steps, None),
-            "rolling low": self._rolling(steps, steps.run.sizes.image_size // 2),
-            "live": lambda crops, _: live(crops.images),
-        }
-
-    def _rolling(self, steps: Training, image_size: int | None) -> RollingAttention:
-        run = steps.run
-        live = LiveAttention(run.model.encoder, run.config.attention_score, image_size)
-        config = RollingConfig(self.every, image_size)
-        return RollingAttention(live, len(run.table), run.sizes.grid, config, run.here)
-
     def _stepper(
-        self, steps: Training, attend: Attend | None, joins: list[float]
+        self, steps: Training, slots: dict[str, Any], joins: list[float]
     ) -> Callable[[], None]:
         def work() -> None:
-            steps.run.attend = attend
+            steps.run.signals = steps.signals(**slots)
             steps.step()
+            for signal in steps.run.signals:
+                signal.close(finished=False)
             joins.append(steps.run.clock.read()["join"])
 
         return work
@@ -113,11 +108,8 @@ class Attention:
     def _agreement(self, steps: Training) -> Report:
         """How alike full and half resolution rank the patches of the crops."""
         run, images = steps.run, steps.crops.images
-        sizes = (None, run.sizes.image_size // 2)
-        full, low = (
-            LiveAttention(run.model.encoder, run.config.attention_score, size)(images)
-            for size in sizes
-        )
+        slot, half = AttentionConfig("live"), steps.run.sizes.image_size // 2
+        full, low = (Live(slot, run.context, size).score(images) for size in (None, half))
         side = round(low.shape[1] ** 0.5)
         low = F.interpolate(low.view(-1, 1, side, side), run.sizes.grid, mode="bilinear")
         return measure.line(

@@ -24,11 +24,12 @@ from torchvision.transforms import (
 
 from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
+from famt.sampling import patch_weights
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 from pipeline import storage
 from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, join_weights, split_crops
+from pipeline.join import JoinConfig, crop_scores, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.scores import ScoreSpec
 from pipeline.table import SampleTable, load_maps, load_samples
@@ -93,7 +94,9 @@ class Loader:
         def work() -> None:
             for _ in range(epochs):
                 for crops in loader:
-                    weights = join_weights(crops, maps, 14, join)
+                    weights = patch_weights(
+                        {"content": crop_scores(maps, crops, 14)}, {"content": 0.25}
+                    )
                     batch = split_crops(crops, weights, MODELS["vit_base"], join)
                     normalise(batch.visible)
                     normalise(batch.masked)

@@ -19,7 +19,7 @@ from jobs.benchmarks.training import training
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.refresh import refresh_shards
-from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
+from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest, model_maps
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Refresh:
     """tars to measure on; the first is used"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
     """which model"""
-    kind: str = "famt"
+    kind: str = "frequency_attention"
     """which score"""
     images: int = 128
     """photos of the made-up shard, where none is given"""
@@ -58,7 +58,7 @@ class Refresh:
             measure.scored(given, ScoreSpec(), self.images) as (urls, cache),
             training(urls, cache, self.model, self.step_batch_size, self.threads) as steps,
         ):
-            count = len(steps.run.table)
+            count = len(steps.run.samples)
             taken = measure.seconds(
                 {
                     "refresh": self._refresh(encoder, urls, cache, spec),
@@ -94,7 +94,7 @@ class Refresh:
                 urls,
                 cache,
                 # What is there would not be made again.
-                replace(spec, encoder=uuid.uuid4().hex),
+                [replace(spec, encoder=uuid.uuid4().hex)],
                 batch_size=self.batch_size,
                 threads=self.threads,
                 device=torch.device("cpu"),
@@ -110,6 +110,6 @@ class Refresh:
 
         def work() -> None:
             for first in range(0, count, self.batch_size):
-                spec.score(encoder, ready[: count - first])
+                model_maps([spec], encoder, ready[: count - first])
 
         return work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,9 @@ from pipeline.loader import CropBatch
 from train.config import Pretrain
 from train.distributed import ranks
 from train.pretrain import Run
+from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.signal import Signal
+from train.signals.weights import build_signals
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,21 @@ class Training:
     """A run that takes its steps on the same crops, so that no step waits for data.
 
     Attributes:
-        run: without attention; set its `attend` for another.
+        run: without signals; give it others to weigh patches by.
         crops: a batch from its loader.
     """
 
     run: Run
     crops: CropBatch
 
+    def signals(self, **slots: object) -> list[Signal]:
+        """Signals for this run by other options, `attention=AttentionConfig(...)` say."""
+        config = dataclasses.replace(self.run.config, **slots)  # type: ignore[arg-type]
+        return build_signals(dataclasses.replace(self.run.context, config=config))
+
     def step(self) -> None:
         """Weigh, sample, gather; forward, backward and update."""
-        self.run.forward_backward(self.run.patches(self.crops, self.run.step))
+        self.run.forward_backward(self.run.prepare(self.crops, self.run.step))
         self.run.update()
 
 
@@ -45,7 +54,8 @@ def training(
             out=Path(out),
             model=model,
             batch_size=batch_size,
-            attention="off",
+            content=ContentConfig(source="off"),
+            attention=AttentionConfig(source="off"),
             threads=threads,
         )
         run = Run(config, here)

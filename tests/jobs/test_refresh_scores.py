@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 import torch
+from train.refresh import encoder_path, finished_path
 
 from jobs.cache import Gc, Ls
 from jobs.cache import main as cache_main
@@ -15,7 +16,6 @@ from jobs.refresh_scores import RefreshScores, _marked
 from jobs.refresh_scores import main as refresh
 from pipeline.scores import is_generation
 from train import checkpoint
-from train.refresh import encoder_path, finished_path
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 

@@ -84,13 +84,13 @@ def test_maps_that_two_runs_share_stay_until_neither_needs_them(cache):
     """Two runs of equal seed: their first encoders are the same, so is the id of their maps."""
     cache.write(_id(1), table(), model_spec(0), maps())
     for run in ("a", "b"):
-        cache.generations.publish(Generation(run, 0, model_spec(0), "d", 2))
+        cache.generations.publish(Generation(run, 0, [model_spec(0)], "d", 2))
     cache.write(_id(1), table(), model_spec(1), maps())
-    cache.generations.publish(Generation("a", 9, model_spec(1), "d", 2))
+    cache.generations.publish(Generation("a", 9, [model_spec(1)], "d", 2))
     assert collect_superseded(cache, "a", [_id(1)]) == []
     assert [each.step for each in cache.generations.of("a")] == [9]
     assert cache.has_entry(_id(1), model_spec(0))
-    cache.generations.publish(Generation("b", 9, model_spec(1), "d", 2))
+    cache.generations.publish(Generation("b", 9, [model_spec(1)], "d", 2))
     cache.generations.need("b", [0], by="b")
     assert collect_superseded(cache, "b", [_id(1)]) == []
     cache.generations.need("b", [9], by="b")
@@ -103,7 +103,7 @@ def test_maps_that_two_runs_share_stay_until_neither_needs_them(cache):
 def test_a_dropped_run_leaves_what_another_needs(cache):
     for number, step in enumerate((0, 5, 9)):
         cache.write(_id(1), table(), model_spec(number), maps())
-        cache.generations.publish(Generation("a", step, model_spec(number), "d", 2))
+        cache.generations.publish(Generation("a", step, [model_spec(number)], "d", 2))
     cache.manifests.publish({"/nowhere/1.tar": _record(1)})
     cache.generations.need("a", [9], by="a")
     cache.generations.need("a", [5], by="b")
@@ -119,7 +119,7 @@ def test_a_dropped_run_leaves_what_another_needs(cache):
 def test_nothing_goes_while_what_names_it_is_damaged(cache, name):
     cache.write(_id(1), table(), model_spec(0), maps())
     cache.manifests.publish({"/nowhere/1.tar": _record(1)})
-    cache.generations.publish(Generation("a", 0, model_spec(0), "d", 2))
+    cache.generations.publish(Generation("a", 0, [model_spec(0)], "d", 2))
     cache.generations.need("a", [0], by="a")
     (path,) = Path(cache.url).glob(name)
     path.write_bytes(path.read_bytes()[:-9])
@@ -246,7 +246,7 @@ def test_thirty_jobs_beside_collections_without_an_age_limit_lose_nothing(tmp_pa
         claim = cache.claims.claim(specs=[spec.id])
         for shard in DATA:
             ensure(cache, spec, shard)
-        cache.generations.publish(Generation(run, step, spec, "d", 2))
+        cache.generations.publish(Generation(run, step, [spec], "d", 2))
         cache.claims.release([claim])
         collect_superseded(cache, run, map(_id, DATA))
 
@@ -260,7 +260,7 @@ def test_thirty_jobs_beside_collections_without_an_age_limit_lose_nothing(tmp_pa
         cache.generations.need(run, [wanted.step], by=f"user-{number}")
         if wanted in cache.generations.of(run):  # or it was about to go when it was chosen
             for _ in range(3):
-                cache.read_maps([_id(shard) for shard in DATA], wanted.spec)
+                cache.read_maps([_id(shard) for shard in DATA], wanted.specs[0])
                 time.sleep(rng.random() / 20)
 
     def gc(cache, rng, _):
@@ -286,7 +286,7 @@ def test_thirty_jobs_beside_collections_without_an_age_limit_lose_nothing(tmp_pa
         assert len(cache.read_maps([record.shard_id], PIXELS)[0]) == 2, name
     for run in cache.generations.runs():
         for each in cache.generations.of(run):
-            cache.read_maps([_id(shard) for shard in DATA], each.spec)
+            cache.read_maps([_id(shard) for shard in DATA], each.specs[0])
     assert (tmp_path / "cache" / "mine#1").exists()
     assert not list(cache.objects.below("notices"))
     assert not list(cache.objects.below("claims"))

@@ -6,8 +6,8 @@ from pipeline.scores import ModelScoreSpec
 from pipeline.sealed import CacheError
 
 
-def _generation(run, step, kind="famt"):
-    return Generation(run, step, ModelScoreSpec(kind, 8, 32, f"{step:032x}"), "data", 26)
+def _generation(run, step, kind="attention"):
+    return Generation(run, step, [ModelScoreSpec(kind, 8, 32, f"{step:032x}")], "data", 26)
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ import torch
 from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, patchify
 from famt.targets import low_pass
-from pipeline.join import JoinConfig, join_weights, split_crops
+from pipeline.join import JoinConfig, crop_scores, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.options import check_bounds
 from pipeline.table import load_maps, load_samples
 
 GRID, PATCH = 7, 8
 SIZES = ModelConfig(width=24, depth=2, heads=3, image_size=GRID * PATCH, patch_size=PATCH)
-PLAIN = JoinConfig(frequency_exponent=1.0)
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def crops(scored):
     return next(iter(CropLoader(table, config, drop_last=True)))
 
 
-def test_weights_are_the_area_means_of_each_crops_own_map(crops, maps):
-    weights = join_weights(crops, maps, GRID, PLAIN)
+def test_scores_are_the_area_means_of_each_crops_own_map(crops, maps):
+    scores = crop_scores(maps, crops, GRID)
     side = 420
     for n, row in enumerate(crops.rows.tolist()):
         top, left, height, width = crops.windows[n].tolist()
@@ -37,28 +37,11 @@ def test_weights_are_the_area_means_of_each_crops_own_map(crops, maps):
         dense = maps[row].float()[y][:, x]
         expected = dense.view(GRID, side // GRID, GRID, -1).mean((1, 3))
         expected = expected.flip(1) if crops.flips[n] else expected
-        expected = expected.flatten() / expected.mean()
-        torch.testing.assert_close(weights[n], expected, atol=0.03, rtol=0.03)
-
-
-def test_attention_multiplies_and_exponents_apply(crops, maps):
-    attention = torch.rand(8, GRID**2)
-    both = join_weights(crops, maps, GRID, PLAIN, attention)
-    alone = join_weights(crops, maps, GRID, PLAIN)
-    relative = attention / attention.mean(1, keepdim=True)
-    torch.testing.assert_close(both, alone * relative)
-    only = join_weights(crops, maps, GRID, JoinConfig(frequency_exponent=0.0), attention)
-    torch.testing.assert_close(only, relative)
-    root = join_weights(crops, maps, GRID, JoinConfig(frequency_exponent=0.5))
-    torch.testing.assert_close(root, alone.sqrt())
-
-
-def test_without_any_signal_weights_are_uniform(crops):
-    assert (join_weights(crops, None, GRID, PLAIN) == 1).all()
+        torch.testing.assert_close(scores[n], expected.flatten(), atol=0.03, rtol=0.03)
 
 
 def test_a_batch_leaves_with_the_pixels_of_its_split(crops, maps):
-    weights = join_weights(crops, maps, GRID, PLAIN)
+    weights = crop_scores(maps, crops, GRID)
     batch = split_crops(crops, weights, SIZES, JoinConfig(0.5, 0.25))
     patches = patchify(crops.images, PATCH)
     for pixels, index in ((batch.visible, batch.split.visible), (batch.masked, batch.split.masked)):
@@ -68,18 +51,18 @@ def test_a_batch_leaves_with_the_pixels_of_its_split(crops, maps):
 
 
 def test_heavy_patches_are_masked_and_light_ones_seen(crops, maps):
-    weights = join_weights(crops, maps, GRID, PLAIN)
+    weights = crop_scores(maps, crops, GRID)
     generator = torch.Generator().manual_seed(0)
     masked = visible = 0.0
     for _ in range(50):
-        split = split_crops(crops, weights, SIZES, PLAIN, generator).split
+        split = split_crops(crops, weights, SIZES, JoinConfig(), generator).split
         masked += weights.gather(1, split.masked).mean()
         visible += weights.gather(1, split.visible).mean()
     assert masked > 1.2 * visible
 
 
 def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, maps):
-    weights = join_weights(crops, maps, GRID, PLAIN)
+    weights = crop_scores(maps, crops, GRID)
     config = JoinConfig(predicted_share=0.5, predicted="spread", loss_exponent=1.0)
     batch = split_crops(crops, weights, SIZES, config, torch.Generator().manual_seed(0))
     patches = patchify(crops.images, PATCH)
@@ -93,11 +76,12 @@ def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, maps
 
 
 def test_a_batch_is_cut_into_equal_parts(crops, maps):
-    weights = join_weights(crops, maps, GRID, PLAIN)
+    weights = crop_scores(maps, crops, GRID)
     config = JoinConfig(predicted_share=0.5, loss_exponent=1.0)
     whole = split_crops(crops, weights, SIZES, config)
     parts = whole.chunk(4)
-    for name in ("visible", "masked", "rows", "loss_weights"):
+    assert torch.cat([part.views.rows for part in parts]).equal(whole.views.rows)
+    for name in ("visible", "masked", "loss_weights"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
     for name, value in vars(whole.split).items():
         assert torch.equal(torch.cat([getattr(part.split, name) for part in parts]), value)
@@ -126,8 +110,8 @@ def test_weights_count_more_as_the_run_goes_on(crops, maps):
     ],
 )
 def test_options_out_of_bounds_are_named(options, named):
-    with pytest.raises(ValueError, match=f"--join.{named}"):
-        JoinConfig(**options)
+    with pytest.raises(ValueError, match=f"--{named} .* must be"):
+        check_bounds(JoinConfig(**options))
 
 
 def test_units_are_masked_whole_by_their_mean_weight(crops):
@@ -142,10 +126,10 @@ def test_units_are_masked_whole_by_their_mean_weight(crops):
 
 
 def test_low_passed_pixels_are_predicted_and_whole_ones_seen(crops, maps):
-    weights = join_weights(crops, maps, GRID, PLAIN)
+    weights = crop_scores(maps, crops, GRID)
     sizes = dataclasses.replace(SIZES, low_pass=6.0)
     batch, plain = (
-        split_crops(crops, weights, each, PLAIN, torch.Generator().manual_seed(0))
+        split_crops(crops, weights, each, JoinConfig(), torch.Generator().manual_seed(0))
         for each in (sizes, SIZES)
     )
     smooth = patchify(low_pass(crops.images, 6.0), PATCH)

@@ -7,6 +7,7 @@ from samples import photo_members, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from pipeline import refresh
 from pipeline.refresh import refresh_shards
 from pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
 
@@ -20,14 +21,14 @@ def encoder():
     return encoder
 
 
-def _spec(encoder, kind="famt"):
+def _spec(encoder, kind="frequency_attention"):
     return ModelScoreSpec(kind, 8, 32, encoder_digest(encoder.state_dict()))
 
 
 def _refresh(encoder, urls, scored, spec):
     return list(
         refresh_shards(
-            encoder, urls, scored.cache, spec,
+            encoder, urls, scored.cache, [spec],
             batch_size=4, threads=1, device=torch.device("cpu"),
         )
     )  # fmt: skip
@@ -70,7 +71,7 @@ def _expected(kind, attn, tokens):
     frequency = torch.from_numpy(np.abs(y).sum(1) / np.abs(x).sum(1).mean())
     chosen = {
         "attention": paper, "cls_attention": amt, "token_frequency": frequency,
-        "famt": frequency * paper,
+        "frequency_attention": frequency * paper,
     }[kind]  # fmt: skip
     return (chosen / chosen.mean()).view(8, 8).float()
 
@@ -113,8 +114,8 @@ def test_what_the_cache_has_is_not_computed_again(scored, encoder, monkeypatch):
     _refresh(encoder, scored.shards[:2], scored, spec)
     seen = []
     monkeypatch.setattr(
-        ModelScoreSpec, "score", lambda self, enc, images: seen.append(len(images)) or
-        torch.ones(len(images), 8, 8)
+        refresh, "model_maps", lambda specs, enc, images: seen.append(len(images)) or
+        [torch.ones(len(images), 8, 8)]
     )  # fmt: skip
     assert sorted(_refresh(encoder, scored.shards, scored, spec)) == scored.shards
     assert sum(seen) == 9
@@ -125,7 +126,7 @@ def test_another_encoder_is_another_generation_and_a_copy_is_the_same(encoder):
     assert _spec(encoder).id != _spec(other).id
     other.load_state_dict(encoder.state_dict())
     assert _spec(encoder).id == _spec(other).id
-    assert _spec(encoder).id.startswith("generation-famt-")
+    assert _spec(encoder).id.startswith("generation-frequency_attention-")
 
 
 def test_a_shard_without_a_sound_image_gets_empty_maps(scored, encoder):
@@ -152,5 +153,7 @@ def test_an_encoder_without_a_number_in_it_is_refused(scored, encoder):
 
 
 def test_an_unknown_kind_names_those_there_are(encoder):
-    with pytest.raises(ValueError, match="famt, attention, cls_attention, token_frequency"):
+    with pytest.raises(
+        ValueError, match="attention, cls_attention, token_frequency, frequency_attention"
+    ):
         dataclasses.replace(_spec(encoder), kind="nonsense").describe()

@@ -6,10 +6,14 @@ from pathlib import Path
 import torch
 
 from famt.sampling import PatchSplit
-from pipeline.join import JoinConfig, PatchBatch
+from pipeline.join import PatchBatch
+from pipeline.loader import Views
 from train.config import OptimiserConfig, Pretrain
 from train.distributed import ranks
 from train.pretrain import Run
+from train.signals.config import AttentionConfig, ContentConfig
+
+VIEWS = Views(torch.arange(8), torch.ones(8, 4), torch.zeros(8, dtype=torch.bool))
 
 folder = Path(sys.argv[1])
 options = torch.load(folder / "options.pt")
@@ -22,8 +26,8 @@ with ranks("cpu") as here:
             model="vit_nano",
             batch_size=8 // here.world_size,
             device="cpu",
-            attention="off",
-            join=JoinConfig(frequency_exponent=0),
+            content=ContentConfig("off"),
+            attention=AttentionConfig("off"),
             accumulate=options["accumulate"] // here.world_size,
             optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=0),
             threads=1,
@@ -31,12 +35,11 @@ with ranks("cpu") as here:
         ),
         here,
     )
-    run.model.train()
     for _ in range(3):
         generator = torch.Generator().manual_seed(run.step)
         split = torch.rand(8, 64, generator=generator).argsort(1).split([28, 26, 10], dim=1)
         pixels = torch.randint(0, 256, (8, 38, 48), dtype=torch.uint8, generator=generator)
-        whole = PatchBatch(pixels[:, :10], pixels[:, 10:], PatchSplit(*split), torch.arange(8))
+        whole = PatchBatch(pixels[:, :10], pixels[:, 10:], PatchSplit(*split), VIEWS)
         run.forward_backward(whole.chunk(here.world_size)[here.rank])
         with torch.no_grad():  # Adam would blow rounding up where a gradient is all but 0
             for parameter in run.model.parameters():

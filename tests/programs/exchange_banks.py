@@ -1,26 +1,27 @@
-"""Ranks that refresh their rows for two steps, and exchange banks after each."""
+"""Ranks that write their rows for two steps, and exchange banks after each."""
 
 import sys
 from pathlib import Path
 
 import torch
+from samples import context
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from pipeline.loader import CropBatch
-from train.attention import LiveAttention, RollingAttention
-from train.config import RollingConfig
 from train.distributed import ranks
+from train.signals.attention import Rolling
+from train.signals.config import AttentionConfig
 
 with ranks("cpu") as here:
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
-    rolling = RollingAttention(LiveAttention(encoder, "famt"), 9, 8, RollingConfig(1), here)
+    rolling = Rolling(AttentionConfig(every=1), context(encoder, range(9), here))
     images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8)
     for step in range(2):
         rows = torch.arange(9)[here.rank + 4 * step :: 3][: 2 - step]
         windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(rows), 4)
         flips = torch.zeros(len(rows), dtype=torch.bool)
-        rolling(CropBatch(images[rows], rows, windows, flips), step)
-        rolling.exchange()
-    torch.save(rolling.bank.state(), Path(sys.argv[1], f"{here.rank}.pt"))
+        rolling.read(CropBatch(images[rows], rows, windows, flips), step)
+        rolling.synchronise()
+    torch.save(rolling.state(), Path(sys.argv[1], f"{here.rank}.pt"))

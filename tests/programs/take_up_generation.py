@@ -14,9 +14,10 @@ from pipeline.loader import CropBatch
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
 from pipeline.table import load_samples
-from train.config import PeriodicConfig, Pretrain
+from train.config import Pretrain
 from train.distributed import ranks
-from train.refresh import PeriodicAttention
+from train.signals.config import ContentConfig, RefreshConfig
+from train.signals.following import FollowedMaps
 from train.streams import Stop
 
 folder = Path(sys.argv[1])
@@ -27,39 +28,40 @@ with ranks("cpu") as here:
         cache=options["cache"],
         out=folder,
         model="vit_nano",
-        attention="periodic",
-        periodic=PeriodicConfig(every=9),
+        content=ContentConfig("refreshed"),
+        refresh=RefreshConfig(every=9),
     )
     cache = ScoreCache(config.cache)
     table = here.share(lambda: load_samples(config.shards, cache))
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
-    periodic = PeriodicAttention(config, "run-a", table, 8, here)
-    periodic.begin_epoch(0, 0, encoder, Stop(), None)
-    first = periodic.current
+    followed = FollowedMaps("run-a", config, table, cache, encoder, here)
+    followed.begin_epoch(0, 0, Stop(), None)
+    first = followed.current
     if here.is_main:
-        spec = ModelScoreSpec("famt", 8, 32, encoder_digest(encoder.state_dict()))
+        spec = ModelScoreSpec("token_frequency", 8, 32, encoder_digest(encoder.state_dict()))
         list(
             refresh_shards(
                 encoder,
                 table.urls,
                 cache,
-                spec,
+                [spec],
                 batch_size=8,
                 threads=1,
                 device=torch.device("cpu"),
             )
         )
-        cache.generations.publish(Generation("run-a", 0, spec, table.digest, len(table)))
+        cache.generations.publish(Generation("run-a", 0, [spec], table.digest, len(table)))
     for epoch in range(1, 200):
-        periodic.begin_epoch(epoch, epoch, encoder, Stop(), None)
-        if periodic.current:
+        followed.begin_epoch(epoch, epoch, Stop(), None)
+        if followed.current:
             break
         time.sleep(0.1)
     rows = torch.arange(26)
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(26, 4)
     crops = CropBatch(torch.zeros(26, 1, 1, 3), rows, windows, torch.zeros(26, dtype=torch.bool))
     torch.save(
-        (first, epoch, periodic.current.step, periodic.read(crops, 0)), folder / f"{here.rank}.pt"
+        (first, epoch, followed.current.step, followed.read("token_frequency", crops)),
+        folder / f"{here.rank}.pt",
     )
-    periodic.close(finished=True)
+    followed.close(finished=True)

@@ -27,10 +27,13 @@ def _state(step, model=None):
         model=(model or MaskedAutoencoder(MODELS["vit_nano"])).state_dict(),
         ema=None,
         optimizer={"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 1)}]},
-        loaders=[{"setup": "x", "epoch": 1, "step": 2, "dali": b"\x00bytes"}],
-        generators=[torch.Generator().get_state()],
-        bank=None,
-        generation=None,
+        ranks=[
+            {
+                "loader": {"setup": "x", "epoch": 1, "step": 2, "dali": b"\x00bytes"},
+                "generator": torch.Generator().get_state(),
+            }
+        ],
+        signals={},
         config={"seed": 0, "shards": ["a"]},
     )
 
@@ -40,7 +43,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
     model = MaskedAutoencoder(MODELS["vit_nano"])
     path = checkpoint.save(tmp_path, _state(7, model), keep=2)
     loaded = checkpoint.load(path)
-    assert (loaded.step, loaded.loaders[0]["dali"]) == (7, b"\x00bytes")
+    assert (loaded.step, loaded.ranks[0]["loader"]["dali"]) == (7, b"\x00bytes")
     assert loaded.optimizer["param_groups"][0]["betas"] == (0.9, 1)
     for name, value in checkpoint.load_model(tmp_path).state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
@@ -99,8 +102,8 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
             refused += 1
         else:  # padding between records
             assert torch.equal(loaded.model["w"], small.model["w"])
-            assert loaded.loaders == small.loaders
-            assert torch.equal(loaded.generators[0], small.generators[0])
+            assert loaded.ranks[0]["loader"] == small.ranks[0]["loader"]
+            assert torch.equal(loaded.ranks[0]["generator"], small.ranks[0]["generator"])
     assert refused > FLIPS // 3
 
 

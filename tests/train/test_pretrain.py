@@ -18,11 +18,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.models import MODELS
 from pipeline.join import JoinConfig
 from train import checkpoint
-from train.config import RECIPES, OptimiserConfig, Pretrain, RollingConfig, parse
+from train.config import RECIPES, OptimiserConfig, Pretrain, parse
 from train.distributed import ranks
 from train.pretrain import Run, main
+from train.signals.config import AttentionConfig, ContentConfig
 
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
+
+
+OFF = {"content": ContentConfig("off"), "attention": AttentionConfig("off")}
 
 
 def _weights(folder):
@@ -41,7 +45,7 @@ def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
     losses = [event.value for event in events.Scalars("loss")]
     assert len(losses) == 36
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
-    stages = {"data_wait", "attention", "join", "forward", "backward", "update"}
+    stages = {"data_wait", "signals", "join", "forward", "backward", "update"}
     assert {"learning_rate", "images_per_second", *(f"time/{each}" for each in stages)} <= set(
         events.Tags()["scalars"]
     )
@@ -54,7 +58,7 @@ def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
 
 @pytest.mark.parametrize("attention", ["off", "live", "rolling"])
 def test_the_same_seed_gives_the_same_weights(config, tmp_path, attention):
-    config = dataclasses.replace(config, attention=attention)
+    config = dataclasses.replace(config, attention=AttentionConfig(attention))
     main(config)
     main(dataclasses.replace(config, out=tmp_path / "again"))
     main(dataclasses.replace(config, out=tmp_path / "other", seed=1))
@@ -94,9 +98,7 @@ def test_a_resumed_run_leaves_one_story_in_its_log(config):
 
 def test_plain_epochs_are_those_of_a_plain_mae(config, tmp_path):
     mae = parse(["--recipe=mae", "--shards", "a", "--cache", "c", "--out", "o"], None)
-    plain = dataclasses.replace(
-        config, out=tmp_path / "mae", join=mae.join, attention=mae.attention, epochs=2
-    )
+    plain = dataclasses.replace(config, out=tmp_path / "mae", join=mae.join, epochs=2, **OFF)
     main(dataclasses.replace(plain, checkpoint_minutes=0.0, keep_checkpoints=9))
     late = dataclasses.replace(config, plain_epochs=1, epochs=2)
     main(dataclasses.replace(late, checkpoint_minutes=0.0, keep_checkpoints=9))
@@ -106,7 +108,9 @@ def test_plain_epochs_are_those_of_a_plain_mae(config, tmp_path):
 
     assert _equal(weights(plain.out, 3), weights(config.out, 3))
     assert not _equal(weights(plain.out, 6), weights(config.out, 6))
-    assert (checkpoint.load(config.out).bank["refreshed"] >= 0).sum() == 3  # of one epoch
+    assert (
+        checkpoint.load(config.out).signals["attention"]["refreshed"] >= 0
+    ).sum() == 3  # of one epoch
 
 
 def test_clipping_bounds_the_gradients(config):
@@ -117,7 +121,7 @@ def test_clipping_bounds_the_gradients(config):
         run.optimizer.step = lambda: norms.append(
             torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).norm()
         )
-        run.forward_backward(run.patches(next(iter(run.loader)), 0))
+        run.forward_backward(run.prepare(next(iter(run.loader)), 0))
         run.update()
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
 
@@ -200,9 +204,9 @@ def test_garbage_in_the_log_stops_no_run(config):
     [
         ({"plain_epochs": -1}, "--plain-epochs -1"),
         ({"threads": 0}, "--threads 0"),
-        ({"join": JoinConfig(frequency_exponent=float("nan"))}, "--join.frequency-exponent nan"),
+        ({"content": ContentConfig(exponent=float("nan"))}, "--content.exponent nan"),
         ({"optimiser": OptimiserConfig(ema_decay=1.5)}, "--optimiser.ema-decay 1.5"),
-        ({"rolling": RollingConfig(image_size=30)}, "--rolling.image-size 30 must be a multiple"),
+        ({"attention": AttentionConfig(image_size=30)}, "--attention.image-size 30 must be a mult"),
         ({"batch_size": 9, "accumulate": 2}, "does not divide"),
     ],
 )
@@ -256,7 +260,7 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_one_that_was_not(
     config, tmp_path, stop_after, attention, monkeypatch
 ):
     config = dataclasses.replace(
-        config, attention=attention, rolling=RollingConfig(every=2, image_size=16)
+        config, attention=AttentionConfig(attention, every=2, image_size=16)
     )
     main(config)
     interrupted = dataclasses.replace(config, out=tmp_path / "stopped", checkpoint_minutes=0.0)
@@ -294,7 +298,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config
     original, batches = Run.forward_backward, []
 
     def poisoned(run, batch):
-        batches.append([run.table.key(row) for row in batch.rows.tolist()])
+        batches.append([run.samples.key(row) for row in batch.views.rows.tolist()])
         if run.step == 1:
             batch = dataclasses.replace(batch, visible=batch.visible.float() * float("inf"))
         return original(run, batch)
@@ -310,27 +314,30 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config
 
 def test_live_attention_changes_the_masks_and_leaves_the_gradients_alone(config):
     with ranks("cpu") as here:
-        run = Run(dataclasses.replace(config, attention="live"), here)
+        run = Run(dataclasses.replace(config, attention=AttentionConfig("live")), here)
         crops = next(iter(run.loader))
-        run.patches(crops, 0)
+        run.prepare(crops, 0)
         assert run.model.training
         assert all(p.grad is None for p in run.model.parameters())
 
 
-def test_plain_mae_needs_no_score_maps(config, scored):
+def test_plain_mae_needs_no_score_maps(config, scored, tmp_path):
     arguments = ["--recipe", "mae", "--shards", *scored.shards, "--cache", "c", "--out", "o"]
     parsed = parse(arguments, None)
-    assert parsed.join == JoinConfig(0.75, 0.0, frequency_exponent=0.0)
-    config = dataclasses.replace(config, join=parsed.join, epochs=1)
-    with ranks("cpu") as here:
-        assert Run(config, here).maps is None
+    assert parsed.join == JoinConfig(0.75, 0.0)
+    assert (parsed.content.source, parsed.attention.source) == ("off", "off")
+    config = dataclasses.replace(
+        config, join=parsed.join, cache=str(tmp_path / "unscored"), epochs=1, **OFF
+    )
+    main(config)
+    assert checkpoint.load(config.out).signals == {}
 
 
 def test_single_options_override_the_recipe():
     base = ["--shards", "a", "--cache", "c", "--out", "o"]
     assert parse([*base], None).join.mask_ratio == 0.45
     mae = parse([*base, "--recipe=mae", "--join.mask-ratio", "0.6"], None)
-    assert mae.join == JoinConfig(0.6, 0.0, frequency_exponent=0.0)
+    assert mae.join == JoinConfig(0.6, 0.0)
 
 
 def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(config):
@@ -371,14 +378,19 @@ def test_simmim_learns_and_is_drawn(config, recipe, patches, capsys):
 
 def test_weights_count_more_as_the_run_goes_on(config):
     with ranks("cpu") as here:
-        join = JoinConfig(blend=(0.0, 1.0), frequency_exponent=0.0)
-        run = Run(dataclasses.replace(config, attention="live", join=join), here)
+        join = JoinConfig(blend=(0.0, 1.0))
+        run = Run(
+            dataclasses.replace(
+                config, attention=AttentionConfig("live"), join=join, content=ContentConfig("off")
+            ),
+            here,
+        )
         crops = next(iter(run.loader))
         heavy = torch.zeros(8, 64)
         heavy[:, :28] = 1.0
-        run.attend = lambda crops, step: heavy
+        run.signals[0].read = lambda crops, step: heavy
         shares = [
-            heavy.gather(1, run.patches(crops, step).split.masked).mean().item()
+            heavy.gather(1, run.prepare(crops, step).split.masked).mean().item()
             for step in (0, run.total_steps // 2, run.total_steps)
         ]
     assert shares[0] == pytest.approx(28 / 64, abs=0.12)
@@ -428,7 +440,7 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size
     assert _equal(_weights(whole), _weights(out))
     state = checkpoint.load(out)
     assert state.step == 20 * 6 // world_size  # 26 samples in batches of 4 a rank
-    assert len(state.loaders) == len(state.generators) == world_size
+    assert len(state.ranks) == world_size
     json.dumps(state.config)
 
 
@@ -457,7 +469,7 @@ def test_two_machines_with_rolling_attention_resume_to_the_bit(config):
     resumed = checkpoint.load(config.out)
     assert resumed.step == whole.step == 18
     assert _equal(resumed.model, whole.model)
-    assert _equal(resumed.bank, whole.bank)
+    assert _equal(resumed.signals["attention"], whole.signals["attention"])
 
 
 @pytest.mark.slow
@@ -527,7 +539,9 @@ def _losses(folder):
 
 @pytest.mark.gpu
 def test_a_gpu_trains_under_bf16_with_live_attention(config):
-    config = dataclasses.replace(config, device="cuda", precision="bf16", attention="live")
+    config = dataclasses.replace(
+        config, device="cuda", precision="bf16", attention=AttentionConfig("live")
+    )
     main(config)
     assert all(torch.isfinite(value).all() for value in _weights(config.out).values())
 

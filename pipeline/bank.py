@@ -1,7 +1,7 @@
-"""What the encoder last attended to in every image, kept in the frame of the whole image.
+"""What was last seen of every image, kept in the frame of the whole image.
 
-A crop's attention is written back through the inverse of its view, and any later crop of the image
-reads it through its own. So one refresh serves many epochs, however the crops fall.
+What a crop says of its patches is written back through the inverse of its view, and any later crop
+of the image reads it through its own. So one look serves many epochs, however the crops fall.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from famt.geometry import crop_maps, paste_maps
 from pipeline.join import crop_scores
-from pipeline.loader import CropBatch
+from pipeline.loader import CropBatch, Views
 
 _NEVER = -1
 
 
-class AttentionBank:
-    """An attention map for every row of a `SampleTable`.
+class MapBank:
+    """A map for every row of a `SampleTable`.
 
     A crop tells how its patches compare with one another, not with the rest of the image. So what
     is written is scaled to the mean that the bank has in that window, and the mean of a map over
@@ -38,29 +38,41 @@ class AttentionBank:
         return self.refreshed[rows].argsort(stable=True)[:count]
 
     def read(self, crops: CropBatch, grid: int) -> Tensor:
-        """Attention of crops, `[B, grid**2]` float32 on their device, >= 0; ones if never seen."""
+        """Crops' parts of it, `[B, grid**2]` float32 on their device, >= 0; ones if never seen."""
         return crop_scores(self.maps, crops, grid)
 
-    def write(self, crops: CropBatch, scores: Tensor, step: int) -> None:
-        """Take up what the encoder attends to in crops.
+    def write(self, views: Views, scores: Tensor, step: int, known: Tensor | None = None) -> None:
+        """Take up what crops say of their patches.
 
         Args:
-            crops: of rows that are each there once.
-            scores: `[B, n**2]` float on the CPU, >= 0, any scale; a crop with a score that is not
-                finite, or with none above 0, says nothing and is left out.
+            views: of rows that are each there once.
+            scores: `[B, n**2]` float on the CPU, >= 0, any scale; a crop with a known score that is
+                not finite, or with none above 0, says nothing and is left out.
             step: of the run, now.
+            known: `[B, n**2]` bool on the CPU, the patches that have a score; all if left out. The
+                others leave the map as it is.
         """
         seen = scores.float().flatten(1)
-        mean = seen.mean(1)
+        side = round(seen.shape[1] ** 0.5)
+        if known is None:
+            mean = seen.mean(1)
+        else:
+            seen = seen.where(known, 0.0)
+            mean = seen.sum(1) / known.sum(1).clamp_min(1)
         valid = seen.isfinite().all(1) & (mean > 0)
-        rows, windows, flips = (p[valid] for p in (crops.rows, crops.windows, crops.flips))
-        side = round(scores.shape[1] ** 0.5)
+        views = views.take(valid)
         relative = (seen[valid] / mean[valid, None]).unflatten(1, (side, side))
-        maps = self.maps[rows]
-        level = crop_maps(maps, windows, flips, 1)  # [B, 1, 1]
-        pasted = paste_maps(maps, relative * level, windows, flips)
-        self.maps[rows] = (pasted / pasted.mean((1, 2), keepdim=True)).half()
-        self.refreshed[rows] = step
+        maps = self.maps[views.rows]
+        if known is None:
+            level = crop_maps(maps, views.windows, views.flips, 1)  # [B, 1, 1]
+            pasted = paste_maps(maps, relative * level, views.windows, views.flips)
+        else:
+            cells = known[valid].unflatten(1, (side, side))
+            before = crop_maps(maps, views.windows, views.flips, side) * cells
+            level = before.sum((1, 2), keepdim=True) / cells.sum((1, 2), keepdim=True)
+            pasted = paste_maps(maps, relative * level, views.windows, views.flips, cells)
+        self.maps[views.rows] = (pasted / pasted.mean((1, 2), keepdim=True)).half()
+        self.refreshed[views.rows] = step
 
     def news(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows refreshed since the last news, their maps and steps: what other banks `merge`."""

@@ -2,17 +2,19 @@ import dataclasses
 
 import pytest
 import torch
+from samples import context
 
-from famt.attention import attention_scores, last_attention
+from famt.attention import attention_scores, last_attention, last_block
+from famt.frequency import token_frequency
 from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView, WholeView
 from pipeline.table import load_samples
-from train.attention import LiveAttention, RollingAttention
-from train.config import RollingConfig
 from train.distributed import ranks
+from train.signals.attention import Live, Rolling
+from train.signals.config import AttentionConfig
 
 
 @pytest.fixture
@@ -31,26 +33,37 @@ def _relative(scores):
     return scores / scores.mean(1, keepdim=True)
 
 
-def _rolling(encoder, rows, every):
+def _live(encoder, **options):
     with ranks("cpu") as here:
-        return RollingAttention(LiveAttention(encoder, "famt"), rows, 8, RollingConfig(every), here)
+        return Live(AttentionConfig("live"), context(encoder, range(26), here, **options))
+
+
+def _rolling(encoder, rows, every, **options):
+    with ranks("cpu") as here:
+        slot = AttentionConfig(every=every, **options)
+        return Rolling(slot, context(encoder, range(rows), here))
 
 
 def test_live_scores_are_those_of_the_last_attention(encoder, scored):
     crops = next(iter(_loader(scored, RandomView())))
     expected = attention_scores(last_attention(encoder, normalise_images(crops.images)))
-    torch.testing.assert_close(LiveAttention(encoder, "famt")(crops.images), expected)
-    in_parts = LiveAttention(encoder, "famt", parts=3)(crops.images)
+    torch.testing.assert_close(_live(encoder).read(crops, 0), expected)
+    in_parts = _live(encoder, accumulate=4, batch_size=8).read(crops, 0)
     torch.testing.assert_close(in_parts, expected)
 
 
-def test_smaller_crops_give_a_coarser_map_of_the_same_attention(encoder, scored):
-    crops = next(iter(_loader(scored, WholeView())))
-    assert LiveAttention(encoder, "famt", image_size=16)(crops.images).shape == (8, 16)
+def test_any_score_of_a_model_can_be_live(encoder, scored):
+    crops = next(iter(_loader(scored, RandomView())))
     with ranks("cpu") as here:
-        live = LiveAttention(encoder, "amt", image_size=16)
-        rolling = RollingAttention(live, 26, 8, RollingConfig(1), here)
-    assert rolling(crops, 0).shape == (8, 64)
+        live = Live(AttentionConfig(kind="token_frequency"), context(encoder, range(26), here))
+    tokens = last_block(encoder, normalise_images(crops.images))[1]
+    torch.testing.assert_close(live.read(crops, 0), token_frequency(tokens))
+
+
+def test_smaller_crops_give_a_map_of_the_same_patches(encoder, scored):
+    crops = next(iter(_loader(scored, WholeView())))
+    rolling = _rolling(encoder, 26, 1, kind="cls_attention", image_size=16)
+    assert rolling.read(crops, 0).shape == (8, 64)
 
 
 def test_each_step_looks_at_the_share_that_was_unseen_longest(encoder, scored):
@@ -60,8 +73,8 @@ def test_each_step_looks_at_the_share_that_was_unseen_longest(encoder, scored):
     for _ in range(6):
         for crops in loader:
             before = rolling.bank.refreshed.clone()
-            rolling(crops, step)
-            rolling.flush()
+            rolling.read(crops, step)
+            rolling.synchronise()
             changed = (rolling.bank.refreshed != before).nonzero().flatten()
             assert len(changed) == -(-len(crops.rows) // 4)
             oldest = before[crops.rows].sort().values[: len(changed)]
@@ -76,20 +89,20 @@ def test_after_a_sweep_over_whole_images_rolling_gives_what_live_gives(encoder, 
     loader = _loader(scored, WholeView())
     for step in range(6):
         for crops in loader:
-            rolling(crops, step)
-    rolling.flush()
+            rolling.read(crops, step)
+    rolling.synchronise()
     for crops in loader:
         read = rolling.bank.read(crops, 8)
-        live = LiveAttention(encoder, "famt")(crops.images)
+        live = _live(encoder).read(crops, 0)
         torch.testing.assert_close(read, _relative(live), atol=2e-3, rtol=2e-3)
 
 
 def test_after_a_sweep_over_crops_the_same_crops_read_what_was_seen_of_them(encoder, scored):
     crops = next(iter(_loader(scored, RandomView(area=(0.3, 1.0)))))
     rolling = _rolling(encoder, 26, 1)
-    rolling(crops, 0)
-    rolling.flush()
-    live = LiveAttention(encoder, "famt")(crops.images)
+    rolling.read(crops, 0)
+    rolling.synchronise()
+    live = _live(encoder).read(crops, 0)
     read = _relative(rolling.bank.read(crops, 8))
     # There and back, each crop cell becomes a mean over the image cells that it touches.
     blurred = torch.ones(8, 8, 8)
@@ -110,8 +123,8 @@ def test_views_of_one_row_are_read_apart(encoder):
     whole, none = torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([False])
     rolling = _rolling(encoder, 2, 1)
     crops = CropBatch(images, torch.tensor([0, 1]), whole.expand(2, 4), none.expand(2))
-    rolling(crops, 0)
-    rolling.flush()
+    rolling.read(crops, 0)
+    rolling.synchronise()
     mirrored = dataclasses.replace(crops, flips=torch.tensor([True, True]))
     plain = rolling.bank.read(crops, 8).view(2, 8, 8)
     turned = rolling.bank.read(mirrored, 8).view(2, 8, 8)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.attention_bank import AttentionBank
+from pipeline.bank import MapBank
 from pipeline.loader import CropBatch
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
@@ -16,11 +16,11 @@ def _crops(rows, windows=WHOLE, flips=NO_FLIP):
 
 
 def _write(bank, row, scores, window=WHOLE, flip=NO_FLIP, step=0):
-    bank.write(_crops([row], window, flip), scores, step)
+    bank.write(_crops([row], window, flip).views, scores, step)
 
 
 def test_what_a_whole_image_showed_is_read_back():
-    bank = AttentionBank(5, 8)
+    bank = MapBank(5, 8)
     scores = torch.rand(1, 64) + 0.1
     _write(bank, 3, scores)
     read = bank.read(_crops([3, 1]), 8)
@@ -29,7 +29,7 @@ def test_what_a_whole_image_showed_is_read_back():
 
 
 def test_a_crop_is_read_back_through_its_own_view():
-    bank = AttentionBank(1, 14)
+    bank = MapBank(1, 14)
     window, flip = torch.tensor([[0.5, 0.0, 0.5, 0.5]]), torch.tensor([True])
     scores = torch.rand(1, 49) + 0.1
     _write(bank, 0, scores, window, flip)
@@ -41,7 +41,7 @@ def test_a_crop_is_read_back_through_its_own_view():
 
 
 def test_a_crop_keeps_the_level_that_its_part_of_the_image_has():
-    bank = AttentionBank(1, 14)
+    bank = MapBank(1, 14)
     object_left = torch.ones(1, 14, 14)
     object_left[:, :, :7] = 3
     _write(bank, 0, object_left.flatten(1))
@@ -55,7 +55,7 @@ def test_a_crop_keeps_the_level_that_its_part_of_the_image_has():
 @given(st.integers(0, 999))
 def test_maps_stay_positive_with_mean_1_whatever_is_written(seed):
     generator = torch.Generator().manual_seed(seed)
-    bank = AttentionBank(1, 7)
+    bank = MapBank(1, 7)
     for step in range(20):
         size = torch.rand(1, 2, generator=generator) * 0.9 + 0.1
         corner = torch.rand(1, 2, generator=generator) * (1 - size)
@@ -66,7 +66,7 @@ def test_maps_stay_positive_with_mean_1_whatever_is_written(seed):
 
 
 def test_the_longest_unseen_come_first():
-    bank = AttentionBank(6, 2)
+    bank = MapBank(6, 2)
     rows = torch.arange(6)
     for step, row in enumerate((4, 1, 0)):
         _write(bank, row, torch.ones(1, 4), step=step)
@@ -76,15 +76,15 @@ def test_the_longest_unseen_come_first():
 
 
 def test_scores_that_say_nothing_are_not_written():
-    bank = AttentionBank(3, 2)
+    bank = MapBank(3, 2)
     scores = torch.tensor([[1.0, float("nan"), 1, 1], [0, 0, 0, 0], [1, 2, 3, 4]])
-    bank.write(_crops([0, 1, 2]), scores, 5)
+    bank.write(_crops([0, 1, 2]).views, scores, 5)
     assert bank.refreshed.tolist() == [-1, -1, 5]
     assert torch.equal(bank.maps[:2], torch.ones(2, 2, 2, dtype=torch.float16))
 
 
 def test_banks_that_merge_each_others_news_are_equal():
-    first, second = AttentionBank(4, 2), AttentionBank(4, 2)
+    first, second = MapBank(4, 2), MapBank(4, 2)
     _write(first, 0, torch.rand(1, 4), step=3)
     _write(first, 1, torch.rand(1, 4), step=4)
     _write(second, 2, torch.rand(1, 4), step=4)
@@ -96,7 +96,7 @@ def test_banks_that_merge_each_others_news_are_equal():
 
 
 def test_news_are_what_was_refreshed_since_the_last_news():
-    first, second, again = (AttentionBank(4, 2) for _ in range(3))
+    first, second, again = (MapBank(4, 2) for _ in range(3))
     _write(first, 0, torch.rand(1, 4), step=3)
     assert first.news()[0].tolist() == [0]
     assert first.news()[0].tolist() == []
@@ -110,7 +110,7 @@ def test_news_are_what_was_refreshed_since_the_last_news():
 
 
 def test_a_row_that_was_refreshed_later_is_not_overwritten():
-    stale, fresh = AttentionBank(2, 2), AttentionBank(2, 2)
+    stale, fresh = MapBank(2, 2), MapBank(2, 2)
     _write(stale, 0, torch.rand(1, 4), step=3)
     _write(stale, 1, torch.rand(1, 4), step=8)
     _write(fresh, 0, torch.rand(1, 4), step=7)
@@ -121,8 +121,40 @@ def test_a_row_that_was_refreshed_later_is_not_overwritten():
 
 
 def test_a_bank_comes_back_as_it_was():
-    bank, again = AttentionBank(3, 4), AttentionBank(3, 4)
+    bank, again = MapBank(3, 4), MapBank(3, 4)
     _write(bank, 1, torch.rand(1, 16), step=9)
     again.load_state(bank.state())
     assert torch.equal(bank.maps, again.maps)
     assert torch.equal(bank.refreshed, again.refreshed)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999))
+def test_known_patches_alone_are_written_at_their_cells(seed):
+    generator = torch.Generator().manual_seed(seed)
+    bank, side, grid = MapBank(1, 12), 4, 12
+    _write(bank, 0, torch.rand(1, 144, generator=generator) + 0.1)
+    before = bank.maps[0].double()
+    # A window of whole cells: every patch covers 2 x 2 of them.
+    top, left = torch.randint(0, 5, (2,), generator=generator).tolist()
+    window = torch.tensor([[top / grid, left / grid, 8 / grid, 8 / grid]])
+    known = torch.rand(1, 16, generator=generator) < 0.4
+    known[0, 3] = True
+    scores = torch.rand(1, 16, generator=generator) + 0.1
+    bank.write(_crops([0], window, torch.tensor([True])).views, scores, 7, known)
+    cells = {
+        n: [
+            (top + 2 * (n // side) + y, left + 2 * (3 - n % side) + x)
+            for y in (0, 1)
+            for x in (0, 1)
+        ]
+        for n in known[0].nonzero().flatten().tolist()
+    }
+    mean = sum(float(scores[0, n]) for n in cells) / len(cells)
+    level = sum(float(before[cell]) for each in cells.values() for cell in each) / (4 * len(cells))
+    expected = before.clone()
+    for n, each in cells.items():
+        for cell in each:
+            expected[cell] = float(scores[0, n]) / mean * level
+    expected /= expected.mean()
+    torch.testing.assert_close(bank.maps[0].double(), expected, rtol=3e-3, atol=3e-3)

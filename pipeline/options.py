@@ -1,0 +1,74 @@
+"""Bounds of options, stated beside each option, and checked in one place for every program.
+
+    epochs: Annotated[int, Ge(1)] = 800
+    flip: Annotated[float, Ge(0), Le(1)] = 0.5
+
+The bounds are those of the `annotated-types` package: `Ge`, `Gt`, `Le`, `Lt`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Hashable, Iterator
+from functools import cache
+from typing import Any, cast, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
+
+FREE = "may differ on resume"
+"""note beside an option of a run: nothing that is learned depends on it"""
+ELASTIC = "may differ on resume with --elastic"
+"""note beside an option of a run: it may, from the beginning of an epoch"""
+
+_BOUNDS: dict[type, tuple[str, Callable[[Any, Any], bool], str]] = {
+    Ge: ("ge", operator.ge, "at least"),
+    Gt: ("gt", operator.gt, "above"),
+    Le: ("le", operator.le, "at most"),
+    Lt: ("lt", operator.lt, "below"),
+}
+
+
+class Checked:
+    """Base of the options of a program: a dataclass whose bounds hold, with all that is in it."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+
+def check_bounds(options: Any) -> None:
+    """Compare every number in a dataclass, and in those inside it, with the bounds beside it.
+
+    Raises:
+        ValueError: one is out of bounds or not finite; names the option as the command line does.
+    """
+    for name, value, notes in annotated(options):
+        values = value if isinstance(value, tuple) else (value,)
+        for each in values:
+            if not isinstance(each, int | float) or isinstance(each, bool):
+                continue
+            bounds = [(_BOUNDS[type(note)], note) for note in notes if type(note) in _BOUNDS]
+            wanted = [f"{words} {getattr(note, key)}" for (key, _, words), note in bounds]
+            held = (compare(each, getattr(note, key)) for (key, compare, _), note in bounds)
+            if not math.isfinite(each) or not all(held):
+                must = " and ".join(wanted) or "finite"
+                raise ValueError(f"--{name.replace('_', '-')} {each} must be {must}")
+
+
+def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """(dotted name, value, notes beside its type) of every option in a dataclass."""
+    hints = _hints(cast(Hashable, type(options)))
+    for field in dataclasses.fields(options):
+        value, name = getattr(options, field.name), above + field.name
+        notes = tuple(getattr(hints[field.name], "__metadata__", ()))
+        if dataclasses.is_dataclass(value):
+            for inner, held, own in annotated(value, f"{name}."):
+                yield inner, held, (*notes, *own)
+        else:
+            yield name, value, notes
+
+
+@cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)

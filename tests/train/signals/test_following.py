@@ -1,0 +1,399 @@
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from samples import photo_members, tar_bytes
+
+from famt.geometry import crop_maps
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
+from pipeline.collector import collect_superseded
+from pipeline.generations import Generation
+from pipeline.join import crop_scores
+from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.manifest import CacheError
+from pipeline.refresh import refresh_shards
+from pipeline.scores import ModelScoreSpec, encoder_digest
+from pipeline.table import load_maps, load_samples
+from train import checkpoint
+from train.config import parse
+from train.distributed import ranks
+from train.log import Log
+from train.pretrain import Run, main
+from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
+from train.signals.following import FollowedMaps, encoder_path, failed_path, finished_path
+from train.streams import Stop
+from train.timing import Clock
+
+KIND = "frequency_attention"
+
+
+@pytest.fixture
+def config(config):
+    return dataclasses.replace(
+        config,
+        content=ContentConfig("refreshed", kind=KIND),
+        attention=AttentionConfig("off"),
+        refresh=RefreshConfig(every=2),
+        plain_epochs=1,
+    )
+
+
+def _model(seed=0):
+    torch.manual_seed(seed)
+    return MaskedAutoencoder(MODELS["vit_nano"])
+
+
+def _followed(config, scored, run="run-a", seed=0):
+    table = load_samples(scored.shards, scored.cache)
+    with ranks("cpu") as here:
+        return FollowedMaps(run, config, table, scored.cache, _model(seed).encoder, here), table
+
+
+def _refresh(scored, path, kinds=None):
+    """What the job does, in this process."""
+    marked = checkpoint.load_encoder(path)
+    digest = encoder_digest(marked.weights)
+    specs = [ModelScoreSpec(kind, 8, 32, digest) for kind in kinds or marked.kinds]
+    done = refresh_shards(
+        marked.build(), marked.urls, scored.cache, specs,
+        batch_size=8, threads=1, device=torch.device("cpu"),
+    )  # fmt: skip
+    list(done)
+    table = load_samples(marked.urls, scored.cache)
+    generation = Generation(marked.run, marked.step, specs, table.digest, len(table))
+    scored.cache.generations.publish(generation)
+    return generation
+
+
+def _crops(table):
+    config = LoaderConfig(8, image_size=32, shuffle_buffer=8, threads=1)
+    return next(iter(CropLoader(table, config, drop_last=True)))
+
+
+def _begin(run, epoch, step):
+    run.step = step
+    run.begin_epoch(epoch, Stop())
+
+
+def _until(condition):
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config, scored):
+    followed, table = _followed(config, scored)
+    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")))
+    crops = _crops(table)
+    followed.begin_epoch(0, 0, Stop(), log)
+    assert not list(config.out.glob("refresh/*.pt"))  # a plain epoch
+    followed.begin_epoch(1, 3, Stop(), log)
+    marked = encoder_path(config.out, 3)
+    assert marked.exists()
+    assert followed.read(KIND, crops) is None
+    generation = _refresh(scored, marked)
+    _until(lambda: followed._ahead.ready)
+    assert followed.current is None  # not before the epoch's end
+    followed.begin_epoch(2, 6, Stop(), log)
+    assert followed.current == generation
+    assert not marked.exists()
+    stored = [
+        torch.from_numpy(scored.cache.read_maps([i], generation.specs[0])[0])
+        for i in table.shard_ids
+    ]
+    maps = torch.cat(stored)[crops.rows]
+    expected = crop_maps(maps, crops.windows, crops.flips, 8).flatten(1)
+    torch.testing.assert_close(followed.read(KIND, crops), expected)
+    (event,) = [line for line in _lines(config.out) if '"generation"' in line]
+    assert '"generation": 3' in event
+    assert '"age_steps": 3' in event
+    assert '"coverage": 1.0' in event
+    followed.close(finished=True)
+    assert finished_path(config.out).exists()
+
+
+def _lines(out):
+    path = out / "log.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_resumed_run_takes_up_at_each_epoch_what_it_took_up_before(config, scored):
+    followed, _ = _followed(config, scored)
+    followed.begin_epoch(1, 3, Stop(), None)
+    first = _refresh(scored, encoder_path(config.out, 3))
+    followed.begin_epoch(2, 6, Stop(), None)  # too early: it is not read yet
+    in_time = followed.current
+    _until(lambda: followed._ahead.ready or followed.current)
+    followed.begin_epoch(3, 9, Stop(), None)
+    assert followed.current == first
+    _refresh(scored, encoder_path(config.out, 9))
+    followed.close(finished=False)
+
+    again, _ = _followed(config, scored)
+    _until(lambda: again._ahead.ready and again._ahead.ready[0].step == 9)
+    again.begin_epoch(2, 6, Stop(), None)
+    assert again.current == in_time
+    again.begin_epoch(3, 9, Stop(), None)
+    assert again.current == first  # though a newer one is there
+    again.begin_epoch(4, 12, Stop(), None)
+    assert again.current.step == 9
+    again.close(finished=False)
+
+
+def test_generations_of_other_runs_shards_or_kinds_are_left_alone(config, scored):
+    followed, _ = _followed(config, scored)
+    followed.begin_epoch(1, 3, Stop(), None)
+    path = encoder_path(config.out, 3)
+    _refresh(scored, path, ["attention"])
+    generation = _refresh(scored, path)
+    scored.cache.generations.publish(dataclasses.replace(generation, run="run-b"))
+    others = dataclasses.replace(generation, step=4, data="other shards")
+    scored.cache.generations.publish(others)
+    known = {each.step for each in scored.cache.generations.of("run-a")}
+    assert known == {3, 4}
+    assert followed._newest() == generation
+    followed.close(finished=False)
+
+
+def test_a_pinned_generation_serves_another_run_and_stays_while_it_does(config, scored):
+    maker, _ = _followed(config, scored)
+    maker.begin_epoch(1, 3, Stop(), None)
+    pinned = _refresh(scored, encoder_path(config.out, 3))
+    maker.close(finished=True)
+    scored.cache.generations.publish(dataclasses.replace(pinned, step=99))
+    config = dataclasses.replace(config, refresh=RefreshConfig(pin="run-a/3"), plain_epochs=0)
+    user, _ = _followed(config, scored, "run-b")
+    user.begin_epoch(0, 0, Stop(), None)
+    assert user.current == pinned
+    assert scored.cache.generations.superseded("run-a") == []
+    with pytest.raises(CacheError, match=r"generation run-a/5 of these shards, .* is not in"):
+        _followed(dataclasses.replace(config, refresh=RefreshConfig(pin="run-a/5")), scored)
+    nonsense = dataclasses.replace(config, content=ContentConfig("refreshed", kind="nonsense"))
+    with pytest.raises(ValueError, match="no score of kind 'nonsense'"):
+        _followed(nonsense, scored)
+    with pytest.raises(ValueError, match="must be <run>/<step>"):
+        _followed(dataclasses.replace(config, refresh=RefreshConfig(pin="7")), scored)
+
+
+def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config):
+    main(config)
+    state = checkpoint.load(config.out)
+    assert (state.step, state.signals) == (9, {"content": {"generation": None}})
+    assert finished_path(config.out).exists()
+
+
+def test_a_run_says_once_what_it_goes_on_with(config, capfd):
+    main(dataclasses.replace(config, epochs=8, refresh=RefreshConfig(every=3)))
+    said = [line for line in _lines(config.out) if '"no generation yet"' in line]
+    assert len(said) == 1
+    assert "--follow" in said[0]
+    assert capfd.readouterr().err.count("no generation yet") == 1
+
+
+def test_the_pixel_score_weighs_until_there_is_a_generation(config, scored):
+    config = dataclasses.replace(
+        config,
+        content=ContentConfig("cached-then-refreshed", kind="token_frequency"),
+        plain_epochs=0,
+    )
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        (signal,) = run.signals
+        crops = next(iter(run.loader))
+        pixels = load_maps(run.samples, scored.cache, scored.spec)
+        torch.testing.assert_close(signal.read(crops, 0), crop_scores(pixels, crops, 8))
+        assert signal.exponent == 0.25
+        _begin(run, 2, 6)
+        generation = _refresh(scored, encoder_path(config.out, 6))
+        _begin(run, 3, 9)
+        _until(lambda: signal._followed._ahead.ready)
+        _begin(run, 4, 12)
+        read = scored.cache.read_maps(run.samples.shard_ids, generation.specs[0])
+        maps = torch.cat([torch.from_numpy(each) for each in read])
+        torch.testing.assert_close(signal.read(crops, 0), crop_scores(maps, crops, 8))
+        assert signal.exponent == 1.0
+        run.close(finished=True)
+
+
+def _ask_when(stop, condition):
+    def ask():
+        _until(condition)
+        stop.asked = True
+
+    threading.Thread(target=ask).start()
+
+
+def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
+    config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True), epochs=3)
+    stop = Stop()
+    _ask_when(stop, lambda: any("refresh due" in line for line in _lines(config.out)))
+    with ranks("cpu") as here:
+        Run(config, here).train(stop)
+    state = checkpoint.load(config.out)
+    assert (state.step, state.epoch) == (3, 1)
+    assert state.signals == {"content": {"generation": None}}
+    assert not finished_path(config.out).exists()
+
+
+def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(config):
+    config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True), epochs=3)
+
+    def fail():
+        _until(encoder_path(config.out, 3).exists)
+        failed_path(encoder_path(config.out, 3)).write_text("no room on the cluster")
+
+    threading.Thread(target=fail).start()
+    with pytest.raises(OSError, match="no generation of step 3 was made: no room on the cluster"):
+        main(config)
+
+
+def test_a_run_that_waits_does_not_wait_for_an_encoder_that_could_not_be_written(
+    config, monkeypatch
+):
+    config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True), epochs=3)
+
+    def full(path, encoder):
+        raise OSError(f"{path}: no space left")
+
+    monkeypatch.setattr(checkpoint, "save_encoder", full)
+    with pytest.raises(OSError, match="no space left"):
+        main(config)
+
+
+def test_a_run_begun_anew_forgets_what_an_attempt_without_checkpoint_left(config, scored):
+    first, _ = _followed(config, scored, "run-dead")
+    first.begin_epoch(1, 3, Stop(), None)
+    _refresh(scored, encoder_path(config.out, 3))
+    _until(lambda: first._ahead.ready)
+    first.begin_epoch(2, 6, Stop(), None)
+    first.begin_epoch(3, 9, Stop(), None)
+    assert encoder_path(config.out, 9).exists()
+    first.close(finished=False)  # killed: no checkpoint was written
+    again, _ = _followed(config, scored, "run-new", seed=1)
+    assert not encoder_path(config.out, 9).exists()
+    again.begin_epoch(1, 3, Stop(), None)
+    again.begin_epoch(2, 6, Stop(), None)
+    assert again.current is None
+    generation = _refresh(scored, encoder_path(config.out, 3))
+    assert generation.run == "run-new"
+    again.close(finished=False)
+
+
+def test_a_resumed_run_keeps_the_generations_that_it_may_have_to_repeat(config, scored):
+    followed, _ = _followed(config, scored)
+    for epoch, step in ((1, 3), (2, 6), (3, 9), (4, 12)):
+        followed.begin_epoch(epoch, step, Stop(), None)
+        if epoch % 2:
+            generation = _refresh(scored, encoder_path(config.out, step))
+            _until(lambda: followed._ahead.ready)
+    assert followed.current == generation
+    (config.out / "checkpoint-00000007.pt").touch()  # of epoch 2, which began with generation 3
+    followed.close(finished=False)
+    again, _ = _followed(config, scored)
+    collect_superseded(scored.cache, "run-a", again._samples.shard_ids)
+    again.restore(3)
+    again.begin_epoch(4, 12, Stop(), None)
+    assert again.current.step == 9
+    again.close(finished=False)
+
+
+def test_an_elastic_restart_begins_with_the_newest_generation(config, scored):
+    followed, _ = _followed(config, scored)
+    followed.begin_epoch(1, 3, Stop(), None)
+    generation = _refresh(scored, encoder_path(config.out, 3))
+    followed.close(finished=False)
+    again, _ = _followed(config, scored)
+    again.restart(2)
+    assert again.current == generation
+    again.close(finished=False)
+
+
+def test_one_pass_of_the_encoder_makes_the_maps_of_all_signals(config, scored):
+    config = dataclasses.replace(
+        config,
+        content=ContentConfig("refreshed", kind="token_frequency"),
+        attention=AttentionConfig("refreshed"),
+    )
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        crops = next(iter(run.loader))
+        _begin(run, 1, 3)
+        generation = _refresh(scored, encoder_path(config.out, 3))
+        assert [each.kind for each in generation.specs] == ["token_frequency", "attention"]
+        _until(lambda: run.context.followed._ahead.ready)
+        _begin(run, 2, 6)
+        for signal, spec in zip(run.signals, generation.specs, strict=True):
+            maps = scored.cache.read_maps(run.samples.shard_ids, spec)
+            expected = crop_scores(torch.cat([torch.from_numpy(m) for m in maps]), crops, 8)
+            torch.testing.assert_close(signal.read(crops, 0), expected)
+        run.close(finished=True)
+
+
+def test_the_encoder_names_its_runs_own_tars(config, scored):
+    config = dataclasses.replace(config, shards=[str(scored.folder)])
+    followed, table = _followed(config, scored)
+    (scored.folder / "added.tar").write_bytes(tar_bytes(photo_members(2, 90)))
+    followed.begin_epoch(1, 3, Stop(), None)
+    assert checkpoint.load_encoder(encoder_path(config.out, 3)).urls == table.urls
+    assert _refresh(scored, encoder_path(config.out, 3)).data == table.digest
+    followed.close(finished=False)
+
+
+def test_a_cache_that_is_gone_is_reported_and_not_made_anew(config, scored, tmp_path):
+    followed, _ = _followed(config, scored)
+    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")))
+    followed.begin_epoch(1, 3, Stop(), log)
+    _refresh(scored, encoder_path(config.out, 3))
+    _until(lambda: followed._ahead.ready)
+    Path(scored.cache.url).rename(tmp_path / "elsewhere")
+    followed.begin_epoch(2, 6, Stop(), log)
+    assert followed.current.step == 3  # it was in RAM
+    assert any('"refresh put off"' in line for line in _lines(config.out))
+    assert not Path(scored.cache.url).exists()
+    followed.close(finished=False)
+
+
+def test_damaged_records_are_named(config, scored):
+    followed, _ = _followed(config, scored)
+    followed.begin_epoch(1, 3, Stop(), None)
+    _refresh(scored, encoder_path(config.out, 3))
+    followed.close(finished=False)
+    record = Path(scored.cache.url, "generations", "run-a", "00000003.json")
+    record.write_text(record.read_text()[:40])
+    with pytest.raises(CacheError, match=r"00000003\.json is damaged .*Remove it"):
+        scored.cache.generations.of("run-a")
+    (config.out / "generations.json").write_text('{"0": nu')
+    with pytest.raises(ValueError, match=r"generations\.json is damaged; remove it"):
+        _followed(config, scored)
+
+
+def test_a_half_written_encoder_is_refused(config, scored):
+    followed, _ = _followed(config, scored)
+    followed.begin_epoch(1, 3, Stop(), None)
+    path = encoder_path(config.out, 3)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is damaged"):
+        checkpoint.load_encoder(path)
+    followed.close(finished=False)
+
+
+def test_recipes_follow_their_schedules():
+    base = ["--shards", "a", "--cache", "c", "--out", "o"]
+    paper, amt, famt = (
+        parse(["--recipe", name, *base], None) for name in ("famt-paper", "amt", "famt")
+    )
+    for config in (paper, amt):
+        assert (config.plain_epochs, config.refresh.every) == (40, 40)
+        assert (config.join.mask_ratio, config.join.throw_ratio) == (0.45, 0.40)
+    assert (paper.content.source, paper.attention.source) == ("refreshed", "off")
+    assert (paper.content.kind, paper.content.exponent) == ("frequency_attention", 1.0)
+    assert (amt.content.source, amt.attention.source) == ("off", "refreshed")
+    assert (amt.attention.kind, amt.attention.exponent) == ("cls_attention", 1.0)
+    assert (famt.content.source, famt.content.kind) == ("cached-then-refreshed", "token_frequency")
+    assert (famt.attention.source, famt.refresh.every) == ("rolling", 40)

@@ -1,0 +1,218 @@
+"""The loop of any training here: epochs, steps, log points, checkpoints, and an end when asked."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pipeline.loader import CropBatch, CropLoader
+from pipeline.table import SampleTable
+from train.distributed import Ranks
+from train.log import Log
+from train.streams import SideStream, Stop
+from train.timing import Clock
+
+Batch = TypeVar("Batch")
+
+_SHOWN = 6  # crops in a picture
+
+
+class Training(ABC, Generic[Batch]):
+    """A run that the loop can drive. All ranks call the same methods in the same order.
+
+    Attributes:
+        id: of the run.
+        out: folder of the run.
+        log_steps: steps between log points, where alone a run is checkpointed or stopped.
+        checkpoint_minutes: time between checkpoints.
+        here: this rank.
+        clock: times of the stages of a step.
+        side: a GPU's second stream, in which the next batch is made.
+        samples: what it trains on.
+        loader: gives an epoch of crops each time that it is iterated over.
+        effective_batch: images a step, over all ranks.
+        step: optimiser steps done; it only grows.
+        log: of the main rank, while the loop runs.
+    """
+
+    id: str
+    out: Path
+    log_steps: int
+    checkpoint_minutes: float
+    here: Ranks
+    clock: Clock
+    side: SideStream
+    samples: SampleTable
+    loader: CropLoader
+    effective_batch: int
+    step: int
+    log: Log | None = None
+
+    @property
+    @abstractmethod
+    def last_step(self) -> int:
+        """The step that the run ends with."""
+
+    @abstractmethod
+    def plan(self) -> str:
+        """Every number of the run that follows from its options, for a reader to check."""
+
+    @abstractmethod
+    def begin_epoch(self, epoch: int, stop: Stop) -> bool:
+        """Before the first step of an epoch; False if the run was asked to stop meanwhile."""
+
+    @abstractmethod
+    def prepare(self, crops: CropBatch, step: int) -> Batch:
+        """From crops to the batch that a step takes."""
+
+    @abstractmethod
+    def forward_backward(self, batch: Batch) -> Tensor:
+        """Add up the gradients of a batch; returns the mean loss, still on the device."""
+
+    @abstractmethod
+    def update(self) -> None:
+        """One optimiser step with the gradients that are there; `step` grows."""
+
+    @abstractmethod
+    def scalars(self) -> dict[str, float]:
+        """What a log point shows beside the loss; the main rank calls this."""
+
+    @abstractmethod
+    def end_epoch(self, epoch: int) -> None:
+        """After the last step of an epoch."""
+
+    @abstractmethod
+    def save(self) -> None:
+        """Write a checkpoint of all ranks' state."""
+
+    @abstractmethod
+    def close(self, *, finished: bool) -> None:
+        """The run ends: finished, or to be gone on with."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What a continuation must have in common with the run, besides its options."""
+
+    def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
+        """A picture of an epoch's first crops, if one is due; the main rank alone calls this."""
+        return None
+
+    def train(self, stop: Stop) -> None:
+        """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
+        if self.here.is_main:
+            print(self.plan(), flush=True)
+            self.log = Log(self.out, self.step, self.last_step, self.effective_batch, self.clock)
+            self.log.event(
+                self.step, "start", run=self.id, epoch=self.loader.epoch, **self.identity()
+            )
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+        self._recent: list[tuple[Tensor, Tensor]] = []  # losses and rows since a log point
+        stopped = False
+        while self.step < self.last_step and not stopped:
+            stopped = not self._epoch(stop)
+        if self.step > self._saved_step:
+            self._save()
+        self.close(finished=not stopped)
+        if self.log:
+            self.log.event(self.step, "stopped by a signal" if stopped else "finished")
+            self.log.close()
+
+    def _epoch(self, stop: Stop) -> bool:
+        """The steps of an epoch, or of what is left of it; False if asked to stop."""
+        epoch, crops = self.loader.epoch, iter(self.loader)
+        if self.loader.step == 0 and not self.begin_epoch(epoch, stop):
+            return False
+        self._first: CropBatch | None = None
+        batch = self._next(crops, self.step)
+        if self.log and self._first is not None:
+            picture = self.picture(self._first, epoch)
+            if picture is not None:
+                self.log.picture(self.step, picture)
+        while batch is not None:
+            loss = self.forward_backward(batch.content)
+            # A checkpoint holds no batch, so one is made ahead only between log points.
+            at_log_point = (self.step + 1) % self.log_steps == 0
+            ahead = None if at_log_point else self._next(crops, self.step + 1)
+            self.update()
+            self._recent.append((loss, batch.rows))
+            if self.log:
+                self.log.step()
+            if at_log_point or self.step == self.last_step:
+                mean = self._mean_loss()
+                if self.log:
+                    self.log.point(self.step, epoch, {"loss": mean, **self.scalars()})
+            if at_log_point:
+                if self._save_or_stop(stop):
+                    return False
+                ahead = self._next(crops, self.step)
+            batch = ahead
+        self.end_epoch(epoch)
+        return True
+
+    def _next(self, crops: Iterator[CropBatch], step: int) -> _Next[Batch] | None:
+        """The epoch's next batch or None, on a GPU made beside what the main stream does."""
+        with self.side:
+            with self.clock.stage("data_wait", on_host=True):
+                found = next(crops, None)
+            if found is None:
+                return None
+            if self.loader.step == 1:
+                self._first = found.first(_SHOWN)
+            return _Next(self.prepare(found, step), found.rows)
+
+    def _save_or_stop(self, stop: Stop) -> bool:
+        """Write a checkpoint if one is due or any rank is asked to stop; returns whether one is."""
+        due = time.monotonic() - self._saved_at > self.checkpoint_minutes * 60
+        wishes = self.here.gather((due, stop.asked))
+        stopping = any(asked for _, asked in wishes)
+        if wishes[0][0] or stopping:
+            self._save()
+        return stopping
+
+    def _save(self) -> None:
+        self.save()
+        self._saved_at, self._saved_step = time.monotonic(), self.step
+
+    def _mean_loss(self) -> float:
+        """Mean over ranks and steps of the losses since the last log point.
+
+        Raises:
+            FloatingPointError: one of them is no number, on every rank; the rank that had it writes
+                its samples to a file.
+        """
+        recent, self._recent = self._recent, []
+        losses = torch.stack([loss for loss, _ in recent]).tolist()
+        first = self.step - len(recent) + 1
+        bad = None
+        for step, (loss, (_, rows)) in enumerate(zip(losses, recent, strict=True), first):
+            if not math.isfinite(loss):
+                path = self.out / f"nan-rank{self.here.rank}-step{step:08d}.txt"
+                path.write_text("".join(f"{self.samples.key(row)}\n" for row in rows.tolist()))
+                bad = (
+                    f"the loss is {loss} at step {step}; the samples are in {path}. Look at those "
+                    "images, or go on from the last checkpoint with a lower "
+                    "--optimiser.base-learning-rate and --elastic"
+                )
+                break
+        everywhere = self.here.gather((sum(losses) / len(losses), bad))
+        found = next((each for _, each in everywhere if each), None)
+        if found:
+            raise FloatingPointError(found)
+        return sum(mean for mean, _ in everywhere) / len(everywhere)
+
+
+@dataclass(frozen=True)
+class _Next(Generic[Batch]):
+    """A batch, and the rows of its samples."""
+
+    content: Batch
+    rows: Tensor

@@ -1,0 +1,75 @@
+"""Attention to crops from a forward pass: on all of them, or on a part of each batch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from famt.patches import normalise_images
+from pipeline.loader import CropBatch
+from pipeline.scores import check_model_kinds, model_scores
+from train.signals.banked import Banked
+from train.signals.config import AttentionConfig
+from train.signals.signal import Context, Signal
+
+
+class Live(Signal):
+    """Every crop's score from the encoder as it is now.
+
+    Args:
+        image_size: crops are shrunk to this first, px; None leaves them.
+    """
+
+    def __init__(
+        self, slot: AttentionConfig, context: Context, image_size: int | None = None
+    ) -> None:
+        check_model_kinds([slot.kind])
+        self.exponent, self._kind, self._size = slot.exponent, slot.kind, image_size
+        self._encoder, self._parts = context.encoder, context.config.accumulate
+        self._bf16 = context.config.precision == "bf16"
+
+    def read(self, crops: CropBatch, step: int) -> Tensor:
+        return self.score(crops.images)
+
+    def score(self, images: Tensor) -> Tensor:
+        """Crops `[B, S, S, 3]` uint8 -> `[B, n**2]` float32; n cells a side of what was seen."""
+        scores = []
+        for part in images.chunk(self._parts):
+            pixels = normalise_images(part)
+            if self._size is not None:
+                pixels = F.interpolate(pixels, self._size, mode="bilinear", antialias=True)
+            with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bf16):
+                scores.append(model_scores([self._kind], self._encoder, pixels)[self._kind])
+        return torch.cat(scores)
+
+    def describe(self) -> str:
+        return f"live {self._kind} of every crop to the power {self.exponent:g}"
+
+
+class Rolling(Banked):
+    """A part of each batch is looked at now; the rest is read from a bank."""
+
+    def __init__(self, slot: AttentionConfig, context: Context) -> None:
+        super().__init__(slot.exponent, context)
+        self._kind, self._every = slot.kind, slot.every
+        self._live = Live(slot, context, slot.image_size)
+
+    def read(self, crops: CropBatch, step: int) -> Tensor:
+        signal = self.look(crops, step)
+        chosen = self.bank.oldest(crops.rows, -(-len(crops.rows) // self._every))
+        seen = crops.take(chosen)
+        scores = self._live.score(seen.images)
+        side = round(scores.shape[1] ** 0.5)
+        maps = scores.view(-1, 1, side, side)
+        if side != self.grid:
+            maps = F.interpolate(maps, self.grid, mode="bilinear")
+        signal[chosen.to(signal.device)] = maps.flatten(1)
+        self.write(seen.views, scores, step)
+        return signal
+
+    def describe(self) -> str:
+        return (
+            f"rolling {self._kind} to the power {self.exponent:g}, 1/{self._every} of a batch "
+            "looked at each step"
+        )

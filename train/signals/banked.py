@@ -1,0 +1,79 @@
+"""Signals that are kept in a bank: written for some crops, read for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.bank import MapBank
+from pipeline.loader import CropBatch, Views
+from train.signals.signal import Context, Signal
+
+
+class Banked(Signal):
+    """A signal whose scores lie in a `MapBank`, in the frame of each image.
+
+    A row comes up once an epoch, on one rank. So the ranks of a machine write into one bank as they
+    go, and machines exchange what they wrote when an epoch ends or a checkpoint is due.
+    """
+
+    def __init__(self, exponent: float, context: Context) -> None:
+        self.exponent, self.grid = exponent, context.grid
+        self._here = context.here
+        rows = len(context.samples)
+        self.bank = self._here.share(lambda: MapBank(rows, context.grid))
+        self._unwritten: tuple[Views, Tensor, int, Tensor | None] | None = None
+
+    def look(self, crops: CropBatch, step: int) -> Tensor:
+        """What the bank holds, `[B, grid**2]` float32 on the crops' device."""
+        self._flush()
+        return self.bank.read(crops, self.grid)
+
+    def read(self, crops: CropBatch, step: int) -> Tensor:
+        return self.look(crops, step)
+
+    def write(self, views: Views, scores: Tensor, step: int) -> None:
+        """Take up scores `[B, n**2]` of all patches of crops, on any device.
+
+        They are read back at the next call, when a GPU has them ready and its host need not wait.
+        """
+        self._flush()
+        self._unwritten = (views, scores, step, None)
+
+    def write_at(self, views: Views, index: Tensor, scores: Tensor, step: int) -> None:
+        """Take up scores `[B, M]` of the patches at `index [B, M]` of crops, as `write` does."""
+        self._flush()
+        everywhere = scores.new_zeros(len(scores), self.grid**2).scatter(1, index, scores)
+        known = everywhere.new_zeros(everywhere.shape).scatter(1, index, 1.0).bool()
+        self._unwritten = (views, everywhere, step, known)
+
+    def synchronise(self) -> None:
+        self._flush()
+        here = self._here
+        nodes = here.gather(here.node)  # also waits for every rank's last write
+        if len(set(nodes)) > 1:
+            leads = nodes.index(here.node) == here.rank
+            sent = here.gather(self.bank.news() if leads else None)
+            for node, news in zip(nodes, sent, strict=True):
+                if leads and news is not None and node != here.node:
+                    self.bank.merge(*news)
+            here.gather(None)
+
+    def state(self) -> dict[str, Any]:
+        return self.bank.state()
+
+    def load_state(
+        self, state: dict[str, Any], *, epoch: int, exact: bool, same_rows: bool
+    ) -> None:
+        if same_rows:
+            self.bank.load_state(state)
+
+    def scalars(self) -> dict[str, float]:
+        return {f"{self.name}_coverage": self.bank.coverage}
+
+    def _flush(self) -> None:
+        if self._unwritten is not None:
+            views, scores, step, known = self._unwritten
+            self._unwritten = None
+            self.bank.write(views, scores.cpu(), step, None if known is None else known.cpu())

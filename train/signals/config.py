@@ -1,0 +1,73 @@
+"""The signals of a run on the command line: three slots, each with a source and an exponent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+
+from pipeline.options import FREE
+
+
+@dataclass(frozen=True)
+class ContentConfig:
+    """What a patch shows: a score of the image's pixels, or of the encoder's tokens."""
+
+    source: str = "cached-then-refreshed"
+    """off; cached (the pixel score of --spec, from the cache); refreshed (a score of the model in
+    training, made anew of whole images by a job beside it); cached-then-refreshed (the first until
+    there is the second); or a source that an installed package adds"""
+    exponent: Annotated[float, Ge(0)] = 1.0
+    """power in the weight of a refreshed score, or of an added source"""
+    cached_exponent: Annotated[float, Ge(0)] = 0.25
+    """power in the weight of the pixel score, whose peaks are higher"""
+    kind: str = "token_frequency"
+    """which model score is refreshed: token_frequency, attention, cls_attention,
+    frequency_attention (the first times the second, the paper's weight), or one that an installed
+    package adds"""
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """What the encoder looks at."""
+
+    source: str = "rolling"
+    """off; live (a forward pass on every whole crop); rolling (maps of which a part is refreshed
+    each step by such a pass); seen (maps of what the step's own pass pays to the visible patches:
+    no pass of its own); refreshed (of whole images, as for --content); or one of a package"""
+    exponent: Annotated[float, Ge(0)] = 1.0
+    """its power in the weight"""
+    kind: str = "attention"
+    """attention (FAMT's formula), cls_attention (AMT's); a live, rolling or refreshed source takes
+    any model score, as --content.kind does"""
+    every: Annotated[int, Ge(1)] = 8
+    """rolling: a forward pass refreshes 1/every of each batch, the longest unseen first"""
+    image_size: Annotated[int | None, Ge(1)] = None
+    """rolling: side of the crops in that pass, px, half the model's say; the model's own if left
+    out"""
+
+
+@dataclass(frozen=True)
+class HardnessConfig:
+    """What the model finds hard to reconstruct."""
+
+    source: str = "off"
+    """off; errors (maps of the masked patches' reconstruction errors, by rank within the crop); or
+    one of a package"""
+    exponent: Annotated[float, Ge(0)] = 1.0
+    """its power in the weight"""
+
+
+@dataclass(frozen=True)
+class RefreshConfig:
+    """When refreshed scores are made anew: a generation of maps at a time."""
+
+    every: Annotated[int, Ge(1)] = 40
+    """epochs from one generation of maps to the next; the first is due after as many, or where the
+    epochs of plain MAE end"""
+    wait: Annotated[bool, FREE] = False
+    """wait for a generation that is due, as the paper does, rather than take it up when it is
+    there"""
+    pin: str | None = None
+    """use this one generation, <run>/<step> as `jobs/cache.py ls` lists it, and make none"""

@@ -1,0 +1,456 @@
+"""A run's side of a generation's life (`pipeline.generations`): marked, waited for, taken up.
+
+What the run writes down for it:
+
+    <out>/refresh/encoder-<step>.pt   the encoder that a generation is due of, until it is taken up
+    <out>/refresh/finished            no encoder will follow
+    <out>/generations.json            which epoch began with which generation
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.cache import ScoreCache
+from pipeline.generations import Generation
+from pipeline.join import crop_scores
+from pipeline.loader import CropBatch
+from pipeline.manifest import CacheError
+from pipeline.scores import check_model_kinds
+from pipeline.table import SampleTable
+from train import checkpoint
+from train.checkpoint import Encoder
+from train.config import Pretrain
+from train.distributed import Ranks
+from train.log import Log
+from train.streams import Stop
+
+_POLL = 2.0  # seconds
+
+
+def encoder_path(out: Path, step: int) -> Path:
+    """Where a run leaves the encoder of a step, for a generation to be made of it."""
+    return out / "refresh" / f"encoder-{step:08d}.pt"
+
+
+def marked_encoders(out: Path) -> list[Path]:
+    """Encoders that a run has left and not dropped yet, the oldest first."""
+    return sorted((out / "refresh").glob("encoder-*.pt"))
+
+
+def failed_path(encoder: Path) -> Path:
+    """Where the job writes why it could not make a generation of an encoder."""
+    return encoder.with_suffix(".failed")
+
+
+def finished_path(out: Path) -> Path:
+    """What a run leaves when no encoder will follow."""
+    return out / "refresh" / "finished"
+
+
+class FollowedMaps:
+    """The newest generation of a run's maps, exchanged for a newer one between two epochs.
+
+    A thread on each machine reads a generation as soon as it is published. When an epoch begins,
+    the ranks agree on the newest that all machines have in RAM, and copy it. A resumed run takes up
+    the same generations at the same epochs as before.
+
+    Attributes:
+        current: the generation in use, or None before the first.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        config: Pretrain,
+        samples: SampleTable,
+        cache: ScoreCache,
+        encoder: VisionTransformer,
+        here: Ranks,
+    ) -> None:
+        check_model_kinds(config.refreshed_kinds)
+        self.current: Generation | None = None
+        self._run, self._config, self._samples, self._cache = run, config, samples, cache
+        self._encoder, self._here, self._grid = encoder, here, config.sizes.grid
+        self._kinds = config.refreshed_kinds
+        self._source, self._pinned = run, None
+        if config.refresh.pin:
+            self._source, self._pinned = _parse_pin(config.refresh.pin)
+        shape = (len(samples), self._grid, self._grid)
+        self._maps = {
+            kind: here.share(lambda: torch.ones(shape, dtype=torch.float16)) for kind in self._kinds
+        }
+        self._leads = here.gather(here.node).index(here.node) == here.rank
+        self._begun, self._told = -1, False
+        self._read_ahead: int | None = None
+        self._ahead = _Preloader(self._newest, self._load_ahead)
+        self._record = _Record(config.out / "generations.json", run)
+        if here.is_main:
+            if self._record.new:  # what an earlier run left that wrote no checkpoint
+                self._drop_encoders()
+            finished_path(config.out).unlink(missing_ok=True)
+        if self._pinned is not None:
+            self._take_up(self._pinned)
+        elif self._leads:
+            self._ahead.start()
+        here.from_main(self._need)
+
+    def read(self, kind: str, crops: CropBatch) -> Tensor | None:
+        """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
+        return crop_scores(self._maps[kind], crops, self._grid) if self.current else None
+
+    def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
+        """Mark the encoder if a generation is due, and take up a new one; every rank calls this.
+
+        Returns:
+            False if the run was asked to stop while it waited for a generation.
+
+        Raises:
+            OSError: the generation that the run waits for was not made.
+        """
+        if self._begun == epoch or self._pinned is not None:
+            return True
+        config = self._config.refresh
+        since = epoch - self._config.plain_epochs
+        due = epoch > 0 and since >= 0 and since % config.every == 0
+        known, recorded = self._here.from_main(lambda: self._record.at(epoch))
+        if due:
+            self._on_main(lambda: self._mark(step, log), step, log, must=config.wait)
+        if due and config.wait and not known and not self._await(step, stop):
+            return False
+        started = time.perf_counter()
+        wanted = recorded if known else step if due and config.wait else self._agree()
+        if wanted is not None and (self.current is None or wanted != self.current.step):
+            self._take_up(wanted)
+            if log and self.current:
+                log.event(
+                    step,
+                    "generation",
+                    tell=True,
+                    epoch=epoch,
+                    generation=wanted,
+                    kinds=self._kinds,
+                    age_steps=step - wanted,
+                    coverage=self.current.images / len(self._samples),
+                    pause_ms=1000 * (time.perf_counter() - started),
+                )
+        self._begun = epoch
+        self._on_main(lambda: self._note(epoch, step), step, log)
+        if log:
+            self._tell(since, step, log)
+        return True
+
+    def restore(self, step: int) -> None:
+        """Go back to the generation that a checkpoint names; every rank calls this.
+
+        Raises:
+            CacheError: it was collected.
+        """
+        if self.current is None or self.current.step != step:
+            self._take_up(step)
+
+    def restart(self, epoch: int) -> None:
+        """Begin an epoch with what is newest now, whatever the run took up before."""
+        if self._here.is_main:
+            self._record.forget_from(epoch)
+            self._drop_encoders()
+        newest = self._here.from_main(self._newest)
+        if newest is not None and (self.current is None or self.current.step != newest.step):
+            self._take_up(newest.step)
+
+    def saved(self, step: int, log: Log | None) -> None:
+        """Give up what only checkpoints needed that are gone now."""
+        self._on_main(self._need, step, log)
+
+    def describe(self) -> str:
+        """Where the maps come from, for the run's plan."""
+        config = self._config.refresh
+        if config.pin:
+            return f"from generation {config.pin}"
+        return (
+            f"made anew every {config.every} epochs by `python jobs/refresh_scores.py --follow "
+            f"{self._config.out}`, to be run beside this"
+        )
+
+    def close(self, *, finished: bool) -> None:
+        """Stop reading ahead; if the run is over, tell the job that nothing will follow."""
+        self._ahead.stop()
+        if finished and self._here.is_main:
+            self._drop_encoders()  # no epoch is left that could take up their maps
+            finished_path(self._config.out).parent.mkdir(exist_ok=True)
+            finished_path(self._config.out).touch()
+
+    def _await(self, step: int, stop: Stop) -> bool:
+        """Wait for the generation of a step; False if any rank is asked to stop instead."""
+        while True:
+            answers = self._here.gather(
+                (self._made(step) if self._here.is_main else None, stop.asked)
+            )
+            made = answers[0][0]
+            if isinstance(made, str):
+                raise OSError(f"no generation of step {step} was made: {made}")
+            if any(asked for _, asked in answers):
+                return False
+            if made:
+                return True
+            time.sleep(_POLL / 10)
+
+    def _made(self, step: int) -> bool | str:
+        """Whether the generation of a step is published, or why it could not be made."""
+        if self._published(step):
+            return True
+        failed = failed_path(encoder_path(self._config.out, step))
+        try:
+            return failed.read_text().strip() or False
+        except FileNotFoundError:
+            return False
+
+    def _agree(self) -> int | None:
+        """The step of the newest generation that all machines have read, if it is a newer one."""
+        ready = self._ahead.ready
+        offers = self._here.gather((self._leads, ready[0].step if ready else None))
+        steps = [offer for leads, offer in offers if leads]
+        newest = None if None in steps else min(steps)
+        current = self.current.step if self.current else -1
+        return newest if newest is not None and newest > current else None
+
+    def _take_up(self, step: int) -> None:
+        ready = self._ahead.ready
+        maps: dict[str, Tensor] = {}
+        if ready and ready[0].step == step:
+            self.current, maps = ready
+        else:
+            found = [each for each in self._generations() if each.step == step]
+            if not found:
+                remedy = "" if self._pinned else "; with --elastic the run takes up the newest"
+                raise CacheError(
+                    f"generation {self._source}/{step} of these shards, with maps of "
+                    f"{', '.join(self._kinds)}, is not in the cache: `python jobs/cache.py ls "
+                    f"--cache {self._cache.url}` lists those that are{remedy}"
+                )
+            self.current = found[0]
+            maps = self._load(found[0]) if self._leads else {}
+        if self._leads:
+            for kind, held in self._maps.items():
+                held.copy_(maps[kind])
+        self._here.gather(None)  # nobody reads before all have written
+        self._ahead.forget(step)
+
+    def _on_main(
+        self, work: Callable[[], None], step: int, log: Log | None, *, must: bool = False
+    ) -> None:
+        """Work of the main rank, whose trouble with a disk or store is only logged unless it must
+        be done: training goes on with the maps that it has."""
+
+        def tolerant() -> None:
+            try:
+                work()
+            except (*storage.UNREACHABLE, CacheError) as error:
+                if must:
+                    raise
+                if log:
+                    log.event(step, "refresh put off", tell=True, reason=storage.reason(error))
+
+        self._here.from_main(tolerant)
+
+    def _note(self, epoch: int, step: int) -> None:
+        self._record.write(epoch, step, self.current.step if self.current else None)
+        if self.current:
+            self._drop_encoders(self.current.step)
+        self._need()
+
+    def _need(self) -> None:
+        """Say which generations must stay: in use, read just now, or to be repeated on resume."""
+        steps = checkpoint.steps(self._config.out)
+        needed = self._record.since(steps[0] if steps else 0)
+        needed |= {self.current.step if self.current else None, self._read_ahead}
+        known = [each for each in needed if each is not None]
+        if known:
+            self._cache.generations.need(self._source, known, by=self._run)
+
+    def _generations(self) -> list[Generation]:
+        """Those that this run can take up, oldest first."""
+        return [
+            each
+            for each in self._cache.generations.of(self._source)
+            if each.data == self._samples.digest
+            and set(self._kinds) <= {spec.kind for spec in each.specs}
+            and all(spec.grid == self._grid for spec in each.specs)
+        ]
+
+    def _newest(self) -> Generation | None:
+        found = self._generations()
+        return found[-1] if found else None
+
+    def _load(self, generation: Generation) -> dict[str, Tensor]:
+        maps = {}
+        for spec in generation.specs:
+            if spec.kind in self._kinds:
+                read = self._cache.read_maps(self._samples.shard_ids, spec)
+                maps[spec.kind] = torch.from_numpy(np.concatenate(read))
+        return maps
+
+    def _load_ahead(self, generation: Generation) -> dict[str, Tensor]:
+        """Read a generation that an epoch may begin with, and keep it from being collected."""
+        if self._here.is_main:
+            self._read_ahead = generation.step
+            self._need()
+        return self._load(generation)
+
+    def _mark(self, step: int, log: Log | None) -> None:
+        """Leave the encoder where the refresh job finds it."""
+        path = encoder_path(self._config.out, step)
+        failed_path(path).unlink(missing_ok=True)
+        if path.exists() or self._published(step):
+            return
+        marked = Encoder(
+            run=self._run,
+            step=step,
+            sizes=dataclasses.asdict(self._config.sizes),
+            weights=self._encoder.state_dict(),
+            config=self._config.describe(),
+            kinds=self._kinds,
+            urls=self._samples.urls,
+        )
+        checkpoint.save_encoder(path, marked)
+        if log:
+            log.event(step, "refresh due", tell=True, encoder=path)
+
+    def _published(self, step: int) -> bool:
+        """Whether a generation is known to be there; not if the cache is out of reach."""
+        try:
+            return any(generation.step == step for generation in self._generations())
+        except storage.UNREACHABLE:
+            return False
+
+    def _tell(self, since: int, step: int, log: Log) -> None:
+        """Say once that nobody seems to refresh, and what the run goes on with."""
+        marked = marked_encoders(self._config.out)
+        for failed in (failed_path(each) for each in marked):
+            if failed.exists():
+                reason = failed.read_text().strip()
+                failed.unlink()
+                log.event(step, "refresh failed", tell=True, reason=reason)
+        if not self._told and since % self._config.refresh.every and marked and not self.current:
+            self._told = True
+            others = self._config.content.source == "cached-then-refreshed"
+            goes_on = "the cached score" if others else "what other signals say, or plain MAE"
+            log.event(
+                step,
+                "no generation yet",
+                tell=True,
+                going_on_with=goes_on,
+                to_make_one=f"python jobs/refresh_scores.py --follow {self._config.out}",
+            )
+
+    def _drop_encoders(self, up_to: int | None = None) -> None:
+        """Remove encoders that no generation is wanted of any more."""
+        for path in marked_encoders(self._config.out):
+            if up_to is None or path <= encoder_path(self._config.out, up_to):
+                path.unlink(missing_ok=True)
+                failed_path(path).unlink(missing_ok=True)
+
+
+def _parse_pin(pin: str) -> tuple[str, int]:
+    run, _, step = pin.rpartition("/")
+    if not run or not step.isdigit():
+        raise ValueError(f"--refresh.pin {pin}: must be <run>/<step>")
+    return run, int(step)
+
+
+class _Record:
+    """Which epochs of a run began at which step with which generation, in a file.
+
+    Attributes:
+        new: no file of this run was there.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self._path, self._run = path, run
+        self._epochs: dict[str, tuple[int, int | None]] = {}
+        try:
+            found = json.loads(path.read_text())
+            self.new = found["run"] != run
+            self._epochs = {} if self.new else found["epochs"]
+        except FileNotFoundError:
+            self.new = True
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(
+                f"{path} is damaged; remove it, and the run goes on with the newest generations"
+            ) from None
+
+    def at(self, epoch: int) -> tuple[bool, int | None]:
+        """Whether that epoch began before, and with which generation."""
+        known = self._epochs.get(str(epoch))
+        return (True, known[1]) if known else (False, None)
+
+    def since(self, step: int) -> set[int | None]:
+        """Generations of the epoch that a step is in, and of later ones."""
+        begun = [at for at, _ in self._epochs.values() if at <= step]
+        first = max(begun, default=0)
+        return {generation for at, generation in self._epochs.values() if at >= first}
+
+    def forget_from(self, epoch: int) -> None:
+        """Drop what is known of an epoch and those after it."""
+        self._epochs = {each: known for each, known in self._epochs.items() if int(each) < epoch}
+
+    def write(self, epoch: int, step: int, generation: int | None) -> None:
+        """Write down with which generation an epoch begins."""
+        self._epochs[str(epoch)] = (step, generation)
+        partial = self._path.with_suffix(".partial")
+        with open(partial, "w") as file:
+            file.write(json.dumps({"run": self._run, "epochs": self._epochs}))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._path)
+
+
+class _Preloader(threading.Thread):
+    """Reads the newest generation into RAM as soon as it is there.
+
+    Attributes:
+        ready: the newest generation that was read, with its maps `[R, G, G]` by kind, until it is
+            taken up.
+    """
+
+    def __init__(
+        self,
+        newest: Callable[[], Generation | None],
+        load: Callable[[Generation], dict[str, Tensor]],
+    ) -> None:
+        super().__init__(daemon=True)
+        self.ready: tuple[Generation, dict[str, Tensor]] | None = None
+        self._newest, self._load = newest, load
+        self._stopped = threading.Event()
+        self._seen = -1
+
+    def run(self) -> None:
+        while not self._stopped.wait(_POLL):
+            try:
+                newest = self._newest()
+                if newest is not None and newest.step > self._seen:
+                    self.ready = (newest, self._load(newest))
+                    self._seen = newest.step
+            except (*storage.UNREACHABLE, CacheError):
+                continue  # a store out of reach, or maps that were just collected: look again later
+
+    def forget(self, step: int) -> None:
+        """Give the memory of a generation free that was taken up."""
+        if self.ready and self.ready[0].step <= step:
+            self.ready = None
+        self._seen = max(self._seen, step)
+
+    def stop(self) -> None:
+        self._stopped.set()

@@ -1,0 +1,73 @@
+"""Scores of whole images that the model in training gives, made anew as it learns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.loader import CropBatch
+from train.log import Log
+from train.signals.cached import Cached
+from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.signal import Context, Signal
+from train.streams import Stop
+
+
+class Refreshed(Signal):
+    """Maps of one kind from the newest generation; nothing before the first."""
+
+    def __init__(self, slot: ContentConfig | AttentionConfig, context: Context) -> None:
+        assert context.followed is not None
+        self.exponent, self._kind, self._followed = slot.exponent, slot.kind, context.followed
+
+    def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
+        return self._followed.begin_epoch(epoch, step, stop, log)
+
+    def read(self, crops: CropBatch, step: int) -> Tensor | None:
+        return self._followed.read(self._kind, crops)
+
+    def state(self) -> dict[str, Any]:
+        current = self._followed.current
+        return {"generation": current.step if current else None}
+
+    def load_state(
+        self, state: dict[str, Any], *, epoch: int, exact: bool, same_rows: bool
+    ) -> None:
+        if not exact:
+            self._followed.restart(epoch)
+        elif state["generation"] is not None:
+            self._followed.restore(state["generation"])
+
+    def saved(self, step: int, log: Log | None) -> None:
+        self._followed.saved(step, log)
+
+    def describe(self) -> str:
+        return (
+            f"{self._kind} of whole images to the power {self.exponent:g}, "
+            f"{self._followed.describe()}"
+        )
+
+    def close(self, *, finished: bool) -> None:
+        self._followed.close(finished=finished)
+
+
+class CachedThenRefreshed(Refreshed):
+    """The pixel score until there is a generation of the model's own."""
+
+    def __init__(self, slot: ContentConfig, context: Context) -> None:
+        self._cached = Cached(slot, context)
+        super().__init__(slot, context)
+        self._own_exponent = slot.exponent
+
+    def read(self, crops: CropBatch, step: int) -> Tensor | None:
+        refreshed = super().read(crops, step)
+        if refreshed is None:
+            self.exponent = self._cached.exponent
+            return self._cached.read(crops, step)
+        self.exponent = self._own_exponent
+        return refreshed
+
+    def describe(self) -> str:
+        self.exponent = self._own_exponent
+        return f"{self._cached.describe()} until there is {super().describe()}"

@@ -1,0 +1,56 @@
+"""Attention that the training step's own pass pays to the visible patches: no pass of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from famt.attention import attention_of, attention_scores, cls_attention
+from train.signals.banked import Banked
+from train.signals.config import AttentionConfig
+from train.signals.signal import Context, Taken
+
+_FORMULAS = {"attention": attention_scores, "cls_attention": cls_attention}
+
+
+class Seen(Banked):
+    """What the last block of the encoder attends to in a step, kept at the cells of the patches.
+
+    The step sees the visible patches alone; those that are masked or thrown keep what is known of
+    them from earlier epochs.
+    """
+
+    def __init__(self, slot: AttentionConfig, context: Context) -> None:
+        if slot.kind not in _FORMULAS:
+            raise ValueError(
+                f"--attention.kind {slot.kind}: what a step sees is read by "
+                f"{' or '.join(_FORMULAS)} alone"
+            )
+        super().__init__(slot.exponent, context)
+        self._kind, self._formula = slot.kind, _FORMULAS[slot.kind]
+        self._attention = context.encoder.blocks[-1].attn
+        self._scores: list[Tensor] = []  # of the parts of a step
+        self._hook = self._attention.qkv.register_forward_hook(self._see)
+
+    def learn(self, taken: Taken) -> None:
+        scores = torch.cat(self._scores)
+        self._scores.clear()
+        if scores.shape[1] != taken.split.visible.shape[1]:
+            raise ValueError(
+                "--attention.source seen: the encoder of this method sees more than the visible "
+                "patches; use rolling"
+            )
+        self.write_at(taken.views, taken.split.visible, scores, taken.step)
+
+    def close(self, *, finished: bool) -> None:
+        self._hook.remove()
+
+    def describe(self) -> str:
+        return f"{self._kind} seen by the step's own pass, to the power {self.exponent:g}"
+
+    def _see(self, layer: nn.Module, inputs: Any, qkv: Tensor) -> None:
+        if torch.is_grad_enabled():  # and not in a pass for scores, features or a picture
+            with torch.no_grad():
+                self._scores.append(self._formula(attention_of(self._attention, qkv.detach())))

@@ -1,0 +1,124 @@
+"""What a signal is: how heavy each patch of each crop is, from one source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from famt.sampling import PatchSplit
+from pipeline.cache import ScoreCache
+from pipeline.loader import CropBatch, Views
+from pipeline.table import SampleTable
+from train.config import Pretrain
+from train.distributed import Ranks
+from train.log import Log
+from train.signals.following import FollowedMaps
+from train.streams import Stop
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a signal may ask of its run.
+
+    Attributes:
+        run: id of the run.
+        config: its options.
+        samples: the images that it trains on, a row each.
+        cache: where score maps are.
+        grid: patches a side of a crop.
+        encoder: of the model in training.
+        here: this rank among those of the run.
+        followed: the generations of maps that the run takes up, if it has refreshed signals.
+    """
+
+    run: str
+    config: Pretrain
+    samples: SampleTable
+    cache: ScoreCache
+    grid: int
+    encoder: VisionTransformer
+    here: Ranks
+    followed: FollowedMaps | None
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A step that was just taken, but for the update of the weights.
+
+    Attributes:
+        views: the crops, `[B]`.
+        split: which of their patches were masked, thrown and visible.
+        errors: `[B, K]` float32, mean error of each masked patch that was predicted.
+        step: of the run.
+    """
+
+    views: Views
+    split: PatchSplit
+    errors: Tensor
+    step: int
+
+
+class Signal:
+    """How heavy each patch of each crop is. A source of one's own overrides `read`, and the rest as
+    it needs.
+
+    Every rank has one, and calls the same methods in the same order.
+
+    Attributes:
+        name: of the slot that it is in, for pictures, logs and checkpoints.
+        exponent: power in the weight of the patch, at present.
+    """
+
+    name: str = "signal"
+    exponent: float = 1.0
+
+    def read(self, crops: CropBatch, step: int) -> Tensor | None:
+        """Scores of crops, `[B, grid**2]` float >= 0 on their device, any scale; None so far."""
+        raise NotImplementedError
+
+    def look(self, crops: CropBatch, step: int) -> Tensor | None:
+        """As `read`, for a picture: nothing of the run changes."""
+        return self.read(crops, step)
+
+    def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
+        """An epoch begins; returns False if the run was asked to stop while the signal waited."""
+        return True
+
+    def learn(self, taken: Taken) -> None:
+        """A step was taken."""
+
+    def synchronise(self) -> None:
+        """Bring all machines to the same content: an epoch ended, or a checkpoint is due."""
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint must keep; tensors and plain data."""
+        return {}
+
+    def load_state(
+        self, state: dict[str, Any], *, epoch: int, exact: bool, same_rows: bool
+    ) -> None:
+        """Go on from a checkpoint.
+
+        Args:
+            state: what `state` gave.
+            epoch: the one that the run is in.
+            exact: with the very next batch; if not, from the beginning of an epoch.
+            same_rows: the samples are those of the checkpoint.
+        """
+
+    def saved(self, step: int, log: Log | None) -> None:
+        """A checkpoint was written."""
+
+    def scalars(self) -> dict[str, float]:
+        """What the log shows of it, by name."""
+        return {}
+
+    def describe(self) -> str:
+        """What a reader of the run's plan should know of it."""
+        return f"{self.name} to the power {self.exponent:g}"
+
+    def close(self, *, finished: bool) -> None:
+        """The run ends: finished, or to be gone on with."""
