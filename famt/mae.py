@@ -44,31 +44,10 @@ class MaskedAutoencoder(MaskedModel):
         self.initialise()
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self,
-        visible: Tensor,
-        masked: Tensor,
-        split: PatchSplit,
-        loss_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Mean squared error of masked patches, predicted from the visible ones.
-
-        Args:
-            visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
-            masked: `[B, K, P*P*3]` float, normalised pixels of `split.predicted`.
-            split: where the patches lie.
-            loss_weights: `[B, K]`, what each patch's error is multiplied by.
-
-        Returns:
-            scalar loss, float32.
-        """
-        latent = self.encode(visible, split.visible)
-        prediction = self.decode(latent, split)
-        return self.loss(prediction, masked, loss_weights)
-
     def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
         """Pixels of the predicted patches `[B, K, P*P*3]`; see `MaskedModel`."""
-        return self.decode(self.encode(visible, split.visible), split)
+        latent = self.encode(visible, split.visible)
+        return self.decode(latent, split)
 
     def decode(self, latent: Tensor, split: PatchSplit) -> Tensor:
         """Tokens `[B, 1+V, width]` -> pixels of the predicted patches `[B, K, P*P*3]`."""
@@ -90,7 +69,7 @@ class MaskedAutoencoder(MaskedModel):
         return self.decoder_pred(self.decoder_norm(hidden))
 
     def error(self, difference: Tensor) -> Tensor:
-        """L2."""
+        """Squared."""
         return difference.square()
 
     @property

@@ -16,9 +16,9 @@ from famt.sampling import PatchSplit
 class MaskedModel(nn.Module):
     """A timm ViT that learns by predicting masked patches.
 
-    A method derives from it: it says in `forward` what the encoder sees and how patches are
-    predicted, in `error` what a wrong pixel costs, and calls `initialise` when it is built. Its
-    line in `famt.methods.METHODS` makes it known.
+    A method derives from it: it says in `predict` what the encoder sees and how patches come of
+    it, in `error` what a wrong pixel costs, and calls `initialise` when it is built. Its line in
+    `famt.methods.METHODS` makes it known.
 
     Attributes:
         config: all that it is built from.
@@ -35,12 +35,32 @@ class MaskedModel(nn.Module):
         self.encoder = config.encoder()
         self.fusion = BlockFusion(config.width, config.fused) if config.fused else None
 
+    def forward(
+        self,
+        visible: Tensor,
+        masked: Tensor,
+        split: PatchSplit,
+        loss_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Mean error of masked patches, predicted from the visible ones.
+
+        Args:
+            visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
+            masked: `[B, K, P*P*3]` float, normalised pixels of `split.predicted`.
+            split: where the patches lie.
+            loss_weights: `[B, K]`, what each patch's error is multiplied by.
+
+        Returns:
+            scalar loss, float32.
+        """
+        prediction = self.predict(visible, split)
+        return self.loss(prediction, masked, loss_weights)
+
     def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
         """What the model makes of the predicted patches.
 
         Args:
-            visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
-            split: where the patches lie.
+            visible, split: as in `forward`.
 
         Returns:
             `[B, K, P*P*3]`, in the order of `split.predicted`, comparable to `target`.

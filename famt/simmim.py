@@ -37,26 +37,6 @@ class SimMIM(MaskedModel):
         self.initialise()
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self,
-        visible: Tensor,
-        masked: Tensor,
-        split: PatchSplit,
-        loss_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Mean absolute error of masked patches (SimMIM, section 3.4).
-
-        Args:
-            visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
-            masked: `[B, K, P*P*3]` float, normalised pixels of `split.predicted`.
-            split: where the patches lie.
-            loss_weights: `[B, K]`, what each patch's error is multiplied by.
-
-        Returns:
-            scalar loss, float32.
-        """
-        return self.loss(self.predict(visible, split), masked, loss_weights)
-
     def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
         """Pixels of the predicted patches `[B, K, P*P*3]`; see `MaskedModel`.
 
@@ -68,7 +48,7 @@ class SimMIM(MaskedModel):
         return self.decoder_pred(tokens[:, -hidden.shape[1] :])
 
     def error(self, difference: Tensor) -> Tensor:
-        """L1."""
+        """Absolute (section 3.4)."""
         return difference.abs()
 
     @property
