@@ -2,6 +2,7 @@
 
     python jobs/refresh_scores.py --follow runs/first        # beside a training, as long as it runs
     python jobs/refresh_scores.py --checkpoint runs/first    # once, from the latest checkpoint
+    python jobs/refresh_scores.py --init exported --shards shards --cache scores
     ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/first
 
 Ray actors, on CPUs or on shares of GPUs, load the encoder once and write the maps of tar after tar
@@ -18,6 +19,7 @@ Exit code: 0 done; 1 a tar could not be scored, and no generation was published.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -48,7 +50,9 @@ from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from pipeline.table import load_samples
 from train.checkpoint import Encoder, load_encoder
+from train.initial import build_initial_encoder
 from train.program import run_program
+from train.signals.config import ContentConfig
 from train.signals.following import failed_path, finished_path, marked_encoders
 
 _POLL = 2.0  # seconds
@@ -80,6 +84,12 @@ class RefreshScores(RefreshWorkers, Checked):
     """checkpoint, folder of a run (its latest one), or an encoder that a run left for refresh"""
     follow: Path | None = None
     """folder of a run: score with every encoder that it leaves for refresh, until it is finished"""
+    init: str | None = None
+    """any other encoder, as --init of pre-training takes it: a run that pins the generation weighs
+    by a trained model from its first step on"""
+    image_size: Annotated[int | None, Ge(1)] = None
+    """side of the images that an --init sees, px, in place of its own; its patches must be as many
+    as those of the crops of the run that pins the maps"""
     shards: list[str] | None = None
     """tars to score; those of the run if left out"""
     cache: str | None = None
@@ -132,17 +142,37 @@ def main(args: RefreshScores) -> int:
     """Make one generation, or every one that a run asks for; returns the exit code.
 
     Raises:
-        ValueError: neither or both of --checkpoint and --follow; no such kind.
+        ValueError: none or several of --checkpoint, --follow and --init; no such kind.
     """
-    if (args.checkpoint is None) == (args.follow is None):
-        raise ValueError("give either --checkpoint or --follow")
-    if args.checkpoint is not None:
-        encoder = load_encoder(args.checkpoint)
+    if [args.checkpoint, args.follow, args.init].count(None) != 2:
+        raise ValueError("give one of --checkpoint, --follow and --init")
+    if args.follow is None:
+        encoder = load_encoder(args.checkpoint) if args.checkpoint else initial_encoder(args)
         ray.init(ignore_reinit_error=True, log_to_driver=False)
         return 1 if _refresh(encoder, args) else 0
-    assert args.follow is not None
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     return follow(args.follow, args)
+
+
+def initial_encoder(args: RefreshScores) -> Encoder:
+    """An encoder that is of no run, as a run of its own that has taken no step.
+
+    Raises:
+        ValueError: no shards or no cache, which no run names here.
+    """
+    assert args.init is not None
+    if not args.shards or not args.cache:
+        raise ValueError("--init needs --shards and --cache: there is no run to take them from")
+    encoder = build_initial_encoder(args.init, args.image_size)
+    weights = encoder.state_dict()
+    return Encoder(
+        run=f"init-{encoder_digest(weights)[:12]}",
+        step=0,
+        sizes=dataclasses.asdict(ModelConfig.of(encoder)),
+        weights=weights,
+        config={"precision": "fp32"},
+        kinds=[ContentConfig().kind],
+    )
 
 
 @contextmanager
@@ -251,6 +281,7 @@ def _refresh(encoder: Encoder, args: RefreshScores) -> dict[str, str]:
     summary = {
         "run": encoder.run,
         "step": encoder.step,
+        "pin": f"{encoder.run}/{encoder.step}",
         "specs": [spec.id for spec in specs],
         "shards": len(urls),
         "images": len(samples),

@@ -181,4 +181,4 @@ def test_neither_or_both_ways_to_name_an_encoder_are_refused(tmp_path):
         [sys.executable, "jobs/refresh_scores.py"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "either --checkpoint or --follow" in done.stderr
+    assert "one of --checkpoint, --follow and --init" in done.stderr

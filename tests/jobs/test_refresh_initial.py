@@ -1,0 +1,69 @@
+"""Maps of a trained encoder before a run has learned anything."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from famt.models import MODELS, ModelConfig
+from jobs.refresh_scores import RefreshScores, initial_encoder, main
+from pipeline.scores import encoder_digest
+
+RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.manual_seed(0)
+    encoder = MODELS["vit_nano"].encoder()
+    torch.nn.init.normal_(encoder.cls_token)
+    torch.save(encoder.state_dict(), tmp_path / "weights.pth")
+    return tmp_path / "weights.pth"
+
+
+def test_an_encoder_of_no_run_has_a_name_that_its_weights_give(source):
+    args = RefreshScores(init=str(source), shards=["x.tar"], cache="scores")
+    encoder = initial_encoder(args)
+    assert encoder.step == 0
+    assert encoder.run == f"init-{encoder_digest(torch.load(source))[:12]}"
+    assert ModelConfig(**encoder.sizes).image_size == 32
+    larger = initial_encoder(
+        RefreshScores(init=str(source), shards=["x.tar"], cache="scores", image_size=56)
+    )
+    assert ModelConfig(**larger.sizes).grid == 14
+    assert larger.run != encoder.run
+
+
+def test_what_an_initial_encoder_lacks_is_asked_for(source):
+    with pytest.raises(ValueError, match="--init needs --shards and --cache"):
+        initial_encoder(RefreshScores(init=str(source), cache="scores"))
+    with pytest.raises(ValueError, match="one of --checkpoint, --follow and --init"):
+        main(RefreshScores(init=str(source), follow=source.parent))
+
+
+@pytest.mark.slow
+def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "jobs/refresh_scores.py", "--init", str(source),
+         "--shards", *scored.shards, "--cache", scored.cache.url, "--workers", "1"],
+        env=RAY, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    (made,) = scored.cache.generations.of(summary["run"])
+    assert (made.step, made.images) == (0, 26)
+    assert [spec.encoder for spec in made.specs] == [encoder_digest(torch.load(source))]
+    trained = subprocess.run(
+        [sys.executable, "-m", "train.pretrain", "--shards", *scored.shards,
+         "--cache", scored.cache.url, "--out", str(tmp_path / "run"), "--model", "vit_nano",
+         "--content.source", "refreshed", "--attention.source", "off",
+         "--refresh.pin", summary["pin"], "--init", str(source), "--epochs", "1",
+         "--batch-size", "8", "--device", "cpu", "--threads", "1"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert f"from generation {summary['pin']}" in trained.stdout
+    assert "begins with" in trained.stdout
