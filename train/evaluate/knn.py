@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -15,7 +17,6 @@ from train.evaluate.trunk import (
     Features,
     Images,
     Value,
-    require_at_least,
     require_labels,
     standard_error,
     top1,
@@ -28,16 +29,10 @@ _QUERIES, _KEYS = 4096, 65536  # similarities of so many images are in memory at
 class Knn(Evaluation):
     """The classes of the nearest training images vote; nothing is learned."""
 
-    k: int = 20
+    k: Annotated[int, Ge(1)] = 20
     """neighbours that vote"""
-    temperature: float = 0.07
+    temperature: Annotated[float, Gt(0)] = 0.07
     """a neighbour of cosine similarity s has exp(s / temperature) votes"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least("k", self.k, 1)
-        if not self.temperature > 0:
-            raise ValueError(f"--temperature {self.temperature} must be above 0")
 
 
 def knn(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -25,7 +26,6 @@ from train.evaluate.trunk import (
     Images,
     Pooling,
     Value,
-    require_at_least,
     require_labels,
     standard_error,
     top1,
@@ -40,32 +40,25 @@ class Probe(Evaluation):
     """features are the class token, as in MAE's own probe, the mean of the patch tokens, or a mean
     of the patch tokens by learned attention, for which all of them are kept: N x C x 2 bytes an
     image"""
-    learning_rates: tuple[float, ...] = (1e-2, 3e-2)
+    learning_rates: Annotated[tuple[float, ...], Gt(0)] = (1e-2, 3e-2)
     """of Adam, with cosine decay; all are tried"""
-    penalties: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    penalties: Annotated[tuple[float, ...], Ge(0)] = (0.1, 1.0, 10.0, 100.0)
     """times half the squared weights, beside the sum of the cross-entropy over the images: 1 / C of
     scikit-learn's LogisticRegression; all are tried"""
-    epochs: int = 20
+    epochs: Annotated[int, Ge(1)] = 20
     """passes over the stored features"""
-    steps: int = 1000
+    steps: Annotated[int, Ge(1)] = 1000
     """steps to take at least, with few images in more passes"""
-    step_images: int = 1024
+    step_images: Annotated[int, Ge(1)] = 1024
     """images a step"""
-    hold_out: float = 0.1
+    hold_out: Annotated[float, Gt(0), Le(0.5)] = 0.1
     """share of the training images by which learning rate, penalty and pooling are chosen"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("epochs", "steps", "step_images"):
-            require_at_least(name, getattr(self, name), 1)
         for name in ("poolings", "learning_rates", "penalties"):
-            require_at_least(f"{name}: number of values", len(getattr(self, name)), 1)
-        for penalty in self.penalties:
-            require_at_least("penalties", penalty, 0)
-        if not all(rate > 0 for rate in self.learning_rates):
-            raise ValueError(f"--learning-rates {self.learning_rates} must be above 0")
-        if not 0 < self.hold_out <= 0.5:
-            raise ValueError(f"--hold-out {self.hold_out} must be above 0 and at most 0.5")
+            if not getattr(self, name):
+                raise ValueError(f"--{name.replace('_', '-')} needs one value at least")
 
 
 @dataclass(frozen=True)

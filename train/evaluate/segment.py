@@ -6,9 +6,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
@@ -16,30 +18,23 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from famt.patches import normalise_images
 from pipeline.loader import CropBatch, RandomView, WholeView
 from pipeline.masks import IGNORED, crop_masks, decode_mask, read_masks
-from train.evaluate.trunk import Evaluation, Images, Value, require_at_least
+from train.evaluate.trunk import Evaluation, Images, Value
 
 
 @dataclass(frozen=True)
 class Segment(Evaluation):
     """A linear classifier of patch tokens against masks, `<key>.mask.png` in the shards."""
 
-    learning_rate: float = 1e-2
+    learning_rate: Annotated[float, Gt(0)] = 1e-2
     """of Adam, with cosine decay"""
-    epochs: int = 20
+    epochs: Annotated[int, Ge(1)] = 20
     """passes over the images, each through other crops"""
-    steps: int = 500
+    steps: Annotated[int, Ge(1)] = 500
     """steps to take at least, with few images in more passes"""
-    step_images: int = 32
+    step_images: Annotated[int, Ge(1)] = 32
     """crops a step"""
     view: RandomView = field(default_factory=lambda: RandomView(area=(0.25, 1.0)))
     """which part of an image a crop to learn from shows; all of it is tested"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("epochs", "steps", "step_images"):
-            require_at_least(name, getattr(self, name), 1)
-        if not self.learning_rate > 0:
-            raise ValueError(f"--learning-rate {self.learning_rate} must be above 0")
 
 
 def segment(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
+from annotated_types import Ge, Gt, Le
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
+from pipeline.options import FREE, Checked
 from pipeline.table import SampleTable, load_samples
 from train.distributed import Ranks
 
@@ -23,38 +25,31 @@ Pooling = Literal["cls", "mean", "attentive"]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Checked):
     """What every evaluation needs to know."""
 
     checkpoint: str
     """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
-    cache: str
+    cache: Annotated[str, FREE]
     """score cache; it comes to know the shards that it does not"""
-    train: list[str]
+    train: Annotated[list[str], FREE]
     """shards to learn from"""
-    val: list[str]
+    val: Annotated[list[str], FREE]
     """shards to test on"""
     ema: bool = False
     """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
     untrained: bool = False
     """take the same encoder with fresh random weights instead: the floor to beat"""
-    centre: float | None = None
+    centre: Annotated[float | None, Gt(0), Le(1)] = None
     """share of the shorter side that is shown; 0.875, or all of it for models of up to 64 px"""
-    batch_size: int = 256
+    batch_size: Annotated[int, Ge(1)] = 256
     """images at a time"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what to compute on"""
-    threads: int = LoaderConfig.threads
+    threads: Annotated[int, Ge(1), FREE] = LoaderConfig.threads
     """CPU threads that decode"""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """of all that is drawn at random"""
-
-    def __post_init__(self) -> None:
-        if self.centre is not None and not 0 < self.centre <= 1:
-            raise ValueError(f"--centre {self.centre} must be above 0 and at most 1")
-        for name in ("batch_size", "threads"):
-            require_at_least(name, getattr(self, name), 1)
-        require_at_least("seed", self.seed, 0)
 
 
 Options = TypeVar("Options", bound=Evaluation)
@@ -190,8 +185,9 @@ class Images:
 def open_images(options: Evaluation, encoder: VisionTransformer, name: str, here: Ranks) -> Images:
     """The images of `--train` or `--val`, as that encoder takes them."""
     size = encoder.patch_embed.img_size[0]
+    cache = ScoreCache(options.cache, create=True)
     return Images(
-        table=load_samples(getattr(options, name), ScoreCache(options.cache, create=True)),
+        table=here.share(lambda: load_samples(getattr(options, name), cache)),
         name=name,
         image_size=size,
         centre=options.centre or default_centre(size),
@@ -219,16 +215,6 @@ def require_labels(*sets: Images) -> None:
                 f"{images.table.key(int(missing[0]))} and {len(missing) - 1} more samples have no "
                 "class; this evaluation needs a <key>.cls beside every image"
             )
-
-
-def require_at_least(name: str, value: float, least: float) -> None:
-    """Refuse an option's value that is too small, or no number.
-
-    Raises:
-        ValueError: names the option.
-    """
-    if not value >= least:
-        raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
 
 def top1(predicted: Tensor, labels: Tensor, classes: int) -> float:
