@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -27,7 +27,6 @@ from famt.methods import METHODS
 from famt.models import ModelConfig
 from pipeline.options import ELASTIC, FREE, annotated
 from pipeline.storage import reason
-from train.config import Pretrain
 from train.distributed import Ranks
 from train.log import write_event
 
@@ -36,6 +35,10 @@ _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 
 # Circumstances that may differ from the beginning of an epoch, as options do that are `ELASTIC`.
 _ELASTIC_CIRCUMSTANCES = ("data", "world_size")
+
+
+CLASSIFIER = "classifier"
+"""method of fine-tuning runs: an encoder with a classifier, no pre-training model"""
 
 
 class DamagedError(ValueError):
@@ -52,7 +55,7 @@ class Checkpoint:
         schedule_start: step that the learning rate's schedule counts from; not 0 after an elastic
             restart, which lays it out anew.
         epoch: whole epochs done.
-        method: key of `famt.methods.METHODS`.
+        method: key of `famt.methods.METHODS`, or `CLASSIFIER`.
         sizes: fields of the `famt.models.ModelConfig` that the model is built from.
         model: its weights.
         ema: the averaged weights of its encoder, if the run keeps them.
@@ -98,6 +101,18 @@ class Encoder:
         encoder = ModelConfig(**self.sizes).encoder()
         encoder.load_state_dict(self.weights)
         return encoder.eval()
+
+
+class Options(Protocol):
+    """What `resume` asks of a run's options: a dataclass with notes beside them."""
+
+    @property
+    def out(self) -> Path: ...
+    @property
+    def resume(self) -> Literal["auto", "never"]: ...
+    @property
+    def elastic(self) -> bool: ...
+    def describe(self) -> dict[str, Any]: ...
 
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -220,6 +235,8 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
         ema: with the averaged weights of the encoder.
     """
     checkpoint = load(path)
+    if checkpoint.method not in METHODS:
+        raise ValueError(f"{path} is of fine-tuning; give the run that was pre-trained")
     model = METHODS[checkpoint.method](ModelConfig(**checkpoint.sizes))
     model.load_state_dict(checkpoint.model)
     if ema:
@@ -230,7 +247,7 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
 
 
 def resume(
-    config: Pretrain, circumstances: dict[str, object], here: Ranks
+    config: Options, circumstances: dict[str, object], here: Ranks
 ) -> tuple[Checkpoint | None, bool]:
     """The checkpoint that a run goes on from, if there is one, and whether with the next batch.
 

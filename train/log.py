@@ -27,10 +27,17 @@ class Log:
         total_steps: of the whole run.
         images_per_step: over all ranks.
         clock: times of the stages, read at every log point.
+        name: of the progress bar.
     """
 
     def __init__(
-        self, folder: Path, step: int, total_steps: int, images_per_step: int, clock: Clock
+        self,
+        folder: Path,
+        step: int,
+        total_steps: int,
+        images_per_step: int,
+        clock: Clock,
+        name: str,
     ) -> None:
         self._path = folder / "log.jsonl"
         self._images_per_step = images_per_step
@@ -42,9 +49,7 @@ class Log:
             partial.write_text("".join(f"{line}\n" for line in kept))
             partial.replace(self._path)
         self._board = SummaryWriter(str(folder), purge_step=step)
-        self._bar = tqdm(
-            total=total_steps, initial=step, desc="pretrain", unit="step", mininterval=1
-        )
+        self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", mininterval=1)
         self._since, self._steps = time.perf_counter(), 0
 
     def step(self) -> None:

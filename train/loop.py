@@ -30,6 +30,7 @@ class Training(ABC, Generic[Batch]):
     """A run that the loop can drive. All ranks call the same methods in the same order.
 
     Attributes:
+        name: of the work, for the progress bar.
         id: of the run.
         out: folder of the run.
         log_steps: steps between log points, where alone a run is checkpointed or stopped.
@@ -44,6 +45,7 @@ class Training(ABC, Generic[Batch]):
         log: of the main rank, while the loop runs.
     """
 
+    name = "train"
     id: str
     out: Path
     log_steps: int
@@ -110,7 +112,9 @@ class Training(ABC, Generic[Batch]):
         """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
         if self.here.is_main:
             print(self.plan(), flush=True)
-            self.log = Log(self.out, self.step, self.last_step, self.effective_batch, self.clock)
+            self.log = Log(
+                self.out, self.step, self.last_step, self.effective_batch, self.clock, self.name
+            )
             self.log.event(
                 self.step, "start", run=self.id, epoch=self.loader.epoch, **self.identity()
             )

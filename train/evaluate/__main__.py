@@ -3,9 +3,10 @@
     python -m train.evaluate knn --checkpoint runs/first --cache scores/ \\
         --train 'shards/train-*.tar' --val 'shards/val-*.tar'
 
-    knn     the classes of the nearest training images: nothing is learned
-    probe   linear classifiers on the frozen encoder, and attentive pooling
-    segment a linear classifier of the patches of the frozen encoder, against masks
+    knn       the classes of the nearest training images: nothing is learned
+    probe     linear classifiers on the frozen encoder, and attentive pooling
+    segment   a linear classifier of the patches of the frozen encoder, against masks
+    finetune  encoder and classifier trained together; a run of its own in --out
 
 Prints one JSON line, which is also added to the log of the run and to its TensorBoard curves.
 """

@@ -12,6 +12,7 @@ from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from train import checkpoint
 from train.distributed import ranks
+from train.evaluate.finetune import Finetune, finetune
 from train.evaluate.knn import Knn, knn
 from train.evaluate.probe import Probe, probe
 from train.evaluate.segment import Segment, segment
@@ -22,12 +23,15 @@ from train.log import log_evaluation
 EVALUATORS: dict[str, tuple[type[Evaluation], Evaluator]] = {
     "knn": (Knn, knn),
     "probe": (Probe, probe),
+    "finetune": (Finetune, finetune),
     "segment": (Segment, segment),
 }
 
 
 def run(options: Evaluation) -> dict[str, Value]:
     """Evaluate an encoder by the evaluator whose options these are; returns its values by name.
+
+    No value at all: it was asked to stop, and the same command goes on with it.
 
     Raises:
         FileNotFoundError, ValueError: see `train.initial.build_initial_encoder`.
@@ -42,6 +46,8 @@ def run(options: Evaluation) -> dict[str, Value]:
         encoder = encoder.to(here.device)
         train, val = (open_images(options, encoder, each, here) for each in ("train", "val"))
         found = dict(evaluator(encoder, train, val, options))
+    if not found or not here.is_main:
+        return found
     values: dict[str, Value] = {"train_images": len(train), "val_images": len(val), **found}
     weights = "untrained" if options.untrained else "ema" if options.ema else "trained"
     which = {"checkpoint": options.checkpoint, "weights": weights}

@@ -89,7 +89,7 @@ def _until(condition):
 
 def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config, scored):
     followed, table = _followed(config, scored)
-    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")))
+    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")), "train")
     crops = _crops(table)
     followed.begin_epoch(0, 0, Stop(), log)
     assert not list(config.out.glob("refresh/*.pt"))  # a plain epoch
@@ -347,7 +347,7 @@ def test_the_encoder_names_its_runs_own_tars(config, scored):
 
 def test_a_cache_that_is_gone_is_reported_and_not_made_anew(config, scored, tmp_path):
     followed, _ = _followed(config, scored)
-    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")))
+    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")), "train")
     followed.begin_epoch(1, 3, Stop(), log)
     _refresh(scored, encoder_path(config.out, 3))
     _until(lambda: followed._ahead.ready)

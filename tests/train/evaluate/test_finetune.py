@@ -1,0 +1,223 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from samples import encode, tar_bytes
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
+from train import checkpoint
+from train.distributed import Ranks
+from train.evaluate.finetune import Finetune, FinetuneOptimiser, Finetuning, Mixing
+from train.evaluate.run import open_encoder
+from train.evaluate.run import run as evaluate
+from train.evaluate.trunk import open_images
+
+HERE = Ranks(0, 1, "here", torch.device("cpu"))
+KILLS = int(os.environ.get("FAMT_KILLS", "3"))
+PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)
+
+
+@pytest.fixture
+def make(tmp_path, scored, options):
+    """Options of a run on 24 images of two colours: 12 steps in 2 epochs unless said otherwise."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 9)):
+        members = []
+        for n in range(count):
+            image = rng.integers(0, 60, (36, 36, 3), dtype=np.uint8)
+            image[..., n % 2] += 150
+            members += [(f"{n}.png", encode(image, "PNG")), (f"{n}.cls", b"%d" % (n % 2))]
+        (tmp_path / f"{split}.tar").write_bytes(tar_bytes(members))
+    torch.manual_seed(0)
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pth")
+
+    def make(out="tuned", **others):
+        known = {
+            "checkpoint": str(tmp_path / "encoder.pth"), "train": [str(tmp_path / "train.tar")],
+            "val": [str(tmp_path / "val.tar")], "batch_size": 4, "epochs": 2, "log_steps": 1,
+            "optimiser": FinetuneOptimiser(0.05, ema_decay=0.5, warmup_epochs=1),
+            "out": tmp_path / out,
+        }  # fmt: skip
+        return options(Finetune, **(known | others))
+
+    return make
+
+
+def _weights(folder):
+    return checkpoint.load(folder).model
+
+
+def _equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def _log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_run_learns_and_leaves_checkpoint_log_and_curves(make, capsys):
+    values = evaluate(make(epochs=6, mixing=PLAIN))
+    assert values["top1"] == 1.0
+    assert values.keys() == {"top1", "stderr", "top1_ema", "stderr_ema", "epochs"}
+    out = make().out
+    assert checkpoint.load(out).step == 36
+    lines = _log(out)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 36
+    assert losses[0] == pytest.approx(np.log(2), abs=0.01)  # the classifier begins near zero
+    assert sum(losses[-3:]) < 0.2 * sum(losses[:3])
+    tests = [line for line in lines if line.get("event") == "evaluation"]
+    assert [line["step"] for line in tests] == [6, 12, 18, 24, 30, 36]
+    assert tests[-1]["top1"] == 1.0
+    told = capsys.readouterr().out
+    assert "36 = 6 epochs x 6, 6 of warm-up; 0 done" in told
+    assert json.loads(told.splitlines()[-1])["top1"] == 1.0
+    assert "val/top1" in EventAccumulator(str(out)).Reload().Tags()["scalars"]
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_same_seed_gives_the_same_weights(make, pooling):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        evaluate(make(name, seed=seed, pooling=pooling, epochs=1))
+    a, b, c = (_weights(make(name).out) for name in "abc")
+    assert _equal(a, b)
+    assert not _equal(a, c)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(make):
+    def run(name):
+        return evaluate(make(name, checkpoint_minutes=0.0, keep_checkpoints=99))
+
+    whole = run("whole")
+    run("cut")
+    out = make("cut").out
+    for path in sorted(out.glob("checkpoint-*.pt"))[7:]:
+        path.unlink()  # what is left ends in the middle of the second epoch
+    assert run("cut") == whole
+    a, b = checkpoint.load(make("whole").out), checkpoint.load(out)
+    assert a.step == b.step == 12
+    assert _equal(a.model, b.model)
+    assert _equal(a.ema, b.ema)
+    assert [line["step"] for line in _log(out) if "loss" in line] == list(range(1, 13))
+
+
+def test_other_options_are_refused_and_another_batch_size_is_elastic(make):
+    evaluate(make(epochs=1))
+    with pytest.raises(ValueError, match=r"mixing\.mixup: 0\.8 -> 0"):
+        evaluate(make(epochs=1, mixing=dataclasses.replace(Mixing(), mixup=0)))
+    with pytest.raises(ValueError, match="--elastic"):
+        evaluate(make(epochs=1, batch_size=8))
+    evaluate(make(epochs=1, batch_size=8, elastic=True))
+
+
+def test_blocks_learn_the_slower_the_nearer_to_the_image(make):
+    options = make(optimiser=FinetuneOptimiser(0.05, layer_decay=0.5, warmup_epochs=0))
+    encoder = open_encoder(options)
+    images = [open_images(options, encoder, name, HERE) for name in ("train", "val")]
+    run = Finetuning(encoder, *images, options)
+    run.schedule.step_update(0)
+    rate = {
+        id(parameter): group["lr"]
+        for group in run.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    peak = 0.05 * 4 / 256
+    assert rate[id(run.model.head.weight)] == pytest.approx(peak)
+    for n, block in enumerate(run.model.blocks):
+        assert rate[id(block.attn.qkv.weight)] == pytest.approx(peak * 0.5 ** (6 - n))
+    assert rate[id(run.model.patch_embed.proj.weight)] == pytest.approx(peak * 0.5**7)
+
+
+def test_targets_say_how_images_were_mixed(make):
+    mixing = dataclasses.replace(PLAIN, cutmix=1.0)
+    options = make(mixing=mixing)
+    encoder = open_encoder(options)
+    images = [open_images(options, encoder, name, HERE) for name in ("train", "val")]
+    run = Finetuning(encoder, *images, options)
+    mixed = 0
+    for step, crops in enumerate(run.loader):
+        plain = run.samples.labels[crops.rows]
+        batch = run.prepare(crops, step)
+        assert torch.equal(run.prepare(crops, step).images, batch.images)  # drawn from the step
+        assert batch.targets.sum(1).tolist() == pytest.approx([1.0] * 4)
+        # Red images are class 0, green ones 1: their share of pixels is their share of the target.
+        red = (batch.images[:, 0] > batch.images[:, 1]).float().mean((1, 2))
+        torch.testing.assert_close(batch.targets[:, 0], red, atol=0.02, rtol=0)
+        mixed += int((batch.targets.max(1).values < 1).sum())
+        assert ((batch.targets.argmax(1) == plain) | (batch.targets.max(1).values < 0.6)).any()
+    assert mixed > 4
+
+
+def test_options_out_of_bounds_are_refused(make):
+    for wrong, message in (
+        ({"epochs": 0}, "--epochs 0 must be at least 1"),
+        ({"batch_size": 5}, "--batch-size 5 must be even"),
+        ({"mixing": Mixing(drop_path=1.0)}, "--mixing.drop-path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**wrong)
+
+
+def _command(options, out):
+    return [
+        "-m", "train.evaluate", "finetune", "--checkpoint", options.checkpoint,
+        "--cache", options.cache, "--train", *options.train, "--val", *options.val,
+        "--out", str(out), "--batch-size", "2", "--epochs", "4", "--log-steps", "1",
+        "--checkpoint-minutes", "0", "--device", "cpu", "--threads", "1",
+        "--optimiser.ema-decay", "0.5", "--optimiser.base-learning-rate", "0.05",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_run_killed_at_random_ends_with_the_same_weights(make, tmp_path, world_size):
+    launcher = [sys.executable]
+    if world_size > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet["env"] = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(out):
+        return [*launcher, *_command(make(), out)]
+
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, timeout=300, **quiet)
+    moments, hits = random.Random(0), 0
+    for _ in range(KILLS):
+        before = checkpoint.latest(out) if out.exists() else None
+        process = subprocess.Popen(command(out), start_new_session=True, **quiet)
+        while process.poll() is None and (not out.exists() or checkpoint.latest(out) == before):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        hits += process.poll() is None
+        _kill(process, out)
+    assert hits == KILLS  # a run that had ended would prove nothing
+    done = subprocess.run(command(out), check=True, timeout=300, capture_output=True,
+                          env=quiet["env"], text=True)  # fmt: skip
+    assert json.loads(done.stdout.splitlines()[-1])["val_images"] == 9
+    a, b = checkpoint.load(whole), checkpoint.load(out)
+    assert a.step == b.step == 48 // world_size
+    assert _equal(a.model, b.model)
+    assert _equal(a.ema, b.ema)
+
+
+def _kill(process, out):
+    """SIGKILL a run; torchrun's workers lead sessions of their own."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for worker in psutil.process_iter(["cmdline"]):
+        if str(out) in " ".join(worker.info["cmdline"] or []):
+            worker.kill()
+            worker.wait()

@@ -1,0 +1,429 @@
+"""Fine-tuning: the encoder and a classifier on it, trained together.
+
+A run of its own in `--out`: checkpoints, resumes, signals and log are those of pre-training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from annotated_types import Ge, Gt, Le, Lt
+from PIL import Image
+from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim import param_groups_layer_decay
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from famt.models import ModelConfig
+from famt.patches import normalise_images
+from pipeline import storage
+from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
+from pipeline.options import ELASTIC, FREE
+from train import checkpoint
+from train.checkpoint import CLASSIFIER, Checkpoint
+from train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
+from train.log import log_evaluation
+from train.loop import Training
+from train.streams import SideStream, Stop
+from train.timing import Clock
+
+
+@dataclass(frozen=True)
+class FinetuneOptimiser:
+    """AdamW with cosine decay after a linear warm-up, as MAE fine-tunes (appendix A.1)."""
+
+    base_learning_rate: Annotated[float, Gt(0)] = 5e-4
+    """learning rate for 256 images a step; it grows with the effective batch"""
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 0.65
+    """learning rate of a block, of that of the block after it"""
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    """not applied to biases and norms"""
+    warmup_epochs: Annotated[float, Ge(0)] = 5.0
+    """epochs of linear warm-up from 0"""
+    clip_norm: Annotated[float, Ge(0)] = 0.0
+    """largest norm of all gradients together; 0 leaves them as they are"""
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """keeps an exponential moving average of the weights as well, 0.9999 say; 0 keeps none"""
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How images and classes are blurred, so that a model does not learn them by heart."""
+
+    randaugment: str = "rand-m9-mstd0.5-inc1"
+    """timm's name of a RandAugment; it runs on the CPU, image by image; '' for none"""
+    mixup: Annotated[float, Ge(0)] = 0.8
+    """alpha of mixup; 0 for none"""
+    cutmix: Annotated[float, Ge(0)] = 1.0
+    """alpha of CutMix; 0 for none. Where both are wanted, each takes half of the batches"""
+    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """share of a target that all classes have in common"""
+    drop_path: Annotated[float, Ge(0), Lt(1)] = 0.1
+    """share of the images that skip the last block; it grows from 0 in the first"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(Evaluation):
+    """Encoder and classifier trained together; a run of its own."""
+
+    out: Annotated[Path, FREE]
+    """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
+    epochs: Annotated[int, Ge(1)] = 100
+    """passes over the images"""
+    batch_size: Annotated[int, Ge(1), ELASTIC] = 64
+    """images a step on each rank; even with mixup or CutMix"""
+    optimiser: Annotated[FinetuneOptimiser, ELASTIC] = field(default_factory=FinetuneOptimiser)
+    mixing: Mixing = field(default_factory=Mixing)
+    view: RandomView = field(default_factory=lambda: RandomView(area=(0.08, 1.0)))
+    pooling: Literal["mean", "cls"] = "mean"
+    """the classifier takes the mean of the patch tokens, as MAE's, or the class token"""
+    shuffle_buffer: Annotated[int, Ge(0)] = 4096
+    """encoded images held to draw from at random"""
+    precision: Literal["bf16", "fp32"] = "fp32"
+    """bf16 computes under autocast"""
+    val_epochs: Annotated[int, Ge(1), FREE] = 1
+    """epochs between tests on --val; the last one is tested in any case"""
+    resume: Annotated[Literal["auto", "never"], FREE] = "auto"
+    """go on from the last checkpoint in --out, or refuse a folder that holds one"""
+    elastic: Annotated[bool, FREE] = False
+    """resume with other shards, batch size, optimiser options or ranks too, from the beginning of
+    the epoch"""
+    checkpoint_minutes: Annotated[float, Ge(0), FREE] = 10.0
+    """time between checkpoints; one is written at the end and on SIGTERM or SIGUSR1 as well"""
+    keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
+    """how many of the last checkpoints stay"""
+    log_steps: Annotated[int, Ge(1), ELASTIC] = 20
+    """steps between log points, and between the moments at which a run can be checkpointed"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.mixing.mixup or self.mixing.cutmix) and self.batch_size % 2:
+            raise ValueError(
+                f"--batch-size {self.batch_size} must be even, as mixup and CutMix take pairs"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The options as plain data, as checkpoints keep them; paths hold in any directory."""
+        absolute = dataclasses.replace(
+            self,
+            train=[storage.normalise_url(pattern) for pattern in self.train],
+            val=[storage.normalise_url(pattern) for pattern in self.val],
+            cache=storage.normalise_url(self.cache),
+            out=self.out.absolute(),
+        )
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(absolute), default=str))
+        return plain
+
+
+def finetune(
+    encoder: VisionTransformer, train: Images, val: Images, options: Finetune
+) -> Iterator[tuple[str, Value]]:
+    """Top-1 accuracy after the last epoch, of the averaged weights as well if they are kept.
+
+    Nothing if the run was asked to stop: the same command goes on with it.
+    """
+    require_labels(train, val)
+    here = train.here
+    with (
+        checkpoint.own(options.out) if here.is_main else contextlib.nullcontext(),
+        Stop(here.lifeline) as stop,
+    ):
+        run = Finetuning(encoder, train, val, options)
+        run.train(stop)
+        if run.step < run.last_step:
+            return
+        found = run.test()
+        if here.is_main:
+            log_evaluation(options.out, run.step, "val", "trained", {**found})
+        for name, share in found.items():
+            yield name, share
+            yield name.replace("top1", "stderr"), standard_error(share, len(val))
+        yield "epochs", options.epochs
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A batch of blurred images.
+
+    Attributes:
+        images: `[B, 3, S, S]` float32, normalised.
+        targets: `[B, classes]` float32, each of sum 1.
+    """
+
+    images: Tensor
+    targets: Tensor
+
+
+class Finetuning(Training[Mixed]):
+    """A fine-tuning run: everything it holds, and what a step of it is.
+
+    All that is drawn at random in a step is drawn from seed, step and rank, beside what the loader
+    draws: so a checkpoint need not hold the state of Python's, NumPy's and torch's generators.
+    """
+
+    name = "finetune"
+
+    def __init__(
+        self, encoder: VisionTransformer, train: Images, val: Images, options: Finetune
+    ) -> None:
+        self.options, self.val, self.here = options, val, train.here
+        here = self.here
+        self.out, self.log_steps = options.out, options.log_steps
+        self.checkpoint_minutes = options.checkpoint_minutes
+        self.clock, self.side = Clock(here.device), SideStream(here.device)
+        self.samples = train.table
+        self.classes = max(train.classes, val.classes)
+        resumed, exact = checkpoint.resume(options, self.identity(), here)
+        self.id = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
+
+        torch.manual_seed(options.seed)
+        self.model = classifier(encoder, self.classes, options).to(here.device)
+        self.loader = CropLoader(
+            train.table,
+            LoaderConfig(
+                batch_size=options.batch_size,
+                image_size=train.image_size,
+                view=options.view,
+                shuffle_buffer=options.shuffle_buffer,
+                threads=options.threads,
+            ),
+            drop_last=True,
+            rank=here.rank,
+            world_size=here.world_size,
+            device=here.device,
+            seed=options.seed,
+            first_epoch=resumed.epoch if resumed else 0,
+            state=resumed.ranks[here.rank]["loader"] if resumed and exact else None,
+        )
+        mixing = options.mixing
+        self.augment = (
+            rand_augment_transform(mixing.randaugment, {}) if mixing.randaugment else None
+        )
+        self.mixup = Mixup(
+            mixing.mixup,
+            mixing.cutmix,
+            prob=1.0 if mixing.mixup or mixing.cutmix else 0.0,
+            label_smoothing=mixing.label_smoothing,
+            num_classes=self.classes,
+        )
+        self.steps_per_epoch = self.loader.steps_per_epoch
+        self.total_steps = options.epochs * self.steps_per_epoch
+        self.effective_batch = options.batch_size * here.world_size
+        optimiser = options.optimiser
+        self.learning_rate = optimiser.base_learning_rate * self.effective_batch / 256
+        self.optimizer = torch.optim.AdamW(
+            param_groups_layer_decay(
+                self.model,
+                optimiser.weight_decay,
+                no_weight_decay_list=("pos_embed", "cls_token"),
+                layer_decay=optimiser.layer_decay,
+            ),
+            lr=self.learning_rate,
+            fused=True,
+        )
+        self.warmup_steps = min(
+            round(optimiser.warmup_epochs * self.steps_per_epoch), self.total_steps // 2
+        )
+        self.schedule = CosineLRScheduler(  # it heeds each group's share, `lr_scale`
+            self.optimizer,
+            t_initial=self.total_steps - self.warmup_steps,
+            warmup_t=self.warmup_steps,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self.ema = ModelEmaV3(self.model, optimiser.ema_decay) if optimiser.ema_decay else None
+        self.step = self.schedule_start = 0
+        if resumed:
+            self._restore(resumed, exact)
+        self.trained: nn.Module = (
+            DistributedDataParallel(self.model) if here.world_size > 1 else self.model
+        )
+        self.model.train()
+
+    @property
+    def last_step(self) -> int:
+        return self.schedule_start + self.total_steps
+
+    def begin_epoch(self, epoch: int, stop: Stop) -> bool:
+        return True
+
+    def prepare(self, crops: CropBatch, step: int) -> Mixed:
+        """Augment and mix: from crops to what the model takes."""
+        draws = np.random.SeedSequence([self.options.seed, step, self.here.rank])
+        first, second = draws.generate_state(2).tolist()
+        random.seed(first)
+        np.random.seed(second)  # noqa: NPY002 - timm draws from it
+        with self.clock.stage("augment"):
+            images = crops.images
+            if self.augment is not None:
+                pictures = [
+                    np.asarray(self.augment(Image.fromarray(each))) for each in images.cpu().numpy()
+                ]
+                images = torch.from_numpy(np.stack(pictures)).to(images.device)
+            labels = self.samples.labels[crops.rows].to(images.device)
+            return Mixed(*self.mixup(normalise_images(images), labels))
+
+    def forward_backward(self, batch: Mixed) -> Tensor:
+        self.side.join()
+        seed = np.random.SeedSequence([self.options.seed, self.step, self.here.rank, 1])
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+        with self.clock.stage("forward"), self._autocast():
+            loss = F.cross_entropy(self.trained(batch.images).float(), batch.targets)
+        with self.clock.stage("backward"):
+            loss.backward()
+        return loss.detach()
+
+    def update(self) -> None:
+        self.side.join()
+        with self.clock.stage("update"):
+            self.schedule.step_update(self.step - self.schedule_start)
+            if self.options.optimiser.clip_norm:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.options.optimiser.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.ema:
+                self.ema.update(self.model)
+        self.side.weights_are_ready()
+        self.step += 1
+
+    def scalars(self) -> dict[str, float]:
+        return {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
+
+    def end_epoch(self, epoch: int) -> None:
+        if (epoch + 1) % self.options.val_epochs == 0 and self.step < self.last_step:
+            values = self.test()
+            if self.log:
+                self.log.found(self.step, "val", values)
+
+    def test(self) -> dict[str, float]:
+        """Top-1 accuracy on all images of --val, every rank testing its share."""
+        models = {"top1": self.model}
+        if self.ema:
+            models["top1_ema"] = self.ema.module
+        right, count = dict.fromkeys(models, 0.0), 0
+        for model in models.values():
+            model.eval()
+        with torch.inference_mode(), self._autocast():
+            for crops in self.val.crops(own_share=True):
+                images, labels = normalise_images(crops.images), self.val.table.labels[crops.rows]
+                count += len(labels)
+                for name, model in models.items():
+                    right[name] += float((model(images).argmax(1).cpu() == labels).sum())
+        self.model.train()
+        everywhere = self.here.gather((right, count))
+        tested = sum(count for _, count in everywhere)
+        return {name: sum(each[name] for each, _ in everywhere) / tested for name in models}
+
+    def save(self) -> None:
+        of_ranks = self.here.gather({"loader": self.loader.state()})
+        if self.here.is_main:
+            state = Checkpoint(
+                run=self.id,
+                step=self.step,
+                schedule_start=self.schedule_start,
+                epoch=(self.step - self.schedule_start) // self.steps_per_epoch,
+                method=CLASSIFIER,
+                sizes=dataclasses.asdict(ModelConfig.of(self.model)),
+                model=self.model.state_dict(),
+                ema=self.ema.module.state_dict() if self.ema else None,
+                optimizer=self.optimizer.state_dict(),
+                signals={},
+                ranks=of_ranks,
+                config={**self.options.describe(), **self.identity()},
+            )
+            path = checkpoint.save(self.out, state, self.options.keep_checkpoints)
+            if self.log:
+                self.log.event(self.step, "checkpoint", file=path.name)
+
+    def close(self, *, finished: bool) -> None:
+        pass
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "device": self.here.device.type,
+            "world_size": self.here.world_size,
+            "data": self.samples.digest,
+        }
+
+    def plan(self) -> str:
+        options, optimiser = self.options, self.options.optimiser
+        count = sum(each.numel() for each in self.model.parameters())
+        lines = {
+            "run": f"{options.out} on {self.here.device}, {self.here.world_size} rank(s), "
+            f"{options.precision}",
+            "model": f"{options.checkpoint}, {'untrained, ' if options.untrained else ''}"
+            f"{count / 1e6:.1f} M parameters, {self.classes} classes",
+            "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
+            f"{self.loader.remainder} skipped each epoch to fill whole batches; {len(self.val)} "
+            "to test on",
+            "steps": f"{self.total_steps} = {options.epochs} epochs x {self.steps_per_epoch}, "
+            f"{self.warmup_steps} of warm-up; {self.step - self.schedule_start} done",
+            "batch": f"{self.effective_batch} = {options.batch_size} x {self.here.world_size} "
+            "rank(s)",
+            "learning rate": f"{self.learning_rate:.3g} at its peak = "
+            f"{optimiser.base_learning_rate:.3g} x {self.effective_batch} / 256; "
+            f"x {optimiser.layer_decay:g} from block to block",
+        }
+        return "\n".join(f"{name:14}{text}" for name, text in lines.items())
+
+    def _restore(self, resumed: Checkpoint, exact: bool) -> None:
+        self.step = resumed.step
+        self.model.load_state_dict(resumed.model)
+        options = [dict(group) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(resumed.optimizer)
+        if self.ema and resumed.ema:
+            self.ema.module.load_state_dict(resumed.ema)
+        if exact:
+            self.schedule_start = resumed.schedule_start
+        else:
+            self.schedule_start = resumed.step - resumed.epoch * self.steps_per_epoch
+            for group, now in zip(self.optimizer.param_groups, options, strict=True):
+                group.update({name: now[name] for name in now if name != "params"})
+
+    def _autocast(self) -> torch.autocast:
+        bf16 = self.options.precision == "bf16"
+        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
+
+
+def classifier(encoder: VisionTransformer, classes: int, options: Finetune) -> VisionTransformer:
+    """The encoder with a linear classifier on it, whose weights are near zero.
+
+    As in MAE's fine-tuning the mean of the patch tokens has a norm of its own, in place of the
+    encoder's last one, and positions are trained.
+    """
+    model = VisionTransformer(
+        img_size=encoder.patch_embed.img_size,
+        patch_size=encoder.patch_embed.patch_size,
+        embed_dim=encoder.embed_dim,
+        depth=len(encoder.blocks),
+        num_heads=encoder.blocks[0].attn.num_heads,
+        num_classes=classes,
+        global_pool="avg" if options.pooling == "mean" else "token",
+        drop_path_rate=options.mixing.drop_path,
+    )
+    weights = {
+        name: value
+        for name, value in encoder.state_dict().items()
+        if options.pooling == "cls" or not name.startswith("norm.")
+    }
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert all(name.startswith(("head.", "fc_norm.")) for name in missing)
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)
+    nn.init.zeros_(model.head.bias)
+    return model
