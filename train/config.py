@@ -126,6 +126,10 @@ class Pretrain:
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
     """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
     none"""
+    monitor: Annotated[list[str], FREE] = field(default_factory=list)
+    """labelled shards; k-NN and a quick probe of the encoder on them are drawn beside the loss"""
+    monitor_epochs: Annotated[int, Ge(1), FREE] = 10
+    """epochs from one look of the monitor to the next"""
     seed: Annotated[int, Ge(0)] = 0
     """of weights, shuffle, crops and sampling"""
 
@@ -172,6 +176,7 @@ class Pretrain:
         return dataclasses.replace(
             self,
             shards=[storage.normalise_url(pattern) for pattern in self.shards],
+            monitor=[storage.normalise_url(pattern) for pattern in self.monitor],
             cache=storage.normalise_url(self.cache),
             out=self.out.absolute(),
             init=self.init

@@ -49,6 +49,7 @@ from train import checkpoint, figures
 from train.checkpoint import Checkpoint
 from train.config import PLAIN_MAE, Pretrain, parse
 from train.distributed import Ranks, ranks
+from train.evaluate.monitor import Monitor
 from train.initial import load_initial
 from train.loop import Training
 from train.program import run_program
@@ -71,6 +72,8 @@ def main(config: Pretrain) -> None:
 
 class Run(Training[PatchBatch]):
     """A pre-training run: everything it holds, and what a step of it is."""
+
+    name = "pretrain"
 
     def __init__(self, config: Pretrain, here: Ranks) -> None:
         self.config, self.here = config, here
@@ -145,6 +148,11 @@ class Run(Training[PatchBatch]):
         )
         decay = config.optimiser.ema_decay
         self.ema = ModelEmaV3(encoder, decay) if decay else None
+        self.monitor = (
+            Monitor(config.monitor, cache, self.sizes, config.threads, here)
+            if config.monitor and here.is_main
+            else None
+        )
         self.step = 0
         self.schedule_start = 0
         if resumed:
@@ -223,6 +231,9 @@ class Run(Training[PatchBatch]):
     def end_epoch(self, epoch: int) -> None:
         for signal in self.signals:
             signal.synchronise()
+        if self.monitor and self.log and (epoch + 1) % self.config.monitor_epochs == 0:
+            self.side.join()
+            self.monitor.look(self.model.encoder, self.step, self.log)
 
     def save(self) -> None:
         for signal in self.signals:
@@ -255,6 +266,8 @@ class Run(Training[PatchBatch]):
     def close(self, *, finished: bool) -> None:
         for signal in self.signals:
             signal.close(finished=finished)
+        if self.monitor:
+            self.monitor.close(finished=finished)
 
     def identity(self) -> dict[str, Any]:
         return {

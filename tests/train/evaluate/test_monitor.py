@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -8,11 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from pipeline.cache import ScoreCache
+from train import checkpoint
 from train.distributed import Ranks
 from train.evaluate.knn import predict
 from train.evaluate.monitor import Monitor
 from train.evaluate.trunk import Evaluation, open_images, top1
 from train.log import Log
+from train.pretrain import main as pretrain
 from train.timing import Clock
 
 HERE = Ranks(0, 1, "here", torch.device("cpu"))
@@ -21,7 +24,7 @@ SIZES = MODELS["vit_nano"]
 
 @pytest.fixture
 def log(tmp_path):
-    log = Log(tmp_path, 0, 10, 8, Clock(HERE.device))
+    log = Log(tmp_path, 0, 10, 8, Clock(HERE.device), "train")
     yield log
     log.close()
 
@@ -39,7 +42,7 @@ def encoder():
 
 def _lines(folder, event):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == event]
+    return [line for line in lines if line.get("event") == event]
 
 
 def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path):
@@ -106,3 +109,17 @@ def test_images_without_a_class_are_refused_at_once(scored, tmp_path):
     score([path], scored.cache, scored.spec)
     with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
         Monitor([str(path)], scored.cache, SIZES, 1, HERE)
+
+
+def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, scored, tmp_path):
+    watched = dataclasses.replace(
+        config, out=tmp_path / "watched", monitor=scored.shards, monitor_epochs=1
+    )
+    pretrain(config)
+    pretrain(watched)
+    one, other = (checkpoint.load(each.out) for each in (config, watched))
+    assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
+    looks = _lines(watched.out, "evaluation") + _lines(watched.out, "monitor left out")
+    assert {line["step"] for line in looks} == {3, 6, 9}
+    assert _lines(watched.out, "evaluation")[0]["step"] == 3
+    pretrain(watched)  # it is over, and needs no look
