@@ -255,12 +255,14 @@ def test_thirty_jobs_beside_collections_without_an_age_limit_lose_nothing(tmp_pa
         run = f"run-{rng.randrange(2)}"
         known = cache.generations.of(run)
         if not known:
+            time.sleep(0.1)
             return
         wanted = rng.choice(known)
         cache.generations.need(run, [wanted.step], by=f"user-{number}")
         if wanted in cache.generations.of(run):  # or it was about to go when it was chosen
             for _ in range(3):
                 cache.read_maps([_id(shard) for shard in DATA], wanted.specs[0])
+                done["read"] += 1
                 time.sleep(rng.random() / 20)
 
     def gc(cache, rng, _):
@@ -281,6 +283,7 @@ def test_thirty_jobs_beside_collections_without_an_age_limit_lose_nothing(tmp_pa
     print(f"seed {seed}: {dict(done)}")
     assert not failures
     assert done["removed"] > 10
+    assert done["read"] > 10
     cache = ScoreCache(url)
     for name, record in cache.manifests.read(str(tars)).items():
         assert len(cache.read_maps([record.shard_id], PIXELS)[0]) == 2, name
