@@ -139,6 +139,7 @@ class ScoreCache:
         self.url = self.objects.url
         self.manifests = Manifests(self.objects)
         self.generations = Generations(self.objects)
+        self._arrays_store = CheckedStore(self.objects.zarr(), self.url)
         self.notices, self.claims = Notices(self.objects), Claims(self.objects)
         if create:
             self.objects.refuse_foreign()
@@ -262,37 +263,46 @@ class ScoreCache:
         Raises:
             CacheError: no whole entry, a damaged one, or one of another format.
         """
-        return self._read_side_by_side(shard_ids, "samples", self._check_samples)
+
+        async def read(shard_id: str) -> NDArray:
+            try:
+                data = await self.objects.get_async(f"shards/{shard_id}/zarr.json")
+            except FileNotFoundError:
+                raise self._no_entry(shard_id) from None
+            kept = self._attributes(shard_id, data)["kept"]
+            (samples,) = await self._arrays(shard_id, ["samples"])
+            self._check_samples(shard_id, samples, kept)
+            return samples
+
+        return self._side_by_side(read, shard_ids)
 
     def read_maps(self, shard_ids: list[str], spec: Spec) -> list[NDArray[np.float16]]:
         """The maps `[n, G, G]` of shards, each in the order of its samples, read side by side.
+
+        That there is a map a sample is for the caller to see, who knows the samples.
 
         Raises:
             CacheError: no whole entry, none of this spec, a damaged one, or one of another format.
         """
 
-        def check(shard_id: str, maps: NDArray, kept: int) -> None:
-            self._check_maps(shard_id, spec.id, maps, (kept, spec.grid, spec.grid))
+        async def read(shard_id: str) -> NDArray:
+            (maps,) = await self._arrays(shard_id, [spec.id])
+            self._check_maps(shard_id, spec.id, maps, (len(maps), spec.grid, spec.grid))
+            return maps
 
-        return self._read_side_by_side(shard_ids, spec.id, check)
+        return self._side_by_side(read, shard_ids)
 
-    def _read_side_by_side(
-        self, shard_ids: list[str], name: str, check: Callable[[str, NDArray, int], None]
+    def _side_by_side(
+        self, read: Callable[[str], Coroutine[Any, Any, NDArray]], shard_ids: list[str]
     ) -> list[NDArray]:
-        async def read(shard_id: str, turn: asyncio.Semaphore) -> NDArray:
-            async with turn:
-                try:
-                    data = await self.objects.get_async(f"shards/{shard_id}/zarr.json")
-                except FileNotFoundError:
-                    raise self._no_entry(shard_id) from None
-                kept = self._attributes(shard_id, data)["kept"]
-                (values,) = await self._arrays(shard_id, [name])
-                check(shard_id, values, kept)
-                return values
-
         async def read_all() -> list[NDArray]:
             turn = asyncio.Semaphore(_CONCURRENT_READS)
-            return await asyncio.gather(*(read(shard_id, turn) for shard_id in shard_ids))
+
+            async def in_turn(shard_id: str) -> NDArray:
+                async with turn:
+                    return await read(shard_id)
+
+            return await asyncio.gather(*map(in_turn, shard_ids))
 
         return self._run(read_all())
 
@@ -357,12 +367,14 @@ class ScoreCache:
         )
 
     async def _arrays(self, shard_id: str, names: list[str]) -> list[NDArray]:
-        store = CheckedStore(self.objects.zarr(), self.url)
         found = []
         for name in names:
+            path = f"shards/{shard_id}/{name}"
             try:
-                found.append(await read_array(store, self.url, f"shards/{shard_id}/{name}"))
+                found.append(await read_array(self._arrays_store, self.url, path))
             except FileNotFoundError:
+                if not self.has_entry(shard_id, None):
+                    raise self._no_entry(shard_id) from None
                 if name in ("samples", "key"):
                     raise self._damaged(shard_id, name, "it is gone") from None
                 raise CacheError(

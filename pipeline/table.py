@@ -156,11 +156,19 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
         CacheError: a shard without maps of this spec; see `load_samples` for what it names.
     """
     try:
-        return torch.from_numpy(np.concatenate(cache.read_maps(samples.shard_ids, spec)))
+        maps = cache.read_maps(samples.shard_ids, spec)
     except CacheError:
         shards = look_up(samples.urls, cache, spec)  # tells which tar, and what helps
         _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
         raise
+    for number, (first, end) in enumerate(itertools.pairwise(samples.first_row)):
+        if len(maps[number]) != end - first:
+            folder = f"{cache.url}/shards/{samples.shard_ids[number]}"
+            raise CacheError(
+                f"{samples.urls[number]}: {len(maps[number])} maps of {end - first} samples. "
+                f"Remove {folder}/{spec.id}. {_remedy(samples.patterns, cache, spec)}"
+            )
+    return torch.from_numpy(np.concatenate(maps))
 
 
 def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:
