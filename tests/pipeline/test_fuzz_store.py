@@ -59,7 +59,7 @@ def full(scored, spec):
     ):
         scored.cache.write_maps(shard_id, MODEL, maps)
     for step in (3, 9):
-        scored.cache.generations.publish(Generation("run-a", step, (MODEL,), samples.digest, 26))
+        scored.cache.generations.publish(Generation("run-a", step, [MODEL], samples.digest, 26))
     scored.cache.generations.need("run-a", [3], by="run-a")
     return scored
 
