@@ -25,7 +25,7 @@ from pipeline.table import load_maps, load_samples
 SEED = int(os.environ.get("FAMT_SEED", "0"))
 COUNT = int(os.environ.get("FAMT_FUZZ", "700"))
 OTHER = ScoreSpec(kind="lowpass", grid=3)
-MODEL = ModelScoreSpec("famt", 7, 32, "e" * 32)
+MODEL = ModelScoreSpec("attention", 7, 32, "e" * 32)
 
 
 def _flip(data, rng):
