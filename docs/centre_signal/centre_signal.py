@@ -1,0 +1,30 @@
+"""A signal of one's own: patches near the middle of the image weigh more."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.loader import CropBatch
+from train.signals.config import ContentConfig
+from train.signals.signal import Context, Signal
+
+
+class Centre(Signal):
+    """A Gaussian around the centre of the image, wherever the crop was cut."""
+
+    def __init__(self, slot: ContentConfig, context: Context) -> None:
+        self.exponent, self._grid = slot.exponent, context.grid
+        self._read = 0
+
+    def read(self, crops: CropBatch, step: int) -> Tensor:
+        self._read += len(crops.rows)
+        cells = (torch.arange(self._grid) + 0.5) / self._grid
+        y = crops.windows[:, :1] + cells * crops.windows[:, 2:3] - 0.5
+        across = torch.where(crops.flips[:, None], cells.flip(0), cells)
+        x = crops.windows[:, 1:2] + across * crops.windows[:, 3:] - 0.5
+        scores = torch.exp(-(y[:, :, None] ** 2 + x[:, None, :] ** 2) / 0.08)
+        return scores.flatten(1).to(crops.images.device)
+
+    def scalars(self) -> dict[str, float]:
+        return {f"{self.name}_crops_read": self._read}

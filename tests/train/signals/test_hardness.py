@@ -1,0 +1,46 @@
+import dataclasses
+
+import pytest
+import torch
+
+from famt.patches import normalise
+from pipeline.join import JoinConfig
+from train.distributed import ranks
+from train.pretrain import Run
+from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_a_step_writes_the_ranks_of_its_errors_at_the_cells_of_the_masked_patches(config, share):
+    config = dataclasses.replace(
+        config,
+        content=ContentConfig("off"),
+        attention=AttentionConfig("off"),
+        hardness=HardnessConfig("errors"),
+        join=JoinConfig(predicted_share=share),
+        accumulate=2,
+    )
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        (signal,) = run.signals
+        written = []
+        signal.bank.write = lambda *what: written.append(what)
+        batch = run.prepare(next(iter(run.loader)), 0)
+        run.forward_backward(batch)
+        signal.synchronise()
+        ((views, scores, step, known),) = written
+        assert torch.equal(views.rows, batch.views.rows)
+        assert step == 0
+        with torch.no_grad():
+            predicted = run.model.predict(normalise(batch.visible), batch.split)
+    for b in range(8):
+        errors = {}
+        for place, patch in enumerate(batch.split.predicted[b].tolist()):
+            pixels = normalise(batch.masked[b, place])
+            target = (pixels - pixels.mean()) / (pixels.var() + 1e-6).sqrt()
+            errors[patch] = sum(((predicted[b, place] - target) ** 2).tolist()) / len(target)
+        assert known[b].nonzero().flatten().tolist() == sorted(errors)
+        easiest_first = sorted(errors, key=errors.get)
+        assert len(easiest_first) == int(28 * share)
+        for rank, patch in enumerate(easiest_first, start=1):
+            assert scores[b, patch].item() == pytest.approx(rank / len(errors))

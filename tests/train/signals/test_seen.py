@@ -1,0 +1,92 @@
+import dataclasses
+
+import pytest
+import torch
+
+from famt.patches import normalise
+from train.config import RECIPES
+from train.distributed import ranks
+from train.pretrain import Run
+from train.signals.config import AttentionConfig, ContentConfig
+
+
+@pytest.fixture
+def run(config):
+    config = dataclasses.replace(
+        config, content=ContentConfig("off"), attention=AttentionConfig("seen"), accumulate=2
+    )
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        for block in run.model.encoder.blocks:  # away from the flat attention of a fresh model
+            block.attn.qkv.weight.data *= 3
+        yield run
+
+
+def _attention(run, batch):
+    """Softmax attention of the last block in this very pass, from a hook on timm's own module."""
+    block, caught = run.model.encoder.blocks[-1], []
+    block.attn.fused_attn = False
+    hook = block.attn.attn_drop.register_forward_hook(lambda _m, _i, out: caught.append(out))
+    with torch.no_grad():
+        run.model.encode(normalise(batch.visible), batch.split.visible)
+    hook.remove()
+    block.attn.fused_attn = True
+    return caught[0]
+
+
+def test_a_step_writes_what_it_attends_to_at_the_cells_of_the_visible_patches(run):
+    (signal,) = run.signals
+    written = []
+    signal.bank.write = lambda *what: written.append(what)
+    batch = run.prepare(next(iter(run.loader)), 0)
+    run.forward_backward(batch)
+    signal.synchronise()
+    ((views, scores, step, known),) = written
+    assert torch.equal(views.rows, batch.views.rows)
+    assert step == 0
+    attention = _attention(run, batch)
+    for b in range(8):
+        visible = batch.split.visible[b].tolist()
+        assert known[b].nonzero().flatten().tolist() == sorted(visible)
+        for place, patch in enumerate(visible, start=1):
+            expected = 0.0
+            for head in attention[b]:
+                cls = head[0, place] * head[1:, 0].mean()
+                expected += (cls + head[1:, place].mean() * head[0, 0]) / len(attention[b])
+            assert scores[b, patch].item() == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_weights_come_from_what_was_seen_and_gradients_are_left_alone(run):
+    crops = next(iter(run.loader))
+    with torch.random.fork_rng():
+        before = run.prepare(crops, 0)
+    run.forward_backward(before)
+    gradient = run.model.encoder.blocks[-1].attn.qkv.weight.grad.clone()
+    (signal,) = run.signals
+    weights = signal.read(crops, 1)
+    known = torch.zeros(8, 64).scatter(1, before.split.visible, 1.0).bool()
+    assert weights[known].std() > 0.01
+    assert signal.bank.coverage == pytest.approx(8 / 26)
+    signal.close(finished=True)
+    run.optimizer.zero_grad()
+    run.signals = []
+    run.forward_backward(before)
+    assert torch.equal(run.model.encoder.blocks[-1].attn.qkv.weight.grad, gradient)
+
+
+def test_a_method_whose_encoder_sees_more_is_refused(config):
+    options = RECIPES["simmim"] | {"attention": AttentionConfig("seen")}
+    with ranks("cpu") as here:
+        run = Run(dataclasses.replace(config, **options), here)
+        batch = run.prepare(next(iter(run.loader)), 0)
+        with pytest.raises(ValueError, match=r"--attention\.source seen: .* use rolling"):
+            run.forward_backward(batch)
+
+
+def test_scores_that_need_all_patches_are_refused(config):
+    slot = AttentionConfig("seen", kind="token_frequency")
+    with (
+        ranks("cpu") as here,
+        pytest.raises(ValueError, match=r"--attention\.kind token_frequency"),
+    ):
+        Run(dataclasses.replace(config, attention=slot), here)

@@ -1,0 +1,81 @@
+import dataclasses
+from importlib.metadata import EntryPoint
+
+import pytest
+import torch
+
+from train.distributed import ranks
+from train.pretrain import Run
+from train.signals import weights
+from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
+from train.signals.weights import read_signals, weigh
+
+
+def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
+    config = dataclasses.replace(
+        config,
+        content=ContentConfig("cached", cached_exponent=0.5),
+        attention=AttentionConfig("live", exponent=2.0),
+    )
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        crops = next(iter(run.loader))
+        content, attention = (each.read(crops, 0) for each in run.signals)
+        found = weigh(read_signals(run.signals, crops, 0), crops, 8)
+    for b in range(8):
+        for n in range(64):
+            relative = content[b, n] / content[b].mean(), attention[b, n] / attention[b].mean()
+            expected = float(relative[0] ** 0.5 * relative[1] ** 2)
+            assert found[b, n].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_without_signals_weights_are_uniform(config):
+    with ranks("cpu") as here:
+        run = Run(dataclasses.replace(config, content=ContentConfig("off")), here)
+        crops = next(iter(run.loader))
+        assert torch.equal(weigh({}, crops, 8), torch.ones(8, 64))
+
+
+def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(config):
+    config = dataclasses.replace(config, content=ContentConfig("refreshed"))
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        crops = next(iter(run.loader))
+        assert list(read_signals(run.signals, crops, 0)) == ["attention"]
+        assert run.prepare(crops, 0).split.masked.shape == (8, 28)
+        run.signals = run.signals[:1]
+        assert run.prepare(crops, 0).split.masked.shape == (8, 48)  # a plain MAE's
+        run.close(finished=True)
+
+
+def test_an_unknown_source_names_those_there_are(config):
+    with (
+        ranks("cpu") as here,
+        pytest.raises(ValueError, match=r"--hardness\.source what: .*errors"),
+    ):
+        Run(dataclasses.replace(config, hardness=HardnessConfig("what")), here)
+
+
+def test_a_packages_own_signal_weighs_patches(config, monkeypatch):
+    """The example of docs/custom-signals.md."""
+    added = EntryPoint("centre", "centre_signal:Centre", "famt.signals")
+    monkeypatch.syspath_prepend("docs/centre_signal")
+    monkeypatch.setattr(weights, "_added", lambda: {"centre": added})
+    config = dataclasses.replace(config, content=ContentConfig("centre", exponent=1.0))
+    with ranks("cpu") as here:
+        run = Run(config, here)
+        crops = next(iter(run.loader))
+        (scores, exponent) = read_signals(run.signals, crops, 0)["content"]
+        assert exponent == 1.0
+        assert run.signals[0].scalars()["content_crops_read"] == 8
+        cells = scores.view(8, 8, 8)
+        for b in range(8):
+            top, left, height, width = crops.windows[b].tolist()
+            flipped = bool(crops.flips[b])
+            for y in range(8):
+                for x in range(8):
+                    across = 7 - x if flipped else x
+                    middle = top + (y + 0.5) / 8 * height - 0.5, left + (across + 0.5) / 8 * width
+                    distance = middle[0] ** 2 + (middle[1] - 0.5) ** 2
+                    expected = pytest.approx(2.718281828 ** (-distance / 0.08), rel=1e-4)
+                    assert cells[b, y, x].item() == expected
