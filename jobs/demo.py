@@ -21,6 +21,7 @@ import ray
 import tyro
 
 from jobs import make_shards, precompute_freq
+from jobs.refresh_scores import RefreshWorkers, following
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.loader import RandomView
@@ -31,6 +32,7 @@ from train.config import OptimiserConfig, Pretrain
 from train.evaluate.probe import Probe
 from train.evaluate.run import run as evaluate
 from train.program import run_program
+from train.signals.config import RefreshConfig
 
 _MODEL = "vit_nano"
 
@@ -65,23 +67,28 @@ def main(demo: Demo) -> None:
         precompute_freq.main(
             precompute_freq.PrecomputeFreq(shards=[*train, *val], cache=cache, max_bad=1.0)
         )
-        ray.shutdown()
     labels = load_samples(train, ScoreCache(cache)).labels
     images = len(labels)
-    with _stage("3. FAMT pre-training"):
+    epochs = max(1, round(demo.images_seen / images))
+    with (
+        _stage("3. FAMT pre-training, with a job beside it that refreshes its scores"),
+        following(run, RefreshWorkers(workers=1)),
+    ):
         pretrain.main(
             Pretrain(
                 shards=train,
                 cache=cache,
                 out=run,
                 model=_MODEL,
-                epochs=max(1, round(demo.images_seen / images)),
+                epochs=epochs,
+                refresh=RefreshConfig(every=max(1, epochs // 4)),
                 batch_size=min(128, images),
                 # A mirrored digit is another sign; a mirrored photo is a photo.
                 view=RandomView(flip=0.0 if demo.data == DIGITS else 0.5),
                 optimiser=OptimiserConfig(base_learning_rate=2e-3, warmup_epochs=5),
             )
         )
+    ray.shutdown()
     accuracy = {}
     probed = {"trained": False, "untrained": True} if len(labels.unique()) > 1 else {}
     for name, untrained in probed.items():
