@@ -26,7 +26,7 @@ from train.signals.config import AttentionConfig, HardnessConfig
 class Attention(Checked):
     """Time of whole FAMT steps with a signal, beside those without; and the share of the join.
 
-    `rolling` refreshes a part of each batch a step, `rolling low` on crops of half the side, `live`
+    `rolling` refreshes a part of each batch a step, at half the crops' side or whole, `live`
     looks at every crop; `seen` and `errors` keep what the step itself gives. All steps are the
     training's own, on one batch of crops. The last lines hold steps that decode a share of the
     masked patches against plain MAE's.
@@ -53,12 +53,12 @@ class Attention(Checked):
         ):
             agreement = self._agreement(steps)
             joins: list[float] = []
-            half = steps.run.sizes.image_size // 2
+            whole = steps.run.sizes.image_size
             slots: dict[str, dict[str, Any]] = {
                 "off": {},
                 "rolling": {"attention": AttentionConfig("rolling", every=self.every)},
-                "rolling low": {
-                    "attention": AttentionConfig("rolling", every=self.every, image_size=half)
+                "rolling at full size": {
+                    "attention": AttentionConfig("rolling", every=self.every, image_size=whole)
                 },
                 "live": {"attention": AttentionConfig("live")},
                 "seen": {"attention": AttentionConfig("seen")},

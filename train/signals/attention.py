@@ -25,7 +25,7 @@ class Live(Signal):
         self, slot: AttentionConfig, context: Context, image_size: int | None = None
     ) -> None:
         check_model_kinds([slot.kind])
-        self.exponent, self._kind, self._size = slot.exponent, slot.kind, image_size
+        self.exponent, self._kind, self.size = slot.exponent, slot.kind, image_size
         self._encoder, self._parts = context.encoder, context.config.accumulate
         self._bf16 = context.config.precision == "bf16"
 
@@ -37,8 +37,8 @@ class Live(Signal):
         scores = []
         for part in images.chunk(self._parts):
             pixels = normalise_images(part)
-            if self._size is not None:
-                pixels = F.interpolate(pixels, self._size, mode="bilinear", antialias=True)
+            if self.size not in (None, pixels.shape[-1]):
+                pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
             with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bf16):
                 scores.append(model_scores([self._kind], self._encoder, pixels)[self._kind])
         return torch.cat(scores)
@@ -53,7 +53,9 @@ class Rolling(Banked):
     def __init__(self, slot: AttentionConfig, context: Context) -> None:
         super().__init__(slot.exponent, context)
         self._kind, self._every = slot.kind, slot.every
-        self._live = Live(slot, context, slot.image_size)
+        sizes = context.config.sizes
+        half = max(1, sizes.image_size // 2 // sizes.patch_size) * sizes.patch_size
+        self._live = Live(slot, context, slot.image_size or half)
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
         signal = self.look(crops, step)
@@ -71,5 +73,5 @@ class Rolling(Banked):
     def describe(self) -> str:
         return (
             f"rolling {self._kind} to the power {self.exponent:g}, 1/{self._every} of a batch "
-            "looked at each step"
+            f"looked at each step, at {self._live.size} px"
         )

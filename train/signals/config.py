@@ -44,8 +44,7 @@ class AttentionConfig:
     every: Annotated[int, Ge(1)] = 8
     """rolling: a forward pass refreshes 1/every of each batch, the longest unseen first"""
     image_size: Annotated[int | None, Ge(1)] = None
-    """rolling: side of the crops in that pass, px, half the model's say; the model's own if left
-    out"""
+    """rolling: side of the crops in that pass, px; half the model's if left out"""
 
 
 @dataclass(frozen=True)

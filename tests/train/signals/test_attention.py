@@ -40,7 +40,7 @@ def _live(encoder, **options):
 
 def _rolling(encoder, rows, every, **options):
     with ranks("cpu") as here:
-        slot = AttentionConfig(every=every, **options)
+        slot = AttentionConfig(every=every, **({"image_size": 32} | options))
         return Rolling(slot, context(encoder, range(rows), here))
 
 
@@ -62,7 +62,8 @@ def test_any_score_of_a_model_can_be_live(encoder, scored):
 
 def test_smaller_crops_give_a_map_of_the_same_patches(encoder, scored):
     crops = next(iter(_loader(scored, WholeView())))
-    rolling = _rolling(encoder, 26, 1, kind="cls_attention", image_size=16)
+    rolling = _rolling(encoder, 26, 1, kind="cls_attention", image_size=None)
+    assert "at 16 px" in rolling.describe()
     assert rolling.read(crops, 0).shape == (8, 64)
 
 
