@@ -48,8 +48,8 @@ _SINCE_5 = {
 
 
 def is_decoder(name: str) -> bool:
-    """Whether an official name is one of the decoder's."""
-    return name.startswith("decoder_") or name == "mask_token"
+    """Whether a name is one of the decoder's, or of what feeds it."""
+    return name.startswith(("decoder_", "fusion.")) or name == "mask_token"
 
 
 def encoder_state(model: MaskedModel) -> dict[str, Tensor]:

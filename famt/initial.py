@@ -82,11 +82,11 @@ def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tenso
     """Put weights into an encoder: as they are where shapes agree.
 
     Positions are interpolated to the encoder's grid as timm does, and the patch projection to its
-    patch size by the pseudo-inverse of resizing (Beyer et al., "FlexiViT", CVPR 2023). A head or
-    final norm that the weights do not have stays as it is, and one that they have is left out.
+    patch size by the pseudo-inverse of resizing (Beyer et al., "FlexiViT", CVPR 2023). A final norm
+    that the weights do not have stays as it is; a classifier's head is left out.
 
     Args:
-        encoder: with a class token; a head for fine-tuning is welcome.
+        encoder: with a class token and no head.
         weights: under official names.
 
     Raises:
@@ -107,8 +107,7 @@ def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tenso
         elif name == "patch_embed.proj.weight" and value.shape[-1] != own[name].shape[-1]:
             value = resample_patch_embed(value, list(own[name].shape[2:]))
             fit.resized[name] = f"patches of {weights[name].shape[-1]} px to {value.shape[-1]}"
-        is_head = name.startswith(("head.", "fc_norm."))
-        if name not in own or (is_head and value.shape != own[name].shape):
+        if name not in own:
             fit.left_out.append(name)
             continue
         if value.shape != own[name].shape:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from safetensors import SafetensorError
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.export import from_transformers
+from famt.export import from_transformers, is_decoder
 from famt.initial import Fit, encoder_sizes, load_encoder_weights, load_weights
 from famt.masked import MaskedModel
 from famt.models import MODELS, ModelConfig
@@ -63,20 +64,10 @@ def load_initial(model: MaskedModel, source: str) -> Fit:
     return _load(initial, model.encoder, lambda: load_weights(model, initial.weights))
 
 
-def load_initial_encoder(encoder: VisionTransformer, source: str) -> Fit:
-    """Let an encoder, with or without a head, begin with the weights of a source.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_initial`.
-    """
-    initial = read_initial(source)
-    return _load(initial, encoder, lambda: load_encoder_weights(encoder, initial.weights))
-
-
 def build_initial_encoder(
     source: str, image_size: int | None = None, *, ema: bool = False
 ) -> VisionTransformer:
-    """The encoder of a source, in eval mode.
+    """The encoder of a source, in eval mode; says on the terminal what of the source is not in it.
 
     Args:
         image_size: px, in place of its own; positions are interpolated.
@@ -105,7 +96,11 @@ def build_initial_encoder(
         image_size=image_size or sizes.image_size,
         patch_size=sizes.patch_size,
     ).encoder()
-    _load(initial, encoder, lambda: load_encoder_weights(encoder, initial.weights))
+    # A decoder, whose absence goes without saying, is left out of the report.
+    weights = {name: each for name, each in initial.weights.items() if not is_decoder(name)}
+    fit = _load(initial, encoder, lambda: load_encoder_weights(encoder, weights))
+    if fit.resized or fit.missing or fit.left_out:
+        print(f"{source}\n{fit.describe()}", file=sys.stderr)
     return encoder.eval()
 
 

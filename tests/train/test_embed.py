@@ -124,3 +124,9 @@ def test_a_killed_run_leaves_nothing_under_the_name(tiny_run, scored, tmp_path, 
         assert out.exists()
         with pytest.raises(ValueError, match="is there already"):
             _embed(tiny_run, scored, out)
+
+
+def test_several_processes_are_refused(tiny_run, scored, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="without torchrun"):
+        _embed(tiny_run, scored, tmp_path / "f.parquet")

@@ -15,7 +15,7 @@ import transformers
 from famt.export import encoder_state, official_state
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS, ModelConfig
-from train.initial import build_initial_encoder, load_initial, load_initial_encoder
+from train.initial import build_initial_encoder, load_initial
 
 TINY = ModelConfig(
     width=24, depth=2, heads=3, image_size=32, patch_size=8,
@@ -55,7 +55,7 @@ def test_bare_files_of_weights(model, tmp_path, wrapper):
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     for name in ("w.bin", "w.safetensors"):
         target = MaskedAutoencoder(TINY)
-        load_initial_encoder(target.encoder, str(tmp_path / name))
+        load_initial(target, str(tmp_path / name))
         assert _same(target.encoder, model.encoder)
 
 
@@ -179,6 +179,28 @@ def test_an_encoder_is_built_in_the_sizes_of_its_source(model, images, tmp_path)
     base = MODELS["vit_tiny"].encoder()
     torch.save(base.state_dict(), tmp_path / "tiny.pth")
     assert build_initial_encoder(str(tmp_path / "tiny.pth")).blocks[0].attn.num_heads == 3
+
+
+def test_what_of_a_source_is_not_in_the_encoder_is_told(tmp_path, capsys):
+    folder = tmp_path / "hf"
+    transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=96,
+            image_size=32,
+            patch_size=8,
+        )
+    ).save_pretrained(folder)
+    capsys.readouterr()
+    build_initial_encoder(str(folder), image_size=48)
+    told = capsys.readouterr().err
+    assert "resized   pos_embed (4 x 4 patches to 6 x 6)" in told
+    assert "left out  pooler.dense.bias, pooler.dense.weight" in told
+    torch.save(official_state(MaskedAutoencoder(MODELS["vit_nano"])), tmp_path / "nano.pth")
+    build_initial_encoder(str(tmp_path / "nano.pth"))
+    assert capsys.readouterr().err == ""
 
 
 # The shapes that MAE's authors released: width, depth, patch size.
