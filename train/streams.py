@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import is_dataclass
 from types import FrameType, TracebackType
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
-from pipeline.join import PatchBatch
 from train.lifeline import ASKING, Lifeline
+
+Batch = TypeVar("Batch")
 
 
 class SideStream:
@@ -51,14 +56,16 @@ class SideStream:
             self._context.__exit__(kind, error, trace)
             self._context = None
 
-    def hand_over(self, batch: PatchBatch) -> PatchBatch:
-        """Keep the memory of a batch made in this stream until the main stream has used it."""
+    def hand_over(self, batch: Batch) -> Batch:
+        """Keep the memory of a batch made in this stream until the main stream has used it.
+
+        Args:
+            batch: a dataclass of tensors, and of dataclasses of tensors.
+        """
         if self._stream is not None:
             main = torch.cuda.default_stream(self._stream.device)
-            for tensor in (
-                batch.visible, batch.masked, batch.loss_weights, *vars(batch.split).values()
-            ):  # fmt: skip
-                if tensor is not None:
+            for tensor in _tensors(batch):
+                if tensor.is_cuda:
                     tensor.record_stream(main)
         return batch
 
@@ -71,6 +78,15 @@ class SideStream:
         """Tell this stream that the weights are updated up to here."""
         if self._stream is not None:
             self._ready = torch.cuda.current_stream().record_event()
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in a dataclass, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for each in vars(value).values():
+            yield from _tensors(each)
 
 
 class Stop:

@@ -1,11 +1,13 @@
 import os
 import signal
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from train.streams import SideStream, Stop
+from pipeline.loader import CropBatch
+from train.streams import SideStream, Stop, _tensors
 
 
 def test_a_signal_is_noted_and_handlers_are_put_back():
@@ -71,3 +73,36 @@ def test_a_batch_waits_for_the_weights_and_the_update_for_the_batch():
     side.join()
     weights += 1
     assert (read.item(), later.item(), weights.item()) == (1, 1, 2)
+
+
+@pytest.mark.gpu
+def test_memory_of_a_batch_made_in_the_side_stream_is_kept_for_the_main_one():
+    device = torch.device("cuda", 0)
+    side, main = SideStream(device), torch.cuda.default_stream(device)
+    side.join()
+    with side:
+        inner = CropBatch(torch.ones(2, 4, 4, 3, device=device), *(torch.ones(2),) * 3)
+        batch = side.hand_over(Handed(torch.ones(1 << 20, device=device), inner, None))
+    assert batch.inner is inner
+    side.join()
+    with torch.cuda.stream(main):
+        torch.cuda._sleep(100_000_000)
+        doubled = batch.outer * 2
+    del batch
+    with side:
+        torch.zeros(1 << 20, device=device)  # would take the memory, were it free
+    torch.cuda.synchronize()
+    assert (doubled == 2).all()
+
+
+@dataclass(frozen=True)
+class Handed:
+    outer: torch.Tensor
+    inner: CropBatch
+    none: None
+
+
+def test_all_tensors_of_a_batch_are_found():
+    inner = CropBatch(*(torch.full((1,), float(n)) for n in range(4)))
+    found = [int(each) for each in _tensors(Handed(torch.tensor([9.0]), inner, None))]
+    assert found == [9, 0, 1, 2, 3]

@@ -276,7 +276,8 @@ class Finetuning(Training[Mixed]):
                 ]
                 images = torch.from_numpy(np.stack(pictures)).to(images.device)
             labels = self.samples.labels[crops.rows].to(images.device)
-            return Mixed(*self.mixup(normalise_images(images), labels))
+            mixed = Mixed(*self.mixup(normalise_images(images), labels))
+            return self.side.hand_over(mixed)
 
     def forward_backward(self, batch: Mixed) -> Tensor:
         self.side.join()
