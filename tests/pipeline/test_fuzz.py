@@ -1,72 +1,83 @@
-"""What the precompute keeps never kills DALI: damaged photos through the whole path.
+"""What the precompute keeps never ends an epoch, lies as DALI reads it, and adds up.
 
-`FAMT_PHOTOS` names a folder of JPEGs to damage in place of scikit-learn's two photos, and
-`FAMT_MUTANTS` says how many to make.
+A program to run on seeds of one's own, which also prints counts by kind:
+
+    FAMT_FUZZ_SEEDS=7,8,9 python -m pytest -s -m slow tests/pipeline/test_fuzz.py
+
+`FAMT_PHOTOS` names a folder of JPEGs to damage in place of scikit-learn's two photos.
 """
 
 import os
-import random
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 import sklearn.datasets
+import torch
+from hostile import METADATA, STRUCTURE, marked, picture
+from hostile_tars import TARS
 from PIL import Image
-from samples import encode, score, tar_bytes
+from samples import encode, photo_members, score, tar_bytes
 
 from pipeline.cache import ScoreCache
+from pipeline.decode import decode
 from pipeline.loader import CropLoader, LoaderConfig, RandomView, WholeView
+from pipeline.precompute import precompute_shard, publish
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_samples
+from pipeline.table import load_maps, load_samples
+
+SEEDS = [int(seed) for seed in os.environ.get("FAMT_FUZZ_SEEDS", "0").split(",")]
+SPEC = ScoreSpec()
 
 
-def _photos():
+def _photos() -> list[bytes]:
     if "FAMT_PHOTOS" in os.environ:
         paths = sorted(Path(os.environ["FAMT_PHOTOS"]).rglob("*.[jJ][pP]*[gG]"))
         return [path.read_bytes() for path in paths[:200]]
     photos = []
-    for picture in sklearn.datasets.load_sample_images().images:
+    for photo in sklearn.datasets.load_sample_images().images:
         for options in ({}, {"progressive": True}, {"subsampling": 0, "quality": 95}):
-            photos.append(encode(picture, **options))
-        photos.append(encode(picture[::3, ::3, 0], quality=60))  # grey
-        cmyk = Image.fromarray(picture[::2, ::2]).convert("CMYK")
-        photos.append(encode(cmyk))
+            photos.append(encode(photo[::2, ::2], **options))
+        photos.append(encode(photo[::3, ::3, 0], quality=60))  # grey
+        photos.append(encode(Image.fromarray(photo[::3, ::3]).convert("CMYK")))
     return photos
 
 
-def _flip_bits(data, other, chance):
+def _flip_bits(data: bytes, other: bytes, chance: Random) -> bytes:
     damaged = bytearray(data)
     for _ in range(chance.choice((1, 3, 20))):
         damaged[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
     return bytes(damaged)
 
 
-def _flip_header_bits(data, other, chance):
+def _flip_header_bits(data: bytes, other: bytes, chance: Random) -> bytes:
     damaged = bytearray(data)
     for _ in range(chance.choice((1, 2, 5))):
         damaged[chance.randrange(min(700, len(data)))] ^= 1 << chance.randrange(8)
     return bytes(damaged)
 
 
-def _cut(data, other, chance):
+def _cut(data: bytes, other: bytes, chance: Random) -> bytes:
     return data[: chance.randrange(len(data))]
 
 
-def _drop_middle(data, other, chance):
+def _drop_middle(data: bytes, other: bytes, chance: Random) -> bytes:
     a, b = sorted(chance.randrange(len(data)) for _ in range(2))
     return data[:a] + data[b:]
 
 
-def _splice(data, other, chance):
+def _splice(data: bytes, other: bytes, chance: Random) -> bytes:
     return data[: chance.randrange(len(data))] + other[chance.randrange(len(other)) :]
 
 
-def _swap_header(data, other, chance):
+def _swap_header(data: bytes, other: bytes, chance: Random) -> bytes:
     length = chance.randrange(2, 900)
     return other[:length] + data[length:]
 
 
-def _noise(data, other, chance):
+def _noise(data: bytes, other: bytes, chance: Random) -> bytes:
     start = chance.randrange(len(data))
     return data[:start] + chance.randbytes(chance.randrange(1, 400)) + data[start + 200 :]
 
@@ -74,33 +85,158 @@ def _noise(data, other, chance):
 MUTATIONS = (_flip_bits, _flip_header_bits, _cut, _drop_middle, _splice, _swap_header, _noise)
 
 
-@pytest.mark.parametrize(
-    "mutants",
-    [60, pytest.param(int(os.environ.get("FAMT_MUTANTS", "2000")), marks=pytest.mark.slow)],
-)
-def test_damaged_photos_that_are_kept_decode_in_the_loader(tmp_path, mutants):
-    chance, photos = random.Random(0), _photos()
-    members, made = [], Counter()
-    for n in range(mutants):
-        mutate = MUTATIONS[n % len(MUTATIONS)]
-        made[mutate.__name__] += 1
-        damaged = mutate(chance.choice(photos), chance.choice(photos), chance)
-        members.append((f"{mutate.__name__}-{n}.jpg", damaged))
-    members.append(("whole.jpg", photos[0]))
-    path = tmp_path / "mutants.tar"
-    path.write_bytes(tar_bytes(members))
-    spec = ScoreSpec()
+def _damaged(chance: Random, each: int) -> dict[str, list[bytes]]:
+    """Files whose bytes are damaged, `each` of a mutation for JPEG, an eighth of it for others."""
+    photos = _photos()
+    others = {kind: [picture(chance, kind) for _ in range(3)] for kind in ("PNG", "WEBP")}
+    made = {
+        f"JPEG {mutate.__name__.lstrip('_')}": [
+            mutate(chance.choice(photos), chance.choice(photos), chance) for _ in range(each)
+        ]
+        for mutate in MUTATIONS
+    }
+    for kind, files in others.items():
+        for mutate in MUTATIONS:
+            made[f"{kind} {mutate.__name__.lstrip('_')}"] = [
+                mutate(chance.choice(files), chance.choice(files), chance)
+                for _ in range(-(-each // 8))
+            ]
+    return made
+
+
+def _images(seed: int, each: int) -> dict[str, list[bytes]]:
+    chance = Random(seed)
+    made = _damaged(chance, 2 * each)
+    for kind, make in {**METADATA, **STRUCTURE}.items():
+        made[kind] = [make(chance) for _ in range(each)]
+    return made
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("each", [4, pytest.param(91, marks=pytest.mark.slow)])
+def test_images_that_are_kept_decode_in_dali_and_have_their_maps_on_their_crops(
+    tmp_path, seed, each
+):
+    made = _images(seed, each)
+    files = {f"{kind} {n}": data for kind, many in made.items() for n, data in enumerate(many)}
+    files["whole"] = encode(marked(Random(0)))
+    path = tmp_path / "odd.tar"
+    path.write_bytes(tar_bytes([(f"{key}.jpg", data) for key, data in files.items()]))
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
-    score([path], cache, spec)
+    score([path], cache, SPEC)
     table = load_samples([str(path)], cache)
-    (entry,) = cache.entries()
-    rejected = cache.summary(entry.shard_id).rejected
-    assert len(table) + len(rejected) == mutants + 1
-    assert 0 < len(rejected) < mutants
-    kept = Counter(table.key(row).rpartition(":")[2].partition("-")[0] for row in range(len(table)))
-    print(f"{mutants} mutants: {len(table) - 1} kept, {len(rejected)} quarantined; kept {kept}")
-    for view in (WholeView(), RandomView(area=(0.05, 1.0))):
-        config = LoaderConfig(batch_size=16, image_size=64, view=view, shuffle_buffer=0, threads=2)
-        loader = CropLoader(table, config, drop_last=False)
-        rows = [row for crops in loader for row in crops.rows.tolist()]
-        assert rows == list(range(len(table)))
+    maps = load_maps(table, cache, SPEC)
+    rejected = cache.summary(table.shard_ids[0]).rejected
+    assert len(table) + len(rejected) == len(files)
+    keys = table.keys(0)
+    kept = Counter(key.rpartition(" ")[0] for key in keys)
+    off, strange = defaultdict(list), defaultdict(list)
+    for crops in _epoch(table, WholeView(), SPEC.size):
+        for row, seen in zip(crops.rows.tolist(), SPEC.score(crops.images), strict=True):
+            stored = maps[row].float()
+            if _is_turned(stored, seen):
+                off[keys[row].rpartition(" ")[0]].append(keys[row])
+    for crops in _epoch(table, RandomView(area=(0.05, 1.0)), 32):
+        rows = zip(crops.rows.tolist(), crops.images, crops.windows, crops.flips, strict=True)
+        for row, pixels, window, flip in rows:
+            kind = keys[row].rpartition(" ")[0]
+            if kind in METADATA and not _shows(files[keys[row]], pixels, window, bool(flip)):
+                strange[kind].append(keys[row])
+    print(f"\nseed {seed}: {len(files)} images, {len(table)} kept, {len(rejected)} quarantined")
+    for kind, many in made.items():
+        print(f"  {kind}: {len(many)} made, {kept[kind]} kept, {len(off[kind])} off their crop")
+    assert not any(off.values()), dict(off)
+    assert not any(strange.values()), dict(strange)
+
+
+def _epoch(table, view, size):
+    """One epoch; that it ends is part of the test. The error names the image if it does not."""
+    config = LoaderConfig(16, size, view, "bilinear", shuffle_buffer=0, threads=2)
+    rows = []
+    for crops in CropLoader(table, config, drop_last=False):
+        rows += crops.rows.tolist()
+        yield crops
+    assert rows == list(range(len(table)))
+
+
+def _is_turned(stored: torch.Tensor, seen: torch.Tensor) -> bool:
+    """Whether a map fits better when it is turned or flipped."""
+    turned = [torch.rot90(each, quarters) for each in (seen, seen.flip(1)) for quarters in range(4)]
+    upright, *others = [float((stored - each).abs().mean()) for each in turned]
+    return upright > 0.2 and min(others) < 0.6 * upright
+
+
+def _shows(data: bytes, crop: torch.Tensor, window: torch.Tensor, flip: bool) -> bool:
+    """Whether a crop is the piece of the image that its window says."""
+    side = 256
+    top, left, height, width = (side * window).tolist()
+    whole = Image.fromarray(decode(data, side))
+    box = (max(0.0, left), max(0.0, top), min(side, left + width), min(side, top + height))
+    expected = np.asarray(whole.resize((32, 32), Image.Resampling.BILINEAR, box=box)).astype(int)
+    expected = expected[:, ::-1] if flip else expected
+    return bool(np.abs(expected - crop.numpy()).mean() < 12)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("each", [1, pytest.param(13, marks=pytest.mark.slow)])
+def test_of_malformed_tars_nothing_is_lost_silently_or_gets_a_wrong_class(tmp_path, seed, each):
+    chance = Random(seed)
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    reports, truth, counts = [], {}, Counter()
+    for kind, make in TARS.items():
+        for n in range(each):
+            samples = [
+                (f"k{n}", encode(marked(chance), quality=chance.randrange(60, 96)), 10 + n)
+                for n in range(5)
+            ]
+            path = tmp_path / f"{kind}-{n}.tar"
+            path.write_bytes(make(chance, samples))
+            try:
+                report = precompute_shard(str(path), cache, SPEC)
+            except ValueError as error:
+                if f"{path}: no image in it" not in str(error):
+                    raise
+                counts[kind, "refused"] += 1
+                continue
+            named = report.kept + report.quarantined
+            assert named >= len(samples) or report.damage, f"{path}: only {named} of its samples"
+            reports.append(report)
+            truth |= {(str(path), image): label for _, image, label in samples}
+            counts[kind, "damaged" if report.damage else "whole"] += 1
+            counts[kind, "kept"] += report.kept
+            counts[kind, "quarantined"] += report.quarantined
+    publish(reports, cache)
+    urls = [report.url for report in reports if report.kept]
+    table = load_samples(urls, cache)
+    for shard, url in enumerate(table.urls):
+        data = Path(url).read_bytes()
+        entry = cache.read_table(table.shard_ids[shard])
+        for offset, size, label in zip(entry.offset, entry.size, entry.label, strict=True):
+            image = data[offset : offset + size]
+            assert truth[url, image] == label, url
+    for _ in _epoch(table, WholeView(), 16):
+        pass
+    print(f"\nseed {seed}: {len(TARS) * each} tars")
+    for (kind, what), count in sorted(counts.items()):
+        print(f"  {kind}: {count} {what}")
+
+
+def _odd_name(chance: Random) -> str:
+    odd = " !\"#$%&'()*+,:;<=>?@[\\]^_`{|}~äß日本\n\té"
+    return "".join(chance.choice(odd + "abc019.-") for _ in range(chance.randrange(1, 12)))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_tars_of_odd_names_are_scored_and_trained_on(tmp_path, seed):
+    chance = Random(seed)
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    names = {f"{n}{_odd_name(chance)}.tar" for n in range(35)}
+    for n, name in enumerate(sorted(names)):
+        (folder / name).write_bytes(tar_bytes(photo_members(2, 2 * n)))
+    score([folder / name for name in sorted(names)], cache, SPEC)
+    table = load_samples([str(folder)], cache)
+    assert table.urls == sorted(f"{folder}/{name}" for name in names)
+    assert load_samples(table.urls, cache).urls == table.urls  # one by one, as patterns
+    assert sum(len(crops.rows) for crops in _epoch(table, WholeView(), 16)) == 70
