@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.orientation import is_ambiguous
+from pipeline.orientation import is_ambiguous, may_turn
 
 # nvImageCodec logs each image that it refuses; here the quarantine says so.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
@@ -49,16 +49,16 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
         MemoryError: too little of it here to decode this image; that is no verdict on the image.
     """
     extent = plain_jpeg_extent(data)
-    image = _decode_whole(data) if extent is None else _decode_scaled(data, extent, size)
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+    if extent is not None:
+        return _decode_scaled(data, extent, size)
+    return _squash(_decode_whole(data), size)
 
 
 def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a JPEG on which all decoders agree, or None for any other image.
 
     Plain is: 8 bits, Huffman-coded, grey or three colours, well-formed segments up to the first
-    scan, and no metadata that could turn it (EXIF and XMP stand in APP1) or hold further images
-    (MPF, in APP2).
+    scan, and no metadata that could turn it (EXIF, in APP1) or holds further images (MPF, in APP2).
     """
     if data[:2] != bytes((0xFF, _START)):
         return None
@@ -86,7 +86,10 @@ def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
         elif marker == _APP2:
             if not segment.startswith(b"ICC_PROFILE\0"):
                 return None
-        elif not (marker in _TABLES or (0xE0 <= marker <= 0xEF and marker != _METADATA)):
+        elif marker == _METADATA:
+            if may_turn(segment):
+                return None
+        elif not (marker in _TABLES or 0xE0 <= marker <= 0xEF):
             return None
         if length < 2:
             return None
@@ -94,13 +97,17 @@ def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> Image.Image:
+def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
+
+
+def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> NDArray[np.uint8]:
     _check_extent(*extent)
     _parse(data)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             image.draft("RGB", (size, size))
-            return image.convert("RGB")
+            return _squash(image if image.mode == "RGB" else image.convert("RGB"), size)
     except OSError as error:
         _prove_memory(*extent)
         raise BadImage(f"{type(error).__name__}: {error}") from error

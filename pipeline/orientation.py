@@ -24,7 +24,7 @@ def is_ambiguous(data: bytes) -> bool:
     blocks = list(_jpeg_blocks(data) if data[:2] == b"\xff\xd8" else _png_blocks(data))
     if len(blocks) == 1 and _is_well_formed(blocks[0]):
         return False
-    return any(_may_turn(block) for block in blocks)
+    return any(may_turn(block) for block in blocks)
 
 
 def _jpeg_blocks(data: bytes) -> Iterator[bytes]:
@@ -78,8 +78,8 @@ def _is_well_formed(block: bytes) -> bool:
     return tags.count(_ORIENTATION) <= 1
 
 
-def _may_turn(block: bytes) -> bool:
-    """Whether anything in a block looks like an Orientation, other than as 1, upright."""
+def may_turn(block: bytes) -> bool:
+    """Whether anything in a block of EXIF could be read as an Orientation other than 1, upright."""
     for order in "<>":
         tag = struct.pack(order + "H", _ORIENTATION)
         upright = tag + struct.pack(order + "HLH", 3, 1, 1)

@@ -84,12 +84,15 @@ def test_only_jpegs_that_all_decoders_read_alike_are_plain():
     assert plain_jpeg_extent(jpeg) == (40, 60)
     assert plain_jpeg_extent(encode(photo(0, 40, 60), progressive=True)) == (40, 60)
     assert plain_jpeg_extent(encode(photo(0, 40, 60)[..., 0])) == (40, 60)
+    upright = segment(0xE1, b"Exif\0\0" + exif(1))
+    unread = segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp(6))  # by DALI
+    assert plain_jpeg_extent(with_segments(jpeg, upright, unread)) == (40, 60)
     scans = encode(photo(0), progressive=True)
     last = scans.rindex(b"\xff\xda")
     for odd in (
         scans[:last] + 200 * scans[last:-2],  # nvImageCodec counts them, Pillow does not
-        with_segments(jpeg, segment(0xE1, b"Exif\0\0" + exif(1))),
-        with_segments(jpeg, segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + xmp(6))),
+        with_segments(jpeg, segment(0xE1, b"Exif\0\0" + exif(6))),
+        with_segments(jpeg, segment(0xE1, b"Exif\0\0" + exif(1, kind=hostile.BYTE))),
         with_segments(jpeg, segment(0xE2, b"MPF\0" + bytes(20))),
         jpeg[:2] + b"\xff" + jpeg[2:],
         jpeg[:20] + b"stray" + jpeg[20:],
