@@ -118,6 +118,8 @@ def _decode_whole(data: bytes) -> Image.Image:
     if stream.codec_name not in _CODECS:
         raise BadImage(f"no {_KNOWN} image but {stream.codec_name}")
     _check_extent(stream.height, stream.width)
+    if stream.codec_name == "png" and b"acTL" in data[: data.find(b"IDAT")]:
+        raise BadImage("animated PNGs are not supported: DALI fails on some of them")
     if stream.codec_name != "webp" and is_ambiguous(data):
         raise BadImage("its EXIF can be read in several ways, and the image turned; rewrite it")
     decoded = _decoder().decode(stream)
