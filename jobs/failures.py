@@ -8,6 +8,7 @@ from ray.train import UserCallback
 
 from pipeline import storage
 from train import pretrain
+from train.checkpoint import BusyError
 from train.config import Pretrain
 from train.program import USERS
 
@@ -21,9 +22,12 @@ def train(config: Pretrain) -> None:
 
     Raises:
         MistakeError: the input is wrong; says what and what to do.
+        BusyError: a lost worker's lock on the run's folder is still there.
     """
     try:
         pretrain.main(config)
+    except BusyError:
+        raise
     except USERS as error:
         raise MistakeError(storage.reason(error)) from None
 

@@ -41,6 +41,10 @@ CLASSIFIER = "classifier"
 """method of fine-tuning runs: an encoder with a classifier, no pre-training model"""
 
 
+class BusyError(ValueError):
+    """Another process trains in a run's folder; it may be about to end."""
+
+
 class DamagedError(ValueError):
     """A file whose bytes are not those that were written."""
 
@@ -173,7 +177,7 @@ def own(folder: Path) -> Iterator[None]:
     What a killed run left half written in it is removed.
 
     Raises:
-        ValueError: another process trains in it, or it is a file.
+        ValueError: another process trains in it (`BusyError`), or it is a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +188,7 @@ def own(folder: Path) -> Iterator[None]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             held.seek(0)
-            raise ValueError(
+            raise BusyError(
                 f"{folder} is in use by {held.read().strip() or 'another run'}; wait for it, or "
                 "give another --out"
             ) from None
