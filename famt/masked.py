@@ -25,9 +25,11 @@ class MaskedModel(nn.Module):
         encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
             are timm's own.
         defaults: fields of the config that the method sets apart from MAE's.
+        plain_mask_ratio: what the paper masks at random, with nothing thrown.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
+    plain_mask_ratio: ClassVar[float] = 0.75
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -27,6 +27,7 @@ class SimMIM(MaskedModel):
     """
 
     defaults: ClassVar[dict[str, Any]] = {"unit": 2, "normalise_targets": False}
+    plain_mask_ratio: ClassVar[float] = 0.6
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

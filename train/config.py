@@ -91,7 +91,8 @@ class Pretrain:
     accumulate: Annotated[int, Ge(1), ELASTIC] = 1
     """parts that a batch goes through the model in, one after another, to save memory"""
     plain_epochs: Annotated[int, Ge(0)] = 0
-    """epochs of plain MAE (75 %% masked at random) before weights and throwing begin"""
+    """epochs of plain MAE (75 %% masked at random) or SimMIM (60 %%) before weights and throwing
+    begin"""
     content: ContentConfig = field(default_factory=ContentConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     hardness: HardnessConfig = field(default_factory=HardnessConfig)
@@ -165,6 +166,11 @@ class Pretrain:
             MODELS[self.model], decoder=self.decoder, fused=self.fused, **changes
         )
 
+    @property
+    def plain(self) -> JoinConfig:
+        """How the method masks where nothing is known of the patches: at random, none thrown."""
+        return JoinConfig(mask_ratio=METHODS[self.method].plain_mask_ratio, throw_ratio=0.0)
+
     def describe(self) -> dict[str, Any]:
         """The options as plain data, as checkpoints keep them."""
         options = dataclasses.asdict(self.absolute())
@@ -209,8 +215,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "join": JoinConfig(mask_ratio=0.6, throw_ratio=0.0),
     },
 }
-
-PLAIN_MAE: JoinConfig = RECIPES["mae"]["join"]
 
 
 def parse(

@@ -47,7 +47,7 @@ from pipeline.loader import CropBatch, CropLoader, LoaderConfig
 from pipeline.table import load_samples
 from train import checkpoint, figures
 from train.checkpoint import Checkpoint
-from train.config import PLAIN_MAE, Pretrain, parse
+from train.config import Pretrain, parse
 from train.distributed import Ranks, ranks
 from train.evaluate.monitor import Monitor
 from train.initial import load_initial
@@ -55,7 +55,7 @@ from train.loop import Training
 from train.program import run_program
 from train.signals.following import FollowedMaps
 from train.signals.signal import Context, Signal, Taken
-from train.signals.weights import build_signals, read_signals, weigh
+from train.signals.weights import Scores, build_signals, read_signals, weigh
 from train.streams import SideStream, Stop
 from train.timing import Clock
 
@@ -179,8 +179,7 @@ class Run(Training[PatchBatch]):
         with self.clock.stage("signals"):
             scores = {} if self._plain else read_signals(self.signals, crops, step)
         with self.clock.stage("join"):
-            # Signals that have nothing to say yet leave the run a plain MAE.
-            join = PLAIN_MAE if self._plain or (self.signals and not scores) else self.config.join
+            join = self._join(scores)
             weights = weigh(scores, crops, self.sizes.grid)
             progress = (step - self.schedule_start) / self.total_steps
             batch = split_crops(crops, weights, self.sizes, join, self.generator, progress)
@@ -283,8 +282,7 @@ class Run(Training[PatchBatch]):
             return None
         self.side.join()
         scores = {} if self._plain else read_signals(self.signals, crops, self.step, look=True)
-        join = PLAIN_MAE if self._plain or (self.signals and not scores) else self.config.join
-        return figures.picture(self.model, crops, scores, join)
+        return figures.picture(self.model, crops, scores, self._join(scores))
 
     def plan(self) -> str:
         config, sizes = self.config, self.sizes
@@ -316,9 +314,14 @@ class Run(Training[PatchBatch]):
             lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
         if config.plain_epochs:
             lines["before"] = (
-                f"{config.plain_epochs} epochs of plain MAE, {_counts(sizes, PLAIN_MAE)}"
+                f"{config.plain_epochs} epochs of plain masking, {_counts(sizes, config.plain)}"
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
+
+    def _join(self, scores: Scores) -> JoinConfig:
+        """Signals that have nothing to say yet leave the run what it is without weights."""
+        plain = self._plain or (self.signals and not scores)
+        return self.config.plain if plain else self.config.join
 
     @property
     def _plain(self) -> bool:

@@ -376,6 +376,14 @@ def test_simmim_learns_and_is_drawn(config, recipe, patches, capsys):
     assert (model.config.unit, model.config.low_pass, model.config.fused) == (2, 8.0, (1, 3))
 
 
+def test_before_its_weights_a_method_masks_as_its_paper(config):
+    for method, masked in (("mae", 48), ("simmim", 36)):
+        with ranks("cpu") as here:
+            run = Run(dataclasses.replace(config, method=method, plain_epochs=1), here)
+            split = run.prepare(next(iter(run.loader)), 0).split
+        assert (split.masked.shape[1], split.thrown.shape[1]) == (masked, 0)
+
+
 def test_weights_count_more_as_the_run_goes_on(config):
     with ranks("cpu") as here:
         join = JoinConfig(blend=(0.0, 1.0))
