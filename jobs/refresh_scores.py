@@ -21,12 +21,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,30 +188,34 @@ def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
         yield
     finally:
         left.set()
-        thread.join(2 * _POLL)
+        thread.join()
 
 
 def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) -> int:
     """Make a generation of every encoder that a run leaves, the newest first, until it is finished.
 
     Args:
-        left: ends this as well, between two generations.
+        left: ends this as well.
 
     Returns:
         1 if the last one could not be made.
     """
     if not run.is_dir():
         print(f"{run} is not there yet; waiting for a run to begin in it", file=sys.stderr)
+
+    def over() -> bool:
+        return finished_path(run).exists() or (left is not None and left.is_set())
+
     done: set[tuple[Path, int]] = set()  # with the time: a run begun anew writes the same names
     retry_at, failure = 0.0, None
     with tqdm(desc=f"following {run}", unit=" generations") as bar:
-        while not (finished_path(run).exists() or (left and left.is_set())):
+        while not over():
             newest = _newest(run)
             if newest is None or newest in done or (failure and time.monotonic() < retry_at):
                 time.sleep(_POLL)
                 continue
             path, _ = newest
-            failure = _try(path, args)
+            failure = _try(path, args, over)
             if failure:
                 retry_at = time.monotonic() + _RETRY
                 with contextlib.suppress(OSError):
@@ -231,11 +236,17 @@ def _newest(run: Path) -> tuple[Path, int] | None:
         return None
 
 
-def _try(path: Path, args: RefreshScores) -> str | None:
+class _UnwantedError(Exception):
+    """Nobody will take up the generation that is being made."""
+
+
+def _try(path: Path, args: RefreshScores, over: Callable[[], bool]) -> str | None:
     """Make the generation of an encoder; returns why it could not be made."""
     try:
-        failed = _refresh(load_encoder(path), args)
+        failed = _refresh(load_encoder(path), args, over)
         return "; ".join(f"{tar}: {reason}" for tar, reason in failed.items()) or None
+    except _UnwantedError:
+        return None
     except FileNotFoundError:
         if not path.exists():  # taken up meanwhile, and removed
             return None
@@ -244,8 +255,10 @@ def _try(path: Path, args: RefreshScores) -> str | None:
         return storage.reason(error)
 
 
-def _refresh(encoder: Encoder, args: RefreshScores) -> dict[str, str]:
-    """Make one generation; returns which tars could not be scored, and why."""
+def _refresh(
+    encoder: Encoder, args: RefreshScores, over: Callable[[], bool] = lambda: False
+) -> dict[str, str]:
+    """Make one generation, unless it is `over`; returns which tars could not be scored, and why."""
     run: dict[str, Any] = encoder.config
     sizes = ModelConfig(**encoder.sizes)
     cache = ScoreCache(args.cache or run["cache"])
@@ -270,13 +283,15 @@ def _refresh(encoder: Encoder, args: RefreshScores) -> dict[str, str]:
     samples = load_samples(urls, cache)
     started = time.perf_counter()
     claim = cache.claims.claim(specs=[spec.id for spec in specs])  # what is there already must stay
-    failed = _score_all(urls, encoder, cache, specs, args)
-    if not failed:
-        cache.generations.publish(
-            Generation(encoder.run, encoder.step, specs, samples.digest, len(samples))
-        )
-        collect_superseded(cache, encoder.run, samples.shard_ids)
-    cache.claims.release([claim])
+    try:
+        failed = _score_all(urls, encoder, cache, specs, args, over)
+        if not failed:
+            cache.generations.publish(
+                Generation(encoder.run, encoder.step, specs, samples.digest, len(samples))
+            )
+            collect_superseded(cache, encoder.run, samples.shard_ids)
+    finally:
+        cache.claims.release([claim])
     seconds = time.perf_counter() - started
     summary = {
         "run": encoder.run,
@@ -300,12 +315,13 @@ def _score_all(
     cache: ScoreCache,
     specs: list[ModelScoreSpec],
     args: RefreshScores,
+    over: Callable[[], bool],
 ) -> dict[str, str]:
     """Make the cache hold the maps of some tars; returns what failed, with the reason."""
     failed = {}
     names = ", ".join(spec.kind for spec in specs)
     with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
-        for tars, outcome in _run_all(urls, encoder, cache, specs, args):
+        for tars, outcome in _run_all(urls, encoder, cache, specs, args, over):
             if isinstance(outcome, str):
                 failed[tars[0]] = outcome
                 tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
@@ -319,6 +335,7 @@ def _run_all(
     cache: ScoreCache,
     specs: list[ModelScoreSpec],
     args: RefreshScores,
+    over: Callable[[], bool],
 ) -> Iterator[tuple[list[str], int | str]]:
     """Tars and how many were done, or why they were not, as the actors finish them."""
     free = _free(args)
@@ -339,19 +356,19 @@ def _run_all(
     )
     running: dict[ray.ObjectRef, tuple[Any, list[str]]] = {}
     idle: list[Any] = []
+    patient_until = time.monotonic() + _PATIENCE if free else 0.0
     while waiting or running:
         while idle and waiting:
             actor, part = idle.pop(), waiting.popleft()
             running[actor.refresh.remote(part, args.batch_size)] = (actor, part)
-        patience = _PATIENCE if not running else None
-        ready, _ = (
-            ray.wait([*running, *coming], timeout=patience) if running or coming else ([], [])
-        )
-        if not ready:
-            tqdm.write(
-                "nothing of the cluster is free: one actor on CPUs at low priority", sys.stderr
-            )
+        if not running and time.monotonic() > patient_until:
+            tqdm.write("no room on the cluster: one actor on CPUs at low priority", sys.stderr)
             coming |= [start(_NICE, 0, 0.0)]
+            patient_until = math.inf
+        if over():
+            raise _UnwantedError
+        ready, _ = ray.wait([*running, *coming], timeout=_POLL) if running or coming else ([], [])
+        if not ready:
             continue
         (found,) = ready
         if found in coming:

@@ -195,7 +195,7 @@ def _follow_here(monkeypatch, out, outcomes):
     """Follow in this process, where a generation is made, or fails, at once."""
     tried = []
 
-    def make(path, args):
+    def make(path, args, over):
         tried.append(path.read_bytes())
         return outcomes.pop(0) if outcomes else None
 
