@@ -34,8 +34,12 @@ class MapBank:
         self._told = 0  # other banks know what was refreshed before this step
 
     def oldest(self, rows: Tensor, count: int) -> Tensor:
-        """Positions in `rows [B]` of the `count` longest without a refresh, `[count]` int64."""
-        return self.refreshed[rows].argsort(stable=True)[:count]
+        """Positions in `rows [B]` of the `count` longest without a refresh, `[count]` int64.
+
+        Of a row that is there several times, another place counts only after all rows had one.
+        """
+        by_age = self.refreshed[rows].argsort(stable=True)
+        return by_age[_turns(rows)[by_age].argsort(stable=True)][:count]
 
     def read(self, crops: CropBatch, grid: int) -> Tensor:
         """Crops' parts of it, `[B, grid**2]` float32 on their device, >= 0; ones if never seen."""
@@ -44,14 +48,24 @@ class MapBank:
     def write(self, views: Views, scores: Tensor, step: int, known: Tensor | None = None) -> None:
         """Take up what crops say of their patches.
 
+        Several crops of one row are taken up one after the other, as they stand: where they
+        overlap, the last one counts.
+
         Args:
-            views: of rows that are each there once.
+            views: of any rows.
             scores: `[B, n**2]` float on the CPU, >= 0, any scale; a crop with a known score that is
                 not finite, or with none above 0, says nothing and is left out.
             step: of the run, now.
             known: `[B, n**2]` bool on the CPU, the patches that have a score; all if left out. The
                 others leave the map as it is.
         """
+        turns = _turns(views.rows)
+        if turns.any():
+            for turn in range(int(turns.max()) + 1):
+                now = turns == turn
+                of_known = None if known is None else known[now]
+                self.write(views.take(now), scores[now], step, of_known)
+            return
         seen = scores.float().flatten(1)
         side = round(seen.shape[1] ** 0.5)
         if known is None:
@@ -105,3 +119,12 @@ class MapBank:
 
     def _next_step(self) -> int:
         return int(self.refreshed.max()) + 1
+
+
+def _turns(rows: Tensor) -> Tensor:
+    """How often the same row stands before each place of `rows [B]`: `[B]` int64."""
+    order = rows.argsort(stable=True)
+    ordered = rows[order]
+    turns = torch.empty_like(rows)
+    turns[order] = torch.arange(len(rows)) - torch.searchsorted(ordered, ordered)
+    return turns

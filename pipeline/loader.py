@@ -2,6 +2,9 @@
 
 One graph serves CPU and GPU; on a GPU the JPEGs are decoded there (`mixed`). Images stay uint8 and
 interleaved: patches are gathered before anything is made float: thrown pixels cost no arithmetic.
+
+A CPU that cuts one crop from an image decodes that region alone. Everything else decodes images
+whole and cuts while it resizes, once a crop.
 """
 
 from __future__ import annotations
@@ -11,10 +14,12 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from annotated_types import Ge, Le
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
@@ -66,6 +71,20 @@ View = RandomView | CentreView | WholeView
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """How images are decoded for a GPU; for a CPU nothing of it counts."""
+
+    on: Literal["gpu", "cpu"] = "gpu"
+    """where; on cpu the threads decode, and the GPU resizes what they send"""
+    hardware_share: Annotated[float, Ge(0), Le(1)] = 0.65
+    """share of a batch for the hardware decoder of a GPU that has one; the others are decoded by
+    threads and CUDA cores, so more threads want a smaller share"""
+    preallocate: Annotated[int, Ge(0)] = 0
+    """side of images, px, that the hardware decoder gets memory for at the start; 0 lets it grow
+    with the images"""
+
+
+@dataclass(frozen=True)
 class LoaderConfig:
     """How crops are read and cut."""
 
@@ -83,6 +102,22 @@ class LoaderConfig:
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     """CPU threads that decode; a rank's share of the machine's cores if left out"""
+    crops_per_image: int = 1
+    """crops of each image that is decoded, all in one batch; an epoch is one decode of each image,
+    so it has as many times the steps"""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    def __post_init__(self) -> None:
+        if self.crops_per_image < 1 or self.batch_size % self.crops_per_image:
+            raise ValueError(
+                f"a batch of {self.batch_size} crops is not made of images with "
+                f"{self.crops_per_image} crops each"
+            )
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images that are decoded for a batch."""
+        return self.batch_size // self.crops_per_image
 
 
 @dataclass(frozen=True)
@@ -104,7 +139,8 @@ class CropBatch:
 
     Attributes:
         images: `[B, S, S, 3]` uint8 on the training device.
-        rows: `[B]` int64 on the CPU, the image's row in the `SampleTable`.
+        rows: `[B]` int64 on the CPU, the image's row in the `SampleTable`; several crops of one
+            image follow one another.
         windows: `[B, 4]` float32 on the CPU: top, left, height, width of the crop in fractions of
             the upright image.
         flips: `[B]` bool on the CPU.
@@ -136,7 +172,7 @@ class CropLoader:
     Each rank reads its share of the samples; shares move on by one rank every epoch, so a rank
     meets all the data. With `drop_last` every rank yields the same number of full batches an epoch
     and what is left over is skipped (`remainder` of them; others each epoch, unless one rank reads
-    them unshuffled); without it every sample of the rank's share is yielded exactly once, the last
+    them unshuffled); without it every sample of the rank's share is decoded exactly once, the last
     batch being smaller.
 
     Args:
@@ -170,19 +206,17 @@ class CropLoader:
         self.rank, self.world_size = rank, world_size
         self.device = torch.device(device)
         self._table, self._samples = table, len(table)
-        share = self._samples // world_size
-        if drop_last and share < config.batch_size:
+        share, images = self._samples // world_size, config.images_per_batch
+        if drop_last and share < images:
             raise ValueError(
                 f"{self._samples} samples over {world_size} ranks make no batch of "
-                f"{config.batch_size}; lower the batch size"
+                f"{images}; lower the batch size"
             )
         largest = -(-self._samples // world_size)
-        self._runs = -(-largest // config.batch_size)
-        self.steps_per_epoch = share // config.batch_size if drop_last else self._runs
+        self._runs = -(-largest // images)
+        self.steps_per_epoch = share // images if drop_last else self._runs
         self.remainder = (
-            self._samples - self.steps_per_epoch * config.batch_size * world_size
-            if drop_last
-            else 0
+            self._samples - self.steps_per_epoch * images * world_size if drop_last else 0
         )
         self.epoch, self.step = first_epoch, 0
         checkpoint = None
@@ -208,7 +242,7 @@ class CropLoader:
                 rank=rank,
                 world_size=world_size,
                 on_gpu=self.device.type == "cuda",
-                batch_size=config.batch_size,
+                batch_size=config.images_per_batch,
                 num_threads=config.threads,
                 device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
                 seed=int(seeds[0]),
@@ -223,11 +257,12 @@ class CropLoader:
         while self.step < self.steps_per_epoch:
             batch = self._run()
             self.step += 1
-            valid = self._share_size() - (self.step - 1) * self.config.batch_size
-            if valid >= self.config.batch_size:
+            images = self.config.images_per_batch
+            valid = self._share_size() - (self.step - 1) * images
+            if valid >= images:
                 yield batch
             elif valid > 0:  # DALI fills the last batch up by repeating a sample
-                yield batch.first(valid)
+                yield batch.first(valid * self.config.crops_per_image)
         for _ in range(self._runs - self.steps_per_epoch):
             self._run_graph()
         self.epoch, self.step = self.epoch + 1, 0
@@ -244,15 +279,17 @@ class CropLoader:
 
     def _run(self) -> CropBatch:
         images, source, anchor, shape, extent, flip = self._run_graph()
+        crops = self.config.crops_per_image
         rows = [int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source]
-        size = torch.from_numpy(extent.as_array()).double()
+        # All but the rows: a line an image, a column a crop.
+        size = torch.from_numpy(extent.as_array()).double()[:, None]
         top_left = torch.from_numpy(anchor.as_array()).double() / size
         height_width = torch.from_numpy(shape.as_array()).double() / size
         return CropBatch(
-            images=from_dlpack(images.as_tensor()),
-            rows=torch.tensor(rows),
-            windows=torch.cat([top_left, height_width], dim=1).float(),
-            flips=torch.from_numpy(flip.as_array().reshape(-1).astype(bool)),
+            images=from_dlpack(images.as_tensor()).flatten(0, 1),
+            rows=torch.tensor(rows).repeat_interleave(crops),
+            windows=torch.cat([top_left, height_width], dim=2).flatten(0, 1).float(),
+            flips=torch.from_numpy(flip.as_array().astype(bool)).flatten(),
         )
 
     def _run_graph(self) -> tuple:
@@ -283,7 +320,7 @@ class CropLoader:
             f"{table.digest} batch={config.batch_size} size={config.image_size} "
             f"view={config.view} interpolation={config.interpolation} "
             f"shuffle={config.shuffle_buffer} drop_last={self.drop_last} seed={seed} "
-            f"rank={self.rank}/{self.world_size}"
+            f"rank={self.rank}/{self.world_size} crops={config.crops_per_image}"
         )
 
 
@@ -310,36 +347,66 @@ def _crop_graph(
         name="reader",
     )
     extent = fn.peek_image_shape(encoded)[:2]
-    flip = fn.random.coin_flip(
-        probability=config.view.flip if isinstance(config.view, RandomView) else 0.0
-    )
-    if isinstance(config.view, RandomView):
-        anchor, shape = fn.random_crop_generator(
-            extent,
-            random_area=list(config.view.area),
-            random_aspect_ratio=list(config.view.aspect_ratio),
-        )
-    else:
-        shape = extent
-        if isinstance(config.view, CentreView):
-            side = fn.reductions.min(extent, axes=[0], keep_dims=True)
-            side = fn.cast(side * config.view.fraction, dtype=types.INT64)
-            shape = fn.cat(side, side, axis=0)
-        anchor = fn.cast((extent - shape) // 2, dtype=types.INT64)
-    images = fn.decoders.image_slice(
-        encoded,
-        anchor,
-        shape,
-        axes=[0, 1],
-        device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
-    )
-    images = fn.resize(
-        images,
+    cuts = [_cut(extent, config.view) for _ in range(config.crops_per_image)]
+    decoder: dict[str, Any] = {"output_type": types.RGB, "device": "cpu"}
+    if on_gpu and config.decode.on == "gpu":
+        decoder |= {
+            "device": "mixed",
+            "hw_decoder_load": config.decode.hardware_share,
+            "preallocate_width_hint": config.decode.preallocate,
+            "preallocate_height_hint": config.decode.preallocate,
+        }
+    resize = partial(
+        fn.resize,
         size=[config.image_size, config.image_size],
         interp_type=_INTERPOLATIONS[config.interpolation],
         antialias=True,
     )
-    images = fn.flip(images, horizontal=flip)
+    if decoder["device"] == "cpu" and len(cuts) == 1:
+        region = fn.decoders.image_slice(
+            encoded, cuts[0].anchor, cuts[0].shape, axes=[0, 1], **decoder
+        )
+        crops = [resize(region.gpu() if on_gpu else region)]
+    else:
+        # No region is decoded on a GPU: nvImageCodec is reported to crash there (its issue 55).
+        whole = fn.decoders.image(encoded, **decoder)
+        whole = whole.gpu() if on_gpu else whole
+        crops = [
+            resize(
+                whole,
+                roi_start=fn.cast(cut.anchor, dtype=types.FLOAT),
+                roi_end=fn.cast(cut.anchor + cut.shape, dtype=types.FLOAT),
+            )
+            for cut in cuts
+        ]
+    images = fn.stack(
+        *(fn.flip(crop, horizontal=cut.flip) for crop, cut in zip(crops, cuts, strict=True))
+    )
     source = fn.get_property(encoded, key="source_info")
+    anchor, shape, flip = (fn.stack(*each) for each in zip(*cuts, strict=True))
     return images, source, anchor, shape, extent, flip
+
+
+class _Cut(NamedTuple):
+    """Of each image a view: top and left, height and width, px, and whether it is flipped."""
+
+    anchor: DataNode
+    shape: DataNode
+    flip: DataNode
+
+
+def _cut(extent: DataNode, view: View) -> _Cut:
+    flip = fn.random.coin_flip(probability=view.flip if isinstance(view, RandomView) else 0.0)
+    if isinstance(view, RandomView):
+        anchor, shape = fn.random_crop_generator(
+            extent,
+            random_area=list(view.area),
+            random_aspect_ratio=list(view.aspect_ratio),
+        )
+        return _Cut(anchor, shape, flip)
+    shape = extent
+    if isinstance(view, CentreView):
+        side = fn.reductions.min(extent, axes=[0], keep_dims=True)
+        side = fn.cast(side * view.fraction, dtype=types.INT64)
+        shape = fn.cat(side, side, axis=0)
+    return _Cut(fn.cast((extent - shape) // 2, dtype=types.INT64), shape, flip)

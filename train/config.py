@@ -15,7 +15,7 @@ from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
 from pipeline import storage
 from pipeline.join import JoinConfig
-from pipeline.loader import LoaderConfig, RandomView
+from pipeline.loader import DecodeConfig, LoaderConfig, RandomView
 from pipeline.options import ELASTIC, FREE, check_bounds
 from pipeline.scores import ScoreSpec
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig, RefreshConfig
@@ -87,7 +87,11 @@ class Pretrain:
     epochs: Annotated[int, Ge(1)] = 800
     """passes over the data"""
     batch_size: Annotated[int, Ge(1), ELASTIC] = 64
-    """images a step on each rank"""
+    """crops a step on each rank"""
+    crops_per_image: Annotated[int, Ge(1), ELASTIC] = 1
+    """crops of each image in a batch (repeated augmentation): an image is decoded once for all of
+    them. An epoch is one decode of each image and has as many times the steps, so 800 epochs of 1
+    crop are 200 of 4"""
     accumulate: Annotated[int, Ge(1), ELASTIC] = 1
     """parts that a batch goes through the model in, one after another, to save memory"""
     plain_epochs: Annotated[int, Ge(0)] = 0
@@ -113,6 +117,7 @@ class Pretrain:
     """what to train on"""
     threads: Annotated[int, Ge(1), FREE] = LoaderConfig.threads
     """CPU threads that decode, on each rank"""
+    decode: Annotated[DecodeConfig, FREE] = field(default_factory=DecodeConfig)
     resume: Annotated[Literal["auto", "never"], FREE] = "auto"
     """go on from the last checkpoint in --out, or refuse a folder that holds one"""
     elastic: Annotated[bool, FREE] = False
@@ -140,6 +145,11 @@ class Pretrain:
         if size is not None and (size < patch or size % patch):
             raise ValueError(
                 f"--attention.image-size {size} must be a multiple of {patch} px, the patch size"
+            )
+        if self.batch_size % self.crops_per_image:
+            raise ValueError(
+                f"--batch-size {self.batch_size} crops are not made of images with "
+                f"--crops-per-image {self.crops_per_image}"
             )
         if self.batch_size % self.accumulate:
             raise ValueError(

@@ -107,6 +107,8 @@ class Run(Training[PatchBatch]):
                 interpolation=config.interpolation,
                 shuffle_buffer=config.shuffle_buffer,
                 threads=config.threads,
+                crops_per_image=config.crops_per_image,
+                decode=config.decode,
             ),
             drop_last=True,
             rank=here.rank,
@@ -297,7 +299,8 @@ class Run(Training[PatchBatch]):
             f"{sizes.patch_size} px, {config.decoder} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
-            f"{self.loader.remainder} skipped each epoch to fill whole batches",
+            f"{self.loader.remainder} skipped each epoch to fill whole batches"
+            + (f"; {config.crops_per_image} crops of each" if config.crops_per_image > 1 else ""),
             **{each.name: each.describe() for each in self.signals},
             "patches": _counts(sizes, config.join)
             + ("" if self.signals else ", all of the same weight"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
@@ -51,6 +55,10 @@ class Loader:
     """images a batch"""
     threads: int = LoaderConfig.threads
     """DALI's threads, and torchvision's workers"""
+    crops: tuple[int, ...] = (2, 4)
+    """crops of each decoded image, a rival each beside one of one"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where crops end up; with cuda the loader and the bare graph decode there, torchvision here"""
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(1)
@@ -60,36 +68,48 @@ class Loader:
             tempfile.TemporaryDirectory(prefix="famt-folder-") as folder,
         ):
             table = load_samples(urls, cache)
-            # Both graphs decode the incomplete last batch of an epoch, which a loader then drops.
-            runs = math.ceil(len(table) / self.batch_size)
-            epochs = math.ceil((self.images / self.batch_size + _READY) / runs)
-            images = (epochs * runs - _READY) * self.batch_size
+            maps = load_maps(table, cache, spec)
             _extract(table, cache, Path(folder))
-            rates = measure.rates(
-                {
-                    "joined": self._joined(table, load_maps(table, cache, spec), epochs),
-                    "bare": self._bare(table, epochs * runs),
-                    "torchvision": self._torchvision(folder, images),
-                },
-                images,
-                self.rounds,
-                pause=1.0,
-            )
+            counts = {crops: self._epochs(len(table), crops) for crops in (1, *self.crops)}
+            epochs, crops = counts[1]
+            rivals = {
+                "joined": self._joined(table, maps, 1, epochs),
+                "bare": self._bare(table, epochs * self._runs(len(table), 1)),
+                "torchvision": self._torchvision(folder, crops),
+            }
+            several = {f"{k} crops": self._joined(table, maps, k, counts[k][0]) for k in self.crops}
+            taken = measure.seconds({**rivals, **several}, self.rounds, pause=1.0)
+        covered = dict.fromkeys(rivals, crops) | {f"{k} crops": counts[k][1] for k in self.crops}
+        rates = {name: covered[name] / statistics.median(each) for name, each in taken.items()}
+        unit = (
+            f"crops/s with join, sampling and normalisation, {self.device}, {self.threads} threads"
+        )
         for name, against in {
             "bare": "bare DALI graph: decode, crop, resize, flip, normalise",
             "torchvision": f"torchvision's ImageFolder and a DataLoader of {self.threads} workers",
         }.items():
-            yield measure.line(
-                "loader",
-                f"images/s with join, sampling and normalisation, {self.threads} threads",
-                rates["joined"],
-                against,
-                rates[name],
-            )
+            yield measure.line("loader", unit, rates["joined"], against, rates[name])
+        for name in several:
+            against = "one crop of each decoded image"
+            line = measure.line("loader", f"{unit}, {name}", rates[name], against, rates["joined"])
+            yield line
 
-    def _joined(self, table: SampleTable, maps: torch.Tensor, epochs: int) -> Callable[[], None]:
+    def _runs(self, images: int, crops: int) -> int:
+        """Batches of an epoch: graphs decode the incomplete last one, which a loader then drops."""
+        return math.ceil(images * crops / self.batch_size)
+
+    def _epochs(self, images: int, crops: int) -> tuple[int, int]:
+        """Epochs of a turn, and the crops that it counts."""
+        runs = self._runs(images, crops)
+        epochs = math.ceil((self.images / self.batch_size + _READY) / runs)
+        return epochs, (epochs * runs - _READY) * self.batch_size
+
+    def _joined(
+        self, table: SampleTable, maps: torch.Tensor, crops_per_image: int, epochs: int
+    ) -> Callable[[], None]:
         join = JoinConfig()
-        loader = CropLoader(table, self._config(), drop_last=True)
+        config = dataclasses.replace(self._config(), crops_per_image=crops_per_image)
+        loader = CropLoader(table, config, drop_last=True, device=self.device)
 
         def work() -> None:
             for _ in range(epochs):
@@ -100,6 +120,8 @@ class Loader:
                     batch = split_crops(crops, weights, MODELS["vit_base"], join)
                     normalise(batch.visible)
                     normalise(batch.masked)
+            if self.device == "cuda":
+                torch.cuda.synchronize()
 
         return work
 
@@ -112,6 +134,8 @@ class Loader:
             batch_size=self.batch_size,
             num_threads=self.threads,
             seed=0,
+            device_id=0 if self.device == "cuda" else None,
+            on_gpu=self.device == "cuda",
         )
         graph.build()
 
@@ -155,8 +179,10 @@ def _extract(table: SampleTable, cache: ScoreCache, folder: Path) -> None:
             path.write_bytes(data[offset : offset + size])
 
 
-@pipeline_def(device_id=None)
-def _crop_graph(paths: list[str], index_paths: list[str], config: LoaderConfig) -> DataNode:
+@pipeline_def
+def _crop_graph(
+    paths: list[str], index_paths: list[str], config: LoaderConfig, on_gpu: bool
+) -> DataNode:
     encoded = fn.readers.webdataset(
         paths=paths,
         index_paths=index_paths,
@@ -165,10 +191,18 @@ def _crop_graph(paths: list[str], index_paths: list[str], config: LoaderConfig) 
         initial_fill=config.shuffle_buffer,
         dont_use_mmap=True,
     )
-    images = fn.decoders.image_random_crop(encoded, random_area=[0.2, 1.0], output_type=types.RGB)
-    images = fn.resize(
-        images, size=[config.image_size] * 2, interp_type=types.INTERP_CUBIC, antialias=True
+    resize = partial(
+        fn.resize, size=[config.image_size] * 2, interp_type=types.INTERP_CUBIC, antialias=True
     )
+    if on_gpu:  # as the loader: whole, and cut while it is resized
+        extent = fn.peek_image_shape(encoded)[:2]
+        anchor, shape = fn.random_crop_generator(extent, random_area=[0.2, 1.0])
+        start, end = (fn.cast(each, dtype=types.FLOAT) for each in (anchor, anchor + shape))
+        whole = fn.decoders.image(encoded, device="mixed", output_type=types.RGB)
+        images = resize(whole, roi_start=start, roi_end=end)
+    else:
+        region = {"random_area": [0.2, 1.0], "output_type": types.RGB}
+        images = resize(fn.decoders.image_random_crop(encoded, **region))
     return fn.crop_mirror_normalize(
         images,
         mirror=fn.random.coin_flip(),

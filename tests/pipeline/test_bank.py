@@ -52,6 +52,35 @@ def test_a_crop_keeps_the_level_that_its_part_of_the_image_has():
 
 
 @settings(deadline=None, max_examples=30)
+@given(st.integers(0, 999), st.booleans())
+def test_several_views_of_a_row_are_taken_up_one_after_the_other(seed, partly):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(0, 4, (12,), generator=generator)
+    size = torch.rand(12, 2, generator=generator) * 0.8 + 0.2
+    windows = torch.cat([torch.rand(12, 2, generator=generator) * (1 - size), size], 1)
+    flips = torch.rand(12, generator=generator) < 0.5
+    views = CropBatch(torch.empty(12, 0), rows, windows, flips).views
+    scores = torch.rand(12, 49, generator=generator) + 0.1
+    known = torch.rand(12, 49, generator=generator) < 0.5 if partly else None
+    at_once, one_by_one = MapBank(4, 14), MapBank(4, 14)
+    at_once.write(views, scores, 5, known)
+    for n in range(12):
+        part = slice(n, n + 1)
+        one_by_one.write(views.take(part), scores[part], 5, known[part] if partly else None)
+    torch.testing.assert_close(at_once.maps, one_by_one.maps, atol=2e-3, rtol=2e-3)
+    assert torch.equal(at_once.refreshed, one_by_one.refreshed)
+
+
+def test_every_row_is_looked_at_before_a_second_view_of_one():
+    bank = MapBank(3, 7)
+    bank.write(_crops([0]).views, torch.ones(1, 49), 7)
+    bank.write(_crops([2]).views, torch.ones(1, 49), 4)
+    rows = torch.tensor([0, 0, 1, 1, 2, 2])
+    assert bank.oldest(rows, 4).tolist() == [2, 4, 0, 3]
+    assert bank.oldest(rows, 6).tolist() == [2, 4, 0, 3, 5, 1]
+
+
+@settings(deadline=None, max_examples=30)
 @given(st.integers(0, 999))
 def test_maps_stay_positive_with_mean_1_whatever_is_written(seed):
     generator = torch.Generator().manual_seed(seed)

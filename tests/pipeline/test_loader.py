@@ -107,9 +107,45 @@ def test_epochs_are_shuffled_anew_and_seeds_repeat(table):
     assert one != _rows(other)
 
 
+def test_several_crops_of_one_decode_follow_one_another(table):
+    config = dataclasses.replace(SMALL, batch_size=8, crops_per_image=2)
+    loader = CropLoader(table, config, drop_last=False, rank=1, world_size=2)
+    seen = []
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(crops.rows) for crops in batches] == [8, 8, 8, 2]
+        rows = torch.cat([crops.rows for crops in batches]).view(-1, 2)
+        assert torch.equal(rows[:, 0], rows[:, 1])
+        seen.append(set(rows[:, 0].tolist()))
+        pairs = torch.cat([crops.windows for crops in batches]).view(-1, 2, 4)
+        assert (pairs[:, 0] != pairs[:, 1]).any(1).all()
+        flips = torch.cat([crops.flips for crops in batches]).view(-1, 2)
+        assert (flips[:, 0] != flips[:, 1]).any()
+    assert [len(rows) for rows in seen] == [13, 13]
+    assert not seen[0] & seen[1]  # the other rank's share comes next
+
+
+def test_an_epoch_with_several_crops_decodes_every_image_once(table):
+    config = dataclasses.replace(SMALL, batch_size=12, crops_per_image=3)
+    loaders = [
+        CropLoader(table, config, drop_last=True, rank=rank, world_size=2) for rank in (0, 1)
+    ]
+    assert [loader.steps_per_epoch for loader in loaders] == [3, 3]
+    assert loaders[0].remainder == 2
+    rows = torch.tensor([row for loader in loaders for row in _rows(loader)])
+    assert set(rows.bincount(minlength=26).tolist()) == {0, 3}
+
+
+def test_a_batch_that_is_not_made_of_whole_images_is_refused():
+    with pytest.raises(ValueError, match="batch of 4 crops is not made of images with 3 crops"):
+        dataclasses.replace(SMALL, crops_per_image=3)
+
+
 @pytest.mark.parametrize("steps", [1, 5, 6, 9])
-def test_a_state_goes_on_with_the_very_next_batch(table, steps):
-    loader = CropLoader(table, SMALL, drop_last=True, seed=3)
+@pytest.mark.parametrize("crops_per_image", [1, 2])
+def test_a_state_goes_on_with_the_very_next_batch(table, steps, crops_per_image):
+    config = dataclasses.replace(SMALL, crops_per_image=crops_per_image)
+    loader = CropLoader(table, config, drop_last=True, seed=3)
 
     def stream(source):
         while True:
@@ -118,7 +154,7 @@ def test_a_state_goes_on_with_the_very_next_batch(table, steps):
     batches = stream(loader)
     for _ in range(steps):
         next(batches)
-    resumed = stream(CropLoader(table, SMALL, drop_last=True, seed=3, state=loader.state()))
+    resumed = stream(CropLoader(table, config, drop_last=True, seed=3, state=loader.state()))
     for _ in range(10):
         expected, actual = next(batches), next(resumed)
         for name in ("images", "rows", "windows", "flips"):
@@ -133,7 +169,7 @@ def test_a_loader_leaves_no_index_that_a_kill_would_leave(table, tmp_path, monke
     assert len(_rows(loader)) == len(_rows(loader)) > 0
 
 
-@pytest.mark.parametrize("change", ["world size", "batch size", "shards", "seed"])
+@pytest.mark.parametrize("change", ["world size", "batch size", "crops", "shards", "seed"])
 def test_a_state_of_another_set_up_is_refused(table, scored, change):
     state = CropLoader(table, SMALL, drop_last=True).state()
     config, keywords = SMALL, {}
@@ -141,6 +177,8 @@ def test_a_state_of_another_set_up_is_refused(table, scored, change):
         keywords["world_size"] = 2
     elif change == "batch size":
         config = dataclasses.replace(SMALL, batch_size=3)
+    elif change == "crops":
+        config = dataclasses.replace(SMALL, crops_per_image=2)
     elif change == "seed":
         keywords["seed"] = 9
     else:
@@ -183,11 +221,12 @@ def test_centre_and_whole_views(tmp_path):
         assert not crops.flips.any()
 
 
-def test_crops_are_torchvisions_of_the_same_windows(tmp_path):
+@pytest.mark.parametrize("crops_per_image", [1, 2])  # a decoded region, or a cut of the whole
+def test_crops_are_torchvisions_of_the_same_windows(tmp_path, crops_per_image):
     pictures = [photo(n, 180, 240) for n in range(8)]
     members = [(f"{n}.png", encode(p, "PNG")) for n, p in enumerate(pictures)]
     table = _table_of(tmp_path, members)
-    config = dataclasses.replace(SMALL, image_size=64)
+    config = dataclasses.replace(SMALL, image_size=64, crops_per_image=crops_per_image)
     for interpolation in ("bicubic", "bilinear"):
         loader = CropLoader(
             table, dataclasses.replace(config, interpolation=interpolation), drop_last=True
@@ -248,7 +287,8 @@ _UNDO = {  # how a camera stores an upright picture under each EXIF orientation
 }
 
 
-def test_the_joined_map_says_where_the_crop_was_cut(tmp_path):
+@pytest.mark.parametrize("crops_per_image", [1, 3])
+def test_the_joined_map_says_where_the_crop_was_cut(tmp_path, crops_per_image):
     """End to end through DALI: maps of the x and y positions against pixels that encode them."""
     members = []
     for n, (height, width) in enumerate([(256, 256), (200, 400), (500, 250)] * 8):
@@ -262,7 +302,13 @@ def test_the_joined_map_says_where_the_crop_was_cut(tmp_path):
     position = (torch.arange(fine) + 0.5) / fine
     ramps = {"x": position.expand(fine, fine), "y": position[:, None].expand(fine, fine)}
     grid, patch = 14, 16
-    config = LoaderConfig(batch_size=24, image_size=grid * patch, shuffle_buffer=0, threads=2)
+    config = LoaderConfig(
+        batch_size=24,
+        image_size=grid * patch,
+        shuffle_buffer=0,
+        threads=2,
+        crops_per_image=crops_per_image,
+    )
     inner = slice(1, -1)  # resampling blurs into the edge of a crop
     seen = set()
     loader = CropLoader(table, config, drop_last=True, seed=4)

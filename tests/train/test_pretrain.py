@@ -208,6 +208,7 @@ def test_garbage_in_the_log_stops_no_run(config):
         ({"optimiser": OptimiserConfig(ema_decay=1.5)}, "--optimiser.ema-decay 1.5"),
         ({"attention": AttentionConfig(image_size=30)}, "--attention.image-size 30 must be a mult"),
         ({"batch_size": 9, "accumulate": 2}, "does not divide"),
+        ({"batch_size": 8, "crops_per_image": 3}, "not made of images with --crops-per-image 3"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_name(config, options, message):
@@ -255,12 +256,17 @@ class _Stop(Exception):
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 8])
-@pytest.mark.parametrize("attention", ["rolling", "off"])
+@pytest.mark.parametrize(
+    ("attention", "crops_per_image", "epochs"), [("rolling", 2, 2), ("off", 1, 3)]
+)
 def test_a_run_stopped_anywhere_ends_with_the_weights_of_one_that_was_not(
-    config, tmp_path, stop_after, attention, monkeypatch
+    config, tmp_path, stop_after, attention, crops_per_image, epochs, monkeypatch
 ):
     config = dataclasses.replace(
-        config, attention=AttentionConfig(attention, every=2, image_size=16)
+        config,
+        attention=AttentionConfig(attention, every=2, image_size=16),
+        crops_per_image=crops_per_image,
+        epochs=epochs,
     )
     main(config)
     interrupted = dataclasses.replace(config, out=tmp_path / "stopped", checkpoint_minutes=0.0)

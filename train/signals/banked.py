@@ -14,8 +14,9 @@ from train.signals.signal import Context, Signal
 class Banked(Signal):
     """A signal whose scores lie in a `MapBank`, in the frame of each image.
 
-    A row comes up once an epoch, on one rank. So the ranks of a machine write into one bank as they
-    go, and machines exchange what they wrote when an epoch ends or a checkpoint is due.
+    A row comes up in one batch an epoch, on one rank. So the ranks of a machine write into one
+    bank as they go, and machines exchange what they wrote when an epoch ends or a checkpoint is
+    due.
     """
 
     def __init__(self, exponent: float, context: Context) -> None:
