@@ -51,7 +51,9 @@ class Step:
     def run(self) -> Iterator[Report]:
         names = ["famt self", "famt cross", "famt simmim"]
         # A process each, and before this one holds a model: what one rival frees helps no other.
-        memory = {name: self._memory(name) for name in tqdm([*names, "mae self"], desc="memory")}
+        memory = {
+            name: self._memory(name) for name in tqdm([*names, "mae self", "simmim"], desc="memory")
+        }
         yield from self.times("step", names)
         for name in names:
             bound = RIVALS[name].bound
