@@ -42,6 +42,9 @@ from train.loop import Training
 from train.streams import SideStream, Stop
 from train.timing import Clock
 
+# At timm's full 10 a posterized image keeps 0 bits, which Pillow refuses.
+_STRONGEST = 9.99
+
 
 @dataclass(frozen=True)
 class FinetuneOptimiser:
@@ -212,7 +215,9 @@ class Finetuning(Training[Mixed]):
         )
         mixing = options.mixing
         self.augment = (
-            rand_augment_transform(mixing.randaugment, {}) if mixing.randaugment else None
+            rand_augment_transform(mixing.randaugment, {"magnitude_max": _STRONGEST})
+            if mixing.randaugment
+            else None
         )
         self.mixup = Mixup(
             mixing.mixup,

@@ -160,6 +160,17 @@ def test_targets_say_how_images_were_mixed(make):
     assert mixed > 4
 
 
+def test_the_strongest_augmentation_takes_every_image(make):
+    mixing = dataclasses.replace(PLAIN, randaugment="rand-m10-n4-mstd0.5-inc1")
+    options = make(mixing=mixing)
+    encoder = open_encoder(options)
+    images = [open_images(options, encoder, name, HERE) for name in ("train", "val")]
+    run = Finetuning(encoder, *images, options)
+    crops = next(iter(run.loader))
+    for step in range(30):  # 480 operations, of which some 30 posterize
+        assert run.prepare(crops, step).images.isfinite().all()
+
+
 def test_options_out_of_bounds_are_refused(make):
     for wrong, message in (
         ({"epochs": 0}, "--epochs 0 must be at least 1"),
