@@ -178,6 +178,7 @@ class CropLoader:
     Args:
         table: which samples; its index is written to a temporary folder.
         config: how to read and cut.
+        paths: where the table's shards lie, if not at its URLs; see `pipeline.stage`.
         drop_last: see above; training wants it, evaluation must not.
         rank, world_size: this process among those that share the epoch.
         device: where crops end up; "cuda" decodes there.
@@ -195,6 +196,7 @@ class CropLoader:
         config: LoaderConfig,
         *,
         drop_last: bool,
+        paths: list[str] | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -233,11 +235,12 @@ class CropLoader:
         self._first_epoch = first_epoch
         # Ranks, and runs that begin at another epoch, must not draw the same crops.
         seeds = np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)
-        allow_open_files(sum(not storage.is_remote(url) for url in table.urls))
+        paths = paths or table.urls
+        allow_open_files(sum(not storage.is_remote(url) for url in paths))
         with table.write_indices() as indices:  # read when the pipeline is built
             self._pipeline: Pipeline = _crop_graph(
-                paths=table.urls,
-                index_paths=[f"{indices}/{n}.idx" for n in range(len(table.urls))],
+                paths=paths,
+                index_paths=[f"{indices}/{n}.idx" for n in range(len(paths))],
                 config=config,
                 rank=rank,
                 world_size=world_size,

@@ -52,6 +52,9 @@ class Pretrain:
     """folder or object-store URL of the score cache"""
     out: Annotated[Path, FREE]
     """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
+    stage: Annotated[Path | None, FREE] = None
+    """folder on a fast local disk that each machine fetches its shards into before it begins; what
+    is there of any earlier run is used"""
     recipe: Recipe = "famt"
     """sets the defaults of other options; see above"""
     init: str | None = None
@@ -195,6 +198,7 @@ class Pretrain:
             monitor=[storage.normalise_url(pattern) for pattern in self.monitor],
             cache=storage.normalise_url(self.cache),
             out=self.out.absolute(),
+            stage=self.stage and self.stage.absolute(),
             init=self.init
             if self.init is None or self.init.startswith(TIMM)
             else storage.normalise_url(self.init),

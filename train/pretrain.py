@@ -44,6 +44,7 @@ from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig
+from pipeline.stage import stage_shards
 from pipeline.table import load_samples
 from train import checkpoint, figures
 from train.checkpoint import Checkpoint
@@ -111,6 +112,9 @@ class Run(Training[PatchBatch]):
                 decode=config.decode,
             ),
             drop_last=True,
+            paths=stage_shards(self.samples, cache, config.stage, show=here.is_main)
+            if config.stage
+            else None,
             rank=here.rank,
             world_size=here.world_size,
             device=here.device,

@@ -1,0 +1,197 @@
+"""Tars of a far or slow store on a fast local disk, each fetched once for all runs of a machine.
+
+    <folder>/<shard id>.tar        a tar whose bytes were compared with that id
+    <folder>/<shard id>.tar.part   what is there of one that is being fetched, or was when a run
+                                   was killed: the next one goes on at its end
+
+Any number of ranks and runs may share a folder: a lock on the part keeps them from fetching the
+same tar. Nothing here deletes whole tars; remove the folder when it is not needed any more.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import obstore
+from blake3 import blake3
+from obstore.exceptions import BaseError
+from obstore.store import ObjectStore
+from tqdm import tqdm
+
+from pipeline import storage
+from pipeline.cache import ScoreCache
+from pipeline.manifest import CacheError
+from pipeline.shards import judgement_ids
+from pipeline.table import SampleTable
+
+_SIDE_BY_SIDE = 16
+_CHUNK = 8 << 20  # bytes
+
+
+def stage_shards(
+    samples: SampleTable, cache: ScoreCache, folder: Path, *, show: bool = False
+) -> list[str]:
+    """Fetch what a machine lacks of the shards of `samples`, and say where they lie.
+
+    Args:
+        samples: what is going to be read.
+        cache: it knows how large they are.
+        folder: on a local disk; made if it is not there.
+        show: a progress bar.
+
+    Returns:
+        paths, in the order of `samples.urls`, for `CropLoader`.
+
+    Raises:
+        CacheError: a tar holds other bytes than those that were scored.
+        FileNotFoundError: a tar is gone.
+        OSError: too little room, with the sizes; or a store or disk is out of reach.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    records = cache.manifests.lookup(samples.urls)
+    wanted = [
+        _Staged(url, shard_id, records[url].version.size, folder / f"{shard_id}.tar")
+        for url, shard_id in zip(samples.urls, samples.shard_ids, strict=True)
+    ]
+    lacking = list({each.path: each for each in wanted if not each.is_there()}.values())
+    _check_room(folder, lacking)
+    total, left = (sum(each.size for each in some) for some in (wanted, lacking))
+    bar = tqdm(
+        desc=f"staging {len(lacking)} of {len(wanted)} tars",
+        total=total,
+        initial=total - left,
+        unit="B",
+        unit_scale=True,
+        disable=not show or not lacking,
+    )
+    with bar:
+        # What another rank is at work on is waited for at last.
+        busy = _fetch_all(lacking, bar.update, wait=False)
+        _fetch_all(busy, bar.update, wait=True)
+    return [str(each.path) for each in wanted]
+
+
+@dataclass(frozen=True)
+class _Staged:
+    """A tar's URL, id and bytes, and where it is to lie."""
+
+    url: str
+    shard_id: str
+    size: int
+    path: Path
+
+    @property
+    def part(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.part")
+
+    def is_there(self) -> bool:
+        return _size(self.path) == self.size
+
+    def fetch(self, progress: Callable[[int], object], *, wait: bool) -> bool:
+        """Fetch it, unless it is there; False if another process does, and `wait` is not asked."""
+        part = _open_locked(self.part, wait=wait)
+        if part is None:
+            return False
+        with part:
+            if self.is_there():  # by now
+                self.part.unlink()
+                progress(self.size)
+                return True
+            begun = os.fstat(part.fileno()).st_size > 0
+            whole = self._complete(part, progress)
+            if begun and not whole:
+                # A crash of the machine may have left zeros where bytes were not on disk yet.
+                part.truncate(0)
+                whole = self._complete(part, lambda _: None)
+            if not whole:
+                self.part.unlink()
+                raise CacheError(
+                    f"{self.url}: its bytes are not those that were scored (shard "
+                    f"{self.shard_id}); run jobs/precompute_freq.py over it again"
+                )
+            os.fsync(part.fileno())
+            os.replace(self.part, self.path)
+        return True
+
+    def _complete(self, part: BinaryIO, progress: Callable[[int], object]) -> bool:
+        """Add what is missing at the end of the part; whether it is the tar then."""
+        digest = blake3()
+        part.seek(0)
+        while chunk := part.read(_CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+        there = part.tell()
+        if there < self.size:
+            store, name = _opened(self.url)
+            try:
+                rest = obstore.get(store, name, options={"range": {"offset": there}})
+                for received in rest.stream(min_chunk_size=_CHUNK):
+                    digest.update(received)
+                    part.write(received)
+                    progress(len(received))
+            except BaseError as error:
+                if isinstance(error, FileNotFoundError):
+                    raise FileNotFoundError(f"{self.url}: no such file") from None
+                raise OSError(f"{self.url} can't be read: {storage.reason(error)}") from error
+            part.flush()
+        return self.shard_id in judgement_ids(digest.hexdigest(length=16))
+
+
+def _open_locked(path: Path, *, wait: bool) -> BinaryIO | None:
+    """The file at `path`, made if it is not there, for this process alone; None if it is taken."""
+    while True:
+        file = open(path, "a+b")  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # Whoever had the lock before may have given the file another name, or removed it.
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        file.close()
+
+
+def _opened(url: str) -> tuple[ObjectStore, str]:
+    folder, name = storage.split_url(url)
+    return storage.open_store(folder), name
+
+
+def _fetch_all(
+    staged: Sequence[_Staged], progress: Callable[[int], object], *, wait: bool
+) -> list[_Staged]:
+    """Fetch side by side; returns those that other processes are at work on."""
+    pool = ThreadPoolExecutor(_SIDE_BY_SIDE)
+    try:
+        done = pool.map(lambda each: each.fetch(progress, wait=wait), staged)
+        return [each for each, fetched in zip(staged, done, strict=True) if not fetched]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_room(folder: Path, lacking: Sequence[_Staged]) -> None:
+    free = shutil.disk_usage(folder).free  # before what is there: other ranks are at work
+    needed = sum(each.size - _size(each.part) for each in lacking if not each.is_there())
+    if needed > free:
+        raise OSError(
+            f"{folder}: {len(lacking)} tars that are not there yet need {needed / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB are free; name a folder on a larger disk, or make smaller shards "
+            "(jobs/make_shards.py --max-side)"
+        )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 if there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
