@@ -23,6 +23,7 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from annotated_types import Ge, Le
 from tqdm import tqdm
 
 from pipeline import storage
@@ -30,6 +31,7 @@ from pipeline.cache import ScoreCache
 from pipeline.collector import Collection, collect
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.manifest import CacheError, ShardRecord
+from pipeline.options import Checked, Seed
 from pipeline.precompute import score_shard
 from pipeline.scores import ScoreSpec, is_generation
 from pipeline.shards import content_id, judgement_ids
@@ -84,14 +86,14 @@ class Ls:
 
 
 @dataclass(frozen=True)
-class Verify:
+class Verify(Checked):
     """Score a sample of entries again from their tars, and compare."""
 
     cache: str
     """folder or object-store URL of the score cache"""
-    sample: int = 10
+    sample: Annotated[int, Ge(1)] = 10
     """entries to check; each is one tar to read and score"""
-    seed: int = 0
+    seed: Seed = 0
     """of the choice"""
 
     def run(self) -> int:
@@ -121,7 +123,7 @@ class Verify:
 
 
 @dataclass(frozen=True)
-class Gc:
+class Gc(Checked):
     """Remove what no shard needs any more, and what killed writers left behind.
 
     That is: records of shards that were deleted, entries that no record names, generations that no
@@ -130,7 +132,7 @@ class Gc:
 
     cache: str
     """folder or object-store URL of the score cache"""
-    older_than_hours: float = 24.0
+    older_than_hours: Annotated[float, Ge(0), Le(1e6)] = 24.0
     """leave newer ones: a job in progress has entries that no manifest names yet"""
     drop_runs: list[str] = field(default_factory=list)
     """training runs whose generations all go, the newest too"""
@@ -158,7 +160,7 @@ class Gc:
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(Checked):
     """Draw photos with their score maps."""
 
     cache: str
@@ -167,10 +169,10 @@ class Show:
     """where the photos come from"""
     out: Path
     """PNG file to write"""
-    images: int = 6
+    images: Annotated[int, Ge(1)] = 6
     """rows of the picture"""
     spec: ScoreSpec = field(default_factory=ScoreSpec)
-    seed: int = 0
+    seed: Seed = 0
     """of the choice of photos"""
 
     def run(self) -> int:

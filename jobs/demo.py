@@ -16,15 +16,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import ray
 import tyro
+from annotated_types import Ge
 
 from jobs import make_shards, precompute_freq
 from jobs.refresh_scores import RefreshWorkers, following
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.loader import RandomView
+from pipeline.options import Checked
 from pipeline.table import load_samples
 from pipeline.writer import DIGITS
 from train import figures, pretrain
@@ -38,14 +41,14 @@ _MODEL = "vit_nano"
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Checked):
     """What to run the demo on."""
 
     data: str = DIGITS
     """a folder of images or of class folders; scikit-learn's digits if left out"""
     out: Path = Path("demo")
     """folder for shards, scores, the run and pictures; a fresh one inside it each time"""
-    images_seen: int = 120_000
+    images_seen: Annotated[int, Ge(1)] = 120_000
     """training is as many epochs as show the model about this many images"""
 
 

@@ -24,18 +24,21 @@ import dataclasses
 import re
 import sys
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import numpy as np
 import tyro
+from annotated_types import Ge, Lt
 from tqdm import tqdm
 
+from pipeline.options import Checked, Seed
 from pipeline.shards import NO_LABEL
 from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
 from train.program import run_program
 
 
 @dataclass(frozen=True)
-class MakeShards:
+class MakeShards(Checked):
     """What to write where."""
 
     source: str
@@ -46,25 +49,20 @@ class MakeShards:
     split: str = "train"
     """prefix of the shards; a named data set gives its training images for "train", else its test
     images"""
-    holdout: float = 0.0
+    holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
     """share of the images that goes to split "val" in place of this one"""
-    samples_per_shard: int = 1000
+    samples_per_shard: Annotated[int, Ge(1)] = 1000
     """images a tar; ImageNet is usually cut at 1000 (about 110 MB)"""
     unlabelled: bool = False
     """folders tell where images lie, not what they show: leave classes out"""
-    seed: int = 0
+    seed: Seed = 0
     """of the shuffle"""
     encoding: Encoding = field(default_factory=Encoding)
     download_to: str | None = None
     """where torchvision keeps what it downloads"""
 
     def __post_init__(self) -> None:
-        if self.samples_per_shard < 1:
-            raise ValueError(f"samples_per_shard must be at least 1, got {self.samples_per_shard}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be at least 0, got {self.seed}")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout must be at least 0 and below 1, got {self.holdout}")
+        super().__post_init__()
         if self.holdout and self.split == "val":
             raise ValueError('holdout makes a split "val" of its own; give this one another split')
         # Shards are found by <split>-*.tar, and DALI must be able to read their names.

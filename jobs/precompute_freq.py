@@ -26,16 +26,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import obstore.exceptions
 import ray
 import torch
 import tyro
+from annotated_types import Ge, Le
 from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError
+from pipeline.options import Checked
 from pipeline.precompute import ShardReport, precompute_shard, publish
 from pipeline.scores import ScoreSpec
 from pipeline.stale import look_up
@@ -49,7 +52,7 @@ _SHOWN = 10  # quarantined samples named on the terminal
 
 
 @dataclass(frozen=True)
-class PrecomputeFreq:
+class PrecomputeFreq(Checked):
     """What to score and where to put it."""
 
     shards: list[str]
@@ -60,11 +63,11 @@ class PrecomputeFreq:
     watch: str | None = None
     """run for ever: look again after this time (30s, 10m, 2h) for shards that are new or changed;
     a training run that starts after that takes them up"""
-    workers: int | None = None
+    workers: Annotated[int | None, Ge(1)] = None
     """tasks at a time; all CPUs of the cluster if left out"""
-    max_bad: float = 0.01
+    max_bad: Annotated[float, Ge(0), Le(1)] = 0.01
     """share of images that may be quarantined before the job counts as failed"""
-    max_damaged: int = 0
+    max_damaged: Annotated[int, Ge(0)] = 0
     """tars that may be cut off or broken before the job counts as failed"""
     retry_bad: bool = False
     """judge all images of these shards again, the quarantined among them. A shard on which a
@@ -74,12 +77,7 @@ class PrecomputeFreq:
     """file to write the JSON summary to as well"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad <= 1:
-            raise ValueError(f"max_bad must be 0 to 1, got {self.max_bad}")
-        if self.max_damaged < 0:
-            raise ValueError(f"max_damaged must be at least 0, got {self.max_damaged}")
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers must be at least 1, got {self.workers}")
+        super().__post_init__()
         if self.watch is not None:
             _seconds(self.watch)
             if self.retry_bad:

@@ -62,7 +62,7 @@ def main(args: RayPretrain) -> None:
     config = dataclasses.replace(
         config.absolute(),  # workers have a working directory of their own
         device="cuda" if args.gpu else "cpu",
-        threads=args.cpus_per_worker if config.threads == Pretrain.threads else config.threads,
+        threads=config.threads or args.cpus_per_worker,
     )
     ray.init(ignore_reinit_error=True)
     trainer = TorchTrainer(

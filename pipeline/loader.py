@@ -9,7 +9,6 @@ whole and cuts while it resizes, once a crop.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Gt, Le
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
@@ -29,6 +28,7 @@ from torch.utils.dlpack import from_dlpack
 from pipeline import storage
 from pipeline.limits import allow_open_files
 from pipeline.manifest import CacheError
+from pipeline.options import Checked
 from pipeline.table import SampleTable
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -39,27 +39,25 @@ _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEA
 class RandomView:
     """A random resized crop and flip, drawn as torchvision's RandomResizedCrop does."""
 
-    area: tuple[float, float] = (0.2, 1.0)
+    area: Annotated[tuple[float, float], Gt(0), Le(1)] = (0.2, 1.0)
     """range of the crop's share of the image area"""
-    aspect_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    aspect_ratio: Annotated[tuple[float, float], Gt(0)] = (3 / 4, 4 / 3)
     """range of the crop's width over height, before it is squashed to a square"""
-    flip: float = 0.5
+    flip: Annotated[float, Ge(0), Le(1)] = 0.5
     """probability of a left-right flip"""
 
     def __post_init__(self) -> None:
-        for name, largest in (("area", 1.0), ("aspect_ratio", math.inf)):
+        for name in ("area", "aspect_ratio"):
             low, high = getattr(self, name)
-            if not 0 < low <= high <= largest:
-                raise ValueError(f"{name} {low} {high} must rise within (0, {largest:g}]")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"flip {self.flip} must be a probability")
+            if low > high:
+                raise ValueError(f"{name} {low} {high} must be the smaller end, then the larger")
 
 
 @dataclass(frozen=True)
 class CentreView:
     """The central square, `fraction` of the image's shorter side."""
 
-    fraction: float = 0.875
+    fraction: Annotated[float, Gt(0), Le(1)] = 0.875
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,12 @@ class WholeView:
 
 
 View = RandomView | CentreView | WholeView
+
+
+def own_cores() -> int:
+    """CPU cores of this machine that are this rank's share."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 @dataclass(frozen=True)
@@ -85,30 +89,29 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
-class LoaderConfig:
+class LoaderConfig(Checked):
     """How crops are read and cut."""
 
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """crops a step on this rank"""
-    image_size: int = 224
+    image_size: Annotated[int, Ge(1)] = 224
     """side of the square crops, px"""
     view: View = field(default_factory=RandomView)
     """which part of an image a crop shows"""
     interpolation: Interpolation = "bicubic"
     """how crops are resized, with antialiasing"""
-    shuffle_buffer: int = 4096
+    shuffle_buffer: Annotated[int, Ge(0)] = 4096
     """encoded samples held to draw from at random; 0 reads in shard order"""
-    threads: int = max(
-        1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    )
+    threads: Annotated[int | None, Ge(1)] = None
     """CPU threads that decode; a rank's share of the machine's cores if left out"""
-    crops_per_image: int = 1
+    crops_per_image: Annotated[int, Ge(1)] = 1
     """crops of each image that is decoded, all in one batch; an epoch is one decode of each image,
     so it has as many times the steps"""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
-        if self.crops_per_image < 1 or self.batch_size % self.crops_per_image:
+        super().__post_init__()
+        if self.batch_size % self.crops_per_image:
             raise ValueError(
                 f"a batch of {self.batch_size} crops is not made of images with "
                 f"{self.crops_per_image} crops each"
@@ -246,7 +249,7 @@ class CropLoader:
                 world_size=world_size,
                 on_gpu=self.device.type == "cuda",
                 batch_size=config.images_per_batch,
-                num_threads=config.threads,
+                num_threads=config.threads or own_cores(),
                 device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
                 seed=int(seeds[0]),
                 enable_checkpointing=True,

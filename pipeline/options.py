@@ -3,7 +3,8 @@
     epochs: Annotated[int, Ge(1)] = 800
     flip: Annotated[float, Ge(0), Le(1)] = 0.5
 
-The bounds are those of the `annotated-types` package: `Ge`, `Gt`, `Le`, `Lt`.
+The bounds are those of the `annotated-types` package: `Ge`, `Gt`, `Le`, `Lt`, and `MinLen` for an
+option of several values.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
-from typing import Any, cast, get_type_hints
+from typing import Annotated, Any, cast, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 FREE = "may differ on resume"
 """note beside an option of a run: nothing that is learned depends on it"""
 ELASTIC = "may differ on resume with --elastic"
 """note beside an option of a run: it may, from the beginning of an epoch"""
+
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+"""seed of a generator, as every library here takes it"""
 
 _BOUNDS: dict[type, tuple[str, Callable[[Any, Any], bool], str]] = {
     Ge: ("ge", operator.ge, "at least"),
@@ -41,10 +45,15 @@ def check_bounds(options: Any) -> None:
     """Compare every number in a dataclass, and in those inside it, with the bounds beside it.
 
     Raises:
-        ValueError: one is out of bounds or not finite; names the option as the command line does.
+        ValueError: one is out of bounds or not finite, or values are too few; names the option as
+            the command line does.
     """
     for name, value, notes in annotated(options):
-        values = value if isinstance(value, tuple) else (value,)
+        option = "--" + name.replace("_", "-")
+        values = value if isinstance(value, tuple | list) else (value,)
+        for note in notes:
+            if isinstance(note, MinLen) and len(values) < note.min_length:
+                raise ValueError(f"{option} must have at least {note.min_length} value(s)")
         for each in values:
             if not isinstance(each, int | float) or isinstance(each, bool):
                 continue
@@ -53,7 +62,7 @@ def check_bounds(options: Any) -> None:
             held = (compare(each, getattr(note, key)) for (key, compare, _), note in bounds)
             if not math.isfinite(each) or not all(held):
                 must = " and ".join(wanted) or "finite"
-                raise ValueError(f"--{name.replace('_', '-')} {each} must be {must}")
+                raise ValueError(f"{option} {each} must be {must}")
 
 
 def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

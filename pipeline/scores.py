@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge
 from blake3 import blake3
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -30,6 +31,7 @@ from famt.frequency import (
     pixel_frequency,
     token_frequency,
 )
+from pipeline.options import Checked
 
 # Raise these with any change that alters the numbers of an existing kind.
 _CODE_VERSION = 2  # 1 decoded all images by Pillow
@@ -45,27 +47,25 @@ ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class ScoreSpec:
+class ScoreSpec(Checked):
     """A kind of pixel score and all that its numbers depend on. Equal specs share cached maps."""
 
     kind: str = DEFAULT_KIND
     """which score: border_geodesic, bandpass, highpass, lowpass, spectral_residual, or one that an
     installed package adds; `python -m jobs.benchmark quality` compares them"""
-    grid: int = 14
+    grid: Annotated[int, Ge(1)] = 14
     """cells a side of a stored map, over the whole image"""
-    pixels_per_cell: int = 4
+    pixels_per_cell: Annotated[int, Ge(1)] = 4
     """images are squashed to this many pixels a cell before they are scored"""
-    band: tuple[float, float] | None = None
+    band: Annotated[tuple[float, float] | None, Ge(0)] = None
     """(low, high) edges of the pass band in cycles per image side; the kind's own if left out"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.kind in PIXEL_KINDS:
             check_pixel_score(self.grid, self.kind, self.band)
         elif self.band is not None:
             raise ValueError(f"band is for {', '.join(PIXEL_KINDS)}; {self.kind!r} takes none")
-        for name in ("grid", "pixels_per_cell"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.size > _MAX_SIZE:
             raise ValueError(
                 f"grid x pixels_per_cell must be at most {_MAX_SIZE} px, got {self.size}"

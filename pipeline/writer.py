@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import obstore
 import torchvision.datasets
 import webdataset
+from annotated_types import Ge, Le
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
@@ -46,16 +47,10 @@ class Item:
 class Encoding:
     """How images are stored. Files are copied byte for byte unless `max_side` is given."""
 
-    max_side: int | None = None
+    max_side: Annotated[int | None, Ge(1)] = None
     """shrink images whose longer side is above this many px, and store them as JPEG"""
-    quality: int = 90
+    quality: Annotated[int, Ge(1), Le(100)] = 90
     """JPEG quality of what is re-encoded, 1 to 100"""
-
-    def __post_init__(self) -> None:
-        if self.max_side is not None and self.max_side < 1:
-            raise ValueError(f"max_side must be at least 1 px, got {self.max_side}")
-        if not 1 <= self.quality <= 100:
-            raise ValueError(f"quality must be 1 to 100, got {self.quality}")
 
 
 @dataclass(frozen=True)

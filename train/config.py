@@ -15,8 +15,8 @@ from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
 from pipeline import storage
 from pipeline.join import JoinConfig
-from pipeline.loader import DecodeConfig, LoaderConfig, RandomView
-from pipeline.options import ELASTIC, FREE, check_bounds
+from pipeline.loader import DecodeConfig, RandomView
+from pipeline.options import ELASTIC, FREE, Checked, Seed
 from pipeline.scores import ScoreSpec
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig, RefreshConfig
 
@@ -43,7 +43,7 @@ class OptimiserConfig:
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Checked):
     """A pre-training run."""
 
     shards: Annotated[list[str], FREE]
@@ -65,17 +65,17 @@ class Pretrain:
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
     """widths and depths of encoder and decoder; nano and micro are made for 32-px images in 4-px
     patches, huge for 224 px in 14, the others for 224 px in 16"""
-    image_size: int | None = None
+    image_size: Annotated[int | None, Ge(1)] = None
     """side of the crops, px, in place of the model's"""
-    patch_size: int | None = None
+    patch_size: Annotated[int | None, Ge(1)] = None
     """side of a patch, px, in place of the model's"""
     decoder: Decoder = "self"
     """self-attention as in MAE, or cross: masked patches look at visible ones only (CrossMAE)"""
-    decoder_width: int | None = None
+    decoder_width: Annotated[int | None, Ge(1)] = None
     """token width of the decoder, in place of the model's"""
-    decoder_depth: int | None = None
+    decoder_depth: Annotated[int | None, Ge(1)] = None
     """blocks of the decoder, in place of the model's"""
-    decoder_heads: int | None = None
+    decoder_heads: Annotated[int | None, Ge(1)] = None
     """attention heads of the decoder, in place of the model's"""
     unit: Annotated[int | None, Ge(1)] = None
     """patches a side of the squares that are masked as a whole; SimMIM's are of 2, MAE's of 1"""
@@ -84,7 +84,7 @@ class Pretrain:
     low_pass: Annotated[float | None, Gt(0)] = None
     """predict images without their finest detail (PixMIM): the largest frequency that is left, in
     waves an image side, 40 for 224 px say"""
-    fused: tuple[int, ...] = ()
+    fused: Annotated[tuple[int, ...], Ge(0)] = ()
     """blocks, from 0, whose output reaches the decoder beside that of the last (MFF): 0 2 4 6 8 of
     vit_base say"""
     epochs: Annotated[int, Ge(1)] = 800
@@ -118,8 +118,8 @@ class Pretrain:
     """compile the model (torch.compile)"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what to train on"""
-    threads: Annotated[int, Ge(1), FREE] = LoaderConfig.threads
-    """CPU threads that decode, on each rank"""
+    threads: Annotated[int | None, Ge(1), FREE] = None
+    """CPU threads that decode, on each rank; its share of the machine's cores if left out"""
     decode: Annotated[DecodeConfig, FREE] = field(default_factory=DecodeConfig)
     resume: Annotated[Literal["auto", "never"], FREE] = "auto"
     """go on from the last checkpoint in --out, or refuse a folder that holds one"""
@@ -139,11 +139,11 @@ class Pretrain:
     """labelled shards; k-NN and a quick probe of the encoder on them are drawn beside the loss"""
     monitor_epochs: Annotated[int, Ge(1), FREE] = 10
     """epochs from one look of the monitor to the next"""
-    seed: Annotated[int, Ge(0)] = 0
+    seed: Seed = 0
     """of weights, shuffle, crops and sampling"""
 
     def __post_init__(self) -> None:
-        check_bounds(self)
+        super().__post_init__()
         patch, size = self.sizes.patch_size, self.attention.image_size
         if size is not None and (size < patch or size % patch):
             raise ValueError(

@@ -20,19 +20,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import tyro
+from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
-from pipeline.loader import LoaderConfig
+from pipeline.options import Checked
 from pipeline.table import SampleTable, load_samples
 from train.distributed import ranks
 from train.evaluate.trunk import Images, default_centre
@@ -43,7 +44,7 @@ _ROW_GROUP = 4096  # images that are in memory at a time, and a row group of the
 
 
 @dataclass(frozen=True)
-class Embed:
+class Embed(Checked):
     """Which images to embed, and with what."""
 
     checkpoint: str
@@ -56,14 +57,14 @@ class Embed:
     """<name>.parquet, or a folder for .npy files; must not be there yet"""
     ema: bool = False
     """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
-    centre: float | None = None
+    centre: Annotated[float | None, Gt(0), Le(1)] = None
     """share of the shorter side that is shown; 0.875, or all of it up to 64 px"""
-    batch_size: int = 256
+    batch_size: Annotated[int, Ge(1)] = 256
     """images at a time"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what to compute on"""
-    threads: int = LoaderConfig.threads
-    """CPU threads that decode"""
+    threads: Annotated[int | None, Ge(1)] = None
+    """CPU threads that decode; all of the machine's cores if left out"""
 
 
 def main(args: Embed) -> None:
@@ -86,7 +87,7 @@ def main(args: Embed) -> None:
             table=table,
             name="features",
             image_size=size,
-            centre=args.centre or default_centre(size),
+            centre=default_centre(size) if args.centre is None else args.centre,
             batch_size=args.batch_size,
             threads=args.threads,
             here=here,

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import tyro
+from annotated_types import Ge
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -35,6 +37,7 @@ from famt.sampling import PatchSplit
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
+from pipeline.options import Checked, Seed
 from pipeline.scores import ScoreSpec, model_scores
 from pipeline.table import load_maps, load_samples
 from train.checkpoint import load, load_model
@@ -43,7 +46,7 @@ from train.signals.weights import OFF, Scores, weigh
 
 
 @dataclass(frozen=True)
-class Figures:
+class Figures(Checked):
     """A picture of a checkpoint at work."""
 
     checkpoint: Path
@@ -54,10 +57,10 @@ class Figures:
     """where the images come from"""
     out: Path
     """PNG file to write"""
-    images: int = 6
+    images: Annotated[int, Ge(1)] = 6
     """rows of the picture"""
     view: RandomView = field(default_factory=lambda: RandomView(area=(0.6, 1.0)))
-    seed: int = 0
+    seed: Seed = 0
     """of the choice of images, their crops and their splits"""
 
 

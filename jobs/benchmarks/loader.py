@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch.utils.data import DataLoader, RandomSampler
@@ -34,7 +35,8 @@ from jobs.benchmarks.measure import Report
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, crop_scores, split_crops
-from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.loader import CropLoader, LoaderConfig, own_cores
+from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
 from pipeline.table import SampleTable, load_maps, load_samples
 
@@ -42,20 +44,20 @@ _READY = 2  # batches that DALI holds ready when a turn begins; they are not cou
 
 
 @dataclass(frozen=True)
-class Loader:
+class Loader(Checked):
     """Images/s of the loader with join and sampling, beside the bare DALI graph and torchvision."""
 
     shards: list[str] = field(default_factory=list)
     """tars to measure on"""
-    rounds: int = 5
+    rounds: Annotated[int, Ge(1)] = 5
     """times that each rival is measured"""
-    images: int = 2000
+    images: Annotated[int, Ge(1)] = 2000
     """images that each turn covers at least, in whole epochs; few would show how a turn begins"""
-    batch_size: int = 64
+    batch_size: Annotated[int, Ge(1)] = 64
     """images a batch"""
-    threads: int = LoaderConfig.threads
+    threads: Annotated[int, Ge(1)] = field(default_factory=own_cores)
     """DALI's threads, and torchvision's workers"""
-    crops: tuple[int, ...] = (2, 4)
+    crops: Annotated[tuple[int, ...], Ge(1)] = (2, 4)
     """crops of each decoded image, a rival each beside one of one"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where crops end up; with cuda the loader and the bare graph decode there, torchvision here"""

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import ray
 import torch
+from annotated_types import Ge
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from PIL import Image
@@ -25,20 +27,21 @@ from jobs.precompute_freq import score_shards
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.decode import decode
+from pipeline.options import Checked
 from pipeline.precompute import ShardReport, score_shard
 from pipeline.scores import ScoreSpec
 from pipeline.shards import content_id, list_shard
 
 
 @dataclass(frozen=True)
-class Precompute:
+class Precompute(Checked):
     """Images/s of scoring a shard on one core, beside the rates of only decoding it."""
 
     shards: list[str] = field(default_factory=list)
     """tars to measure on; the first is used"""
-    rounds: int = 5
+    rounds: Annotated[int, Ge(1)] = 5
     """times that each rival is measured"""
-    images: int = 300
+    images: Annotated[int, Ge(1)] = 300
     """images of the shard that are used"""
 
     def run(self) -> Iterator[Report]:

@@ -6,9 +6,11 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
@@ -16,11 +18,12 @@ from tqdm import tqdm
 from famt.frequency import PIXEL_KINDS, pixel_frequency
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
+from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
 
 
 @dataclass(frozen=True)
-class Quality:
+class Quality(Checked):
     """How well each kind of map tells objects from background, without any learning.
 
     Area under the ROC curve of a 14 x 14 map against object masks, mean over photos. Beside each
@@ -32,7 +35,7 @@ class Quality:
     """folder of photos"""
     masks: Path
     """folder of masks of the same names: white where the object is"""
-    grid: int = 14
+    grid: Annotated[int, Ge(2)] = 14
     """cells a side"""
 
     def run(self) -> Iterator[Report]:

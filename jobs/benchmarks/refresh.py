@@ -6,9 +6,10 @@ import statistics
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.mae import MaskedAutoencoder
@@ -18,12 +19,13 @@ from jobs.benchmarks.measure import Report
 from jobs.benchmarks.training import training
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.options import Checked
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest, model_maps
 
 
 @dataclass(frozen=True)
-class Refresh:
+class Refresh(Checked):
     """Images/s of scoring shards with an encoder, beside its bare forward; its cost in epochs.
 
     The bound gives the same scores of tensors that are ready in memory.
@@ -35,15 +37,15 @@ class Refresh:
     """which model"""
     kind: str = "frequency_attention"
     """which score"""
-    images: int = 128
+    images: Annotated[int, Ge(1)] = 128
     """photos of the made-up shard, where none is given"""
-    batch_size: int = 32
+    batch_size: Annotated[int, Ge(1)] = 32
     """images that are scored at a time"""
-    step_batch_size: int = 16
+    step_batch_size: Annotated[int, Ge(1)] = 16
     """images of the training step that the cost is held against"""
-    rounds: int = 3
+    rounds: Annotated[int, Ge(1)] = 3
     """times that each rival is measured"""
-    threads: int = 2
+    threads: Annotated[int, Ge(1)] = 2
     """CPU threads, for the encoder as for decoding"""
 
     def run(self) -> Iterator[Report]:

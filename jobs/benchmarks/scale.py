@@ -7,8 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
+from annotated_types import Ge
 from tqdm import tqdm
 
 from jobs import precompute_freq
@@ -17,17 +19,18 @@ from jobs.benchmarks.measure import Report
 from pipeline import storage
 from pipeline.cache import ScoreCache, ShardTable
 from pipeline.manifest import ShardRecord
+from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
 from pipeline.table import load_maps, load_samples
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Checked):
     """What many shards cost at start: time and memory to resolve and load a large made-up cache."""
 
-    shards: int = 20_000
+    shards: Annotated[int, Ge(1)] = 20_000
     """shards of the made-up data set, each its own entry"""
-    images_per_shard: int = 20
+    images_per_shard: Annotated[int, Ge(1)] = 20
     """rows of each entry; the time goes by shards, the memory by images"""
 
     def run(self) -> Iterator[Report]:

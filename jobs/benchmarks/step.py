@@ -11,9 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -23,10 +24,11 @@ from famt.sampling import predict_some, sample_patches
 from famt.units import split_of_patches
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
+from pipeline.options import Checked
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Checked):
     """Time and peak memory of FAMT's training steps, beside this code's own plain steps.
 
     `famt self` and `famt cross` mask 45 % and throw 40 %, under either decoder; `mae self` masks
@@ -37,11 +39,11 @@ class Step:
 
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
     """which model"""
-    batch_size: int = 16
+    batch_size: Annotated[int, Ge(1)] = 16
     """images a step"""
-    rounds: int = 5
+    rounds: Annotated[int, Ge(1)] = 5
     """steps that each rival is measured for"""
-    threads: int = 2
+    threads: Annotated[int, Ge(1)] = 2
     """CPU threads"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes under autocast"""

@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import pytest
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from pipeline.options import ELASTIC, FREE, Checked, annotated
 
@@ -18,6 +18,7 @@ class Program(Checked):
     count: Annotated[int, Ge(1), FREE] = 1
     size_of_it: Annotated[int | None, Ge(2)] = None
     name: str = "x"
+    names: Annotated[tuple[str, ...], MinLen(1)] = ("a",)
     free: float = 7.0
     inner: Annotated[Inner, ELASTIC] = field(default_factory=Inner)
 
@@ -28,6 +29,7 @@ class Program(Checked):
         ({"count": 0}, "--count 0 must be at least 1"),
         ({"size_of_it": 1}, "--size-of-it 1 must be at least 2"),
         ({"free": float("nan")}, "--free nan must be finite"),
+        ({"names": ()}, r"--names must have at least 1 value\(s\)"),
         ({"inner": Inner(share=1.0)}, "--inner.share 1.0 must be above 0 and below 1"),
         ({"inner": Inner(share=float("inf"))}, "--inner.share inf must be above 0 and below 1"),
         ({"inner": Inner(ends=(0.0, 1.1))}, "--inner.ends 1.1 must be at least 0 and at most 1"),

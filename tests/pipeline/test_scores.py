@@ -131,19 +131,19 @@ def test_the_packaged_example_gives_a_map_that_finds_a_bright_square():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"grid": 0}, "grid must be at least 2"),
-        ({"grid": -3}, "grid must be at least 2"),
+        ({"grid": 0}, "--grid 0 must be at least 1"),
+        ({"grid": -3}, "--grid -3 must be at least 1"),
         ({"grid": 1}, "grid must be at least 2"),
-        ({"pixels_per_cell": 0}, "pixels_per_cell must be at least 1"),
-        ({"pixels_per_cell": -1}, "pixels_per_cell must be at least 1"),
+        ({"pixels_per_cell": 0}, "--pixels-per-cell .* must be at least 1"),
+        ({"pixels_per_cell": -1}, "--pixels-per-cell .* must be at least 1"),
         ({"grid": 100_000}, "at most 1024 px"),
         ({"band": (8.0, 2.0)}, "0 <= low < high"),
-        ({"band": (-1.0, 2.0)}, "0 <= low < high"),
-        ({"band": (float("nan"), 2.0)}, "0 <= low < high"),
-        ({"band": (1.0, float("nan"))}, "0 <= low < high"),
+        ({"band": (-1.0, 2.0)}, "--band -1.0 must be at least 0"),
+        ({"band": (float("nan"), 2.0)}, "--band nan"),
+        ({"band": (1.0, float("nan"))}, "--band nan"),
         ({"kind": "spectral_residual", "band": (1.0, 2.0)}, "takes no band"),
         ({"kind": "of_a_package", "band": (1.0, 2.0)}, "takes none"),
-        ({"kind": "of_a_package", "grid": 0}, "grid must be at least 1"),
+        ({"kind": "of_a_package", "grid": 0}, "--grid 0 must be at least 1"),
     ],
 )
 def test_a_spec_refuses_what_can_score_no_image(options, reason):

@@ -36,7 +36,7 @@ class Monitor:
         shards: labelled; a fifth of the images, drawn from every class, is tested.
         cache: that knows them.
         sizes: of the model in training.
-        threads: CPU threads that decode.
+        threads: CPU threads that decode; None takes the machine's cores.
         here: the main rank.
 
     Raises:
@@ -45,7 +45,12 @@ class Monitor:
     """
 
     def __init__(
-        self, shards: list[str], cache: ScoreCache, sizes: ModelConfig, threads: int, here: Ranks
+        self,
+        shards: list[str],
+        cache: ScoreCache,
+        sizes: ModelConfig,
+        threads: int | None,
+        here: Ranks,
     ) -> None:
         self._stop = threading.Event()
         self._images = _Stoppable(

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,13 +36,13 @@ from train.evaluate.trunk import (
 class Probe(Evaluation):
     """Linear classifiers on the frozen encoder, and attentive pooling."""
 
-    poolings: tuple[Pooling, ...] = ("cls", "mean", "attentive")
+    poolings: Annotated[tuple[Pooling, ...], MinLen(1)] = ("cls", "mean", "attentive")
     """features are the class token, as in MAE's own probe, the mean of the patch tokens, or a mean
     of the patch tokens by learned attention, for which all of them are kept: N x C x 2 bytes an
     image"""
-    learning_rates: Annotated[tuple[float, ...], Gt(0)] = (1e-2, 3e-2)
+    learning_rates: Annotated[tuple[float, ...], Gt(0), MinLen(1)] = (1e-2, 3e-2)
     """of Adam, with cosine decay; all are tried"""
-    penalties: Annotated[tuple[float, ...], Ge(0)] = (0.1, 1.0, 10.0, 100.0)
+    penalties: Annotated[tuple[float, ...], Ge(0), MinLen(1)] = (0.1, 1.0, 10.0, 100.0)
     """times half the squared weights, beside the sum of the cross-entropy over the images: 1 / C of
     scikit-learn's LogisticRegression; all are tried"""
     epochs: Annotated[int, Ge(1)] = 20
@@ -53,12 +53,6 @@ class Probe(Evaluation):
     """images a step"""
     hold_out: Annotated[float, Gt(0), Le(0.5)] = 0.1
     """share of the training images by which learning rate, penalty and pooling are chosen"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("poolings", "learning_rates", "penalties"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name.replace('_', '-')} needs one value at least")
 
 
 @dataclass(frozen=True)

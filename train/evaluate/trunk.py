@@ -16,9 +16,11 @@ from tqdm import tqdm
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
-from pipeline.options import FREE, Checked
+from pipeline.options import FREE, Checked, Seed
 from pipeline.table import SampleTable, load_samples
 from train.distributed import Ranks
+
+_MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
 
 Value = float | int | str
 Pooling = Literal["cls", "mean", "attentive"]
@@ -46,9 +48,9 @@ class Evaluation(Checked):
     """images at a time"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """what to compute on"""
-    threads: Annotated[int, Ge(1), FREE] = LoaderConfig.threads
-    """CPU threads that decode"""
-    seed: Annotated[int, Ge(0)] = 0
+    threads: Annotated[int | None, Ge(1), FREE] = None
+    """CPU threads that decode; a rank's share of the machine's cores if left out"""
+    seed: Seed = 0
     """of all that is drawn at random"""
 
 
@@ -89,7 +91,7 @@ class Images:
         image_size: side of the crops, px.
         centre: share of the shorter side that a crop shows when features are taken.
         batch_size: crops at a time.
-        threads: CPU threads that decode.
+        threads: CPU threads that decode; None takes the machine's cores.
         here: this rank; crops end up on its device.
     """
 
@@ -98,7 +100,7 @@ class Images:
     image_size: int
     centre: float
     batch_size: int
-    threads: int
+    threads: int | None
     here: Ranks
 
     @property
@@ -190,7 +192,7 @@ def open_images(options: Evaluation, encoder: VisionTransformer, name: str, here
         table=here.share(lambda: load_samples(getattr(options, name), cache)),
         name=name,
         image_size=size,
-        centre=options.centre or default_centre(size),
+        centre=default_centre(size) if options.centre is None else options.centre,
         batch_size=options.batch_size,
         threads=options.threads,
         here=here,
@@ -203,7 +205,7 @@ def default_centre(image_size: int) -> float:
 
 
 def require_labels(*sets: Images) -> None:
-    """Refuse images without a class.
+    """Refuse images without a class, or of one that nobody numbers so high.
 
     Raises:
         ValueError: names the first of them.
@@ -214,6 +216,12 @@ def require_labels(*sets: Images) -> None:
             raise ValueError(
                 f"{images.table.key(int(missing[0]))} and {len(missing) - 1} more samples have no "
                 "class; this evaluation needs a <key>.cls beside every image"
+            )
+        highest = int(images.table.labels.argmax())
+        if images.classes > _MOST_CLASSES:
+            raise ValueError(
+                f"{images.table.key(highest)} is of class {images.classes - 1}; classes are "
+                f"numbered from 0 to {_MOST_CLASSES - 1} at most, without gaps as far as possible"
             )
 
 

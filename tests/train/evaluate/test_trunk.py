@@ -69,6 +69,13 @@ def test_images_without_a_class_are_named(scored, encoder, options, tmp_path):
         require_labels(labelled, unlabelled)
 
 
+def test_a_class_of_a_number_that_no_classifier_can_have_is_named(encoder, options):
+    images = open_images(options(Evaluation), encoder, "val", HERE)
+    images.table.labels[4] = 2_000_000_000
+    with pytest.raises(ValueError, match=r"\.tar:.* is of class 2000000000; classes are numbered"):
+        require_labels(images)
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
