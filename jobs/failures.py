@@ -10,7 +10,7 @@ from pipeline import storage
 from train import pretrain
 from train.checkpoint import BusyError
 from train.config import Pretrain
-from train.program import USERS
+from train.program import is_users
 
 
 class MistakeError(Exception):
@@ -28,7 +28,9 @@ def train(config: Pretrain) -> None:
         pretrain.main(config)
     except BusyError:
         raise
-    except USERS as error:
+    except Exception as error:
+        if not is_users(error):
+            raise
         raise MistakeError(storage.reason(error)) from None
 
 

@@ -204,7 +204,8 @@ class Training(ABC, Generic[Batch]):
                 bad = (
                     f"the loss is {loss} at step {step}; the samples are in {path}. Look at those "
                     "images, or go on from the last checkpoint with a lower "
-                    "--optimiser.base-learning-rate and --elastic"
+                    "--optimiser.base-learning-rate and --elastic; where that is no number at "
+                    "once, remove that checkpoint: the weights ran away before it was written"
                 )
                 break
         everywhere = self.here.gather((sum(losses) / len(losses), bad))

@@ -318,6 +318,49 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config
     assert checkpoint.latest(config.out) is None
 
 
+def _with(config, **options):
+    return dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, **options))
+
+
+def test_a_run_that_ran_away_goes_on_as_its_message_says(config):
+    config = dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9)
+    with pytest.raises(FloatingPointError) as stopped:
+        main(_with(config, base_learning_rate=1e30))
+    for remedy in (
+        "a lower --optimiser.base-learning-rate and --elastic",
+        "remove that checkpoint",
+    ):
+        assert remedy in str(stopped.value)
+    *_, before, last = sorted(config.out.glob("checkpoint-*.pt"))
+    last.unlink()  # it holds the weights that ran away
+    lower = dataclasses.replace(
+        _with(config, base_learning_rate=0.04, weight_decay=0.3), elastic=True
+    )
+    with ranks("cpu") as here:
+        run = Run(lower, here)
+        assert run.step == checkpoint.load(before).step
+        assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.0, 0.3}
+        run.schedule.step_update(run.warmup_steps)
+        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.04 * 8 / 256)
+    main(lower)
+    assert checkpoint.load(config.out).epoch == config.epochs
+
+
+@pytest.mark.slow
+def test_ranks_log_their_mean_loss_and_stop_together_at_one_that_is_no_number(config, tmp_path):
+    options = {"shards": config.shards, "cache": config.cache}
+    torch.save(options, tmp_path / "options.pt")
+    finish(launch(program_file("lose_a_loss"), str(tmp_path), machines=["a", "a"]))
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert "at step 2; the samples are in" in first
+    assert "nan-rank1-step00000002.txt" in first
+    (line,) = [each for each in _log(tmp_path / "run") if "loss" in each]
+    means = [float((tmp_path / f"loss{rank}.txt").read_text()) for rank in range(2)]
+    assert means[0] != means[1]
+    assert line["loss"] == pytest.approx(sum(means) / 2, rel=1e-6)
+
+
 def test_live_attention_changes_the_masks_and_leaves_the_gradients_alone(config):
     with ranks("cpu") as here:
         run = Run(dataclasses.replace(config, attention=AttentionConfig("live")), here)

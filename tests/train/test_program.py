@@ -2,8 +2,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from launch import program_file
 
+from pipeline import storage
+from pipeline.loader import RandomView
 from pipeline.manifest import CacheError
 from train.program import run_program
 
@@ -20,7 +24,7 @@ def test_a_program_exits_with_its_code():
     assert _exit(lambda _: 0.97) == 0  # an accuracy, not a code
 
 
-@pytest.mark.parametrize("kind", [CacheError, FileNotFoundError, ValueError])
+@pytest.mark.parametrize("kind", [CacheError, FileNotFoundError])
 def test_a_users_error_is_its_message_alone(kind, capsys):
     def main(_):
         raise kind("train-7.tar: gone. Remedy: look elsewhere")
@@ -37,8 +41,26 @@ def test_a_defect_shows_where_it_is():
         run_program(main, None)
 
 
+def test_a_wrong_value_is_a_message_where_this_project_refuses_it(capsys):
+    assert _exit(lambda _: storage.expand(["train-{0.tar"])) == 2
+    assert capsys.readouterr().err.startswith("error: train-{0.tar: ")
+
+
+@pytest.mark.parametrize(
+    "defect",
+    [
+        lambda _: int("x"),
+        lambda _: np.zeros(3).reshape(2, 2),
+        lambda _: RandomView(area=(0.1, 0.2, 0.3)),  # in a file of this project, unpacking
+    ],
+)
+def test_a_wrong_value_of_the_programs_own_shows_where_it_is(defect):
+    with pytest.raises(ValueError):  # noqa: PT011
+        run_program(defect, None)
+
+
 def test_a_terminal_that_knows_ascii_alone_is_shown_escapes():
-    program = "from train.program import run_program; run_program(print, 'ä')"
     environment = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True)
+    command = [sys.executable, program_file("print_a_name")]
+    result = subprocess.run(command, env=environment, capture_output=True)
     assert (result.returncode, result.stdout) == (0, b"\\xe4\n")

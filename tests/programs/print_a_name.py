@@ -1,0 +1,5 @@
+"""Print a name that ASCII lacks."""
+
+from train.program import run_program
+
+run_program(print, "ä")
