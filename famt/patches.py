@@ -6,6 +6,8 @@ order in which the bytes of an interleaved image lie in memory.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -57,15 +59,23 @@ def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
 
 def normalise(patches: Tensor) -> Tensor:
     """RGB patches `[B, K, P*P*3]`, 0 to 255, to float32, ImageNet mean and deviation removed."""
-    pixels = patches.shape[-1] // 3
-    mean = torch.tensor(IMAGENET_MEAN, device=patches.device).repeat(pixels)
-    deviation = torch.tensor(IMAGENET_STD, device=patches.device).repeat(pixels)
-    return patches.to(torch.float32, copy=True).mul_(1 / (255 * deviation)).sub_(mean / deviation)
+    factor, offset = _normalisation(patches.shape[-1] // 3, patches.device)
+    return patches.to(torch.float32, copy=True).mul_(factor).sub_(offset)
 
 
 def normalise_images(images: Tensor) -> Tensor:
     """uint8 `[B, H, W, 3]` to the float32 `[B, 3, H, W]` that an encoder takes."""
     return normalise(images.flatten(2)).unflatten(-1, (-1, 3)).permute(0, 3, 1, 2).contiguous()
+
+
+@cache  # a constant that is sent to a GPU makes the host wait for it
+def _normalisation(pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factor and offset of the values of so many pixels."""
+    with torch.inference_mode(False):
+        mean, deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+        both = 1 / (255 * deviation), mean / deviation
+        factor, offset = (each.repeat(pixels).to(device) for each in both)
+    return factor, offset
 
 
 def _grid(images: Tensor, patch_size: int) -> tuple[int, int]:

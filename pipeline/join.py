@@ -22,6 +22,7 @@ from famt.sampling import (
     sample_patches,
 )
 from famt.targets import low_pass
+from famt.transfer import send
 from famt.units import split_of_patches, unit_weights
 from pipeline.loader import CropBatch, Views
 
@@ -101,8 +102,8 @@ def crop_scores(maps: Tensor, crops: CropBatch, grid: int) -> Tensor:
         `[B, grid**2]` float32 on the crops' device.
     """
     device = crops.images.device
-    windows, flips = crops.windows.to(device), crops.flips.to(device)
-    return crop_maps(maps[crops.rows].to(device), windows, flips, grid).flatten(1)
+    windows, flips = send(crops.windows, device), send(crops.flips, device)
+    return crop_maps(send(maps[crops.rows], device), windows, flips, grid).flatten(1)
 
 
 def split_crops(

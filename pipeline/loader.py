@@ -25,6 +25,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from famt.transfer import send
 from pipeline import storage
 from pipeline.limits import allow_open_files
 from pipeline.manifest import CacheError
@@ -165,7 +166,7 @@ class CropBatch:
 
     def take(self, index: Tensor) -> CropBatch:
         """The crops at positions `index`, int64 on the CPU."""
-        images = self.images[index.to(self.images.device)]
+        images = self.images[send(index, self.images.device)]
         return CropBatch(images, self.rows[index], self.windows[index], self.flips[index])
 
 

@@ -33,7 +33,8 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # First in line: the step fills the GPU, and this is what the next one waits for.
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._ready: torch.cuda.Event | None = None
         self._context: AbstractContextManager | None = None
 

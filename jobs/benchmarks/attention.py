@@ -44,12 +44,24 @@ class Attention(Checked):
     """steps that each rival is measured for"""
     threads: Annotated[int, Ge(1)] = 2
     """CPU threads"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes under autocast"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """what to compute on"""
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(self.threads)
         with (
             measure.scored(self.shards, ScoreSpec()) as (urls, cache),
-            training(urls, cache, self.model, self.batch_size, self.threads) as steps,
+            training(
+                urls,
+                cache,
+                self.model,
+                self.batch_size,
+                self.threads,
+                self.device,
+                self.precision,
+            ) as steps,
         ):
             agreement = self._agreement(steps)
             joins: list[float] = []
@@ -69,7 +81,10 @@ class Attention(Checked):
         ms = {
             name: 1000 * statistics.median(each) / self.batch_size for name, each in taken.items()
         }
-        setting = f"{self.model}, batch {self.batch_size}, {self.threads} threads"
+        setting = (
+            f"{self.model}, {self.precision}, {self.device}, batch {self.batch_size}, "
+            f"{self.threads} threads"
+        )
         for name in (each for each in slots if each != "off"):
             yield {
                 **measure.line(
@@ -89,7 +104,9 @@ class Attention(Checked):
             ms["off"],
         )
         yield agreement
-        step = Step(self.model, self.batch_size, self.rounds, self.threads)
+        step = Step(
+            self.model, self.batch_size, self.rounds, self.threads, self.precision, self.device
+        )
         names = ["famt cross that predicts 1/2", "famt cross that predicts 1/3"]
         yield from step.times("attention", names)
 

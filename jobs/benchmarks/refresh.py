@@ -47,18 +47,34 @@ class Refresh(Checked):
     """times that each rival is measured"""
     threads: Annotated[int, Ge(1)] = 2
     """CPU threads, for the encoder as for decoding"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """of the step that the cost is held against; bf16 computes under autocast"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """what to compute on"""
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(self.threads)
         sizes = MODELS[self.model]
-        encoder = MaskedAutoencoder(sizes).encoder.eval()
+        encoder = MaskedAutoencoder(sizes).encoder.eval().to(self.device)
         spec = ModelScoreSpec(
-            self.kind, sizes.grid, sizes.image_size, encoder_digest(encoder.state_dict())
+            self.kind,
+            sizes.grid,
+            sizes.image_size,
+            encoder_digest(encoder.state_dict()),
+            precision=self.precision,
         )
         given = storage.expand(self.shards)[:1] if self.shards else []
         with (
             measure.scored(given, ScoreSpec(), self.images) as (urls, cache),
-            training(urls, cache, self.model, self.step_batch_size, self.threads) as steps,
+            training(
+                urls,
+                cache,
+                self.model,
+                self.step_batch_size,
+                self.threads,
+                self.device,
+                self.precision,
+            ) as steps,
         ):
             count = len(steps.run.samples)
             taken = measure.seconds(
@@ -71,7 +87,10 @@ class Refresh(Checked):
             )
         median = {name: statistics.median(each) for name, each in taken.items()}
         refreshed = count / median["refresh"]
-        setting = f"{self.model}, {self.kind}, batch {self.batch_size}, {self.threads} threads"
+        setting = (
+            f"{self.model}, {self.kind}, {self.device}, batch {self.batch_size}, "
+            f"{self.threads} threads"
+        )
         yield measure.line(
             "refresh",
             f"images/s of refreshed maps, {setting}",
@@ -99,7 +118,7 @@ class Refresh(Checked):
                 [replace(spec, encoder=uuid.uuid4().hex)],
                 batch_size=self.batch_size,
                 threads=self.threads,
-                device=torch.device("cpu"),
+                device=torch.device(self.device),
             )
             assert list(done) == urls
 
@@ -108,7 +127,9 @@ class Refresh(Checked):
     def _forward(
         self, encoder: VisionTransformer, spec: ModelScoreSpec, count: int
     ) -> Callable[[], None]:
-        ready = torch.randn(min(count, self.batch_size), 3, spec.image_size, spec.image_size)
+        ready = torch.randn(
+            min(count, self.batch_size), 3, spec.image_size, spec.image_size, device=self.device
+        )
 
         def work() -> None:
             for first in range(0, count, self.batch_size):

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropBatch
@@ -40,14 +43,22 @@ class Training:
         """Weigh, sample, gather; forward, backward and update."""
         self.run.forward_backward(self.run.prepare(self.crops, self.run.step))
         self.run.update()
+        if self.run.here.device.type == "cuda":
+            torch.cuda.synchronize()
 
 
 @contextmanager
 def training(
-    urls: list[str], cache: ScoreCache, model: str, batch_size: int, threads: int
+    urls: list[str],
+    cache: ScoreCache,
+    model: str,
+    batch_size: int,
+    threads: int,
+    device: Literal["cpu", "cuda"] = "cpu",
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Iterator[Training]:
-    """A FAMT run on the CPU over shards that are in the cache, in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, ranks("cpu") as here:
+    """A FAMT run over shards that are in the cache, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, ranks(device) as here:
         config = Pretrain(
             shards=urls,
             cache=cache.url,
@@ -57,6 +68,8 @@ def training(
             content=ContentConfig(source="off"),
             attention=AttentionConfig(source="off"),
             threads=threads,
+            device=device,
+            precision=precision,
         )
         run = Run(config, here)
         run.model.train()

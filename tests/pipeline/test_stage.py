@@ -123,7 +123,9 @@ def on_s3(tmp_path, spec, monkeypatch):
 
 def _stage(cache, folder, shards):
     command = [sys.executable, program_file("stage_shards"), cache.url, str(folder), *shards]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    staging = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert staging.stdout.readline() == "begins\n"
+    return staging
 
 
 @pytest.mark.slow
@@ -134,25 +136,26 @@ def test_staging_killed_at_random_goes_on_and_never_names_a_half(on_s3, tmp_path
     whole: dict[str, tuple[int, int]] = {}
     parts: dict[str, int] = {}
     random.seed(0)
+    other = _stage(cache, tmp_path / "other", shards)
     began = time.monotonic()
-    _stage(cache, tmp_path / "other", shards).communicate(timeout=300)
-    usual = time.monotonic() - began
-    killed = 0
-    while killed < KILLS:
-        for path in disk.glob("*.tar") if len(whole) == len(shards) else ():
-            path.unlink()  # all are there: begin anew
+    assert other.wait(timeout=300) == 0
+    usual, halves = time.monotonic() - began, 0
+    for _ in range(KILLS):
+        if len(whole) == len(shards):  # all are there: begin anew
+            for name in whole:
+                (disk / name).unlink()
             whole.clear()
         both = [_stage(cache, disk, shards) for _ in range(2)]  # two ranks of a machine
-        time.sleep(random.uniform(0.6, 1.0) * usual)
+        time.sleep(random.uniform(0, 2) * usual)
         for each in both:
             each.kill()
-            each.communicate()
-        killed += 1
+            each.wait()
         for path in disk.glob("*.tar"):
             assert content_id(path.read_bytes()) == path.stem  # no half under a whole's name
             now = path.stat().st_ino, path.stat().st_mtime_ns
             assert whole.setdefault(path.name, now) == now  # not fetched twice
             parts.pop(path.name, None)
+        halves += 0 < len(whole) < len(shards) or any(disk.glob("*.part"))
         for path in disk.glob("*.part"):
             if path.stem not in whole:
                 size = path.stat().st_size
@@ -163,6 +166,7 @@ def test_staging_killed_at_random_goes_on_and_never_names_a_half(on_s3, tmp_path
         out, errors = each.communicate(timeout=300)
         assert each.returncode == 0, errors
         assert [Path(path).stem for path in out.split()] == samples.shard_ids
+    assert halves  # else no kill came while tars were fetched
     assert sorted(os.listdir(disk)) == sorted(f"{each}.tar" for each in samples.shard_ids)
     for path in disk.iterdir():
         assert content_id(path.read_bytes()) == path.stem

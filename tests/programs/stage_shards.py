@@ -1,4 +1,4 @@
-"""Stage shards, and say where they are and how many bytes were fetched."""
+"""Stage shards; says when it begins, and where they are."""
 
 import sys
 from pathlib import Path
@@ -10,5 +10,7 @@ from pipeline.table import load_samples
 cache_url, folder, *shards = sys.argv[1:]
 stage._CHUNK = 64 << 10  # so that a small tar too is fetched in pieces
 cache = ScoreCache(cache_url)
-for path in stage.stage_shards(load_samples(shards, cache), cache, Path(folder)):
+samples = load_samples(shards, cache)
+print("begins", flush=True)
+for path in stage.stage_shards(samples, cache, Path(folder)):
     print(path)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from famt.patches import normalise_images
+from famt.transfer import send
 from pipeline.loader import CropBatch
 from pipeline.scores import check_model_kinds, model_scores
 from train.signals.banked import Banked
@@ -66,7 +67,7 @@ class Rolling(Banked):
         maps = scores.view(-1, 1, side, side)
         if side != self.grid:
             maps = F.interpolate(maps, self.grid, mode="bilinear")
-        signal[chosen.to(signal.device)] = maps.flatten(1)
+        signal[send(chosen, signal.device)] = maps.flatten(1)
         self.write(seen.views, scores, step)
         return signal
 

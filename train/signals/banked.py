@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from famt.transfer import Fetched
 from pipeline.bank import MapBank
 from pipeline.loader import CropBatch, Views
 from train.signals.signal import Context, Signal
@@ -24,7 +25,7 @@ class Banked(Signal):
         self._here = context.here
         rows = len(context.samples)
         self.bank = self._here.share(lambda: MapBank(rows, context.grid))
-        self._unwritten: tuple[Views, Tensor, int, Tensor | None] | None = None
+        self._unwritten: tuple[Views, Fetched, int, Fetched | None] | None = None
 
     def look(self, crops: CropBatch, step: int) -> Tensor:
         """What the bank holds, `[B, grid**2]` float32 on the crops' device."""
@@ -37,17 +38,17 @@ class Banked(Signal):
     def write(self, views: Views, scores: Tensor, step: int) -> None:
         """Take up scores `[B, n**2]` of all patches of crops, on any device.
 
-        They are read back at the next call, when a GPU has them ready and its host need not wait.
+        They are copied behind the GPU's work, and written at the next call.
         """
         self._flush()
-        self._unwritten = (views, scores, step, None)
+        self._unwritten = (views, Fetched(scores), step, None)
 
     def write_at(self, views: Views, index: Tensor, scores: Tensor, step: int) -> None:
         """Take up scores `[B, M]` of the patches at `index [B, M]` of crops, as `write` does."""
         self._flush()
         everywhere = scores.new_zeros(len(scores), self.grid**2).scatter(1, index, scores)
         known = everywhere.new_zeros(everywhere.shape).scatter(1, index, 1.0).bool()
-        self._unwritten = (views, everywhere, step, known)
+        self._unwritten = (views, Fetched(everywhere), step, Fetched(known))
 
     def synchronise(self) -> None:
         self._flush()
@@ -77,4 +78,4 @@ class Banked(Signal):
         if self._unwritten is not None:
             views, scores, step, known = self._unwritten
             self._unwritten = None
-            self.bank.write(views, scores.cpu(), step, None if known is None else known.cpu())
+            self.bank.write(views, scores.get(), step, None if known is None else known.get())
