@@ -1,4 +1,4 @@
-"""The whole path in a few minutes: images, shards, scores, training, probe, pictures.
+"""The whole path in a few minutes: images, shards, scores, training, probe, pictures, a page.
 
     python jobs/demo.py
     python jobs/demo.py --data photos/      # a folder of images or of class folders
@@ -30,7 +30,7 @@ from pipeline.loader import RandomView
 from pipeline.options import Checked
 from pipeline.table import load_samples
 from pipeline.writer import DIGITS
-from train import figures, pretrain
+from train import figures, pretrain, report
 from train.config import OptimiserConfig, Pretrain
 from train.evaluate.probe import Probe
 from train.evaluate.run import run as evaluate
@@ -100,12 +100,13 @@ def main(demo: Demo) -> None:
                 Probe(checkpoint=str(run), cache=cache, train=train, val=val, untrained=untrained)
             )
             accuracy[name] = float(found["top1"])
-    with _stage("5. pictures"):
+    with _stage("5. a picture, and a page of the run"):
         picture = figures.main(
             figures.Figures(
                 checkpoint=run, cache=cache, shards=val, out=folder / "pictures" / "split.png"
             )
         )
+        page = report.main(report.Report([run], folder / "report.html"))
     minutes = (time.monotonic() - started) / 60
     print(
         f"\nprobe, top-1 on {len(storage.expand(val))} held-out shard(s): "
@@ -115,11 +116,20 @@ def main(demo: Demo) -> None:
         "a folder for each class"
     )
     print(
-        f"picture: {picture}\ncurves:  tensorboard --logdir {run}\n"
+        f"page:    {page}\npicture: {picture}\ncurves:  tensorboard --logdir {run}\n"
         f"encoder: python -m train.export {run} --to timm --out {folder / 'exported'}\n"
         f"took {minutes:.1f} minutes"
     )
-    print(json.dumps({"demo": accuracy, "minutes": round(minutes, 2), "picture": str(picture)}))
+    print(
+        json.dumps(
+            {
+                "demo": accuracy,
+                "minutes": round(minutes, 2),
+                "picture": str(picture),
+                "page": str(page),
+            }
+        )
+    )
 
 
 @contextmanager

@@ -104,6 +104,10 @@ class Training(ABC, Generic[Batch]):
     def identity(self) -> dict[str, Any]:
         """What a continuation must have in common with the run, besides its options."""
 
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The options as plain data, as checkpoints keep them."""
+
     def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
         """A picture of an epoch's first crops, if one is due; the main rank alone calls this."""
         return None
@@ -116,7 +120,15 @@ class Training(ABC, Generic[Batch]):
                 self.out, self.step, self.last_step, self.effective_batch, self.clock, self.name
             )
             self.log.event(
-                self.step, "start", run=self.id, epoch=self.loader.epoch, **self.identity()
+                self.step,
+                "start",
+                run=self.id,
+                epoch=self.loader.epoch,
+                steps_per_epoch=self.loader.steps_per_epoch,
+                total_steps=self.last_step,
+                effective_batch=self.effective_batch,
+                options=self.describe(),
+                **self.identity(),
             )
         self._saved_at, self._saved_step = time.monotonic(), self.step
         self._recent: list[tuple[Tensor, Tensor]] = []  # losses and rows since a log point

@@ -259,7 +259,7 @@ class Run(Training[PatchBatch]):
                 optimizer=self.optimizer.state_dict(),
                 signals={each.name: each.state() for each in self.signals},
                 ranks=of_ranks,
-                config={**self.config.describe(), **self.identity()},
+                config={**self.describe(), **self.identity()},
             )
             path = checkpoint.save(self.out, state, self.config.keep_checkpoints)
             if self.log:
@@ -280,6 +280,9 @@ class Run(Training[PatchBatch]):
             "world_size": self.here.world_size,
             "data": self.samples.digest,
         }
+
+    def describe(self) -> dict[str, Any]:
+        return self.config.describe()
 
     def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
         """Crops with their signals, weights, split and reconstruction, as the run makes them."""

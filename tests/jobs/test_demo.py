@@ -23,3 +23,4 @@ def test_a_flat_folder_is_trained_on_and_the_missing_probe_explained(tmp_path):
     assert last["demo"] == {}
     assert list((tmp_path / "demo").glob("run-*/run/checkpoint-*.pt"))
     assert os.path.exists(last["picture"])
+    assert os.path.exists(last["page"])

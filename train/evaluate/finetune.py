@@ -350,7 +350,7 @@ class Finetuning(Training[Mixed]):
                 optimizer=self.optimizer.state_dict(),
                 signals={},
                 ranks=of_ranks,
-                config={**self.options.describe(), **self.identity()},
+                config={**self.describe(), **self.identity()},
             )
             path = checkpoint.save(self.out, state, self.options.keep_checkpoints)
             if self.log:
@@ -365,6 +365,9 @@ class Finetuning(Training[Mixed]):
             "world_size": self.here.world_size,
             "data": self.samples.digest,
         }
+
+    def describe(self) -> dict[str, Any]:
+        return self.options.describe()
 
     def plan(self) -> str:
         options, optimiser = self.options, self.options.optimiser

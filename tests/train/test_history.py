@@ -1,0 +1,80 @@
+import json
+
+import pytest
+
+from train import history
+
+
+def start(step=0, epoch=0, steps_per_epoch=10, batch=8, total=40, **options):
+    return {
+        "step": step, "event": "start", "epoch": epoch, "steps_per_epoch": steps_per_epoch,
+        "total_steps": total, "effective_batch": batch, "options": options,
+    }  # fmt: skip
+
+
+def point(step, loss=1.0, rate=4.0, **times):
+    return {"step": step, "loss": loss, "images_per_second": rate, **times}
+
+
+def write(folder, *lines):
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_a_real_run_tells_its_options_losses_and_pictures(tiny_run):
+    run = history.read(tiny_run)
+    assert run.finished
+    assert (run.options["model"], run.options["join.mask_ratio"]) == ("vit_nano", 0.45)
+    assert [point.step for point in run.points] == [1, 2, 3, 4]
+    assert [point.epoch for point in run.points] == [0.5, 1.0, 1.5, 2.0]
+    assert sum(run.stages.values()) == pytest.approx(1, abs=0.02)
+    assert [step for step, _ in history.pictures(tiny_run, 6)] == [0]
+
+
+def test_pauses_cost_nothing(tmp_path):
+    run = history.read(write(tmp_path, start(), point(20), start(20, 2), point(40)))
+    assert [each.seconds for each in run.points] == [40, 80]  # 20 steps of 8 images at 4 a second
+    assert [run.seconds(step) for step in (0, 20, 30, 40)] == [0, 40, 40, 80]
+    assert run.finished
+
+
+def test_epochs_count_on_when_an_elastic_resume_changes_their_length(tmp_path):
+    lines = start(), point(10), start(20, 2, steps_per_epoch=5, total=30), point(25)
+    assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 3]
+
+
+def test_a_resume_within_an_epoch_does_not_move_it(tmp_path):
+    lines = start(), point(10), start(15, 1), point(20)
+    assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 2]
+
+
+def test_stages_are_weighed_by_the_time_that_they_were_measured_over(tmp_path):
+    slow, fast = {"rate": 1.0, "time/join": 0.5}, {"rate": 3.0, "time/join": 0.1}
+    run = history.read(write(tmp_path, start(), point(10, **slow), point(20, **fast)))
+    assert run.stages["join"] == pytest.approx((0.5 * 80 + 0.1 * 80 / 3) / (80 + 80 / 3))
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    folder = write(tmp_path, start(), point(10))
+    with open(folder / "log.jsonl", "a") as log:
+        log.write('{"step": 20, "los')
+    assert len(history.read(folder).points) == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "error"),
+    [
+        (None, "is no run: there is no log.jsonl in it; give the --out of a training"),
+        ([], "no start of a run"),
+        ([start()], "has not reached its first log point"),
+        ([{"epoch": 1}], "line 1: not a line of a run's log"),
+    ],
+)
+def test_a_folder_that_tells_no_history_is_named(tmp_path, lines, error):
+    folder = tmp_path / "there"
+    if lines is not None:
+        write(folder, *lines)
+    with pytest.raises(ValueError, match=error) as raised:
+        history.read(folder)
+    assert str(folder) in str(raised.value)

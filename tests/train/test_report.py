@@ -1,0 +1,159 @@
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from train import report
+from train.log import Log, log_evaluation
+from train.report import Report
+from train.timing import Clock
+
+
+def made_up_run(folder: Path, seed: int, probe: float, steps: int = 60, **options: object) -> Path:
+    """A run of 60 steps in 6 epochs whose log is by the real `Log`, with nothing trained."""
+    folder.mkdir(parents=True)
+    clock, noise = Clock(torch.device("cpu")), np.random.default_rng(seed)
+    log = Log(folder, 0, steps, 8, clock, "made up")
+    log.event(
+        0, "start", run=folder.name, epoch=0, steps_per_epoch=10, total_steps=steps,
+        effective_batch=8, options={"seed": seed, "join": {"mask_ratio": 0.45}, **options},
+    )  # fmt: skip
+    for step in range(1, steps + 1):
+        if step % 20 == 1:
+            log.picture(step - 1, Image.fromarray(noise.integers(0, 255, (90, 120, 3), np.uint8)))
+        with clock.stage("forward"):
+            pass
+        log.step()
+        if step % 5 == 0:
+            log.point(step, (step - 1) // 10, {"loss": 1 / step + noise.random() / 100})
+        if step % 10 == 0:
+            log.found(step, "monitor", {"knn_cls": probe * step / steps, "seconds": 1.0})
+    log.event(steps, "finished")
+    log.close()
+    log_evaluation(folder, steps, "probe", "trained", {"top1_cls": probe, "pooling": "cls"})
+    log_evaluation(folder, steps, "probe", "untrained", {"top1_cls": 0.1})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    return [
+        made_up_run(folder / f"{recipe}-{seed}", seed, probe + seed / 100, recipe=recipe)
+        for recipe, probe in (("mae", 0.48), ("<famt>", 0.5))
+        for seed in range(2)
+    ]
+
+
+def cells(page: str, section: str) -> list[list[str]]:
+    """The text of a section's table."""
+    table = page.partition(f'<section id="{section}">')[2].partition("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.S)
+    return [
+        [
+            unescape(re.sub("<[^>]+>", "", cell))
+            for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.S)
+        ]
+        for row in rows
+    ]
+
+
+def charts(page: str) -> list[dict]:
+    return [json.loads(unescape(each)) for each in re.findall(r'data-figure="(.*?)"', page)]
+
+
+def test_seeds_are_one_row_with_mean_and_standard_error(runs, tmp_path):
+    report.main(Report(runs, tmp_path / "page.html"))
+    header, *rows = cells((tmp_path / "page.html").read_text(), "table")
+    assert header[:3] == ["runs", "seeds", "epochs"]
+    assert [row[:3] for row in rows] == [["mae", "2", "6"], ["<famt>", "2", "6"]]
+    probe = header.index("Probe, class token (test, %)")
+    assert [row[probe] for row in rows] == ["48.5 ± 0.5", "50.5 ± 0.5"]  # not the untrained one
+
+
+def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
+    report.main(Report(runs, tmp_path / "page.html"))
+    drawn = charts((tmp_path / "page.html").read_text())
+    assert [each["y"] for each in drawn] == ["loss"] * 2 + ["right, %"] * 4 + [""]
+    assert {each["x"] for each in drawn[::2][:3]} == {"epochs"}
+    assert all("training time" in each["x"] for each in drawn[1:6:2])
+    losses, knn = drawn[0]["data"], drawn[2]["data"]
+    assert len(losses) == len(knn) == 4
+    assert knn[0]["x"] == [1, 2, 3, 4, 5, 6]
+    assert knn[0]["y"][-1] == pytest.approx(48)
+
+
+def test_only_what_differs_between_options_is_listed(runs, tmp_path):
+    report.main(Report(runs, tmp_path / "page.html"))
+    _, *rows = cells((tmp_path / "page.html").read_text(), "options")
+    assert rows == [["--recipe", "mae", "<famt>"]]
+
+
+def test_a_run_without_pictures_and_evaluations_has_a_page_too(tiny_run, tmp_path):
+    report.main(Report([tiny_run], tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert [each["y"] for each in charts(page)] == ["loss", "loss", ""]
+    assert "Nothing but seeds and folders" in page
+
+
+def test_a_page_needs_nothing_but_itself_and_stays_small(runs, tmp_path):
+    report.main(Report(runs, tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert len(page) < 3e6
+
+
+def test_a_folder_that_is_no_run_is_an_error(runs, tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path} is no run"):
+        report.main(Report([*runs, tmp_path], tmp_path / "page.html"))
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.slow
+def test_a_browser_draws_every_chart_and_picture_without_an_error(runs, tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium is installed")
+    report.main(Report(runs, tmp_path / "page.html"))
+    page = tmp_path / "page.html"
+    page.write_text(page.read_text() + _CHECK)
+    done = subprocess.run(
+        [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
+         "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+         "--virtual-time-budget=20000", "--window-size=1400,1000", "--enable-logging=stderr",
+         "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    seen = json.loads(unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1]))
+    assert seen == {"errors": [], "charts": 7, "drawn": 7, "pictures": 12, "whole": 12}
+    assert "CONSOLE" not in done.stderr, done.stderr
+
+
+# Charts draw once Plotly is unpacked; what a page then shows stands in its text.
+_CHECK = """
+<pre id="seen"></pre>
+<script>
+const errors = [];
+addEventListener("error", event => errors.push(event.message));
+addEventListener("unhandledrejection", event => errors.push(String(event.reason)));
+for (const details of document.querySelectorAll("details")) details.open = true;
+const waiting = setInterval(() => {
+  if (!document.body.dataset.drawn && !errors.length) return;
+  clearInterval(waiting);
+  const charts = [...document.querySelectorAll("[data-figure]")];
+  const pictures = [...document.images];
+  document.getElementById("seen").textContent = JSON.stringify({
+    errors, charts: charts.length, drawn: charts.filter(c => c.querySelector("svg .trace, svg .bars")).length,
+    pictures: pictures.length, whole: pictures.filter(p => p.complete && p.naturalWidth > 0).length,
+  });
+}, 50);
+</script>
+"""  # noqa: E501
