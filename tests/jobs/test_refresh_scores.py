@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from jobs.cache import main as cache_main
 from jobs.refresh_scores import RefreshScores, follow
 from jobs.refresh_scores import main as refresh
 from pipeline.scores import is_generation
+from pipeline.table import load_samples
 from train import checkpoint
 from train.signals.following import encoder_path, failed_path, finished_path
 
@@ -65,48 +67,46 @@ def _until(condition):
     raise TimeoutError
 
 
-@pytest.mark.slow
-def test_a_run_with_killed_jobs_and_kills_of_its_own_ends_as_one_without(scored, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    follower = _follow(whole)
-    subprocess.run(
-        _train(scored, whole, "--refresh.wait"),
-        env=RAY,
-        check=True,
-        capture_output=True,
-        timeout=300,
-    )
-    _, errors = follower.communicate(timeout=120)
-    assert follower.returncode == 0, errors
-    taken = [(each["epoch"], each["generation"]) for each in _events(whole, "generation")]
-    assert taken == [(1, 3), (3, 9), (5, 15)]
+KILLS = int(os.environ.get("FAMT_KILLS", "2"))
 
-    command = _train(scored, killed, "--refresh.wait", "--seed", "1")
-    process = subprocess.Popen(command, env=RAY, stderr=subprocess.DEVNULL)
-    follower = _follow(killed)
-    _until(lambda: encoder_path(killed, 3).exists())
-    time.sleep(1)
-    _kill_group(follower)  # the job dies while training waits for it
-    follower = _follow(killed)
-    _until(lambda: _events(killed, "generation"))
-    time.sleep(0.3)
-    process.kill()
-    process.wait()
-    subprocess.run(command, env=RAY, check=True, capture_output=True, timeout=300)
-    follower.communicate(timeout=120)
+
+@pytest.mark.slow
+def test_equal_runs_in_one_cache_whose_jobs_are_killed_end_as_one_without(scored, tmp_path):
+    """Both give the same encoders, so each job meets, and collects beside, the other's maps."""
+    outs = [tmp_path / "first", tmp_path / "second"]
+    commands = {out: _train(scored, out, "--refresh.wait", "--epochs", "8") for out in outs}
+    quiet = {"env": RAY, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    runs = {out: subprocess.Popen(command, **quiet) for out, command in commands.items()}
+    jobs = {out: _follow(out) for out in outs}
+    chance = random.Random(0)
+    for _ in range(KILLS):
+        time.sleep(chance.uniform(5, 20))
+        out = chance.choice(outs)
+        _kill_group(jobs[out])
+        jobs[out] = _follow(out)
+        out = chance.choice(outs)
+        runs[out].kill()
+        runs[out].wait()
+        runs[out] = subprocess.Popen(commands[out], **quiet)
+    for out in outs:
+        assert runs[out].wait(timeout=400) == 0
+        jobs[out].communicate(timeout=120)
     undisturbed = tmp_path / "undisturbed"
-    follower = _follow(undisturbed)
-    again = _train(scored, undisturbed, "--refresh.wait", "--seed", "1")
-    subprocess.run(again, env=RAY, check=True, capture_output=True, timeout=300)
-    follower.communicate(timeout=120)
-    first, second = checkpoint.load(undisturbed), checkpoint.load(killed)
-    assert first.step == second.step == 18
-    assert first.signals == second.signals == {"content": {"generation": 15}}
-    assert _equal(first, second)
-    assert [
-        json.loads((out / "generations.json").read_text())["epochs"]
-        for out in (undisturbed, killed)
-    ] == [{str(epoch): [3 * epoch, [None, 3, 3, 9, 9, 15][epoch]] for epoch in range(6)}] * 2
+    job = _follow(undisturbed)
+    alone = _train(scored, undisturbed, "--refresh.wait", "--epochs", "8")
+    subprocess.run(alone, check=True, timeout=400, **quiet)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode == 0, errors
+    taken = [None, 3, 3, 9, 9, 15, 15, 21]
+    epochs = {str(epoch): [3 * epoch, step] for epoch, step in enumerate(taken)}
+    for out in (undisturbed, *outs):
+        state = checkpoint.load(out)
+        assert (state.step, state.signals) == (24, {"content": {"generation": 21}})
+        assert _equal(state, checkpoint.load(undisturbed))
+        assert json.loads((out / "generations.json").read_text())["epochs"] == epochs
+        for generation in scored.cache.generations.of(state.run):
+            ids = load_samples(scored.shards, scored.cache).shard_ids
+            scored.cache.read_maps(ids, generation.specs[0])
 
 
 @pytest.mark.slow

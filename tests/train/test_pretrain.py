@@ -470,7 +470,9 @@ def _command(config, *more):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size):
+@pytest.mark.parametrize("attention", ["rolling", "seen"])
+def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size, attention):
+    sources = ["--attention.source", attention, "--hardness.source", "errors"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if world_size > 1 else []
     quiet = {
         "stdout": subprocess.DEVNULL,
@@ -479,7 +481,11 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size
     }
 
     def command(out):
-        return [sys.executable, *launcher, *_command(config, "--out", str(out), "--epochs", "20")]
+        return [
+            sys.executable,
+            *launcher,
+            *_command(config, "--out", str(out), "--epochs", "20", *sources),
+        ]
 
     whole, out = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), check=True, timeout=300, **quiet)
