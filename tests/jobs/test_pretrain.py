@@ -12,14 +12,13 @@ import torch
 from train import checkpoint
 
 
-def _workers():
-    """Processes of Ray Train's workers, as Ray titles them."""
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if "RayTrainWorker" in title:
-            found.append(process.info["pid"])
-    return found
+def _workers(job):
+    """Processes of a job's Ray Train workers, as Ray titles them."""
+    return [
+        process.pid
+        for process in psutil.Process(job.pid).children(recursive=True)
+        if "RayTrainWorker" in " ".join(process.cmdline())
+    ]
 
 
 def _command(scored, out, *more):
@@ -44,7 +43,7 @@ def test_ray_train_survives_a_killed_worker_with_the_same_weights(scored, tmp_pa
     )
     while process.poll() is None and not (killed.exists() and checkpoint.latest(killed)):
         time.sleep(0.02)
-    os.kill(_workers()[-1], signal.SIGKILL)
+    os.kill(_workers(process)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
     lines = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines()]

@@ -43,10 +43,23 @@ def _follow(out, *more):
 
 def _kill_group(process):
     """End, as a lost machine would, a process and all that it started."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    for each in [process, *children]:
+    for each in [process, *_started_by(process)]:
         each.kill()
     process.wait()
+
+
+def _started_by(process):
+    try:
+        return psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _title(process):
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _events(out, name):
@@ -178,8 +191,8 @@ def test_a_lost_worker_is_replaced(scored, tmp_path):
     )  # fmt: skip
     killed = False
     while job.poll() is None and not killed:
-        for process in psutil.process_iter(["cmdline"]):
-            if "ray::_Refresher" in " ".join(process.info["cmdline"] or []):
+        for process in _started_by(job):
+            if "ray::_Refresher" in _title(process):
                 process.kill()
                 killed = True
         time.sleep(0.01)

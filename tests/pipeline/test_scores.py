@@ -8,7 +8,7 @@ import torch
 
 from famt.frequency import pixel_frequency
 from pipeline import scores
-from pipeline.scores import ModelScoreSpec, ScoreSpec
+from pipeline.scores import ModelScoreSpec, ScoreSpec, model_maps
 
 
 def test_equal_specs_share_an_id_and_any_difference_parts_them():
@@ -107,7 +107,7 @@ def test_a_package_adds_a_score_of_the_model(extra):
     images = torch.rand(2, 3, 32, 32)
     cells = torch.nn.functional.avg_pool2d(images[:, :1], 4).squeeze(1)
     expected = cells / cells.mean((1, 2), keepdim=True)
-    torch.testing.assert_close(spec.score(None, images), expected)
+    torch.testing.assert_close(model_maps([spec], None, images)[0], expected)
     assert spec.describe()["code_version"] == "famt-extra 1.0"
 
 

@@ -497,7 +497,7 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.3))
         hits += process.poll() is None
-        _kill(process, out)
+        _kill(process)
     assert hits == KILLS  # a run that had ended would prove nothing
     subprocess.run(command(out), check=True, timeout=300, **quiet)
     assert _equal(_weights(whole), _weights(out))
@@ -507,19 +507,18 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size
     json.dumps(state.config)
 
 
-def _kill(process, out):
+def _kill(process):
     """SIGKILL a run; torchrun's workers lead sessions of their own."""
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for each in (process, *workers):
+        each.kill()
     process.wait()
-    for worker in psutil.process_iter(["cmdline"]):
-        if str(out) in " ".join(worker.info["cmdline"] or []):
-            worker.kill()
-            worker.wait()
+    psutil.wait_procs(workers)
 
 
 @pytest.mark.slow
 def test_two_machines_with_rolling_attention_resume_to_the_bit(config):
-    command = _command(config, "--keep-checkpoints", "99", "--rolling.every", "2")
+    command = _command(config, "--keep-checkpoints", "99", "--attention.every", "2")
 
     def run():
         finish(launch(command[1], *command[2:], "--out", str(config.out), machines=["a", "b"]))
