@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench gpu clean
 
 # One environment for everything, made anew when the dependencies change.
 .venv/installed: pyproject.toml
@@ -32,6 +32,9 @@ format: .venv/installed
 
 bench: .venv/installed  ## figures beside their bounds, as JSON lines
 	$(BIN)/python -m jobs.benchmark precompute loader step attention refresh
+
+gpu: .venv/installed  ## all that a GPU does, tried before a long run; a page of results in gpu.md
+	$(BIN)/python -m jobs.gpu_check
 
 clean:
 	rm -rf .venv demo

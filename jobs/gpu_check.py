@@ -1,0 +1,257 @@
+"""Try all that a GPU does before a long run: a page of results, and exit code 0 if all is well.
+
+    make gpu
+    python -m jobs.gpu_check --out gpu.md
+
+    tests       those that need a GPU
+    parity      crops of the GPU's loader, image by image, beside the CPU's, while training runs
+    waits       50 steps of training under torch.cuda.set_sync_debug_mode("warn"): what made the
+                host wait for the GPU, and the peak of its memory
+    benchmarks  loader, step, attention and refresh, on the GPU and in bf16
+
+Where there is no GPU each part is skipped with the reason. `--device cpu` runs all code on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from annotated_types import Ge
+
+from famt.models import MODELS
+from jobs.benchmarks import measure
+from jobs.benchmarks.attention import Attention
+from jobs.benchmarks.loader import Loader
+from jobs.benchmarks.refresh import Refresh
+from jobs.benchmarks.step import Step
+from pipeline.join import PatchBatch
+from pipeline.loader import CropBatch, CropLoader
+from pipeline.options import Checked
+from pipeline.scores import ScoreSpec
+from train.config import Pretrain
+from train.distributed import ranks
+from train.pretrain import Run
+from train.program import run_program
+from train.signals.config import AttentionConfig, ContentConfig
+
+_SYNC = "called a synchronizing CUDA operation"
+_CLOSE = 3.0  # of 255, mean over an image: another decoder and another resampling kernel
+
+
+@dataclass(frozen=True)
+class GpuCheck(Checked):
+    """What to try, and how much of it."""
+
+    out: Path = Path("gpu.md")
+    """file for the page of results"""
+    device: Literal["cuda", "cpu"] = "cuda"
+    """what to try"""
+    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
+    """which model"""
+    batch_size: Annotated[int, Ge(2)] = 128
+    """images a step"""
+    photos: Annotated[int, Ge(2)] = 512
+    """made-up photos to train on"""
+    steps: Annotated[int, Ge(1)] = 50
+    """of training under the eye that looks for waits, and as many before it"""
+    parity_batches: Annotated[int, Ge(1)] = 200
+    """batches that are compared with the CPU's"""
+    rounds: Annotated[int, Ge(1)] = 5
+    """of each benchmark"""
+    tests: bool = True
+    """run the tests that need a GPU"""
+
+
+def main(check: GpuCheck) -> int:
+    """Try part after part; returns 1 if one failed, 0 if all passed or were skipped."""
+    missing = None if check.device == "cpu" else _why_no_gpu()
+    page = [f"# {_device_name(check.device)}", "", f"torch {torch.__version__}, {check}", ""]
+    failed = False
+    with contextlib.ExitStack() as opened:
+        urls = [] if missing else opened.enter_context(measure.shards([], check.photos))
+        for name, part in _PARTS.items():
+            started = time.monotonic()
+            page += [f"## {name}", ""]
+            verdict = f"skipped: {missing}" if missing else "passed"
+            try:
+                for line in [] if missing else part(check, urls):
+                    page.append(f"    {line}")
+            except (AssertionError, OSError, RuntimeError, ValueError) as error:
+                failed, verdict = True, f"FAILED: {type(error).__name__}: {error}"
+            page += ["", f"{verdict}, {time.monotonic() - started:.0f} s", ""]
+            print(f"{name}: {verdict}", flush=True)
+    check.out.write_text("\n".join(page))
+    print(f"results are in {check.out}")
+    return int(failed)
+
+
+def _why_no_gpu() -> str | None:
+    if torch.cuda.is_available():
+        return None
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    return f"no GPU that torch can use (torch {torch.__version__} is {built})"
+
+
+def _device_name(device: str) -> str:
+    if device == "cuda" and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {platform.machine()}"
+
+
+def _tests(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    if not check.tests:
+        yield "not asked for"
+        return
+    tests = Path(__file__).parents[1] / "tests"
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent, check=False)
+    yield from done.stdout.splitlines()[-20:]
+    if done.returncode:
+        raise RuntimeError(f"the tests under gpu end with {done.returncode}")
+
+
+def _parity(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    with _run(check, urls) as run:
+        reference = CropLoader(run.samples, run.loader.config, drop_last=True, seed=run.config.seed)
+        compared, worst, total = 0, 0.0, 0.0
+        while compared < check.parity_batches:
+            for crops, expected in zip(run.loader, reference, strict=True):
+                run.forward_backward(run.prepare(crops, run.step))
+                run.update()
+                assert torch.equal(crops.rows, expected.rows), "other images, or another order"
+                torch.testing.assert_close(crops.windows, expected.windows)
+                assert torch.equal(crops.flips, expected.flips), "other flips"
+                apart = (crops.images.cpu().float() - expected.images.float()).abs()
+                apart = apart.mean((1, 2, 3))
+                worst, total = max(worst, apart.max().item()), total + apart.mean().item()
+                compared += 1
+        yield (
+            f"{compared} batches of {check.batch_size}, mean difference {total / compared:.3f} of "
+            f"255, worst image {worst:.3f}"
+        )
+        if worst > _CLOSE:
+            raise RuntimeError(f"an image differs by {worst:.2f} of 255, mean over its pixels")
+
+
+def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    with _run(check, urls) as run:
+        _take_steps(run, check.steps)  # what is compiled or allocated once, is by now
+        on_gpu = check.device == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.set_sync_debug_mode("warn")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            started = time.monotonic()
+            try:
+                _take_steps(run, check.steps)
+            finally:
+                if on_gpu:
+                    torch.cuda.set_sync_debug_mode("default")
+        if on_gpu:
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated() / 1e9
+            yield f"peak memory {peak:.2f} GB at batch {check.batch_size}"
+        rate = check.steps * check.batch_size / (time.monotonic() - started)
+        yield f"{check.steps} steps, {rate:.0f} images/s with the loader"
+        waits = Counter(
+            f"{Path(each.filename).name}:{each.lineno}"
+            for each in caught
+            if _SYNC in str(each.message)
+        )
+        for place, times in waits.most_common():
+            yield f"the host waited {times} times at {place}"
+        if waits:
+            raise RuntimeError(f"the hot loop waits for the GPU at {len(waits)} places")
+        yield "the host never waited" if on_gpu else "no GPU to wait for"
+
+
+@contextmanager
+def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
+    """A run with the cached score and rolling attention, on made-up photos."""
+    with (
+        measure.scored(urls, ScoreSpec()) as (_, cache),
+        tempfile.TemporaryDirectory(prefix="famt-run-") as out,
+        ranks(check.device) as here,
+    ):
+        config = Pretrain(
+            shards=urls,
+            cache=cache.url,
+            out=Path(out),
+            model=check.model,
+            batch_size=check.batch_size,
+            content=ContentConfig(source="cached"),
+            attention=AttentionConfig(source="rolling"),
+            precision="bf16",
+            device=check.device,
+            picture_epochs=0,
+        )
+        yield Run(config, here)
+
+
+def _take_steps(run: Run, count: int) -> None:
+    """As the loop of a training does, the next batch ahead in the side stream."""
+    crops: Iterator[CropBatch] = iter(())
+    ahead: PatchBatch | None = None
+    for _ in range(count + 1):
+        now = ahead
+        if now is not None:
+            run.forward_backward(now)
+        with run.side:
+            found = next(crops, None)
+            if found is None:
+                crops = iter(run.loader)
+                found = next(crops)
+            ahead = run.prepare(found, run.step + 1)
+        if now is not None:
+            run.update()
+
+
+def _benchmarks(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    model: dict[str, Any] = {
+        "model": check.model,
+        "precision": "bf16",
+        "rounds": check.rounds,
+        "device": check.device,
+    }
+    for benchmark in (
+        Loader(
+            urls,
+            batch_size=check.batch_size,
+            images=4 * check.photos,
+            rounds=check.rounds,
+            device=check.device,
+        ),
+        Step(batch_size=check.batch_size, **model),
+        Attention(urls, batch_size=check.batch_size, **model),
+        Refresh(urls, step_batch_size=check.batch_size, **model),
+    ):
+        for line in benchmark.run():
+            yield json.dumps(line)
+
+
+_PARTS: dict[str, Callable[[GpuCheck, list[str]], Iterator[str]]] = {
+    "tests": _tests,
+    "parity": _parity,
+    "waits": _waits,
+    "benchmarks": _benchmarks,
+}
+
+
+if __name__ == "__main__":
+    run_program(main, tyro.cli(GpuCheck, description=__doc__))

@@ -1,0 +1,37 @@
+"""All code of the check runs here on a CPU; what a GPU does with it, only a GPU can say."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jobs.gpu_check import GpuCheck, main
+
+
+@pytest.mark.slow
+def test_every_part_runs_on_a_cpu(tmp_path, capsys):
+    check = GpuCheck(
+        out=tmp_path / "gpu.md",
+        device="cpu",
+        model="vit_nano",
+        batch_size=8,
+        photos=24,
+        steps=2,
+        parity_batches=2,
+        rounds=1,
+        tests=False,
+    )
+    assert main(check) == 0
+    page = check.out.read_text()
+    assert page.count("passed") == 4
+    assert "mean difference 0.000 of 255, worst image 0.000" in page
+    assert page.count('"benchmark": "') > 10
+
+
+def test_without_a_gpu_every_part_is_skipped_with_the_reason(tmp_path):
+    command = [sys.executable, "-m", "jobs.gpu_check", "--out", str(tmp_path / "gpu.md")]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "gpu.md").read_text().count("skipped: no GPU that torch can use") == 4
