@@ -24,7 +24,7 @@ def test_batches_hold_crops_weights_split_pixels_and_labels(scored):
     for batch in batches:
         assert batch.images.shape == (8, 56, 56, 3)
         assert batch.weights.shape == (8, 49)
-        assert (batch.labels == batch.patches.rows % 3).all()
+        assert (batch.labels == batch.patches.views.rows % 3).all()
         split, pixels = batch.patches.split, patchify(batch.images, 8)
         assert [each.shape[1] for each in (split.masked, split.thrown, split.visible)] == [
             22, 19, 8
@@ -50,7 +50,7 @@ def test_equal_seeds_give_equal_batches_and_ranks_others(scored):
     assert torch.equal(first[0].patches.split.masked, again[0].patches.split.masked)
     assert not torch.equal(first[0].images, other[0].images)
     shares = [_batches(scored, rank=rank, world_size=2) for rank in range(2)]
-    rows = [torch.cat([each.patches.rows for each in share]).tolist() for share in shares]
+    rows = [torch.cat([each.patches.views.rows for each in share]).tolist() for share in shares]
     assert len(rows[0]) == len(rows[1])
     assert not set(rows[0]) & set(rows[1])
 
