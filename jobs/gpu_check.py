@@ -214,9 +214,9 @@ def _take_steps(run: Run, count: int) -> None:
             run.forward_backward(now)
         with run.side:
             found = next(crops, None)
-            if found is None:
+            while found is None:  # what is left of an epoch may be nothing
                 crops = iter(run.loader)
-                found = next(crops)
+                found = next(crops, None)
             ahead = run.prepare(found, run.step + 1)
         if now is not None:
             run.update()
