@@ -1,8 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
+GRID ?= quick
 
-.PHONY: demo test test-all lint format bench gpu clean
+.PHONY: demo results test test-all lint format bench gpu clean
 
 # One environment for everything, made anew when the dependencies change.
 .venv/installed: pyproject.toml
@@ -13,6 +14,9 @@ DATA ?=
 
 demo: .venv/installed  ## the whole path in minutes; DATA=<folder of class folders> for your images
 	$(BIN)/python -m jobs.demo $(if $(DATA),--data '$(DATA)')
+
+results: .venv/installed  ## train and compare what docs/grids/$(GRID).toml declares
+	$(BIN)/python -m jobs.results docs/grids/$(GRID).toml
 
 test: lint  ## lint and the fast tests
 	$(BIN)/python -m pytest

@@ -1,0 +1,100 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from samples import photo_members, score, tar_bytes
+
+from jobs.grid import load
+from jobs.results import left
+from pipeline.cache import ScoreCache
+from pipeline.scores import ScoreSpec
+
+GRID = """
+title = "Tiny"
+out = "{out}"
+train = ["{data}/train.tar"]
+val = ["{data}/val.tar"]
+cache = "{data}/cache"
+reference = "mae"
+seeds = [0]
+epochs = 2
+options = \"\"\"--model vit_nano --batch-size 4 --log-steps 1 --device cpu --threads 1
+--monitor-epochs 1 --spec.grid 7 --attention.source off --content.source off\"\"\"
+
+[evaluations]
+knn = "--device cpu"
+
+[[row]]
+name = "mae"
+options = "--join.mask-ratio 0.75 --join.throw-ratio 0"
+"""
+ROW = '[[row]]\nname = "uniform"\n'
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, first in (("train", 0), ("val", 100)):
+        (folder / f"{name}.tar").write_bytes(tar_bytes(photo_members(24, first)))
+    cache = ScoreCache(str(folder / "cache"), create=True)
+    score([folder / "train.tar", folder / "val.tar"], cache, ScoreSpec(grid=7))
+    return folder
+
+
+def start(grid, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jobs.results", str(grid), *arguments],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+
+
+def test_a_grid_that_nothing_was_done_of_needs_every_command(data, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(out=tmp_path, data=data) + ROW)
+    grid = load(path)
+    modules = [[command[2] for command in left(grid, row, 0)] for row in grid.rows]
+    assert modules == [["train.pretrain", "train.evaluate"]] * 2
+
+
+@pytest.mark.slow
+def test_a_grid_stopped_at_random_moments_gives_the_table_of_one_run(data, tmp_path):
+    grids = {}
+    for name in ("whole", "stopped"):
+        grids[name] = tmp_path / f"{name}.toml"
+        grids[name].write_text(GRID.format(out=tmp_path / name, data=data))
+    whole = start(grids["whole"])
+    assert whole.wait() == 0, whole.stdout.read()
+    draw = random.Random(0)
+    for ending in (signal.SIGTERM, signal.SIGKILL):
+        pieces = start(grids["stopped"])
+        time.sleep(draw.uniform(2, 20))
+        pieces.send_signal(ending)
+        pieces.wait()
+    for _ in range(5):  # a run whose caller was killed may still hold its folder
+        if start(grids["stopped"]).wait() == 0:
+            break
+    tables = [_without_monitor((tmp_path / name / "results.md").read_text()) for name in grids]
+    assert tables[0] == tables[1]
+    assert "| mae | 1 (no claim) | 2 |" in tables[0]
+
+    grids["whole"].write_text(grids["whole"].read_text() + ROW)
+    again = start(grids["whole"])
+    said = again.communicate()[0]
+    calls = [line for line in said.splitlines() if line.startswith("$")]
+    assert len(calls) == 2
+    assert all("uniform-" in call for call in calls)
+    logs = sorted((tmp_path / "whole").glob("runs/mae-*/log.jsonl"))
+    for log in logs:
+        events = [json.loads(line).get("evaluator") for line in log.read_text().splitlines()]
+        assert events.count("knn") == 1
+
+
+def _without_monitor(text: str) -> str:
+    """The monitor's looks may be left out or given up; all other columns stay."""
+    lines = [line.split(" | ") for line in text.splitlines()]
+    return "\n".join(" | ".join(cells[:4] + cells[5:]) for cells in lines)
