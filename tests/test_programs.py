@@ -13,29 +13,35 @@ from annotated_types import Ge, Gt, Le, Lt
 from jobs.benchmark import BENCHMARKS
 from jobs.cache import Command
 from jobs.demo import Demo
+from jobs.gpu_check import GpuCheck
 from jobs.make_shards import MakeShards
 from jobs.precompute_freq import PrecomputeFreq
 from jobs.pretrain import RayPretrain
 from jobs.refresh_scores import RefreshScores
+from jobs.results import Results
 from train.config import Pretrain
 from train.embed import Embed
 from train.evaluate.run import EVALUATORS
 from train.export import Export
 from train.figures import Figures
+from train.report import Report
 
 ROOT = Path(__file__).parents[1]
 
 # The options of each command of each program.
 PROGRAMS = {
     "jobs.demo": Demo,
+    "jobs.gpu_check": GpuCheck,
     "jobs.make_shards": MakeShards,
     "jobs.precompute_freq": PrecomputeFreq,
     "jobs.pretrain": RayPretrain,
     "jobs.refresh_scores": RefreshScores,
+    "jobs.results": Results,
     "train.embed": Embed,
     "train.export": Export,
     "train.figures": Figures,
     "train.pretrain": Pretrain,
+    "train.report": Report,
     **{f"jobs.benchmark {name}": kind for name, kind in BENCHMARKS.items()},
     **{
         f"jobs.cache {each.__origin__.__name__.lower()}": each.__origin__
