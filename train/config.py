@@ -136,9 +136,10 @@ class Pretrain(Checked):
     """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
     none"""
     monitor: Annotated[list[str], FREE] = field(default_factory=list)
-    """labelled shards; k-NN and a quick probe of the encoder on them are drawn beside the loss"""
+    """labelled shards; k-NN and a quick probe of the encoder on them are drawn beside the loss. No
+    step is taken meanwhile; the log tells for how long"""
     monitor_epochs: Annotated[int, Ge(1), FREE] = 10
-    """epochs from one look of the monitor to the next"""
+    """epochs from one look of the monitor to the next; the last epoch has one anyway"""
     seed: Seed = 0
     """of weights, shuffle, crops and sampling"""
 

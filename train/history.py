@@ -59,7 +59,7 @@ class History:
         found: in the order in which it was written.
         stages: share of the training's time -> spent in what; they sum to 1 at most.
         total_steps: of the whole run.
-        finished: whether all of them are done.
+        finished: whether all of them are done, and their last checkpoint is written.
     """
 
     folder: Path
@@ -118,7 +118,7 @@ def read(folder: Path) -> History:
         found=found,
         stages=stages,
         total_steps=starts[-1]["total_steps"],
-        finished=points[-1].step >= starts[-1]["total_steps"],
+        finished=any(line.get("event") == "finished" for line in lines),
     )
 
 

@@ -82,7 +82,7 @@ class Log:
             tqdm.write(f"step {step}: {name}: {text}", file=sys.stderr)
 
     def found(self, step: int, evaluator: str, values: dict[str, float]) -> None:
-        """Log what an evaluator found at a step; a thread beside the steps may call this."""
+        """Log what an evaluator found at a step."""
         for name, value in values.items():
             self._board.add_scalar(f"{evaluator}/{name}", value, step)
         self._write({"step": step, "event": "evaluation", "evaluator": evaluator, **values})

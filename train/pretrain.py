@@ -236,9 +236,12 @@ class Run(Training[PatchBatch]):
     def end_epoch(self, epoch: int) -> None:
         for signal in self.signals:
             signal.synchronise()
-        if self.monitor and self.log and (epoch + 1) % self.config.monitor_epochs == 0:
+        if self.config.monitor and self._monitor_is_due(epoch):
             self.side.join()
-            self.monitor.look(self.model.encoder, self.step, self.log)
+            if self.monitor and self.log:
+                with self.clock.stage("monitor", on_host=True):
+                    self.monitor.look(self.model.encoder, self.step, self.log)
+            self.here.gather(None)  # gradients would wait ten minutes at most
 
     def save(self) -> None:
         for signal in self.signals:
@@ -271,8 +274,6 @@ class Run(Training[PatchBatch]):
     def close(self, *, finished: bool) -> None:
         for signal in self.signals:
             signal.close(finished=finished)
-        if self.monitor:
-            self.monitor.close(finished=finished)
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -332,6 +333,9 @@ class Run(Training[PatchBatch]):
         """Signals that have nothing to say yet leave the run what it is without weights."""
         plain = self._plain or (self.signals and not scores)
         return self.config.plain if plain else self.config.join
+
+    def _monitor_is_due(self, epoch: int) -> bool:
+        return (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
 
     @property
     def _plain(self) -> bool:

@@ -33,10 +33,15 @@ def test_a_real_run_tells_its_options_losses_and_pictures(tiny_run):
 
 
 def test_pauses_cost_nothing(tmp_path):
-    run = history.read(write(tmp_path, start(), point(20), start(20, 2), point(40)))
+    lines = start(), point(20), start(20, 2), point(40), {"step": 40, "event": "finished"}
+    run = history.read(write(tmp_path, *lines))
     assert [each.seconds for each in run.points] == [40, 80]  # 20 steps of 8 images at 4 a second
     assert [run.seconds(step) for step in (0, 20, 30, 40)] == [0, 40, 40, 80]
     assert run.finished
+
+
+def test_a_run_without_its_last_checkpoint_is_not_finished(tmp_path):
+    assert not history.read(write(tmp_path, start(), point(40))).finished
 
 
 def test_epochs_count_on_when_an_elastic_resume_changes_their_length(tmp_path):

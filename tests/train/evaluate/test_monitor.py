@@ -53,7 +53,6 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
     with torch.no_grad():
         for weights in encoder.parameters():
             weights.zero_()
-    monitor.close(finished=True)
     assert encoder.training
     (line,) = _lines(tmp_path, "evaluation")
     assert (line["step"], line["evaluator"]) == (7, "monitor")
@@ -76,29 +75,12 @@ def test_nothing_is_drawn_from_the_generator_of_the_training(scored, encoder, lo
     before = torch.get_rng_state()
     monitor = Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, HERE)
     monitor.look(encoder, 1, log)
-    monitor.close(finished=True)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_a_look_is_left_out_while_the_last_one_lasts(monitor, encoder, log, tmp_path):
-    monitor.look(encoder, 1, log)
-    monitor.look(encoder, 2, log)
-    monitor.close(finished=True)
-    assert [line["step"] for line in _lines(tmp_path, "evaluation")] == [1]
-    assert [line["step"] for line in _lines(tmp_path, "monitor left out")] == [2]
-
-
-def test_a_look_is_given_up_when_the_run_is_stopped(monitor, encoder, log, tmp_path):
-    monitor._stop.set()
-    monitor.look(encoder, 1, log)
-    monitor.close(finished=False)
-    assert not (tmp_path / "log.jsonl").exists()
 
 
 def test_a_look_that_fails_is_told_and_training_goes_on(monitor, encoder, log, tmp_path, scored):
     (scored.folder / "train-000001.tar").unlink()
     monitor.look(encoder, 1, log)
-    monitor.close(finished=True)
     (line,) = _lines(tmp_path, "monitor failed")
     assert line["reason"]
 
@@ -119,7 +101,5 @@ def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, score
     pretrain(watched)
     one, other = (checkpoint.load(each.out) for each in (config, watched))
     assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
-    looks = _lines(watched.out, "evaluation") + _lines(watched.out, "monitor left out")
-    assert {line["step"] for line in looks} == {3, 6, 9}
-    assert _lines(watched.out, "evaluation")[0]["step"] == 3
+    assert [line["step"] for line in _lines(watched.out, "evaluation")] == [3, 6, 9]
     pretrain(watched)  # it is over, and needs no look
