@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch import Tensor
 
 from pipeline.join import crop_scores
@@ -26,3 +29,24 @@ class Cached(Signal):
 
     def describe(self) -> str:
         return f"cached {self._spec.id} to the power {self.exponent:g}"
+
+
+class CachedOfOthers(Cached):
+    """A control: every image gets the map of another, always the same one.
+
+    What this reaches as well as `Cached` is not due to what the maps say of the images.
+    """
+
+    def __init__(self, slot: ContentConfig, context: Context) -> None:
+        super().__init__(slot, context)
+        generator = torch.Generator().manual_seed(context.config.seed)
+        circle = torch.randperm(len(context.samples), generator=generator)
+        self._other = torch.empty_like(circle)
+        self._other[circle] = circle.roll(1)
+
+    def read(self, crops: CropBatch, step: int) -> Tensor:
+        others = self._other[crops.rows.cpu()]
+        return super().read(dataclasses.replace(crops, rows=others), step)
+
+    def describe(self) -> str:
+        return f"{super().describe()}, of another image"

@@ -17,7 +17,8 @@ class ContentConfig:
     source: str = "cached-then-refreshed"
     """off; cached (the pixel score of --spec, from the cache); refreshed (a score of the model in
     training, made anew of whole images by a job beside it); cached-then-refreshed (the first until
-    there is the second); or a source that an installed package adds"""
+    there is the second); cached-of-others (of another image each, for control); or a source that an
+    installed package adds"""
     exponent: Annotated[float, Ge(0)] = 1.0
     """power in the weight of a refreshed score, or of an added source"""
     cached_exponent: Annotated[float, Ge(0)] = 0.25

@@ -13,7 +13,7 @@ from torch import Tensor
 from famt.sampling import patch_weights
 from pipeline.loader import CropBatch
 from train.signals.attention import Live, Rolling
-from train.signals.cached import Cached
+from train.signals.cached import Cached, CachedOfOthers
 from train.signals.hardness import Errors
 from train.signals.refreshed import CachedThenRefreshed, Refreshed
 from train.signals.seen import Seen
@@ -28,6 +28,7 @@ OFF = "off"
 # Slot's options and context -> signal. Packages add sources by entry points in "famt.signals".
 SOURCES: dict[str, Callable[[Any, Context], Signal]] = {
     "cached": Cached,
+    "cached-of-others": CachedOfOthers,
     "refreshed": Refreshed,
     "cached-then-refreshed": CachedThenRefreshed,
     "live": Live,
