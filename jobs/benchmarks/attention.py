@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -15,7 +17,7 @@ from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 from jobs.benchmarks.step import Step
-from jobs.benchmarks.training import Training, training
+from jobs.benchmarks.training import Training, training, unweighed
 from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
 from train.signals.attention import Live
@@ -28,8 +30,9 @@ class Attention(Checked):
 
     `rolling` refreshes a part of each batch a step, at half the crops' side or whole, `live`
     looks at every crop; `seen` and `errors` keep what the step itself gives. All steps are the
-    training's own, on one batch of crops. The last lines hold steps that decode a share of the
-    masked patches against plain MAE's.
+    training's own, on one batch of crops; `ms_of_its_own`, what a signal's own stage took of them,
+    tells more than the ratio where that is lost in the noise. The last lines hold steps that decode
+    a share of the masked patches against plain MAE's.
     """
 
     shards: list[str] = field(default_factory=list)
@@ -54,17 +57,19 @@ class Attention(Checked):
         with (
             measure.scored(self.shards, ScoreSpec()) as (urls, cache),
             training(
-                urls,
-                cache,
-                self.model,
-                self.batch_size,
-                self.threads,
-                self.device,
-                self.precision,
+                unweighed(
+                    urls,
+                    cache,
+                    self.model,
+                    self.batch_size,
+                    self.threads,
+                    self.device,
+                    self.precision,
+                )
             ) as steps,
         ):
             agreement = self._agreement(steps)
-            joins: list[float] = []
+            stages: dict[str, list[dict[str, float]]] = defaultdict(list)
             whole = steps.run.sizes.image_size
             slots: dict[str, dict[str, Any]] = {
                 "off": {},
@@ -76,7 +81,9 @@ class Attention(Checked):
                 "seen": {"attention": AttentionConfig("seen")},
                 "errors": {"hardness": HardnessConfig("errors")},
             }
-            rivals = {name: self._stepper(steps, each, joins) for name, each in slots.items()}
+            rivals = {
+                name: self._stepper(steps, each, stages[name]) for name, each in slots.items()
+            }
             taken = measure.seconds(rivals, self.rounds)
         ms = {
             name: 1000 * statistics.median(each) / self.batch_size for name, each in taken.items()
@@ -95,11 +102,12 @@ class Attention(Checked):
                     ms["off"],
                 ),
                 "ratio_of_fastest": round(min(taken[name]) / min(taken["off"]), 3),
+                "ms_of_its_own": round(self._ms(stages[name], "signals"), 3),
             }
         yield measure.line(
             "attention",
             f"ms an image of join and sampling, {setting}",
-            1000 * statistics.median(joins) / self.batch_size,
+            self._ms(itertools.chain(*stages.values()), "join"),
             "ms an image of a step without signals",
             ms["off"],
         )
@@ -111,16 +119,20 @@ class Attention(Checked):
         yield from step.times("attention", names)
 
     def _stepper(
-        self, steps: Training, slots: dict[str, Any], joins: list[float]
+        self, steps: Training, slots: dict[str, Any], stages: list[dict[str, float]]
     ) -> Callable[[], None]:
         def work() -> None:
             steps.run.signals = steps.signals(**slots)
             steps.step()
             for signal in steps.run.signals:
                 signal.close(finished=False)
-            joins.append(steps.run.clock.read()["join"])
+            stages.append(steps.run.clock.read())
 
         return work
+
+    def _ms(self, stages: Iterable[dict[str, float]], stage: str) -> float:
+        """Median time of a stage, ms an image."""
+        return 1000 * statistics.median(each[stage] for each in stages) / self.batch_size
 
     def _agreement(self, steps: Training) -> Report:
         """How alike full and half resolution rank the patches of the crops."""

@@ -31,12 +31,14 @@ class Seen(Banked):
         super().__init__(slot.exponent, context)
         self._kind, self._formula = slot.kind, _FORMULAS[slot.kind]
         self._attention = context.encoder.blocks[-1].attn
-        self._scores: list[Tensor] = []  # of the parts of a step
+        self._seen: list[Tensor] = []  # queries, keys and values of the parts of a step
         self._hook = self._attention.qkv.register_forward_hook(self._see)
 
     def learn(self, taken: Taken) -> None:
-        scores = torch.cat(self._scores)
-        self._scores.clear()
+        with torch.no_grad():
+            parts = [self._formula(attention_of(self._attention, qkv)) for qkv in self._seen]
+        scores = torch.cat(parts)
+        self._seen.clear()
         if scores.shape[1] != taken.split.visible.shape[1]:
             raise ValueError(
                 "--attention.source seen: the encoder of this method sees more than the visible "
@@ -52,5 +54,4 @@ class Seen(Banked):
 
     def _see(self, layer: nn.Module, inputs: Any, qkv: Tensor) -> None:
         if torch.is_grad_enabled():  # and not in a pass for scores, features or a picture
-            with torch.no_grad():
-                self._scores.append(self._formula(attention_of(self._attention, qkv.detach())))
+            self._seen.append(qkv.detach())
