@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 import statistics
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jobs.costs import StepCost, measured
+from train.config import Pretrain, parse
 from train.history import History
 from train.report import METRICS, last, percent
 
@@ -22,14 +26,14 @@ class Row:
     Attributes:
         name: of the row, and of its runs' folders.
         options: of `train.pretrain`, besides those of the grid.
-        cost: time of a step, of that of the reference.
-        equal_cost: train for as many epochs as cost what the reference's cost.
+        epochs: passes over the data.
+        cost: of a step, refreshes of scores among it, over that of the reference.
     """
 
     name: str
     options: str
+    epochs: int
     cost: float
-    equal_cost: bool
 
 
 @dataclass(frozen=True)
@@ -41,47 +45,79 @@ class Grid:
     train: list[str]
     val: list[str]
     cache: str
-    epochs: int
     seeds: list[int]
     options: str
     reference: str
     evaluations: dict[str, str]
     rows: list[Row]
 
+    def arguments(self, row: Row) -> list[str]:
+        """What `train.pretrain` is given, but for the folder and the seed of a run."""
+        return [
+            "--shards", *self.train, "--cache", self.cache, "--epochs", str(row.epochs),
+            *shlex.split(self.options), *shlex.split(row.options),
+        ]  # fmt: skip
+
+    def config(self, row: Row) -> Pretrain:
+        """The options of a row's runs."""
+        return parse([*self.arguments(row), "--out", str(self.out)], None)
+
     def folder(self, row: Row, seed: int) -> Path:
         """Of a run; another one as soon as anything is trained differently."""
-        told = json.dumps([self.train, self.epochs_of(row), self.options, row.options])
+        told = json.dumps([self.train, row.epochs, self.options, row.options])
         digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
         return self.out / "runs" / f"{row.name}-{digest}-{seed}"
 
-    def epochs_of(self, row: Row) -> int:
-        """How long a row is trained."""
-        return round(self.epochs / row.cost) if row.equal_cost else self.epochs
+
+Measure = Callable[[Path, Mapping[str, Pretrain], str], dict[str, StepCost]]
 
 
-def load(path: Path) -> Grid:
-    """Read a grid, and the costs of its steps from the lines that it names.
+def load(path: Path, measure: Measure = measured) -> Grid:
+    """Read a grid, and find what its steps cost.
+
+    Args:
+        measure: gives the costs of runs by name; those in `costs.jsonl` in the grid's `out` are
+            taken from there.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key is missing or unknown, a name stands twice, or a step was not measured.
+        ValueError: a key is missing or unknown, or a name stands twice.
     """
     try:
         told: dict[str, Any] = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     try:
-        costs = _costs(Path(told.pop("costs"))) if "costs" in told else {}
-        rows = [_row(path, each, costs) for each in told.pop("row")]
+        epochs, declared = told.pop("epochs"), told.pop("row")
+        rows = [Row(row["name"], row.get("options", ""), epochs, math.nan) for row in declared]
         grid = Grid(**{**told, "out": Path(told["out"])}, rows=rows)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: a key is missing or unknown: {error}") from None
-    names = [row.name for row in rows]
-    if len(set(names)) < len(names):
+    if len({row.name for row in rows}) < len(rows):
         raise ValueError(f"{path}: two rows have one name")
-    if grid.reference not in names:
+    if grid.reference not in {row.name for row in rows}:
         raise ValueError(f"{path}: reference {grid.reference!r} is no row")
-    return grid
+    for row in declared:
+        if unknown := row.keys() - {"name", "options", "cost"}:
+            raise ValueError(f"{path}: unknown keys of a row: {sorted(unknown)}")
+    runs = {row.name: grid.config(row) for row in rows}
+    costs = measure(grid.out / "costs.jsonl", runs, grid.reference)
+    shares = {row["name"]: row.get("cost") for row in declared}
+    whole = costs[grid.reference].of(runs[grid.reference])
+    return replace(
+        grid, rows=[_planned(row, grid, costs[row.name], shares[row.name], whole) for row in rows]
+    )
+
+
+def _planned(row: Row, grid: Grid, cost: StepCost, share: float | None, whole: float) -> Row:
+    """With its cost, and with as many epochs as cost a share of the reference's if one is asked."""
+
+    def of(row: Row) -> float:
+        return cost.of(grid.config(row)) / whole
+
+    if share is not None:
+        row = replace(row, epochs=round(share * row.epochs / of(row)))
+    return replace(row, cost=of(row))
 
 
 def table(grid: Grid, runs: dict[str, list[History]]) -> str:
@@ -124,7 +160,7 @@ def table(grid: Grid, runs: dict[str, list[History]]) -> str:
                 [
                     row.name,
                     f"{len(mine)}{few}",
-                    str(grid.epochs_of(row)),
+                    str(row.epochs),
                     f"{cost:.2f}",
                     reached,
                     *figures,
@@ -159,37 +195,6 @@ def _reached(row: Row, mine: list[History], reference: list[History], whole: flo
             return "not reached"
         costs.append(min(steps) * row.cost / whole)
     return f"{statistics.mean(costs):.2f}"
-
-
-def _row(path: Path, told: dict[str, Any], costs: dict[str, float]) -> Row:
-    unknown = told.keys() - {"name", "options", "cost", "equal_cost"}
-    if unknown:
-        raise ValueError(f"{path}: unknown keys of a row: {sorted(unknown)}")
-    cost = 1.0
-    for name in told.get("cost", []):
-        if name not in costs:
-            raise ValueError(
-                f"{path}: no measured step {name!r} for row {told['name']!r}; there are "
-                f"{sorted(costs)}. Add lines of `python -m jobs.benchmark step attention`"
-            )
-        cost *= costs[name]
-    return Row(told["name"], told.get("options", ""), cost, told.get("equal_cost", False))
-
-
-def _costs(path: Path) -> dict[str, float]:
-    """Ratios of steps by the names of what was timed, of the lines that `jobs.benchmark` prints."""
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: no measured steps; on a quiet machine, `python -m jobs.benchmark step "
-            f"attention --help` tells how to measure them; write what it prints to {path}"
-        )
-    costs = {}
-    for line in path.read_text().splitlines():
-        told = json.loads(line)
-        for start in ("ms an image of a step of ", "ms an image of a step with "):
-            if told["unit"].startswith(start):
-                costs[told["unit"].removeprefix(start).partition(",")[0]] = float(told["ratio"])
-    return costs
 
 
 def _line(cells: list[str]) -> str:

@@ -5,10 +5,12 @@
     python -m jobs.results docs/grids/quick.toml --workers 2     # two runs at once
     python -m jobs.results docs/grids/quick.toml --minutes 0     # only the table, from the logs
 
-A grid is a TOML file; docs/results-grids.md tells what stands in it. Each row is trained with every
-seed, watched on a held-out part of the training set (`--monitor`), and then read on val once. Stop
-it whenever you like, by Ctrl-C, SIGTERM or SIGKILL: every run goes on from its last checkpoint, and
-what the logs hold is not done again. Table and page are made from the logs alone.
+A grid is a TOML file; docs/results-grids.md tells what stands in it. First the steps of all rows
+are timed beside the reference's, which takes a minute and wants a quiet machine. Then each row is
+trained with every seed, watched on a held-out part of the training set (`--monitor`), and read on
+val once; beside a training whose scores are refreshed runs the job that does it. Stop it whenever
+you like, by Ctrl-C, SIGTERM or SIGKILL: every run goes on from its last checkpoint, and what the
+logs hold is not done again. Table and page are made from the logs alone.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -57,9 +60,10 @@ def main(results: Results) -> int:
     work = [(row, seed) for seed in grid.seeds for row in grid.rows]  # a seed of all rows first
 
     def one(item: tuple[Row, int]) -> bool:
-        return all(
-            _call(command, grid, results.workers, stop, end) for command in left(grid, *item)
-        )
+        with _following(grid, *item):
+            return all(
+                _call(command, grid, results.workers, stop, end) for command in left(grid, *item)
+            )
 
     failed = False
     with ThreadPoolExecutor(results.workers) as threads:
@@ -95,9 +99,8 @@ def left(grid: Grid, row: Row, seed: int) -> list[list[str]]:
     commands = []
     if history is None or not history.finished:
         commands.append([
-            *python, "train.pretrain", "--shards", *grid.train, "--cache", grid.cache, "--out",
-            str(folder), "--seed", str(seed), "--monitor", *grid.train, "--epochs",
-            str(grid.epochs_of(row)), *shlex.split(grid.options), *shlex.split(row.options),
+            *python, "train.pretrain", *grid.arguments(row), "--out", str(folder),
+            "--seed", str(seed), "--monitor", *grid.train,
         ])  # fmt: skip
     done = {each.evaluator for each in history.found} if history and history.finished else set()
     for name, options in grid.evaluations.items():
@@ -125,30 +128,51 @@ def _history(folder: Path) -> History | None:
         return None
 
 
+@contextmanager
+def _following(grid: Grid, row: Row, seed: int) -> Iterator[None]:
+    """The job beside a training whose scores are refreshed."""
+    config, history = grid.config(row), _history(grid.folder(row, seed))
+    trained = history is not None and history.finished
+    if trained or not config.refreshed_kinds or config.refresh.pin:
+        yield
+        return
+    command = "jobs.refresh_scores", "--follow", str(grid.folder(row, seed))
+    job = _start([sys.executable, "-m", *command], grid, threads=1)
+    try:
+        yield
+    finally:
+        job.terminate()
+        job.wait()
+
+
+def _start(command: Sequence[str], grid: Grid, threads: int) -> subprocess.Popen[bytes]:
+    """A program at low priority, which ends with this one."""
+    grid.out.mkdir(parents=True, exist_ok=True)
+    with open(grid.out / "output.txt", "ab") as output:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", "nice", "-n", "19", *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )
+
+
 def _call(command: Sequence[str], grid: Grid, workers: int, stop: Event, end: float | None) -> bool:
     """Run a command at low priority; False if it failed, or was to stop before it was done."""
     if stop.is_set() or (end is not None and time.monotonic() >= end):
         return False
-    grid.out.mkdir(parents=True, exist_ok=True)
-    threads = str(max(1, (os.cpu_count() or 1) // workers))
     print("$", shlex.join(command[2:]), flush=True)
-    with open(grid.out / "output.txt", "ab") as output:
-        process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "TERM", "nice", "-n", "19", *command],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
-        asked = False
-        while True:
-            try:
-                code = process.wait(timeout=0.5)
-                break
-            except subprocess.TimeoutExpired:
-                late = end is not None and time.monotonic() >= end
-                if (late or stop.is_set()) and not asked:
-                    process.terminate()  # a training writes a checkpoint, and leaves
-                    asked = True
+    process = _start(command, grid, threads=max(1, (os.cpu_count() or 1) // workers))
+    asked = False
+    while True:
+        try:
+            code = process.wait(timeout=0.5)
+            break
+        except subprocess.TimeoutExpired:
+            late = end is not None and time.monotonic() >= end
+            if (late or stop.is_set()) and not asked:
+                process.terminate()  # a training writes a checkpoint, and leaves
+                asked = True
     if code and not asked:
         print(f"failed with exit code {code}; why stands in {grid.out / 'output.txt'}", flush=True)
     return code == 0 and not asked

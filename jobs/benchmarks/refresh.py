@@ -16,7 +16,7 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
-from jobs.benchmarks.training import training
+from jobs.benchmarks.training import training, unweighed
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.options import Checked
@@ -67,13 +67,15 @@ class Refresh(Checked):
         with (
             measure.scored(given, ScoreSpec(), self.images) as (urls, cache),
             training(
-                urls,
-                cache,
-                self.model,
-                self.step_batch_size,
-                self.threads,
-                self.device,
-                self.precision,
+                unweighed(
+                    urls,
+                    cache,
+                    self.model,
+                    self.step_batch_size,
+                    self.threads,
+                    self.device,
+                    self.precision,
+                )
             ) as steps,
         ):
             count = len(steps.run.samples)

@@ -27,7 +27,7 @@ class Training:
     """A run that takes its steps on the same crops, so that no step waits for data.
 
     Attributes:
-        run: without signals; give it others to weigh patches by.
+        run: by its options; give it other signals to weigh patches by.
         crops: a batch from its loader.
     """
 
@@ -48,7 +48,18 @@ class Training:
 
 
 @contextmanager
-def training(
+def training(config: Pretrain) -> Iterator[Training]:
+    """A run by these options, but in a temporary folder and unwatched."""
+    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, ranks(config.device) as here:
+        run = Run(dataclasses.replace(config, out=Path(out), monitor=[]), here)
+        run.model.train()
+        try:
+            yield Training(run, next(iter(run.loader)))
+        finally:
+            run.close(finished=False)
+
+
+def unweighed(
     urls: list[str],
     cache: ScoreCache,
     model: str,
@@ -56,21 +67,17 @@ def training(
     threads: int,
     device: Literal["cpu", "cuda"] = "cpu",
     precision: Literal["fp32", "bf16"] = "fp32",
-) -> Iterator[Training]:
-    """A FAMT run over shards that are in the cache, in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, ranks(device) as here:
-        config = Pretrain(
-            shards=urls,
-            cache=cache.url,
-            out=Path(out),
-            model=model,
-            batch_size=batch_size,
-            content=ContentConfig(source="off"),
-            attention=AttentionConfig(source="off"),
-            threads=threads,
-            device=device,
-            precision=precision,
-        )
-        run = Run(config, here)
-        run.model.train()
-        yield Training(run, next(iter(run.loader)))
+) -> Pretrain:
+    """Options of a FAMT run without signals, over shards that are in the cache."""
+    return Pretrain(
+        shards=urls,
+        cache=cache.url,
+        out=Path(),
+        model=model,
+        batch_size=batch_size,
+        content=ContentConfig(source="off"),
+        attention=AttentionConfig(source="off"),
+        threads=threads,
+        device=device,
+        precision=precision,
+    )

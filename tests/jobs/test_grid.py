@@ -1,8 +1,7 @@
-import json
-
 import pytest
 
-from jobs.grid import load, table
+from jobs import grid
+from jobs.costs import StepCost
 from train.history import Found, History, Point
 
 GRID = """
@@ -11,7 +10,6 @@ out = "{out}"
 train = ["train.tar"]
 val = ["val.tar"]
 cache = "scores"
-costs = "{out}/steps.jsonl"
 reference = "mae"
 seeds = [0, 1, 2]
 epochs = 10
@@ -26,23 +24,32 @@ options = "--recipe mae"
 
 [[row]]
 name = "famt"
-cost = ["famt self", "rolling"]
+options = "--content.source cached"
 
 [[row]]
 name = "longer"
-cost = ["famt self"]
-equal_cost = true
+options = "--content.source off"
+cost = 1.0
+
+[[row]]
+name = "shorter"
+cost = 0.7
+options = "--refresh.every 2"
 """
-STEPS = [
-    {"unit": "ms an image of a step of famt self, vit_nano, fp32", "ratio": 0.5},
-    {"unit": "ms an image of a step with rolling, vit_nano", "ratio": 1.2},
-    {"unit": "MB that a step adds at its peak, famt self", "ratio": 0.1},
-]
+COSTS = {
+    "mae": StepCost(1.0),
+    "famt": StepCost(0.6),
+    "longer": StepCost(0.5),
+    "shorter": StepCost(0.5, refresh=0.5),
+}
+
+
+def load(path):
+    return grid.load(path, lambda file, runs, reference: {name: COSTS[name] for name in runs})
 
 
 @pytest.fixture
 def path(tmp_path):
-    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in STEPS))
     path = tmp_path / "grid.toml"
     path.write_text(GRID.format(out=tmp_path))
     return path
@@ -68,23 +75,22 @@ def cells(text: str) -> list[dict[str, str]]:
     return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
 
 
-def test_costs_are_products_of_measured_ratios(path):
-    assert [row.cost for row in load(path).rows] == [1.0, 0.6, 0.5]
-
-
-def test_equal_cost_spends_what_is_saved_on_epochs(path):
-    grid = load(path)
-    assert [grid.epochs_of(row) for row in grid.rows] == [10, 10, 20]
+def test_a_share_of_the_cost_is_spent_on_as_many_epochs_as_it_pays(path):
+    rows = load(path).rows
+    assert [row.epochs for row in rows[:3]] == [10, 10, 20]
+    assert [row.cost for row in rows[:3]] == [1.0, 0.6, 0.5]
+    # 10 epochs with generations due at 2, 4, 6 and 8 cost 5 + 4 / 2; 7 / 0.7 is 10 again.
+    assert (rows[3].epochs, rows[3].cost) == (10, pytest.approx(0.7))
 
 
 def test_the_table_holds_means_errors_costs_and_where_the_reference_is_reached(path, tmp_path):
-    grid = load(path)
     runs = {
         "mae": [run(tmp_path, 100, 0.48 + n / 100, [0.2, 0.3, 0.4, 0.5]) for n in range(3)],
         "famt": [run(tmp_path, 100, 0.5, [0.3, 0.5, 0.55, 0.6]) for _ in range(2)],
         "longer": [],
+        "shorter": [],
     }
-    mae, famt, longer = cells(table(grid, runs))
+    mae, famt, longer, _ = cells(grid.table(load(path), runs))
     assert (mae["seeds"], mae["cost"], mae["reached at"]) == ("3", "1.00", "1.00")
     assert mae["Probe, mean of patches (val)"] == "49.0 ± 0.6"  # 1 / sqrt(3) points
     assert (famt["seeds"], famt["cost"], famt["reached at"]) == ("2 (no claim)", "0.60", "0.30")
@@ -99,7 +105,7 @@ def test_only_a_row_that_trains_differently_has_other_folders(path):
         before.folder(old, 0) == after.folder(new, 0)
         for old, new in zip(before.rows, after.rows, strict=True)
     ]
-    assert same == [False, True, True]
+    assert same == [False, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -107,10 +113,8 @@ def test_only_a_row_that_trains_differently_has_other_folders(path):
     [
         ('reference = "mae"', 'reference = "beit"', "reference 'beit' is no row"),
         ('name = "famt"', 'name = "mae"', "two rows have one name"),
-        ('"rolling"', '"live"', "no measured step 'live' for row 'famt'"),
         ("epochs = 10", "epoch = 10", "missing or unknown"),
-        ("equal_cost", "equal", "unknown keys of a row"),
-        ("steps.jsonl", "none.jsonl", "no measured steps"),
+        ("cost = 1.0", "costs = 1.0", "unknown keys of a row"),
         ("[evaluations]", "[evaluations", "grid.toml"),
     ],
 )

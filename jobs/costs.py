@@ -1,0 +1,134 @@
+"""What a step of each recipe of a grid costs, measured beside a step of the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from famt.patches import normalise_images
+from jobs.benchmarks import measure
+from jobs.benchmarks.training import Training, training
+from pipeline.scores import model_scores
+from train.config import Pretrain
+from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
+
+_ROUNDS = 15
+_OFF: dict[str, Any] = {
+    "content": ContentConfig(source="off"),
+    "attention": AttentionConfig(source="off"),
+    "hardness": HardnessConfig(source="off"),
+}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Times of a recipe, each over that of a step of the reference, for as many images.
+
+    Attributes:
+        weighed: a step with all of the recipe's signals: weigh, sample, gather, forward, backward
+            and update.
+        plain: a step of its epochs before the weights begin.
+        refresh: what scoring images anew takes, with the encoder, of images in memory.
+    """
+
+    weighed: float = 1.0
+    plain: float = 0.0
+    refresh: float = 0.0
+
+    def of(self, run: Pretrain) -> float:
+        """Mean cost of a step over a run's epochs, the refreshes of its scores among it."""
+        plain = min(run.plain_epochs, run.epochs)
+        spent = plain * self.plain + (run.epochs - plain) * self.weighed
+        if run.refreshed_kinds and run.refresh.pin is None:
+            first = plain or run.refresh.every
+            spent += self.refresh * len(range(first, run.epochs, run.refresh.every))
+        return spent / run.epochs
+
+
+def measured(path: Path, runs: Mapping[str, Pretrain], reference: str) -> dict[str, StepCost]:
+    """Costs by the names of `runs`: those that stand in a file, and the others, which are measured
+    now and added to it.
+
+    Args:
+        path: JSON lines, one a recipe.
+        runs: what is trained.
+        reference: name of the run that is the measure of all.
+    """
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    known = {line["options"]: line for line in lines}
+    lacking = {name: run for name, run in runs.items() if _told(run) not in known}
+    if lacking:
+        print(
+            f"timing the steps of {len(lacking)} recipe(s) for {path}; whatever else runs on this "
+            "machine disturbs it",
+            flush=True,
+        )
+    for name, run in lacking.items():
+        cost = dataclasses.asdict(_measure(run, runs[reference]))
+        line = {"recipe": name, **cost, "threads": torch.get_num_threads(), "options": _told(run)}
+        known[_told(run)] = line
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    fields = [field.name for field in dataclasses.fields(StepCost)]
+    return {
+        name: StepCost(**{field: known[_told(run)][field] for field in fields})
+        for name, run in runs.items()
+    }
+
+
+def _told(run: Pretrain) -> str:
+    """What the time of a step may depend on, of all options."""
+    unimportant = {
+        "shards", "cache", "out", "seed", "epochs", "monitor", "recipe", "monitor_epochs",
+        "picture_epochs", "log_steps", "checkpoint_minutes", "optimiser", "resume", "stage",
+    }  # fmt: skip
+    told = {name: value for name, value in run.describe().items() if name not in unimportant}
+    return json.dumps(told, sort_keys=True)
+
+
+def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
+    torch.set_num_threads(os.cpu_count() or 1)
+    # A refreshed score costs a step what a cached one does: a gather.
+    slots: dict[str, Any] = {
+        name: dataclasses.replace(getattr(run, name), source="cached")
+        for name in ("content", "attention")
+        if "refreshed" in getattr(run, name).source
+    }
+    weighed = dataclasses.replace(run, plain_epochs=0, **slots)
+    timed = {"reference": reference, "weighed": weighed}
+    if run.plain_epochs:
+        timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)
+    with ExitStack() as stack:
+        runs = {name: stack.enter_context(training(each)) for name, each in timed.items()}
+        rivals: dict[str, Callable[[], None]] = {name: each.step for name, each in runs.items()}
+        if _told(run) == _told(reference):
+            del rivals["weighed"]
+        if run.refreshed_kinds:
+            rivals["refresh"] = partial(_refresh, run.refreshed_kinds, runs["weighed"])
+        taken = measure.seconds(rivals, _ROUNDS)
+    images = dict.fromkeys(rivals, run.batch_size) | {"reference": reference.batch_size}
+    each = {name: statistics.median(taken[name]) / images[name] for name in rivals}
+    unit = each.pop("reference")
+    return StepCost(**{name: round(seconds / unit, 4) for name, seconds in each.items()})
+
+
+def _refresh(kinds: list[str], steps: Training) -> None:
+    """Score as many images anew as a step takes, as `jobs/refresh_scores.py` does."""
+    run = steps.run
+    with torch.autocast(
+        run.here.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"
+    ):
+        model_scores(kinds, run.model.encoder, normalise_images(steps.crops.images))
+    if run.here.device.type == "cuda":
+        torch.cuda.synchronize()

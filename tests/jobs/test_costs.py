@@ -1,0 +1,54 @@
+import dataclasses
+import json
+
+import pytest
+
+from jobs.costs import StepCost, measured
+from train.config import Pretrain, parse
+from train.signals.config import RefreshConfig
+
+
+def options(*arguments: str) -> Pretrain:
+    return parse(["--shards", "a.tar", "--cache", "scores", "--out", "run", *arguments], None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--content.source", "cached"], 0.5),
+        # token frequency is refreshed at 4 and 8
+        (["--refresh.every", "4"], 0.5 + 2 * 0.3 / 10),
+        # refreshed at 4, where the plain epochs end, at 7, not at 10
+        (["--recipe", "famt-paper", "--plain-epochs", "4", "--refresh.every", "3"], (4 + 3) / 10
+         + 2 * 0.3 / 10),
+        (["--refresh.every", "4", "--refresh.pin", "run-1/7"], 0.5),
+    ],
+)  # fmt: skip
+def test_a_runs_cost_is_that_of_its_epochs_and_refreshes(arguments, expected):
+    cost = StepCost(weighed=0.5, plain=1.0, refresh=0.3)
+    assert cost.of(options(*arguments, "--epochs", "10")) == pytest.approx(expected)
+
+
+@pytest.fixture
+def runs(scored, tmp_path):
+    base = Pretrain(
+        shards=scored.shards, cache=scored.cache.url, out=tmp_path, model="vit_nano", batch_size=8,
+        spec=scored.spec, device="cpu", threads=1, refresh=RefreshConfig(every=1),
+    )  # fmt: skip
+    tiny = {"image_size": 8, "patch_size": 4, "decoder_depth": 1}
+    return {"famt": base, "small": dataclasses.replace(base, **tiny, plain_epochs=1)}
+
+
+@pytest.mark.slow
+def test_costs_are_measured_once_and_shares_of_the_reference(runs, tmp_path):
+    path = tmp_path / "grid" / "costs.jsonl"
+    found = measured(path, runs, "famt")
+    assert found["famt"].weighed == pytest.approx(1, abs=0.5)
+    assert found["famt"].plain == 0
+    assert 0 < found["famt"].refresh < 1
+    assert 0 < found["small"].weighed < 1
+    assert 0 < found["small"].plain < 1
+    assert [json.loads(line)["recipe"] for line in path.read_text().splitlines()] == list(runs)
+    assert measured(path, runs, "famt") == found
+    longer = {name: dataclasses.replace(run, epochs=3, seed=1) for name, run in runs.items()}
+    assert measured(path, longer, "famt") == found
