@@ -92,4 +92,4 @@ def main(args: RayPretrain) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, parse(sys.argv[1:], __doc__, RayPretrain))
+    run_program(lambda arguments: main(parse(arguments, __doc__, RayPretrain)), sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The options of a pre-training run, and the recipes that set their defaults."""
+"""The options of a pre-training run, and the command line that gives them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from pipeline.join import JoinConfig
 from pipeline.loader import DecodeConfig, RandomView
 from pipeline.options import ELASTIC, FREE, Checked, Seed
 from pipeline.scores import ScoreSpec
+from train import recipe
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig, RefreshConfig
 
 TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""
-
-Recipe = Literal["famt", "mae", "amt", "famt-paper", "famt-simmim", "simmim"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +54,8 @@ class Pretrain(Checked):
     stage: Annotated[Path | None, FREE] = None
     """folder on a fast local disk that each machine fetches its shards into before it begins; what
     is there of any earlier run is used"""
-    recipe: Recipe = "famt"
-    """sets the defaults of other options; see above"""
+    recipe: Annotated[str, FREE] = "famt"
+    """sets the defaults of other options: one of those above, or the path of a file of your own"""
     init: str | None = None
     """begin with these weights in place of random ones: a run, an MAE checkpoint, a file or folder
     of timm or transformers, or timm:<name>"""
@@ -208,28 +207,8 @@ class Pretrain(Checked):
 
 Options = TypeVar("Options", bound=Pretrain)
 
-_OFF = {"content": ContentConfig(source="off"), "attention": AttentionConfig(source="off")}
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "famt": {},
-    "mae": {**_OFF, "join": JoinConfig(mask_ratio=0.75, throw_ratio=0.0)},
-    "amt": {
-        **_OFF,
-        "attention": AttentionConfig(source="refreshed", kind="cls_attention"),
-        "plain_epochs": 40,
-    },
-    "famt-paper": {
-        **_OFF,
-        "content": ContentConfig(source="refreshed", kind="frequency_attention"),
-        "plain_epochs": 40,
-    },
-    "famt-simmim": {"method": "simmim", "join": JoinConfig(mask_ratio=0.44, throw_ratio=0.26)},
-    "simmim": {
-        **_OFF,
-        "method": "simmim",
-        "join": JoinConfig(mask_ratio=0.6, throw_ratio=0.0),
-    },
-}
+# They have no default: a recipe may give them; where it does not, the command line must.
+_UNSAID: dict[str, Any] = {"shards": [], "cache": "", "out": Path()}
 
 
 def parse(
@@ -237,17 +216,28 @@ def parse(
     description: str | None,
     program: type[Options] = Pretrain,  # type: ignore[assignment]
 ) -> Options:
-    """The command line; `--recipe` is read first, since it sets what the others default to."""
-    recipe = "famt"
+    """The command line; `--recipe` is read first, since it sets what the others default to.
+
+    Raises:
+        ValueError: the recipe is not there, or its file is wrong; names the file.
+    """
+    name = "famt"
     for position, argument in enumerate(arguments):
         if argument == "--recipe" and position + 1 < len(arguments):
-            recipe = arguments[position + 1]
+            name = arguments[position + 1]
         elif argument.startswith("--recipe="):
-            recipe = argument.partition("=")[2]
-    default = program(
-        shards=tyro.MISSING,
-        cache=tyro.MISSING,
-        out=tyro.MISSING,
-        **RECIPES.get(recipe, {}),
-    )
-    return tyro.cli(program, args=arguments, default=default, description=description)
+            name = argument.partition("=")[2]
+    told = _resolve(recipe.load(name), program)
+    unsaid = {each: tyro.MISSING for each, value in _UNSAID.items() if getattr(told, each) == value}
+    default = dataclasses.replace(told, recipe=name, **unsaid)
+    about = f"{description or ''}\nRecipes:\n\n{recipe.overview()}"
+    return tyro.cli(program, args=arguments, default=default, description=about)
+
+
+def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
+    """The options of a program as a recipe sets them, on top of those that it builds on."""
+    default = _resolve(each.extends, program) if each.extends else program(**_UNSAID)
+    try:
+        return tyro.cli(program, args=each.options, default=default)
+    except SystemExit:  # tyro has said on stderr which option, and why
+        raise ValueError(f"{each.path}: options of the recipe are wrong, as told above") from None

@@ -4,17 +4,8 @@
     torchrun --nproc-per-node 8 -m train.pretrain --shards ... --cache ... --out ... \\
         --model vit_base --batch-size 512 --epochs 800 --precision bf16
 
-`--recipe` sets the defaults of other options, which still override it:
-
-    famt        45 % masked and 40 % thrown by content and attention: the cached pixel score until
-                the model's own token frequency is there, made anew every 40 epochs by a job beside
-                the training, times rolling attention
-    mae         75 % masked at random, nothing thrown
-    famt-paper  plain MAE for 40 epochs, then 45 % masked and 40 % thrown by the paper's weight,
-                token frequency x attention of whole images, made anew every 40 epochs
-    amt         the same by AMT's attention score of whole images
-    famt-simmim SimMIM, 44 % of its units masked by the weights of famt, 26 % thrown
-    simmim      SimMIM, 60 % masked at random, nothing thrown
+`--recipe` sets the defaults of other options, which still override it: the name of one of those
+below, or the path of a file of your own.
 
 A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and leave.
 """
@@ -383,4 +374,4 @@ def _counts(sizes: ModelConfig, join: JoinConfig) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main, parse(sys.argv[1:], __doc__))
+    run_program(lambda arguments: main(parse(arguments, __doc__)), sys.argv[1:])

@@ -1,0 +1,179 @@
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import tyro
+
+from jobs.make_shards import MakeShards
+from jobs.precompute_freq import PrecomputeFreq
+from jobs.pretrain import RayPretrain
+from jobs.refresh_scores import RefreshScores
+from train import recipe
+from train.config import Pretrain, parse
+from train.evaluate.run import EVALUATORS
+from train.export import Export
+from train.program import run_program
+from train.signals.config import AttentionConfig, ContentConfig
+
+ON = ["--shards", "a", "--cache", "c", "--out", "o"]
+
+
+def _parse(name, *more):
+    return parse(["--recipe", str(name), *ON, *more], None)
+
+
+def _write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_is_one_that_the_program_takes_and_says_what_comes_of_it(name):
+    config, told = _parse(name), recipe.load(name)
+    assert config.recipe == name
+    for text in (told.about, told.cost, told.result):
+        assert text
+    assert "\n" not in told.about
+    assert len(told.about) <= 80
+
+
+def test_the_default_recipe_spells_out_the_defaults():
+    defaults = Pretrain(shards=["a"], cache="c", out=Path("o"))
+    assert _parse("famt") == parse(ON, None) == defaults
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "masked", "thrown", "content", "attention", "plain_epochs"),
+    [
+        ("mae", "mae", 0.75, 0.0, "off", "off", 0),
+        ("famt", "mae", 0.45, 0.40, "cached-then-refreshed", "rolling", 0),
+        ("famt-paper", "mae", 0.45, 0.40, "refreshed", "off", 40),
+        ("amt", "mae", 0.45, 0.40, "off", "refreshed", 40),
+        ("simmim", "simmim", 0.6, 0.0, "off", "off", 0),
+        ("famt-simmim", "simmim", 0.44, 0.26, "cached-then-refreshed", "rolling", 0),
+    ],
+)
+def test_the_published_methods_are_as_published(
+    name, method, masked, thrown, content, attention, plain_epochs
+):
+    config = _parse(name)
+    assert (config.method, config.plain_epochs) == (method, plain_epochs)
+    assert (config.join.mask_ratio, config.join.throw_ratio) == (masked, thrown)
+    assert (config.content.source, config.attention.source) == (content, attention)
+    kinds = {"famt-paper": "frequency_attention", "amt": "cls_attention"}
+    assert config.refreshed_kinds == [
+        kinds.get(name, "token_frequency")
+        for slot in (content, attention)
+        if "refreshed" in slot
+    ]
+    assert config.refresh.every == 40
+
+
+def test_a_file_of_ones_own_builds_on_ours_and_on_files_beside_it(tmp_path, monkeypatch):
+    _write(tmp_path / "small.toml", 'extends = "mae"\noptions = "--model vit_nano --epochs 3"')
+    own = _write(
+        tmp_path / "own.toml",
+        'extends = "small.toml"\noptions = """\n--epochs 9  # longer\n--fused 0 2"""',
+    )
+    config = _parse(own, "--fused", "1")
+    assert (config.recipe, config.model, config.epochs) == (str(own), "vit_nano", 9)
+    assert config.fused == (1,)
+    assert config.content == ContentConfig(source="off")
+    assert config.attention == AttentionConfig(source="off")
+    monkeypatch.chdir(tmp_path)
+    relative = parse(["--recipe=own.toml", *ON], None)
+    assert dataclasses.replace(relative, recipe=str(own)) == _parse(own)
+
+
+def test_a_recipe_may_tell_the_data_too(tmp_path):
+    own = _write(tmp_path / "own.toml", 'options = "--shards a b --cache c --out o"')
+    config = parse(["--recipe", str(own), "--out", "elsewhere"], None)
+    assert (config.shards, config.cache, config.out) == (["a", "b"], "c", Path("elsewhere"))
+
+
+def test_a_recipe_may_set_options_of_the_program_that_takes_it(tmp_path):
+    own = _write(tmp_path / "own.toml", 'options = "--workers 8 --gpu"')
+    config = parse(["--recipe", str(own), *ON], None, RayPretrain)
+    assert (config.workers, config.gpu) == (8, True)
+    with pytest.raises(ValueError, match=r"own\.toml: options"):
+        _parse(own)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("option = '--epochs 3'", r"own\.toml: unknown key 'option'; a recipe has extends, about"),
+        ("options = 3", r"own\.toml: options must be a text in quotes"),
+        ("options = '--epochs 3", r"own\.toml: Illegal|own\.toml: "),
+        ("options = '--model \"vit_nano'", r"own\.toml: options: No closing quotation"),
+        ("options = '--recipe mae'", r"own\.toml: options: say extends"),
+        ("options = '--modle vit_nano'", r"own\.toml: options of the recipe are wrong"),
+        ("options = '--epochs many'", r"own\.toml: options of the recipe are wrong"),
+        ("options = '--epochs 0'", r"own\.toml: options of the recipe are wrong"),
+        ("extends = 'mea'", r"own\.toml: extends mea: no such recipe; .* amt, .*simmim"),
+        ("extends = 'own.toml'", r"own\.toml: extends own\.toml, which builds on this one"),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_told_by_its_name(tmp_path, capsys, text, message):
+    own = _write(tmp_path / "own.toml", text)
+    with pytest.raises(ValueError, match=message):
+        _parse(own)
+    if "told above" not in message and "are wrong" in message:
+        option = re.search(r"--\w+", text)[0]
+        assert option in capsys.readouterr().err
+
+
+def test_a_wrong_recipe_is_one_line_on_the_terminal(capsys):
+    def program(arguments):
+        parse(arguments, None)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_program(program, ["--recipe", "mea", *ON])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --recipe mea: no such recipe; give the path of a .toml file")
+
+
+def test_help_lists_the_recipes_and_shows_what_the_one_given_sets(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--recipe", "mae", "--help"], "Train.")
+    text = capsys.readouterr().out
+    for name in recipe.names():
+        assert re.search(rf"^ *.? *{name} +{re.escape(recipe.load(name).about[:30])}", text, re.M)
+    assert "0.75" in text
+
+
+PROGRAMS = {
+    "jobs/make_shards.py": MakeShards,
+    "jobs/precompute_freq.py": PrecomputeFreq,
+    "jobs/refresh_scores.py": RefreshScores,
+    "train.export": Export,
+    **{f"train.evaluate {name}": options for name, (options, _) in EVALUATORS.items()},
+}
+
+
+@pytest.mark.parametrize("name", [each for each in recipe.names() if recipe.load(each).commands])
+def test_every_command_of_a_recipe_is_one_that_its_program_takes(name):
+    ran_with_it = False
+    for line in recipe.load(name).commands.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        if words[0] == "torchrun":
+            words = words[words.index("-m") :]
+        elif words[0] == "python":
+            words = words[1:]
+        if words[0] == "-m":
+            words = words[1:]
+        if words[0] == "train.evaluate":
+            words = [" ".join(words[:2]), *words[2:]]
+        program, *arguments = words
+        if program == "train.pretrain":
+            ran_with_it |= parse(arguments, None).recipe == name
+        else:
+            tyro.cli(PROGRAMS[program], args=arguments)
+    assert ran_with_it
