@@ -31,9 +31,10 @@ from pipeline.options import Checked
 from pipeline.table import load_samples
 from pipeline.writer import DIGITS
 from train import figures, pretrain, report
-from train.config import OptimiserConfig, Pretrain
+from train.config import Pretrain
 from train.evaluate.probe import Probe
 from train.evaluate.run import run as evaluate
+from train.optimisation import OptimiserConfig
 from train.program import run_program
 from train.signals.config import RefreshConfig
 

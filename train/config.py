@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt
 
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
@@ -19,26 +19,11 @@ from pipeline.loader import DecodeConfig, RandomView
 from pipeline.options import ELASTIC, FREE, Checked, Seed
 from pipeline.scores import ScoreSpec
 from train import recipe
+from train.optimisation import OptimiserConfig
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig, RefreshConfig
 
 TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""
-
-
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """AdamW with cosine decay after a linear warm-up, as MAE pre-trains."""
-
-    base_learning_rate: Annotated[float, Ge(0)] = 1.5e-4
-    """learning rate for 256 images a step; it grows with the effective batch"""
-    weight_decay: Annotated[float, Ge(0)] = 0.05
-    """not applied to biases and norms"""
-    warmup_epochs: Annotated[float, Ge(0)] = 40.0
-    """epochs of linear warm-up from 0"""
-    clip_norm: Annotated[float, Ge(0)] = 0.0
-    """largest norm of all gradients together; 0 leaves them as they are"""
-    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """keeps an exponential moving average of the encoder as well, 0.9999 say; 0 keeps none"""
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from train.lifeline import Lifeline
 from train.shared_memory import Packed, drop_name, pack, unpack
@@ -165,6 +168,24 @@ def ranks(device: str) -> Iterator[Ranks]:
         dist.destroy_process_group()
     finally:
         lifeline.close()
+
+
+def data_parallel(
+    model: nn.Module, here: Ranks, *, compile: bool = False
+) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
+    """A model whose gradients are the mean over the ranks, and a context in which they are not yet.
+
+    Args:
+        compile: it as well, by `torch.compile`.
+    """
+    trained = model
+    no_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext
+    if here.world_size > 1:
+        trained = parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        no_sync = parallel.no_sync
+    if compile:  # after the former, whose buckets it then computes in parallel
+        trained = torch.compile(trained)  # type: ignore[assignment]
+    return trained, no_sync
 
 
 def _warn_of_an_idle_gpu() -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from famt.models import ModelConfig
 from pipeline.loader import CropBatch, CropLoader
 from pipeline.table import SampleTable
+from train import checkpoint
+from train.checkpoint import Checkpoint
 from train.distributed import Ranks
 from train.log import Log
+from train.optimisation import Optimisation
 from train.streams import SideStream, Stop
 from train.timing import Clock
 
@@ -26,43 +30,59 @@ Batch = TypeVar("Batch")
 _SHOWN = 6  # crops in a picture
 
 
+class Options(checkpoint.Options, Protocol):
+    """What the loop asks of a run's options."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def log_steps(self) -> int: ...
+    @property
+    def checkpoint_minutes(self) -> float: ...
+    @property
+    def keep_checkpoints(self) -> int: ...
+
+
 class Training(ABC, Generic[Batch]):
     """A run that the loop can drive. All ranks call the same methods in the same order.
 
     Attributes:
         name: of the work, for the progress bar.
         id: of the run.
-        out: folder of the run.
-        log_steps: steps between log points, where alone a run is checkpointed or stopped.
-        checkpoint_minutes: time between checkpoints.
+        config: its options.
         here: this rank.
         clock: times of the stages of a step.
         side: a GPU's second stream, in which the next batch is made.
         samples: what it trains on.
         loader: gives an epoch of crops each time that it is iterated over.
-        effective_batch: images a step, over all ranks.
-        step: optimiser steps done; it only grows.
+        model: what is trained, and `method` and `sizes` to build it from a checkpoint.
+        optimisation: makes its weights of its gradients.
         log: of the main rank, while the loop runs.
     """
 
     name = "train"
     id: str
-    out: Path
-    log_steps: int
-    checkpoint_minutes: float
-    here: Ranks
-    clock: Clock
-    side: SideStream
-    samples: SampleTable
+    config: Options
     loader: CropLoader
-    effective_batch: int
-    step: int
+    model: nn.Module
+    method: str
+    sizes: ModelConfig
+    optimisation: Optimisation
     log: Log | None = None
 
+    def __init__(self, config: Options, samples: SampleTable, here: Ranks) -> None:
+        self.config, self.samples, self.here = config, samples, here
+        self.clock, self.side = Clock(here.device), SideStream(here.device)
+
     @property
-    @abstractmethod
+    def step(self) -> int:
+        """Optimiser steps done; it only grows."""
+        return self.optimisation.step
+
+    @property
     def last_step(self) -> int:
         """The step that the run ends with."""
+        return self.optimisation.last_step
 
     @abstractmethod
     def plan(self) -> str:
@@ -81,10 +101,6 @@ class Training(ABC, Generic[Batch]):
         """Add up the gradients of a batch; returns the mean loss, still on the device."""
 
     @abstractmethod
-    def update(self) -> None:
-        """One optimiser step with the gradients that are there; `step` grows."""
-
-    @abstractmethod
     def scalars(self) -> dict[str, float]:
         """What a log point shows beside the loss; the main rank calls this."""
 
@@ -93,31 +109,71 @@ class Training(ABC, Generic[Batch]):
         """After the last step of an epoch."""
 
     @abstractmethod
-    def save(self) -> None:
-        """Write a checkpoint of all ranks' state."""
-
-    @abstractmethod
     def close(self, *, finished: bool) -> None:
         """The run ends: finished, or to be gone on with."""
 
-    @abstractmethod
+    def update(self) -> None:
+        """One optimiser step with the gradients that are there; `step` grows."""
+        self.side.join()
+        with self.clock.stage("update"):
+            self.optimisation.update()
+        self.side.weights_are_ready()
+
+    def state_of_rank(self) -> dict[str, Any]:
+        """What a checkpoint must keep of each rank."""
+        return {"loader": self.loader.state()}
+
+    def state_of_signals(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint must keep of each signal, by its slot."""
+        return {}
+
+    def save(self) -> None:
+        """Write a checkpoint of all ranks' state."""
+        of_ranks = self.here.gather(self.state_of_rank())
+        if self.here.is_main:
+            state = Checkpoint(
+                run=self.id,
+                method=self.method,
+                sizes=dataclasses.asdict(self.sizes),
+                model=self.model.state_dict(),
+                signals=self.state_of_signals(),
+                ranks=of_ranks,
+                config={**self.config.describe(), **self.identity()},
+                **self.optimisation.state(),
+            )
+            path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
+            if self.log:
+                self.log.event(self.step, "checkpoint", file=path.name)
+        self.here.gather(None)  # a slow disk is waited for here; gradients wait ten minutes at most
+
     def identity(self) -> dict[str, Any]:
         """What a continuation must have in common with the run, besides its options."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """The options as plain data, as checkpoints keep them."""
+        return {
+            "device": self.here.device.type,
+            "world_size": self.here.world_size,
+            "data": self.samples.digest,
+        }
 
     def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
         """A picture of an epoch's first crops, if one is due; the main rank alone calls this."""
         return None
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the model computes in."""
+        bf16 = self.config.precision == "bf16"
+        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
 
     def train(self, stop: Stop) -> None:
         """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
         if self.here.is_main:
             print(self.plan(), flush=True)
             self.log = Log(
-                self.out, self.step, self.last_step, self.effective_batch, self.clock, self.name
+                self.config.out,
+                self.step,
+                self.last_step,
+                self.optimisation.effective_batch,
+                self.clock,
+                self.name,
             )
             self.log.event(
                 self.step,
@@ -126,8 +182,8 @@ class Training(ABC, Generic[Batch]):
                 epoch=self.loader.epoch,
                 steps_per_epoch=self.loader.steps_per_epoch,
                 total_steps=self.last_step,
-                effective_batch=self.effective_batch,
-                options=self.describe(),
+                effective_batch=self.optimisation.effective_batch,
+                options=self.config.describe(),
                 **self.identity(),
             )
         self._saved_at, self._saved_step = time.monotonic(), self.step
@@ -156,7 +212,7 @@ class Training(ABC, Generic[Batch]):
         while batch is not None:
             loss = self.forward_backward(batch.content)
             # A checkpoint holds no batch, so one is made ahead only between log points.
-            at_log_point = (self.step + 1) % self.log_steps == 0
+            at_log_point = (self.step + 1) % self.config.log_steps == 0
             ahead = None if at_log_point else self._next(crops, self.step + 1)
             self.update()
             self._recent.append((loss, batch.rows))
@@ -187,7 +243,7 @@ class Training(ABC, Generic[Batch]):
 
     def _save_or_stop(self, stop: Stop) -> bool:
         """Write a checkpoint if one is due or any rank is asked to stop; returns whether one is."""
-        due = time.monotonic() - self._saved_at > self.checkpoint_minutes * 60
+        due = time.monotonic() - self._saved_at > self.config.checkpoint_minutes * 60
         wishes = self.here.gather((due, stop.asked))
         stopping = any(asked for _, asked in wishes)
         if wishes[0][0] or stopping:
@@ -211,7 +267,7 @@ class Training(ABC, Generic[Batch]):
         bad = None
         for step, (loss, (_, rows)) in enumerate(zip(losses, recent, strict=True), first):
             if not math.isfinite(loss):
-                path = self.out / f"nan-rank{self.here.rank}-step{step:08d}.txt"
+                path = self.config.out / f"nan-rank{self.here.rank}-step{step:08d}.txt"
                 path.write_text("".join(f"{self.samples.key(row)}\n" for row in rows.tolist()))
                 bad = (
                     f"the loss is {loss} at step {step}; the samples are in {path}. Look at those "

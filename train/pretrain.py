@@ -13,21 +13,16 @@ A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import uuid
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from PIL import Image
 from timm.optim import param_groups_weight_decay
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
+from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
 from famt.patches import normalise
@@ -40,16 +35,16 @@ from pipeline.table import load_samples
 from train import checkpoint, figures
 from train.checkpoint import Checkpoint
 from train.config import Pretrain, parse
-from train.distributed import Ranks, ranks
+from train.distributed import Ranks, data_parallel, ranks
 from train.evaluate.monitor import Monitor
 from train.initial import load_initial
 from train.loop import Training
+from train.optimisation import Optimisation
 from train.program import run_program
 from train.signals.following import FollowedMaps
 from train.signals.signal import Context, Signal, Taken
 from train.signals.weights import Scores, build_signals, read_signals, weigh
-from train.streams import SideStream, Stop
-from train.timing import Clock
+from train.streams import Stop
 
 
 def main(config: Pretrain) -> None:
@@ -66,21 +61,20 @@ class Run(Training[PatchBatch]):
     """A pre-training run: everything it holds, and what a step of it is."""
 
     name = "pretrain"
+    config: Pretrain
+    model: MaskedModel
 
     def __init__(self, config: Pretrain, here: Ranks) -> None:
-        self.config, self.here = config, here
-        self.out, self.log_steps = config.out, config.log_steps
-        self.checkpoint_minutes = config.checkpoint_minutes
-        self.sizes = config.sizes
-        self.clock = Clock(here.device)
-        self.side = SideStream(here.device)
         scored = config.spec if config.content.source.startswith("cached") else None
         cache = ScoreCache(config.cache, create=scored is None)
-        self.samples = here.share(lambda: load_samples(config.shards, cache, scored))
+        super().__init__(
+            config, here.share(lambda: load_samples(config.shards, cache, scored)), here
+        )
         resumed, exact = checkpoint.resume(config, self.identity(), here)
         self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
+        self.method, self.sizes = config.method, config.sizes
         self.model = METHODS[config.method](self.sizes).to(here.device)
         self.began_with = (
             load_initial(self.model, config.init) if config.init and not resumed else None
@@ -123,50 +117,25 @@ class Run(Training[PatchBatch]):
             self.id, config, self.samples, cache, self.sizes.grid, encoder, here, followed
         )
         self.signals: list[Signal] = build_signals(self.context)
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.effective_batch = config.batch_size * here.world_size
-        self.learning_rate = config.optimiser.base_learning_rate * self.effective_batch / 256
-        self.optimizer = torch.optim.AdamW(
+        self.optimisation = Optimisation(
+            config.optimiser,
+            self.model,
             param_groups_weight_decay(self.model, config.optimiser.weight_decay),
-            lr=self.learning_rate,
+            encoder,
             betas=(0.9, 0.95),
-            fused=True,
+            epochs=config.epochs,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            effective_batch=config.batch_size * here.world_size,
         )
-        self.warmup_steps = min(
-            round(config.optimiser.warmup_epochs * self.steps_per_epoch), self.total_steps // 2
-        )
-        self.schedule = CosineLRScheduler(
-            self.optimizer,
-            t_initial=self.total_steps - self.warmup_steps,
-            warmup_t=self.warmup_steps,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        decay = config.optimiser.ema_decay
-        self.ema = ModelEmaV3(encoder, decay) if decay else None
         self.monitor = (
             Monitor(config.monitor, cache, self.sizes, config.threads, here)
             if config.monitor and here.is_main
             else None
         )
-        self.step = 0
-        self.schedule_start = 0
         if resumed:
             self._restore(resumed, exact)
-        trained: nn.Module = self.model
-        self._no_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext
-        if here.world_size > 1:
-            trained = parallel = DistributedDataParallel(trained, gradient_as_bucket_view=True)
-            self._no_sync = parallel.no_sync
-        if config.compile:  # after the former, whose buckets it then computes in parallel
-            trained = torch.compile(trained)  # type: ignore[assignment]
-        self.trained: nn.Module = trained
+        self.trained, self._no_sync = data_parallel(self.model, here, compile=config.compile)
         self.model.train()
-
-    @property
-    def last_step(self) -> int:
-        return self.schedule_start + self.total_steps
 
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
         return all(each.begin_epoch(epoch, self.step, stop, self.log) for each in self.signals)
@@ -178,7 +147,7 @@ class Run(Training[PatchBatch]):
         with self.clock.stage("join"):
             join = self._join(scores)
             weights = weigh(scores, crops, self.sizes.grid)
-            progress = (step - self.schedule_start) / self.total_steps
+            progress = self.optimisation.progress(step)
             batch = split_crops(crops, weights, self.sizes, join, self.generator, progress)
             return self.side.hand_over(batch)
 
@@ -191,7 +160,7 @@ class Run(Training[PatchBatch]):
         for number, part in enumerate(parts, start=1):
             # The ranks' gradients are averaged once, with the last part.
             with now() if number == len(parts) else no_sync():
-                with self.clock.stage("forward"), self._autocast():
+                with self.clock.stage("forward"), self.autocast():
                     visible, masked = normalise(part.visible), normalise(part.masked)
                     loss = self.trained(visible, masked, part.split, part.loss_weights) / len(parts)
                 with self.clock.stage("backward"):
@@ -205,21 +174,8 @@ class Run(Training[PatchBatch]):
                     signal.learn(taken)
         return total
 
-    def update(self) -> None:
-        self.side.join()
-        with self.clock.stage("update"):
-            self.schedule.step_update(self.step - self.schedule_start)
-            if self.config.optimiser.clip_norm:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimiser.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.ema:
-                self.ema.update(self.model.encoder)
-        self.side.weights_are_ready()
-        self.step += 1
-
     def scalars(self) -> dict[str, float]:
-        scalars = {"learning_rate": self.optimizer.param_groups[0]["lr"]}
+        scalars = {"learning_rate": self.optimisation.present_learning_rate}
         for signal in self.signals:
             scalars |= signal.scalars()
         return scalars
@@ -234,47 +190,22 @@ class Run(Training[PatchBatch]):
                     self.monitor.look(self.model.encoder, self.step, self.log)
             self.here.gather(None)  # gradients would wait ten minutes at most
 
+    def state_of_rank(self) -> dict[str, Any]:
+        return {**super().state_of_rank(), "generator": self.generator.get_state()}
+
+    def state_of_signals(self) -> dict[str, dict[str, Any]]:
+        return {each.name: each.state() for each in self.signals}
+
     def save(self) -> None:
         for signal in self.signals:
             signal.synchronise()
-        of_ranks = self.here.gather(
-            {"loader": self.loader.state(), "generator": self.generator.get_state()}
-        )
-        if self.here.is_main:
-            state = Checkpoint(
-                run=self.id,
-                step=self.step,
-                schedule_start=self.schedule_start,
-                epoch=(self.step - self.schedule_start) // self.steps_per_epoch,
-                method=self.config.method,
-                sizes=dataclasses.asdict(self.sizes),
-                model=self.model.state_dict(),
-                ema=self.ema.module.state_dict() if self.ema else None,
-                optimizer=self.optimizer.state_dict(),
-                signals={each.name: each.state() for each in self.signals},
-                ranks=of_ranks,
-                config={**self.describe(), **self.identity()},
-            )
-            path = checkpoint.save(self.out, state, self.config.keep_checkpoints)
-            if self.log:
-                self.log.event(self.step, "checkpoint", file=path.name)
-        self.here.gather(None)  # a slow disk is waited for here; gradients wait ten minutes at most
+        super().save()
         for signal in self.signals:
             signal.saved(self.step, self.log)
 
     def close(self, *, finished: bool) -> None:
         for signal in self.signals:
             signal.close(finished=finished)
-
-    def identity(self) -> dict[str, Any]:
-        return {
-            "device": self.here.device.type,
-            "world_size": self.here.world_size,
-            "data": self.samples.digest,
-        }
-
-    def describe(self) -> dict[str, Any]:
-        return self.config.describe()
 
     def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
         """Crops with their signals, weights, split and reconstruction, as the run makes them."""
@@ -303,16 +234,13 @@ class Run(Training[PatchBatch]):
             **{each.name: each.describe() for each in self.signals},
             "patches": _counts(sizes, config.join)
             + ("" if self.signals else ", all of the same weight"),
-            "steps": f"{self.total_steps} = {config.epochs} epochs x {self.steps_per_epoch}, "
-            f"{self.warmup_steps} of warm-up; {self.step - self.schedule_start} done",
-            "batch": f"{self.effective_batch} = {config.batch_size} x {self.here.world_size} "
-            f"rank(s), in {config.accumulate} part(s)",
-            "learning rate": f"{self.learning_rate:.3g} at its peak = "
-            f"{config.optimiser.base_learning_rate:.3g} x {self.effective_batch} / 256",
+            "batch": f"{self.optimisation.effective_batch} = {config.batch_size} x "
+            f"{self.here.world_size} rank(s), in {config.accumulate} part(s)",
+            **self.optimisation.describe(),
         }
         if self.began_with:
             lines["begins with"] = f"{config.init}\n{self.began_with.describe()}"
-        if self.ema:
+        if config.optimiser.ema_decay:
             lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
         if config.plain_epochs:
             lines["before"] = (
@@ -334,29 +262,15 @@ class Run(Training[PatchBatch]):
         return self.loader.epoch < self.config.plain_epochs
 
     def _restore(self, resumed: Checkpoint, exact: bool) -> None:
-        self.step = resumed.step
         self.model.load_state_dict(resumed.model)
-        options = [dict(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(resumed.optimizer)
-        if self.ema and resumed.ema:
-            self.ema.module.load_state_dict(resumed.ema)
+        self.optimisation.load_state(vars(resumed), exact=exact)
         if exact:
             self.generator.set_state(resumed.ranks[self.here.rank]["generator"])
-            self.schedule_start = resumed.schedule_start
-        else:
-            # Steps only grow, or a checkpoint would be older than those it follows.
-            self.schedule_start = resumed.step - resumed.epoch * self.steps_per_epoch
-            for group, now in zip(self.optimizer.param_groups, options, strict=True):
-                group.update({name: now[name] for name in now if name != "params"})
         same_rows = resumed.config["data"] == self.samples.digest
         for signal in self.signals:
             if signal.name in resumed.signals:
                 state = resumed.signals[signal.name]
                 signal.load_state(state, epoch=resumed.epoch, exact=exact, same_rows=same_rows)
-
-    def _autocast(self) -> torch.autocast:
-        bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
 
 
 def _counts(sizes: ModelConfig, join: JoinConfig) -> str:

@@ -8,8 +8,9 @@ import torch
 from famt.sampling import PatchSplit
 from pipeline.join import PatchBatch
 from pipeline.loader import Views
-from train.config import OptimiserConfig, Pretrain
+from train.config import Pretrain
 from train.distributed import ranks
+from train.optimisation import OptimiserConfig
 from train.pretrain import Run
 from train.signals.config import AttentionConfig, ContentConfig
 
@@ -45,7 +46,7 @@ with ranks("cpu") as here:
             for parameter in run.model.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.1 * parameter.grad
-        run.optimizer.zero_grad()
-        run.step += 1
+        run.optimisation.optimizer.zero_grad()
+        run.optimisation.step += 1
     if here.is_main:
         torch.save(run.model.state_dict(), folder / f"weights{here.world_size}.pt")

@@ -9,7 +9,8 @@ from samples import photo_members, score, tar_bytes
 from pipeline.cache import ScoreCache
 from pipeline.scores import ScoreSpec
 from train import pretrain
-from train.config import OptimiserConfig, Pretrain
+from train.config import Pretrain
+from train.optimisation import OptimiserConfig
 
 
 @pytest.fixture

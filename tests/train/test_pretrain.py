@@ -18,8 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.models import MODELS
 from pipeline.join import JoinConfig
 from train import checkpoint
-from train.config import RECIPES, OptimiserConfig, Pretrain, parse
+from train.config import Pretrain, parse
 from train.distributed import ranks
+from train.optimisation import OptimiserConfig
 from train.pretrain import Run, main
 from train.signals.config import AttentionConfig, ContentConfig
 
@@ -118,7 +119,7 @@ def test_clipping_bounds_the_gradients(config):
     with ranks("cpu") as here:
         run = Run(dataclasses.replace(config, optimiser=clipped), here)
         norms = []
-        run.optimizer.step = lambda: norms.append(
+        run.optimisation.optimizer.step = lambda: norms.append(
             torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).norm()
         )
         run.forward_backward(run.prepare(next(iter(run.loader)), 0))
@@ -340,9 +341,12 @@ def test_a_run_that_ran_away_goes_on_as_its_message_says(config):
     with ranks("cpu") as here:
         run = Run(lower, here)
         assert run.step == checkpoint.load(before).step
-        assert {group["weight_decay"] for group in run.optimizer.param_groups} == {0.0, 0.3}
-        run.schedule.step_update(run.warmup_steps)
-        assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.04 * 8 / 256)
+        assert {group["weight_decay"] for group in run.optimisation.optimizer.param_groups} == {
+            0.0,
+            0.3,
+        }
+        run.optimisation.schedule.step_update(run.optimisation.warmup_steps)
+        assert run.optimisation.optimizer.param_groups[0]["lr"] == pytest.approx(0.04 * 8 / 256)
     main(lower)
     assert checkpoint.load(config.out).epoch == config.epochs
 
@@ -416,8 +420,10 @@ def test_a_size_on_the_command_line_overrides_the_models():
     ],
 )
 def test_simmim_learns_and_is_drawn(config, recipe, patches, capsys):
-    options = RECIPES[recipe] | {"epochs": 8, "low_pass": 8.0, "fused": (1, 3)}
-    main(dataclasses.replace(config, **options))
+    told = parse(["--recipe", recipe, "--shards", "a", "--cache", "c", "--out", "o"], None)
+    names = ("method", "join", "content", "attention")
+    options = {name: getattr(told, name) for name in names}
+    main(dataclasses.replace(config, epochs=8, low_pass=8.0, fused=(1, 3), **options))
     assert f"64 = {patches}" in capsys.readouterr().out
     losses = [event.value for event in EventAccumulator(str(config.out)).Reload().Scalars("loss")]
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
@@ -443,13 +449,13 @@ def test_weights_count_more_as_the_run_goes_on(config):
             ),
             here,
         )
-        crops = next(iter(run.loader))
+        crops, total_steps = next(iter(run.loader)), run.optimisation.total_steps
         heavy = torch.zeros(8, 64)
         heavy[:, :28] = 1.0
         run.signals[0].read = lambda crops, step: heavy
         shares = [
             heavy.gather(1, run.prepare(crops, step).split.masked).mean().item()
-            for step in (0, run.total_steps // 2, run.total_steps)
+            for step in (0, total_steps // 2, total_steps)
         ]
     assert shares[0] == pytest.approx(28 / 64, abs=0.12)
     assert shares[0] < shares[1] < shares[2] == 1.0

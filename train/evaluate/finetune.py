@@ -24,10 +24,7 @@ from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from famt.models import ModelConfig
 from famt.patches import normalise_images
@@ -35,33 +32,28 @@ from pipeline import storage
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.options import ELASTIC, FREE
 from train import checkpoint
-from train.checkpoint import CLASSIFIER, Checkpoint
+from train.checkpoint import CLASSIFIER
+from train.distributed import data_parallel
 from train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
 from train.log import log_evaluation
 from train.loop import Training
-from train.streams import SideStream, Stop
-from train.timing import Clock
+from train.optimisation import Optimisation, OptimiserConfig
+from train.streams import Stop
 
 # At timm's full 10 a posterized image keeps 0 bits, which Pillow refuses.
 _STRONGEST = 9.99
 
 
 @dataclass(frozen=True)
-class FinetuneOptimiser:
+class FinetuneOptimiser(OptimiserConfig):
     """AdamW with cosine decay after a linear warm-up, as MAE fine-tunes (appendix A.1)."""
 
     base_learning_rate: Annotated[float, Gt(0)] = 5e-4
     """learning rate for 256 images a step; it grows with the effective batch"""
-    layer_decay: Annotated[float, Gt(0), Le(1)] = 0.65
-    """learning rate of a block, of that of the block after it"""
-    weight_decay: Annotated[float, Ge(0)] = 0.05
-    """not applied to biases and norms"""
     warmup_epochs: Annotated[float, Ge(0)] = 5.0
     """epochs of linear warm-up from 0"""
-    clip_norm: Annotated[float, Ge(0)] = 0.0
-    """largest norm of all gradients together; 0 leaves them as they are"""
-    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """keeps an exponential moving average of the weights as well, 0.9999 say; 0 keeps none"""
+    layer_decay: Annotated[float, Gt(0), Le(1)] = 0.65
+    """learning rate of a block, of that of the block after it"""
 
 
 @dataclass(frozen=True)
@@ -180,22 +172,23 @@ class Finetuning(Training[Mixed]):
     """
 
     name = "finetune"
+    method = CLASSIFIER
+    config: Finetune
+    model: VisionTransformer
 
     def __init__(
         self, encoder: VisionTransformer, train: Images, val: Images, options: Finetune
     ) -> None:
-        self.options, self.val, self.here = options, val, train.here
-        here = self.here
-        self.out, self.log_steps = options.out, options.log_steps
-        self.checkpoint_minutes = options.checkpoint_minutes
-        self.clock, self.side = Clock(here.device), SideStream(here.device)
-        self.samples = train.table
+        here = train.here
+        super().__init__(options, train.table, here)
+        self.val = val
         self.classes = max(train.classes, val.classes)
         resumed, exact = checkpoint.resume(options, self.identity(), here)
         self.id = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(options.seed)
         self.model = classifier(encoder, self.classes, options).to(here.device)
+        self.sizes = ModelConfig.of(self.model)
         self.loader = CropLoader(
             train.table,
             LoaderConfig(
@@ -226,50 +219,33 @@ class Finetuning(Training[Mixed]):
             label_smoothing=mixing.label_smoothing,
             num_classes=self.classes,
         )
-        self.steps_per_epoch = self.loader.steps_per_epoch
-        self.total_steps = options.epochs * self.steps_per_epoch
-        self.effective_batch = options.batch_size * here.world_size
-        optimiser = options.optimiser
-        self.learning_rate = optimiser.base_learning_rate * self.effective_batch / 256
-        self.optimizer = torch.optim.AdamW(
+        self.optimisation = Optimisation(
+            options.optimiser,
+            self.model,
             param_groups_layer_decay(
                 self.model,
-                optimiser.weight_decay,
+                options.optimiser.weight_decay,
                 no_weight_decay_list=("pos_embed", "cls_token"),
-                layer_decay=optimiser.layer_decay,
+                layer_decay=options.optimiser.layer_decay,
             ),
-            lr=self.learning_rate,
-            fused=True,
+            self.model,
+            betas=(0.9, 0.999),
+            epochs=options.epochs,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            effective_batch=options.batch_size * here.world_size,
         )
-        self.warmup_steps = min(
-            round(optimiser.warmup_epochs * self.steps_per_epoch), self.total_steps // 2
-        )
-        self.schedule = CosineLRScheduler(  # it heeds each group's share, `lr_scale`
-            self.optimizer,
-            t_initial=self.total_steps - self.warmup_steps,
-            warmup_t=self.warmup_steps,
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-        self.ema = ModelEmaV3(self.model, optimiser.ema_decay) if optimiser.ema_decay else None
-        self.step = self.schedule_start = 0
         if resumed:
-            self._restore(resumed, exact)
-        self.trained: nn.Module = (
-            DistributedDataParallel(self.model) if here.world_size > 1 else self.model
-        )
+            self.model.load_state_dict(resumed.model)
+            self.optimisation.load_state(vars(resumed), exact=exact)
+        self.trained, _ = data_parallel(self.model, here)
         self.model.train()
-
-    @property
-    def last_step(self) -> int:
-        return self.schedule_start + self.total_steps
 
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
         return True
 
     def prepare(self, crops: CropBatch, step: int) -> Mixed:
         """Augment and mix: from crops to what the model takes."""
-        draws = np.random.SeedSequence([self.options.seed, step, self.here.rank])
+        draws = np.random.SeedSequence([self.config.seed, step, self.here.rank])
         first, second = draws.generate_state(2).tolist()
         random.seed(first)
         np.random.seed(second)  # noqa: NPY002 - timm draws from it
@@ -286,45 +262,32 @@ class Finetuning(Training[Mixed]):
 
     def forward_backward(self, batch: Mixed) -> Tensor:
         self.side.join()
-        seed = np.random.SeedSequence([self.options.seed, self.step, self.here.rank, 1])
+        seed = np.random.SeedSequence([self.config.seed, self.step, self.here.rank, 1])
         torch.manual_seed(int(seed.generate_state(1)[0]))
-        with self.clock.stage("forward"), self._autocast():
+        with self.clock.stage("forward"), self.autocast():
             loss = F.cross_entropy(self.trained(batch.images).float(), batch.targets)
         with self.clock.stage("backward"):
             loss.backward()
         return loss.detach()
 
-    def update(self) -> None:
-        self.side.join()
-        with self.clock.stage("update"):
-            self.schedule.step_update(self.step - self.schedule_start)
-            if self.options.optimiser.clip_norm:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.options.optimiser.clip_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if self.ema:
-                self.ema.update(self.model)
-        self.side.weights_are_ready()
-        self.step += 1
-
     def scalars(self) -> dict[str, float]:
-        return {"learning_rate": max(group["lr"] for group in self.optimizer.param_groups)}
+        return {"learning_rate": self.optimisation.present_learning_rate}
 
     def end_epoch(self, epoch: int) -> None:
-        if (epoch + 1) % self.options.val_epochs == 0 and self.step < self.last_step:
+        if (epoch + 1) % self.config.val_epochs == 0 and self.step < self.last_step:
             values = self.test()
             if self.log:
                 self.log.found(self.step, "val", values)
 
     def test(self) -> dict[str, float]:
         """Top-1 accuracy on all images of --val, every rank testing its share."""
-        models = {"top1": self.model}
-        if self.ema:
-            models["top1_ema"] = self.ema.module
+        models: dict[str, nn.Module] = {"top1": self.model}
+        if self.optimisation.ema:
+            models["top1_ema"] = self.optimisation.ema
         right, count = dict.fromkeys(models, 0.0), 0
         for model in models.values():
             model.eval()
-        with torch.inference_mode(), self._autocast():
+        with torch.inference_mode(), self.autocast():
             for crops in self.val.crops(own_share=True):
                 images, labels = normalise_images(crops.images), self.val.table.labels[crops.rows]
                 count += len(labels)
@@ -335,42 +298,11 @@ class Finetuning(Training[Mixed]):
         tested = sum(count for _, count in everywhere)
         return {name: sum(each[name] for each, _ in everywhere) / tested for name in models}
 
-    def save(self) -> None:
-        of_ranks = self.here.gather({"loader": self.loader.state()})
-        if self.here.is_main:
-            state = Checkpoint(
-                run=self.id,
-                step=self.step,
-                schedule_start=self.schedule_start,
-                epoch=(self.step - self.schedule_start) // self.steps_per_epoch,
-                method=CLASSIFIER,
-                sizes=dataclasses.asdict(ModelConfig.of(self.model)),
-                model=self.model.state_dict(),
-                ema=self.ema.module.state_dict() if self.ema else None,
-                optimizer=self.optimizer.state_dict(),
-                signals={},
-                ranks=of_ranks,
-                config={**self.describe(), **self.identity()},
-            )
-            path = checkpoint.save(self.out, state, self.options.keep_checkpoints)
-            if self.log:
-                self.log.event(self.step, "checkpoint", file=path.name)
-
     def close(self, *, finished: bool) -> None:
         pass
 
-    def identity(self) -> dict[str, Any]:
-        return {
-            "device": self.here.device.type,
-            "world_size": self.here.world_size,
-            "data": self.samples.digest,
-        }
-
-    def describe(self) -> dict[str, Any]:
-        return self.options.describe()
-
     def plan(self) -> str:
-        options, optimiser = self.options, self.options.optimiser
+        options = self.config
         count = sum(each.numel() for each in self.model.parameters())
         lines = {
             "run": f"{options.out} on {self.here.device}, {self.here.world_size} rank(s), "
@@ -380,33 +312,12 @@ class Finetuning(Training[Mixed]):
             "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches; {len(self.val)} "
             "to test on",
-            "steps": f"{self.total_steps} = {options.epochs} epochs x {self.steps_per_epoch}, "
-            f"{self.warmup_steps} of warm-up; {self.step - self.schedule_start} done",
-            "batch": f"{self.effective_batch} = {options.batch_size} x {self.here.world_size} "
-            "rank(s)",
-            "learning rate": f"{self.learning_rate:.3g} at its peak = "
-            f"{optimiser.base_learning_rate:.3g} x {self.effective_batch} / 256; "
-            f"x {optimiser.layer_decay:g} from block to block",
+            "batch": f"{self.optimisation.effective_batch} = {options.batch_size} x "
+            f"{self.here.world_size} rank(s)",
+            **self.optimisation.describe(),
+            "layers": f"learning rate x {options.optimiser.layer_decay:g} from block to block",
         }
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
-
-    def _restore(self, resumed: Checkpoint, exact: bool) -> None:
-        self.step = resumed.step
-        self.model.load_state_dict(resumed.model)
-        options = [dict(group) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(resumed.optimizer)
-        if self.ema and resumed.ema:
-            self.ema.module.load_state_dict(resumed.ema)
-        if exact:
-            self.schedule_start = resumed.schedule_start
-        else:
-            self.schedule_start = resumed.step - resumed.epoch * self.steps_per_epoch
-            for group, now in zip(self.optimizer.param_groups, options, strict=True):
-                group.update({name: now[name] for name in now if name != "params"})
-
-    def _autocast(self) -> torch.autocast:
-        bf16 = self.options.precision == "bf16"
-        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
 
 
 def classifier(encoder: VisionTransformer, classes: int, options: Finetune) -> VisionTransformer:

@@ -127,10 +127,10 @@ def test_blocks_learn_the_slower_the_nearer_to_the_image(make):
     encoder = open_encoder(options)
     images = [open_images(options, encoder, name, HERE) for name in ("train", "val")]
     run = Finetuning(encoder, *images, options)
-    run.schedule.step_update(0)
+    run.optimisation.schedule.step_update(0)
     rate = {
         id(parameter): group["lr"]
-        for group in run.optimizer.param_groups
+        for group in run.optimisation.optimizer.param_groups
         for parameter in group["params"]
     }
     peak = 0.05 * 4 / 256

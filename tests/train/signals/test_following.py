@@ -19,7 +19,6 @@ from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
 from pipeline.table import load_maps, load_samples
 from train import checkpoint
-from train.config import parse
 from train.distributed import ranks
 from train.log import Log
 from train.pretrain import Run, main
@@ -75,7 +74,7 @@ def _crops(table):
 
 
 def _begin(run, epoch, step):
-    run.step = step
+    run.optimisation.step = step
     run.begin_epoch(epoch, Stop())
 
 
@@ -381,19 +380,3 @@ def test_a_half_written_encoder_is_refused(config, scored):
     with pytest.raises(ValueError, match="is damaged"):
         checkpoint.load_encoder(path)
     followed.close(finished=False)
-
-
-def test_recipes_follow_their_schedules():
-    base = ["--shards", "a", "--cache", "c", "--out", "o"]
-    paper, amt, famt = (
-        parse(["--recipe", name, *base], None) for name in ("famt-paper", "amt", "famt")
-    )
-    for config in (paper, amt):
-        assert (config.plain_epochs, config.refresh.every) == (40, 40)
-        assert (config.join.mask_ratio, config.join.throw_ratio) == (0.45, 0.40)
-    assert (paper.content.source, paper.attention.source) == ("refreshed", "off")
-    assert (paper.content.kind, paper.content.exponent) == ("frequency_attention", 1.0)
-    assert (amt.content.source, amt.attention.source) == ("off", "refreshed")
-    assert (amt.attention.kind, amt.attention.exponent) == ("cls_attention", 1.0)
-    assert (famt.content.source, famt.content.kind) == ("cached-then-refreshed", "token_frequency")
-    assert (famt.attention.source, famt.refresh.every) == ("rolling", 40)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from famt.patches import normalise
-from train.config import RECIPES
+from pipeline.join import JoinConfig
 from train.distributed import ranks
 from train.pretrain import Run
 from train.signals.config import AttentionConfig, ContentConfig
@@ -68,16 +68,22 @@ def test_weights_come_from_what_was_seen_and_gradients_are_left_alone(run):
     assert weights[known].std() > 0.01
     assert signal.bank.coverage == pytest.approx(8 / 26)
     signal.close(finished=True)
-    run.optimizer.zero_grad()
+    run.optimisation.optimizer.zero_grad()
     run.signals = []
     run.forward_backward(before)
     assert torch.equal(run.model.encoder.blocks[-1].attn.qkv.weight.grad, gradient)
 
 
 def test_a_method_whose_encoder_sees_more_is_refused(config):
-    options = RECIPES["simmim"] | {"attention": AttentionConfig("seen")}
+    simmim = dataclasses.replace(
+        config,
+        method="simmim",
+        content=ContentConfig("off"),
+        attention=AttentionConfig("seen"),
+        join=JoinConfig(mask_ratio=0.6, throw_ratio=0.0),
+    )
     with ranks("cpu") as here:
-        run = Run(dataclasses.replace(config, **options), here)
+        run = Run(simmim, here)
         batch = run.prepare(next(iter(run.loader)), 0)
         with pytest.raises(ValueError, match=r"--attention\.source seen: .* use rolling"):
             run.forward_backward(batch)

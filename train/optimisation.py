@@ -1,0 +1,161 @@
+"""From gradients to weights: AdamW, its learning rate along the run, clipping, averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from annotated_types import Ge, Lt
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with cosine decay after a linear warm-up, as MAE pre-trains (appendix A.1)."""
+
+    base_learning_rate: Annotated[float, Ge(0)] = 1.5e-4
+    """learning rate for 256 images a step; it grows with the effective batch"""
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    """not applied to biases and norms"""
+    warmup_epochs: Annotated[float, Ge(0)] = 40.0
+    """epochs of linear warm-up from 0"""
+    clip_norm: Annotated[float, Ge(0)] = 0.0
+    """largest norm of all gradients together; 0 leaves them as they are"""
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """keeps an exponential moving average of the weights as well (of the encoder's, in
+    pre-training), 0.9999 say; 0 keeps none"""
+
+
+class Optimisation:
+    """What makes weights of gradients, step by step, and knows how far the run is.
+
+    The learning rate rises linearly from 0, then falls along a cosine to 0. A parameter group may
+    take a share of it (`lr_scale`).
+
+    Args:
+        config: learning rate, warm-up and the like.
+        model: whose gradients are clipped together.
+        groups: its parameters, as torch's optimisers take them.
+        averaged: `model` or a part of it; if the run keeps averaged weights, they are of this.
+        betas: of Adam's moments.
+        epochs, steps_per_epoch: how long the run is.
+        effective_batch: images a step, over all ranks.
+
+    Attributes:
+        step: optimiser steps done; it only grows.
+        schedule_start: step that the schedule counts from; not 0 after an elastic restart, which
+            lays it out anew.
+        total_steps, warmup_steps: that the schedule is laid out for.
+        learning_rate: at its peak.
+        optimizer, schedule: torch's and timm's.
+    """
+
+    def __init__(
+        self,
+        config: OptimiserConfig,
+        model: nn.Module,
+        groups: list[dict[str, Any]],
+        averaged: nn.Module,
+        *,
+        betas: tuple[float, float],
+        epochs: int,
+        steps_per_epoch: int,
+        effective_batch: int,
+    ) -> None:
+        self.config = config
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self.effective_batch = effective_batch
+        self.step = self.schedule_start = 0
+        self.total_steps = epochs * steps_per_epoch
+        self.warmup_steps = min(
+            round(config.warmup_epochs * steps_per_epoch), self.total_steps // 2
+        )
+        self.learning_rate = config.base_learning_rate * effective_batch / 256
+        self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=betas, fused=True)
+        self.schedule = CosineLRScheduler(
+            self.optimizer,
+            t_initial=self.total_steps - self.warmup_steps,
+            warmup_t=self.warmup_steps,
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
+        self._model, self._averaged = model, averaged
+        self._average = ModelEmaV3(averaged, config.ema_decay) if config.ema_decay else None
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The averaged weights, in a module like `averaged`, if the run keeps them."""
+        return self._average.module if self._average else None
+
+    @property
+    def last_step(self) -> int:
+        """The step that the run ends with."""
+        return self.schedule_start + self.total_steps
+
+    @property
+    def present_learning_rate(self) -> float:
+        """That of the last step, in the group with the largest one."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def progress(self, step: int) -> float:
+        """Share of the run that is done before a step, in [0, 1]."""
+        return (step - self.schedule_start) / self.total_steps
+
+    def update(self) -> None:
+        """One step with the gradients that are there, which are gone afterwards."""
+        self.schedule.step_update(self.step - self.schedule_start)
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._average:
+            self._average.update(self._averaged)
+        self.step += 1
+
+    def state(self) -> dict[str, Any]:
+        """Its fields of a `train.checkpoint.Checkpoint`."""
+        return {
+            "step": self.step,
+            "schedule_start": self.schedule_start,
+            "epoch": (self.step - self.schedule_start) // self.steps_per_epoch,
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state(self, state: Mapping[str, Any], *, exact: bool) -> None:
+        """Go on from a checkpoint, after the model's weights were loaded.
+
+        Args:
+            state: what `state` gave.
+            exact: with the very next step; if not, from the beginning of its epoch, by the options
+                of this run.
+        """
+        own = [dict(group) for group in self.optimizer.param_groups]
+        self.step = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self._average:
+            if state["ema"]:
+                self._average.module.load_state_dict(state["ema"])
+            else:  # the run begins to keep one
+                self._average.set(self._averaged)
+        if exact:
+            self.schedule_start = state["schedule_start"]
+        else:
+            # Steps only grow, or a checkpoint would be older than those it follows.
+            self.schedule_start = self.step - state["epoch"] * self.steps_per_epoch
+            for group, now in zip(self.optimizer.param_groups, own, strict=True):
+                group.update({name: now[name] for name in now if name != "params"})
+
+    def describe(self) -> dict[str, str]:
+        """Lines of a run's plan, by their names."""
+        done = self.step - self.schedule_start
+        return {
+            "steps": f"{self.total_steps} = {self.epochs} epochs x {self.steps_per_epoch}, "
+            f"{self.warmup_steps} of warm-up; {done} done",
+            "learning rate": f"{self.learning_rate:.3g} at its peak = "
+            f"{self.config.base_learning_rate:.3g} x {self.effective_batch} / 256",
+        }
