@@ -1,15 +1,20 @@
-"""What a step of each recipe of a grid costs, measured beside a step of the reference."""
+"""What a step of each recipe of a grid costs, measured beside a step of the reference.
+
+On a CPU the seconds are those that one core works for a step: other programs take none of them,
+though they may slow its memory down.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +73,10 @@ def measured(path: Path, runs: Mapping[str, Pretrain], reference: str) -> dict[s
     known = {line["options"]: line for line in lines}
     lacking = {name: run for name, run in runs.items() if _told(run) not in known}
     if lacking:
-        print(
-            f"timing the steps of {len(lacking)} recipe(s) for {path}; whatever else runs on this "
-            "machine disturbs it",
-            flush=True,
-        )
+        print(f"timing the steps of {len(lacking)} recipe(s) for {path}", flush=True)
     for name, run in lacking.items():
         cost = dataclasses.asdict(_measure(run, runs[reference]))
-        line = {"recipe": name, **cost, "threads": torch.get_num_threads(), "options": _told(run)}
+        line = {"recipe": name, **cost, "options": _told(run)}
         known[_told(run)] = line
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
@@ -98,7 +99,7 @@ def _told(run: Pretrain) -> str:
 
 
 def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # its time is the step's work, whatever else the machine does
     # A refreshed score costs a step what a cached one does: a gather.
     slots: dict[str, Any] = {
         name: dataclasses.replace(getattr(run, name), source="cached")
@@ -116,11 +117,16 @@ def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
             del rivals["weighed"]
         if run.refreshed_kinds:
             rivals["refresh"] = partial(_refresh, run.refreshed_kinds, runs["weighed"])
-        taken = measure.seconds(rivals, _ROUNDS)
-    images = dict.fromkeys(rivals, run.batch_size) | {"reference": reference.batch_size}
-    each = {name: statistics.median(taken[name]) / images[name] for name in rivals}
-    unit = each.pop("reference")
-    return StepCost(**{name: round(seconds / unit, 4) for name, seconds in each.items()})
+        on_gpu = runs["reference"].run.here.device.type == "cuda"
+        clock = time.perf_counter if on_gpu else time.process_time
+        taken = measure.seconds(rivals, _ROUNDS, clock=clock)
+    unit = reference.batch_size / run.batch_size
+    ratios = {
+        name: statistics.median(map(truediv, taken[name], taken["reference"])) * unit
+        for name in rivals
+        if name != "reference"
+    }
+    return StepCost(**{name: round(ratio, 4) for name, ratio in ratios.items()})
 
 
 def _refresh(kinds: list[str], steps: Training) -> None:

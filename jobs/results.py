@@ -6,7 +6,7 @@
     python -m jobs.results docs/grids/quick.toml --minutes 0     # only the table, from the logs
 
 A grid is a TOML file; docs/results-grids.md tells what stands in it. First the steps of all rows
-are timed beside the reference's, which takes a minute and wants a quiet machine. Then each row is
+are timed beside the reference's, which takes a few minutes. Then each row is
 trained with every seed, watched on a held-out part of the training set (`--monitor`), and read on
 val once; beside a training whose scores are refreshed runs the job that does it. Stop it whenever
 you like, by Ctrl-C, SIGTERM or SIGKILL: every run goes on from its last checkpoint, and what the

@@ -46,7 +46,10 @@ def rates(
 
 
 def seconds(
-    rivals: Mapping[str, Callable[[], object]], rounds: int, pause: float = 0.0
+    rivals: Mapping[str, Callable[[], object]],
+    rounds: int,
+    pause: float = 0.0,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each rival, taking turns, round by round, after a round that does not count.
 
@@ -54,15 +57,16 @@ def seconds(
         rivals: what is timed, by name.
         rounds: turns of each that count.
         pause: seconds between turns, for what a rival leaves running to come to rest.
+        clock: what the seconds are of; `time.process_time` leaves out what other processes take.
     """
     taken: dict[str, list[float]] = {name: [] for name in rivals}
     for round_ in tqdm(range(rounds + 1), desc="rounds"):
         for name, work in rivals.items():
             time.sleep(pause)
-            started = time.perf_counter()
+            started = clock()
             work()
             if round_:
-                taken[name].append(time.perf_counter() - started)
+                taken[name].append(clock() - started)
     return taken
 
 
