@@ -8,9 +8,9 @@ from ray.train import UserCallback
 
 from pipeline import storage
 from train import pretrain
-from train.checkpoint import BusyError
 from train.config import Pretrain
 from train.program import is_users
+from train.resume import BusyError
 
 
 class MistakeError(Exception):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from famt.models import ModelConfig
 from pipeline.loader import CropBatch, CropLoader
 from pipeline.table import SampleTable
-from train import checkpoint
+from train import checkpoint, resume
 from train.checkpoint import Checkpoint
 from train.distributed import Ranks
 from train.log import Log
@@ -30,7 +30,7 @@ Batch = TypeVar("Batch")
 _SHOWN = 6  # crops in a picture
 
 
-class Options(checkpoint.Options, Protocol):
+class Options(resume.Options, Protocol):
     """What the loop asks of a run's options."""
 
     @property

@@ -32,7 +32,7 @@ from pipeline.join import JoinConfig, PatchBatch, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig
 from pipeline.stage import stage_shards
 from pipeline.table import load_samples
-from train import checkpoint, figures
+from train import figures
 from train.checkpoint import Checkpoint
 from train.config import Pretrain, parse
 from train.distributed import Ranks, data_parallel, ranks
@@ -41,6 +41,7 @@ from train.initial import load_initial
 from train.loop import Training
 from train.optimisation import Optimisation
 from train.program import run_program
+from train.resume import own_folder, resume
 from train.signals.following import FollowedMaps
 from train.signals.signal import Context, Signal, Taken
 from train.signals.weights import Scores, build_signals, read_signals, weigh
@@ -51,7 +52,7 @@ def main(config: Pretrain) -> None:
     """Train until `config.epochs` are done, going on from the last checkpoint if there is one."""
     with (
         ranks(config.device) as here,
-        checkpoint.own(config.out) if here.is_main else contextlib.nullcontext(),
+        own_folder(config.out) if here.is_main else contextlib.nullcontext(),
         Stop(here.lifeline) as stop,
     ):
         Run(config, here).train(stop)
@@ -70,7 +71,7 @@ class Run(Training[PatchBatch]):
         super().__init__(
             config, here.share(lambda: load_samples(config.shards, cache, scored)), here
         )
-        resumed, exact = checkpoint.resume(config, self.identity(), here)
+        resumed, exact = resume(config, self.identity(), here)
         self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import torch
 
-from train import checkpoint
+from train import resume
 from train.config import Pretrain
 from train.distributed import ranks
 
 folder = Path(sys.argv[1])
 config = Pretrain(**torch.load(folder / "options.pt"))
-checkpoint._SEEN_WITHIN = 1.0
+resume._SEEN_WITHIN = 1.0
 with ranks("cpu") as here:
     own = dataclasses.replace(config, out=folder / here.node)
     try:
-        with checkpoint.own(own.out) if here.is_main else contextlib.nullcontext():
-            checkpoint.resume(own, {}, here)
+        with resume.own_folder(own.out) if here.is_main else contextlib.nullcontext():
+            resume.resume(own, {}, here)
     except ValueError as error:
         (folder / f"error{here.rank}").write_text(str(error))

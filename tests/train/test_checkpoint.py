@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from launch import finish, launch, program_file
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
@@ -64,17 +63,6 @@ def test_a_partial_file_is_never_taken_for_a_checkpoint(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     with pytest.raises(FileNotFoundError, match=r"no checkpoint-\*\.pt"):
         checkpoint.load(tmp_path)
-
-
-def test_what_a_killed_writer_left_is_removed_by_the_next_run(tmp_path):
-    (tmp_path / "refresh").mkdir()
-    left = [tmp_path / "checkpoint-00000009.partial", tmp_path / "refresh" / "encoder-3.partial"]
-    for path in left:
-        path.write_bytes(b"half")
-    checkpoint.save(tmp_path, _state(1), keep=2)
-    with checkpoint.own(tmp_path):
-        assert not any(path.exists() for path in left)
-    assert checkpoint.load(tmp_path).step == 1
 
 
 def test_another_file_is_refused_by_name(tmp_path):
@@ -138,16 +126,3 @@ def test_a_writer_that_is_killed_leaves_the_previous_one(tmp_path):
     killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
     assert killed.returncode == -9
     assert checkpoint.load(tmp_path).step == 1
-
-
-@pytest.mark.slow
-def test_a_folder_that_a_machine_does_not_see_is_named_on_all_ranks(tmp_path):
-    (tmp_path / "a").mkdir()
-    checkpoint.save(tmp_path / "a", _state(7), keep=2)
-    torch.save({"shards": ["x"], "cache": "y", "out": str(tmp_path)}, tmp_path / "options.pt")
-    program = program_file("resume_unshared")
-    finish(launch(program, str(tmp_path), machines=["a", "a", "b"]))
-    for rank in range(3):
-        assert "checkpoint-00000007.pt was not seen on b within 1 s; --out must be" in (
-            (tmp_path / f"error{rank}").read_text()
-        )

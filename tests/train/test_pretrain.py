@@ -22,6 +22,7 @@ from train.config import Pretrain, parse
 from train.distributed import ranks
 from train.optimisation import OptimiserConfig
 from train.pretrain import Run, main
+from train.resume import own_folder
 from train.signals.config import AttentionConfig, ContentConfig
 
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
@@ -186,7 +187,7 @@ def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config, batch_si
 
 def test_two_runs_in_one_folder_are_refused(config):
     with (
-        checkpoint.own(config.out),
+        own_folder(config.out),
         pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on"),
     ):
         main(config)

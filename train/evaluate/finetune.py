@@ -31,13 +31,13 @@ from famt.patches import normalise_images
 from pipeline import storage
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.options import ELASTIC, FREE
-from train import checkpoint
 from train.checkpoint import CLASSIFIER
 from train.distributed import data_parallel
 from train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
 from train.log import log_evaluation
 from train.loop import Training
 from train.optimisation import Optimisation, OptimiserConfig
+from train.resume import own_folder, resume
 from train.streams import Stop
 
 # At timm's full 10 a posterized image keeps 0 bits, which Pillow refuses.
@@ -135,7 +135,7 @@ def finetune(
     require_labels(train, val)
     here = train.here
     with (
-        checkpoint.own(options.out) if here.is_main else contextlib.nullcontext(),
+        own_folder(options.out) if here.is_main else contextlib.nullcontext(),
         Stop(here.lifeline) as stop,
     ):
         run = Finetuning(encoder, train, val, options)
@@ -183,7 +183,7 @@ class Finetuning(Training[Mixed]):
         super().__init__(options, train.table, here)
         self.val = val
         self.classes = max(train.classes, val.classes)
-        resumed, exact = checkpoint.resume(options, self.identity(), here)
+        resumed, exact = resume(options, self.identity(), here)
         self.id = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(options.seed)

@@ -1,0 +1,183 @@
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import torch
+from launch import finish, launch, program_file
+
+from pipeline.options import ELASTIC, FREE, Checked
+from train import checkpoint
+from train.checkpoint import Checkpoint
+from train.distributed import Ranks
+from train.resume import BusyError, own_folder, resume
+
+HERE = Ranks(0, 1, "a", torch.device("cpu"))
+CIRCUMSTANCES = {"device": "cpu", "world_size": 1, "data": "photos"}
+
+
+@dataclass(frozen=True)
+class Inner(Checked):
+    rate: float = 0.1
+    note: Annotated[str, FREE] = "slow"
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """Options of each kind: free, elastic and fixed, and one of each inside."""
+
+    out: Annotated[Path, FREE]
+    resume: Annotated[Literal["auto", "never"], FREE] = "auto"
+    elastic: Annotated[bool, FREE] = False
+    width: int = 8
+    batch: Annotated[int, ELASTIC] = 4
+    inner: Inner = Inner()
+    paced: Annotated[Inner, ELASTIC] = Inner()
+
+    def describe(self):
+        return {**dataclasses.asdict(self), "out": str(self.out)}
+
+
+@pytest.fixture
+def options(tmp_path):
+    return Options(tmp_path)
+
+
+def _save(options, step=3):
+    state = Checkpoint(
+        run="run-a", step=step, schedule_start=0, epoch=1, method="mae", sizes={}, model={},
+        ema=None, optimizer={}, signals={}, ranks=[],
+        config={**options.describe(), **CIRCUMSTANCES},
+    )  # fmt: skip
+    return checkpoint.save(options.out, state, keep=9)
+
+
+def _resume(options, **circumstances):
+    return resume(options, CIRCUMSTANCES | circumstances, HERE)
+
+
+def test_a_folder_without_a_checkpoint_is_a_fresh_run(options):
+    assert _resume(options) == (None, True)
+
+
+def test_the_latest_checkpoint_is_gone_on_from_with_the_next_batch(options):
+    _save(options, 3)
+    _save(options, 7)
+    found, exact = _resume(options)
+    assert (found.step, exact) == (7, True)
+
+
+@pytest.mark.parametrize(
+    "other", [{"elastic": True}, {"inner": Inner(note="fast")}, {"paced": Inner(note="fast")}]
+)
+def test_what_nothing_learned_depends_on_may_differ(options, other):
+    _save(options)
+    assert _resume(dataclasses.replace(options, **other))[1]
+
+
+@pytest.mark.parametrize(
+    ("other", "circumstances", "named"),
+    [
+        ({"batch": 5}, {}, r"batch: 4 -> 5"),
+        ({"paced": Inner(rate=0.2)}, {}, r"paced\.rate: 0\.1 -> 0\.2"),
+        ({}, {"world_size": 2}, r"world_size: 1 -> 2"),
+        ({}, {"data": "paintings"}, r"data: photos -> paintings"),
+    ],
+)
+def test_what_is_elastic_is_gone_on_with_from_its_epoch_if_asked_for(
+    options, other, circumstances, named
+):
+    _save(options)
+    changed = dataclasses.replace(options, **other)
+    with pytest.raises(ValueError, match=rf"other options \({named}\); .* or --elastic to go on"):
+        _resume(changed, **circumstances)
+    found, exact = _resume(dataclasses.replace(changed, elastic=True), **circumstances)
+    assert (found.step, exact) == (3, False)
+
+
+@pytest.mark.parametrize(
+    ("other", "circumstances", "named"),
+    [
+        ({"width": 9}, {}, r"width: 8 -> 9"),
+        ({"inner": Inner(rate=0.2), "batch": 5}, {}, r"batch: 4 -> 5; inner\.rate: 0\.1 -> 0\.2"),
+        ({}, {"device": "cuda"}, r"device: cpu -> cuda"),
+    ],
+)
+def test_another_run_is_refused_even_if_elastic(options, other, circumstances, named):
+    _save(options)
+    with pytest.raises(
+        ValueError, match=rf"other options \({named}\); use the same, or anot[^;]*$"
+    ):
+        _resume(dataclasses.replace(options, elastic=True, **other), **circumstances)
+
+
+def test_never_resuming_refuses_a_folder_with_checkpoints(options):
+    never = dataclasses.replace(options, resume="never")
+    assert _resume(never) == (None, True)
+    _save(options)
+    with pytest.raises(ValueError, match="--resume never"):
+        _resume(never)
+
+
+def test_damaged_checkpoints_are_set_aside_unless_nothing_is_left(options, capsys):
+    paths = [_save(options, step) for step in (3, 5, 7)]
+    for path in paths[1:]:
+        path.write_bytes(path.read_bytes()[:-100])
+    found, exact = _resume(options)
+    assert (found.step, exact) == (3, True)
+    assert {path.name for path in options.out.glob("*.damaged")} == {
+        "checkpoint-00000005.damaged",
+        "checkpoint-00000007.damaged",
+    }
+    assert "is damaged; going on from checkpoint-00000003.pt" in capsys.readouterr().err
+    paths[0].write_bytes(b"")
+    with pytest.raises(checkpoint.DamagedError, match="no whole checkpoint is before it"):
+        _resume(options)
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    folder = tmp_path / "new" / "run"
+    with (
+        own_folder(folder),
+        pytest.raises(BusyError, match=rf"in use by process {os.getpid()} on"),
+        own_folder(folder),
+    ):
+        pass
+    with own_folder(folder):
+        pass
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path):
+    (tmp_path / "run").touch()
+    with (
+        pytest.raises(ValueError, match=r"run is a file; give a folder"),
+        own_folder(tmp_path / "run"),
+    ):
+        pass
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_run(options):
+    folder = options.out
+    (folder / "refresh").mkdir()
+    left = [folder / "checkpoint-00000009.partial", folder / "refresh" / "encoder-3.partial"]
+    for path in left:
+        path.write_bytes(b"half")
+    _save(options)
+    with own_folder(folder):
+        assert not any(path.exists() for path in left)
+    assert checkpoint.load(folder).step == 3
+
+
+@pytest.mark.slow
+def test_a_folder_that_a_machine_does_not_see_is_named_on_all_ranks(tmp_path):
+    (tmp_path / "a").mkdir()
+    _save(Options(tmp_path / "a"), 7)
+    torch.save({"shards": ["x"], "cache": "y", "out": str(tmp_path)}, tmp_path / "options.pt")
+    program = program_file("resume_unshared")
+    finish(launch(program, str(tmp_path), machines=["a", "a", "b"]))
+    for rank in range(3):
+        assert "checkpoint-00000007.pt was not seen on b within 1 s; --out must be" in (
+            (tmp_path / f"error{rank}").read_text()
+        )
