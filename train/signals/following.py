@@ -10,8 +10,6 @@ What the run writes down for it:
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +33,7 @@ from train.checkpoint import Encoder
 from train.config import Pretrain
 from train.distributed import Ranks
 from train.log import Log
+from train.signals.record import Record
 from train.streams import Stop
 
 _POLL = 2.0  # seconds
@@ -96,7 +95,7 @@ class FollowedMaps:
         self._begun, self._told = -1, False
         self._read_ahead: int | None = None
         self._ahead = _Preloader(self._newest, self._load_ahead)
-        self._record = _Record(config.out / "generations.json", run)
+        self._record = Record(config.out / "generations.json", run)
         if here.is_main:
             if self._record.new:  # what an earlier run left that wrote no checkpoint
                 self._drop_encoders()
@@ -368,53 +367,6 @@ def _parse_pin(pin: str) -> tuple[str, int]:
     if not run or not step.isdigit():
         raise ValueError(f"--refresh.pin {pin}: must be <run>/<step>")
     return run, int(step)
-
-
-class _Record:
-    """Which epochs of a run began at which step with which generation, in a file.
-
-    Attributes:
-        new: no file of this run was there.
-    """
-
-    def __init__(self, path: Path, run: str) -> None:
-        self._path, self._run = path, run
-        self._epochs: dict[str, tuple[int, int | None]] = {}
-        try:
-            found = json.loads(path.read_text())
-            self.new = found["run"] != run
-            self._epochs = {} if self.new else found["epochs"]
-        except FileNotFoundError:
-            self.new = True
-        except (ValueError, LookupError, TypeError):
-            raise ValueError(
-                f"{path} is damaged; remove it, and the run goes on with the newest generations"
-            ) from None
-
-    def at(self, epoch: int) -> tuple[bool, int | None]:
-        """Whether that epoch began before, and with which generation."""
-        known = self._epochs.get(str(epoch))
-        return (True, known[1]) if known else (False, None)
-
-    def since(self, step: int) -> set[int | None]:
-        """Generations of the epoch that a step is in, and of later ones."""
-        begun = [at for at, _ in self._epochs.values() if at <= step]
-        first = max(begun, default=0)
-        return {generation for at, generation in self._epochs.values() if at >= first}
-
-    def forget_from(self, epoch: int) -> None:
-        """Drop what is known of an epoch and those after it."""
-        self._epochs = {each: known for each, known in self._epochs.items() if int(each) < epoch}
-
-    def write(self, epoch: int, step: int, generation: int | None) -> None:
-        """Write down with which generation an epoch begins."""
-        self._epochs[str(epoch)] = (step, generation)
-        partial = self._path.with_suffix(".partial")
-        with open(partial, "w") as file:
-            file.write(json.dumps({"run": self._run, "epochs": self._epochs}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
 
 
 class _Preloader(threading.Thread):
