@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import random
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,10 +17,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Le, Lt
-from PIL import Image
-from timm.data import Mixup
-from timm.data.auto_augment import rand_augment_transform
+from annotated_types import Ge, Gt, Le
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -33,15 +29,13 @@ from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.options import ELASTIC, FREE
 from train.checkpoint import CLASSIFIER
 from train.distributed import data_parallel
+from train.evaluate.mixing import Mixed, Mixer, Mixing
 from train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
 from train.log import log_evaluation
 from train.loop import Training
 from train.optimisation import Optimisation, OptimiserConfig
 from train.resume import own_folder, resume
 from train.streams import Stop
-
-# At timm's full 10 a posterized image keeps 0 bits, which Pillow refuses.
-_STRONGEST = 9.99
 
 
 @dataclass(frozen=True)
@@ -54,22 +48,6 @@ class FinetuneOptimiser(OptimiserConfig):
     """epochs of linear warm-up from 0"""
     layer_decay: Annotated[float, Gt(0), Le(1)] = 0.65
     """learning rate of a block, of that of the block after it"""
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How images and classes are blurred, so that a model does not learn them by heart."""
-
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name of a RandAugment; it runs on the CPU, image by image; '' for none"""
-    mixup: Annotated[float, Ge(0)] = 0.8
-    """alpha of mixup; 0 for none"""
-    cutmix: Annotated[float, Ge(0)] = 1.0
-    """alpha of CutMix; 0 for none. Where both are wanted, each takes half of the batches"""
-    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """share of a target that all classes have in common"""
-    drop_path: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """share of the images that skip the last block; it grows from 0 in the first"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,19 +129,6 @@ def finetune(
         yield "epochs", options.epochs
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """A batch of blurred images.
-
-    Attributes:
-        images: `[B, 3, S, S]` float32, normalised.
-        targets: `[B, classes]` float32, each of sum 1.
-    """
-
-    images: Tensor
-    targets: Tensor
-
-
 class Finetuning(Training[Mixed]):
     """A fine-tuning run: everything it holds, and what a step of it is.
 
@@ -206,19 +171,7 @@ class Finetuning(Training[Mixed]):
             first_epoch=resumed.epoch if resumed else 0,
             state=resumed.ranks[here.rank]["loader"] if resumed and exact else None,
         )
-        mixing = options.mixing
-        self.augment = (
-            rand_augment_transform(mixing.randaugment, {"magnitude_max": _STRONGEST})
-            if mixing.randaugment
-            else None
-        )
-        self.mixup = Mixup(
-            mixing.mixup,
-            mixing.cutmix,
-            prob=1.0 if mixing.mixup or mixing.cutmix else 0.0,
-            label_smoothing=mixing.label_smoothing,
-            num_classes=self.classes,
-        )
+        self.mixer = Mixer(options.mixing, self.classes)
         self.optimisation = Optimisation(
             options.optimiser,
             self.model,
@@ -245,20 +198,10 @@ class Finetuning(Training[Mixed]):
 
     def prepare(self, crops: CropBatch, step: int) -> Mixed:
         """Augment and mix: from crops to what the model takes."""
-        draws = np.random.SeedSequence([self.config.seed, step, self.here.rank])
-        first, second = draws.generate_state(2).tolist()
-        random.seed(first)
-        np.random.seed(second)  # noqa: NPY002 - timm draws from it
         with self.clock.stage("augment"):
-            images = crops.images
-            if self.augment is not None:
-                pictures = [
-                    np.asarray(self.augment(Image.fromarray(each))) for each in images.cpu().numpy()
-                ]
-                images = torch.from_numpy(np.stack(pictures)).to(images.device)
-            labels = self.samples.labels[crops.rows].to(images.device)
-            mixed = Mixed(*self.mixup(normalise_images(images), labels))
-            return self.side.hand_over(mixed)
+            labels = self.samples.labels[crops.rows]
+            draws = (self.config.seed, step, self.here.rank)
+            return self.side.hand_over(self.mixer.mix(crops.images, labels, draws))
 
     def forward_backward(self, batch: Mixed) -> Tensor:
         self.side.join()

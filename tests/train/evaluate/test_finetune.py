@@ -18,7 +18,8 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from train import checkpoint
 from train.distributed import Ranks
-from train.evaluate.finetune import Finetune, FinetuneOptimiser, Finetuning, Mixing
+from train.evaluate.finetune import Finetune, FinetuneOptimiser, Finetuning
+from train.evaluate.mixing import Mixing
 from train.evaluate.run import open_encoder
 from train.evaluate.run import run as evaluate
 from train.evaluate.trunk import open_images
@@ -138,37 +139,6 @@ def test_blocks_learn_the_slower_the_nearer_to_the_image(make):
     for n, block in enumerate(run.model.blocks):
         assert rate[id(block.attn.qkv.weight)] == pytest.approx(peak * 0.5 ** (6 - n))
     assert rate[id(run.model.patch_embed.proj.weight)] == pytest.approx(peak * 0.5**7)
-
-
-def test_targets_say_how_images_were_mixed(make):
-    mixing = dataclasses.replace(PLAIN, cutmix=1.0)
-    options = make(mixing=mixing)
-    encoder = open_encoder(options)
-    images = [open_images(options, encoder, name, HERE) for name in ("train", "val")]
-    run = Finetuning(encoder, *images, options)
-    mixed = 0
-    for step, crops in enumerate(run.loader):
-        plain = run.samples.labels[crops.rows]
-        batch = run.prepare(crops, step)
-        assert torch.equal(run.prepare(crops, step).images, batch.images)  # drawn from the step
-        assert batch.targets.sum(1).tolist() == pytest.approx([1.0] * 4)
-        # Red images are class 0, green ones 1: their share of pixels is their share of the target.
-        red = (batch.images[:, 0] > batch.images[:, 1]).float().mean((1, 2))
-        torch.testing.assert_close(batch.targets[:, 0], red, atol=0.02, rtol=0)
-        mixed += int((batch.targets.max(1).values < 1).sum())
-        assert ((batch.targets.argmax(1) == plain) | (batch.targets.max(1).values < 0.6)).any()
-    assert mixed > 4
-
-
-def test_the_strongest_augmentation_takes_every_image(make):
-    mixing = dataclasses.replace(PLAIN, randaugment="rand-m10-n4-mstd0.5-inc1")
-    options = make(mixing=mixing)
-    encoder = open_encoder(options)
-    images = [open_images(options, encoder, name, HERE) for name in ("train", "val")]
-    run = Finetuning(encoder, *images, options)
-    crops = next(iter(run.loader))
-    for step in range(30):  # 480 operations, of which some 30 posterize
-        assert run.prepare(crops, step).images.isfinite().all()
 
 
 def test_options_out_of_bounds_are_refused(make):
