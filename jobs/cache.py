@@ -32,6 +32,7 @@ from pipeline.collector import Collection, collect
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
 from pipeline.manifest import CacheError, ShardRecord
 from pipeline.options import Checked, Seed
+from pipeline.packs import check_pack, read_pack
 from pipeline.precompute import score_shard
 from pipeline.scores import ScoreSpec, is_generation
 from pipeline.shards import content_id, judgement_ids
@@ -119,7 +120,7 @@ class Verify(Checked):
                 wrong += 1
                 tqdm.write(f"{url}: {problem}")
         print(f"{len(chosen) - wrong} of {len(chosen)} entries agree with their tars")
-        return 1 if wrong else 0
+        return 1 if _bad_packs(cache, {record.shard_id for _, record in chosen}) or wrong else 0
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Gc(Checked):
     """Remove what no shard needs any more, and what killed writers left behind.
 
     That is: records of shards that were deleted, entries that no record names, generations that no
-    run needs and maps of none, entries and maps that were never finished, and staging files.
+    run needs and maps of none, packs of little use, what was never finished, and staging files.
     """
 
     cache: str
@@ -200,6 +201,22 @@ def main(command: Command) -> int:
     return command.run()
 
 
+def _bad_packs(cache: ScoreCache, shard_ids: set[str]) -> int:
+    """Read all packs, tell of those that are damaged or differ from the entries of these shards."""
+    names, bad = cache.objects.children("packs"), 0
+    for name in names:
+        try:
+            pack = read_pack(cache, name)
+            if pack is not None:  # else a job is at work on it, or was killed
+                check_pack(cache, pack, shard_ids)
+        except (CacheError, *storage.UNREACHABLE) as error:
+            print(storage.reason(error))
+            bad += 1
+    if names:
+        print(f"{len(names) - bad} of {len(names)} packs agree with their entries")
+    return bad
+
+
 def _contradiction(
     cache: ScoreCache, url: str, record: ShardRecord, specs: list[str]
 ) -> str | None:
@@ -213,14 +230,14 @@ def _contradiction(
         return "the tar has changed since it was scored; run jobs/precompute_freq.py again"
     table = cache.read_table(shard_id)
     for spec_id in specs:
-        cache.check_maps(shard_id, spec_id)
+        stored = cache.any_maps(shard_id, spec_id)
         if is_generation(spec_id):
             continue  # what a model gave can't be had from the tar alone
         spec = cache.stored_spec(shard_id, spec_id)
         if spec is None:
             tqdm.write(f"{url}: {spec_id} is not checked, other code wrote it")
             continue
-        maps = cache.read_maps([shard_id], spec)[0].astype(np.float32)
+        maps = stored.astype(np.float32)
         scored = score_shard(data, spec, url)
         if scored.table.key != table.key or not all(
             np.array_equal(getattr(scored.table, name), getattr(table, name))

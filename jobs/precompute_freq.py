@@ -39,6 +39,7 @@ from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError
 from pipeline.options import Checked
+from pipeline.packs import pack_loose
 from pipeline.precompute import ShardReport, precompute_shard, publish
 from pipeline.scores import ScoreSpec
 from pipeline.stale import look_up
@@ -142,7 +143,17 @@ def _run_once(args: PrecomputeFreq) -> int:
                 unpublished.clear()
                 published = time.monotonic()
     publish(unpublished, cache)
+    _pack([url for url in urls if url not in failed], cache, args.spec)
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
+
+
+def _pack(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> None:
+    """Copy what runs will read together into few objects; without it they only start later."""
+    records = cache.manifests.lookup(urls)
+    try:
+        pack_loose(cache, [records[url].shard_id for url in urls], spec)
+    except (CacheError, *storage.UNREACHABLE) as error:
+        print(f"not packed: {storage.reason(error)}; runs will start later", file=sys.stderr)
 
 
 def score_shards(

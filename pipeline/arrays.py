@@ -1,13 +1,19 @@
-"""A shard's entry as zarr objects: how they are made, and how they are read back and checked.
+"""Entries and packs as zarr objects: how they are made, and how they are read back and checked.
 
-One chunk an array, compressed, with a CRC-32C behind it; a checksum in every zarr.json. So an
-object that was cut short, or in which a bit flipped, is found when it is read.
+There is a CRC-32C behind each chunk, and a checksum in every zarr.json. So an object that was cut
+short, or in which a bit flipped, is found when it is read. An array of an entry is one chunk,
+compressed; one of a pack is chunks of 8 MB, which are not: maps shrink by a seventh at best, and
+are read at half the speed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -23,7 +29,17 @@ from pipeline import storage
 from pipeline.scores import Spec
 from pipeline.sealed import FORMAT, CacheError, damaged, seal_zarr, unseal_zarr
 
-SAMPLES, KEY = "samples", "key"
+SAMPLES, KEY, MAPS = "samples", "key", "maps"
+_CHUNK = 8 << 20  # bytes of a pack's
+_CHUNKS_AT_ONCE = 16
+
+
+class Run(NamedTuple):
+    """Rows of an array on their way: the first, the place of the first, and how many."""
+
+    first: int
+    to: int
+    rows: int
 
 
 def table_objects(
@@ -49,6 +65,26 @@ def maps_objects(spec: Spec, maps: NDArray[np.float16]) -> Iterator[tuple[str, b
     return _in_order(objects, f"{spec.id}/")
 
 
+def pack_objects(
+    attributes: dict[str, Any],
+    samples: NDArray[np.int64],
+    maps: Iterable[NDArray[np.float16]],
+    shape: tuple[int, ...],
+) -> Iterator[tuple[str, bytes]]:
+    """Names and bytes of a pack's objects, in the order to put them: the last completes it.
+
+    Args:
+        attributes: of the group.
+        samples: `[R, 3]`: offset, size, label.
+        maps: all maps, block after block.
+        shape: of the maps together, `(R, G, G)`.
+    """
+    group, objects = _group({"format": FORMAT, **attributes})
+    yield from _chunks(group, objects, SAMPLES, [samples], samples.shape, samples.dtype)
+    yield from _chunks(group, objects, MAPS, maps, shape, np.dtype(np.float16))
+    yield from _in_order(objects, "")
+
+
 class CheckedStore(WrapperStore[ZarrStore]):
     """A store whose objects are all there and whole, or an error: zarr reads a chunk that is gone
     as zeros.
@@ -60,7 +96,7 @@ class CheckedStore(WrapperStore[ZarrStore]):
 
     def __init__(self, store: ZarrStore, url: str) -> None:
         super().__init__(store)
-        self._url = url
+        self.url = url
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -69,34 +105,85 @@ class CheckedStore(WrapperStore[ZarrStore]):
         data = await super().get(key, prototype, byte_range)
         if not key.endswith("/zarr.json"):
             if data is None:
-                raise damaged(f"{self._url}/{key}", "it is gone", remedy(self._url, key))
+                raise damaged(f"{self.url}/{key}", "it is gone", remedy(self.url, key))
         elif data is not None:
-            unseal_zarr(data.to_bytes(), f"{self._url}/{key}", remedy(self._url, key))
+            unseal_zarr(data.to_bytes(), f"{self.url}/{key}", remedy(self.url, key))
         return data
 
 
-async def read_array(store: CheckedStore, url: str, path: str) -> NDArray:
+async def read_array(store: CheckedStore, path: str) -> NDArray:
     """An array of an entry, whole and as it was put.
 
     Raises:
         FileNotFoundError: there is none.
         CacheError: it is damaged.
     """
+    with _codecs_errors(store, path):
+        return np.asarray(await (await _open(store, path)).getitem(...))
+
+
+async def read_rows(store: CheckedStore, path: str, runs: Sequence[Run], out: NDArray) -> None:
+    """Copy runs of rows of a pack's array to their places in `out`, reading each chunk once.
+
+    Raises:
+        FileNotFoundError: there is no such array.
+        CacheError: it is damaged, or of another shape or dtype than `out`.
+    """
+    with _codecs_errors(store, path):
+        array = await _open(store, path)
+        if array.shape[1:] != out.shape[1:] or array.dtype != out.dtype:
+            raise ValueError(f"{array.dtype} {list(array.shape)}")
+        pieces = _by_chunk(runs, array.chunks[0])
+        turn = asyncio.Semaphore(_CHUNKS_AT_ONCE)
+
+        async def copy(chunk: int) -> None:
+            async with turn:
+                first = chunk * array.chunks[0]
+                rows = np.asarray(await array.getitem(slice(first, first + array.chunks[0])))
+                for piece in pieces[chunk]:
+                    begin = piece.first - first
+                    out[piece.to : piece.to + piece.rows] = rows[begin : begin + piece.rows]
+
+        await asyncio.gather(*map(copy, pieces))
+
+
+def _by_chunk(runs: Sequence[Run], chunk: int) -> dict[int, list[Run]]:
+    """Parts of runs by the number of the chunk that they lie in; runs that follow on are joined."""
+    pieces: defaultdict[int, list[Run]] = defaultdict(list)
+    for first, to, rows in runs:
+        while rows:
+            number = first // chunk
+            count = min(rows, (number + 1) * chunk - first)
+            last = pieces[number][-1] if pieces[number] else Run(-1, -1, 0)
+            if (last.first + last.rows, last.to + last.rows) == (first, to):
+                pieces[number][-1] = last._replace(rows=last.rows + count)
+            else:
+                pieces[number].append(Run(first, to, count))
+            first, to, rows = first + count, to + count, rows - count
+    return pieces
+
+
+async def _open(store: CheckedStore, path: str) -> zarr.AsyncArray:
+    return await zarr.api.asynchronous.open_array(store=store, path=path, mode="r", zarr_format=3)
+
+
+@contextmanager
+def _codecs_errors(store: CheckedStore, path: str) -> Iterator[None]:
+    """Codecs raise anything on what is no code of theirs: tell it as damage."""
     try:
-        array = await zarr.api.asynchronous.open_array(
-            store=store, path=path, mode="r", zarr_format=3
-        )
-        return np.asarray(await array.getitem(...))
+        yield
     except (CacheError, *storage.UNREACHABLE):
         raise
-    except Exception as error:  # codecs raise anything on what is no code of theirs
+    except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        raise damaged(f"{url}/{path}", reason, remedy(url, path)) from error
+        raise damaged(f"{store.url}/{path}", reason, remedy(store.url, path)) from error
 
 
 def remedy(url: str, path: str) -> str:
-    """What helps against damage in an object of an entry: to remove what it is part of."""
+    """What helps against damage in an object: to remove what it is part of."""
     parts = path.split("/")
+    if parts[0] == "packs":
+        return f"Remove {url}/{'/'.join(parts[:2])}; it is a copy, which the next score job makes"
     if len(parts) > 3 and parts[2] not in (SAMPLES, KEY):
         return (
             f"Remove {url}/{'/'.join(parts[:3])} and make these maps again: "
@@ -111,12 +198,65 @@ def _group(attributes: dict[str, Any]) -> tuple[zarr.Group, dict[str, Buffer]]:
 
 
 def _add(group: zarr.Group, name: str, data: NDArray, attributes: dict[str, Any]) -> None:
-    """One array in one chunk; zarr refuses chunks without extent, so an empty one gets a length."""
-    group.create_array(
+    """One array in one chunk, compressed."""
+    rows, codecs = len(data), [ZstdCodec()]
+    array = _create(group, name, data.shape, data.dtype, rows, codecs=codecs, attributes=attributes)
+    array[...] = data
+
+
+def _chunks(
+    group: zarr.Group,
+    objects: dict[str, Buffer],
+    name: str,
+    blocks: Iterable[NDArray],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+) -> Iterator[tuple[str, bytes]]:
+    """One array in equal chunks of some MB; yields them one by one."""
+    size = dtype.itemsize * math.prod(shape)
+    rows = -(-shape[0] // max(1, -(-size // _CHUNK)))
+    array = _create(group, name, shape, dtype, rows)
+    done = 0
+    for part in _regrouped(blocks, array.chunks[0]):
+        array[done : done + len(part)] = part
+        done += len(part)
+        for written in [each for each in objects if each.startswith(f"{name}/c/")]:
+            yield written, objects.pop(written).to_bytes()
+    if done != shape[0]:
+        raise ValueError(f"{done} rows of {name} in place of {shape[0]}")
+
+
+def _regrouped(blocks: Iterable[NDArray], rows: int) -> Iterator[NDArray]:
+    """The rows of blocks, so many at a time; fewer at last."""
+    waiting: list[NDArray] = []
+    for block in blocks:
+        waiting.append(block)
+        if sum(map(len, waiting)) >= rows:
+            joined = np.concatenate(waiting)
+            whole = len(joined) // rows * rows
+            yield from np.split(joined[:whole], range(rows, whole, rows))
+            waiting = [joined[whole:]]
+    if sum(map(len, waiting)):
+        yield np.concatenate(waiting)
+
+
+def _create(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    rows: int,
+    *,
+    codecs: Sequence[ZstdCodec] = (),
+    attributes: dict[str, Any] | None = None,
+) -> zarr.Array:
+    """An array of so many rows a chunk; zarr refuses chunks without extent: they get a length."""
+    return group.create_array(
         name,
-        data=data,
-        chunks=tuple(max(1, extent) for extent in data.shape),
-        compressors=[ZstdCodec(), Crc32cCodec()],
+        shape=shape,
+        dtype=dtype,
+        chunks=tuple(max(1, extent) for extent in (rows, *shape[1:])),
+        compressors=[*codecs, Crc32cCodec()],
         attributes=attributes,
         config={"write_empty_chunks": True},  # a chunk that is not there is damage
     )

@@ -6,6 +6,7 @@
     <cache>/shards/<shard id>/key             string [n]
     <cache>/shards/<shard id>/<spec id>       float16 [n, G, G]; attributes: the spec, spelled out
     <cache>/datasets/<folder>/<version>.json  for a folder of shards: name -> size, stamp, shard id
+    <cache>/packs/<pack id>/                  copies of many entries together; see pipeline.packs
 
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an entry
 never changes and whoever writes it writes the same bytes. An object is put whole, data before
@@ -120,6 +121,7 @@ class ScoreCache:
 
     Attributes:
         objects: all that it holds.
+        arrays: the same as zarr reads them, checked.
         manifests: which shard of which folder has which entry.
         generations: which maps belong to which moment of which training run.
         notices, claims: what a collection is about to delete, and writers are at work on.
@@ -139,7 +141,7 @@ class ScoreCache:
         self.url = self.objects.url
         self.manifests = Manifests(self.objects)
         self.generations = Generations(self.objects)
-        self._arrays_store = CheckedStore(self.objects.zarr(), self.url)
+        self.arrays = CheckedStore(self.objects.zarr(), self.url)
         self.notices, self.claims = Notices(self.objects), Claims(self.objects)
         if create:
             self.objects.refuse_foreign()
@@ -224,7 +226,7 @@ class ScoreCache:
             CacheError: no whole entry, a damaged one, or one of another format.
         """
         summary = self.summary(shard_id)
-        samples, key = self._run(self._arrays(shard_id, ["samples", "key"]))
+        samples, key = self.run(self._arrays(shard_id, ["samples", "key"]))
         self._check_samples(shard_id, samples, summary.kept)
         if key.shape != (summary.kept,):
             raise self._damaged(shard_id, "key", f"{list(key.shape)} for {summary.kept} samples")
@@ -304,7 +306,7 @@ class ScoreCache:
 
             return await asyncio.gather(*map(in_turn, shard_ids))
 
-        return self._run(read_all())
+        return self.run(read_all())
 
     def entries(self) -> Iterator[Entry]:
         """Every entry, whole or partial, in the order of shard ids."""
@@ -340,15 +342,16 @@ class ScoreCache:
             modified=max(each.modified for each in objects),
         )
 
-    def check_maps(self, shard_id: str, spec_id: str) -> None:
-        """Read stored maps, whatever made them.
+    def any_maps(self, shard_id: str, spec_id: str) -> NDArray[np.float16]:
+        """Stored maps `[n, G, G]`, whatever made them.
 
         Raises:
             CacheError: there are none, or they are damaged.
         """
-        (maps,) = self._run(self._arrays(shard_id, [spec_id]))
+        (maps,) = self.run(self._arrays(shard_id, [spec_id]))
         shape = (self.summary(shard_id).kept, *maps.shape[1:])
         self._check_maps(shard_id, spec_id, maps, shape)
+        return maps
 
     def stored_spec(self, shard_id: str, spec_id: str) -> ScoreSpec | None:
         """The spec of stored maps, or None if other code wrote them.
@@ -371,7 +374,7 @@ class ScoreCache:
         for name in names:
             path = f"shards/{shard_id}/{name}"
             try:
-                found.append(await read_array(self._arrays_store, self.url, path))
+                found.append(await read_array(self.arrays, path))
             except FileNotFoundError:
                 if not self.has_entry(shard_id, None):
                     raise self._no_entry(shard_id) from None
@@ -383,7 +386,8 @@ class ScoreCache:
                 ) from None
         return found
 
-    def _run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """What a coroutine that reads returns."""
         with ThreadPoolExecutor(1) as pool:  # the caller may have an event loop of its own
             return pool.submit(asyncio.run, coroutine).result()
 

@@ -5,6 +5,7 @@ A collection removes
 - records of shards whose tars were deleted from a folder that still holds others of it,
 - generations of maps that no run needs, and the maps that no generation names any more,
 - entries that no manifest names, entries and maps that were never finished, staging files,
+- packs of which most is named by no manifest or lies in other packs, damaged and unfinished ones,
 
 and never anything that a manifest, a generation or a run's list of needed ones names, whichever
 job made it. Only objects whose names the cache gives are deleted (`pipeline.objects`), one by one.
@@ -33,6 +34,7 @@ from pipeline.cache import Entry, ScoreCache
 from pipeline.generations import Generation
 from pipeline.manifest import ShardRecord
 from pipeline.notices import Claimed
+from pipeline.packs import useful_packs
 from pipeline.scores import is_generation
 
 _BATCH = 500  # entries a notice speaks of; they go within seconds
@@ -135,6 +137,7 @@ def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
         yield from (each.removed for each in doomed)
     else:
         yield from _delete(cache, list(doomed), limit)
+    yield from _delete_packs(cache, named.shards, limit, options)
 
 
 def collect_superseded(cache: ScoreCache, run: str, shard_ids: Iterable[str]) -> list[Removed]:
@@ -255,15 +258,35 @@ def _delete_one(
     still = [] if entry is None else [(d.shard_id, d.spec_id) for d in _doomed(entry, named, limit)]
     if (each.shard_id, each.spec_id) not in still:
         return False
-    paths = [stored.path for stored in cache.objects.below(_folder(each))]
-    root = f"{_folder(each)}/zarr.json"
-    # What makes it whole goes first: whatever is left of it then is known to be unfinished.
+    return True if _delete_whole(cache, _folder(each), in_time) else None
+
+
+def _delete_packs(
+    cache: ScoreCache, named: set[str], limit: datetime, options: Collection
+) -> Iterator[Removed]:
+    """Delete packs that hardly help; without a notice, since whoever misses one reads entries."""
+    useful = {pack.folder for pack in useful_packs(cache, named)}
+    for name in cache.objects.children("packs"):
+        objects = list(cache.objects.below(f"packs/{name}"))
+        if f"packs/{name}" in useful or any(each.modified > limit for each in objects):
+            continue
+        size = sum(each.bytes for each in objects)
+        if size:  # else a local folder whose files were removed
+            yield Removed(f"packs/{name}", "a pack that hardly anything needs", size)
+        if not options.dry_run:
+            _delete_whole(cache, f"packs/{name}", lambda: True)
+
+
+def _delete_whole(cache: ScoreCache, folder: str, in_time: Callable[[], bool]) -> bool:
+    """Delete what makes a folder whole first: whatever is left of it is known to be unfinished."""
+    paths = [stored.path for stored in cache.objects.below(folder)]
+    root = f"{folder}/zarr.json"
     for part in (
         [path for path in paths if path == root],
         [path for path in paths if path != root],
     ):
         if not in_time():
-            return None
+            return False
         cache.objects.delete(part)
     return True
 

@@ -7,6 +7,8 @@ this project deletes it:
                                           <array>: samples, key, or the id of a score
     datasets/<folder>-<hash>/<version>.json
     generations/<run>/<step>.json, generations/<run>/needed-by-<run>
+    packs/<pack id>/zarr.json, <array>/zarr.json and <array>/c/<n>/0...
+                                          <array>: samples or maps
     notices/<id>.json, claims/<id>.json
 
 A local writer fills `<name>#<number>` before it takes the name; a killed one leaves that behind.
@@ -37,6 +39,7 @@ _CHILDREN = {
     "shards": _SHARD_ID,
     "datasets": r"[A-Za-z0-9_-]+-[0-9a-f]{12}",
     "generations": _RUN,
+    "packs": r"[0-9a-f]{32}",
     "notices": r"[0-9a-f]{32}\.json(#\d+)?",
     "claims": r"[0-9a-f]{32}\.json(#\d+)?",
 }
@@ -44,6 +47,7 @@ _OBJECT = re.compile(
     rf"shards/{_SHARD_ID}/(zarr\.json|(samples|key|{_SPEC_ID})/(zarr\.json|c(/0){{1,3}}))"
     rf"|datasets/{_CHILDREN['datasets']}/\d{{8}}\.json"
     rf"|generations/{_RUN}/(\d{{8,}}\.json|needed-by-{_RUN})"
+    rf"|packs/{_CHILDREN['packs']}/(zarr\.json|(samples|maps)/(zarr\.json|c/\d+(/0){{1,2}}))"
     rf"|(notices|claims)/[0-9a-f]{{32}}\.json"
 )
 

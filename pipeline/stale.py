@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -35,37 +35,44 @@ class Shards:
     stale: dict[str, Stale]
 
 
-def look_up(urls: Sequence[str], cache: ScoreCache, spec: Spec | None) -> Shards:
+def look_up(
+    urls: Sequence[str], cache: ScoreCache, spec: Spec | None, at_hand: Container[str] = ()
+) -> Shards:
     """What the cache knows of shards as they are now, and lacks of them.
 
     Args:
         urls: normalised.
         spec: a score whose maps are wanted too.
+        at_hand: ids of shards whose entries are not looked for: all that is wanted is in packs.
 
     Raises:
         CacheError: a manifest is damaged.
         OSError: a store or disk is out of reach.
     """
     records = cache.manifests.lookup(urls)
+    versions = storage.versions(urls)
+    stale: dict[str, Stale | None] = {}
+    to_be_seen: dict[str, str] = {}
+    for url in urls:
+        record = records.get(url)
+        if url not in versions:
+            stale[url] = Stale("file", "no such file")
+        elif record is None:
+            stale[url] = Stale("record", f"the score cache {cache.url} does not know this shard")
+        elif versions[url] != record.version:
+            stale[url] = Stale("hash", f"changed since its scores were put into {cache.url}")
+        elif record.shard_id not in at_hand:
+            stale[url] = None  # in its place among the others
+            to_be_seen[url] = record.shard_id
     with ThreadPoolExecutor(32) as pool:
-        reasons = pool.map(lambda url: _staleness(url, records.get(url), cache, spec), urls)
-        stale = {url: each for url, each in zip(urls, reasons, strict=True) if each}
-    return Shards(records, stale)
+        lacking = pool.map(lambda shard_id: _lacking(shard_id, cache, spec), to_be_seen.values())
+        stale |= zip(to_be_seen, lacking, strict=True)
+    return Shards(records, {url: each for url, each in stale.items() if each})
 
 
-def _staleness(
-    url: str, record: ShardRecord | None, cache: ScoreCache, spec: Spec | None
-) -> Stale | None:
-    try:
-        version = storage.version(url)
-    except FileNotFoundError:
-        return Stale("file", "no such file")
-    if record is None:
-        return Stale("record", f"the score cache {cache.url} does not know this shard")
-    if version != record.version:
-        return Stale("hash", f"changed since its scores were put into {cache.url}")
-    if not cache.has_entry(record.shard_id, None):
+def _lacking(shard_id: str, cache: ScoreCache, spec: Spec | None) -> Stale | None:
+    if not cache.has_entry(shard_id, None):
         return Stale("table", f"the score cache {cache.url} has no whole entry for it")
-    if spec is not None and not cache.has_entry(record.shard_id, spec):
+    if spec is not None and not cache.has_entry(shard_id, spec):
         return Stale("maps", f"the score cache {cache.url} has no maps of {spec.id} for it")
     return None

@@ -6,10 +6,14 @@ Object stores take their settings from the environment, as obstore and DALI both
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import glob
 import os
 import re
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,6 +24,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
 _DALI_SCHEMES = ("s3", "gs")
+_AT_ONCE = 32  # questions to a file system or store
 _ODD = r"[^A-Za-z0-9/_.=+~@,-]"
 
 
@@ -164,7 +169,53 @@ def version(url: str) -> Version:
         info = os.stat(url)
         return Version(info.st_size, f"{info.st_mtime_ns}-{info.st_ctime_ns}")
     folder, name = split_url(url)
-    meta = obstore.head(open_store(folder), name)
+    return _version(obstore.head(open_store(folder), name))
+
+
+def versions(urls: Sequence[str]) -> dict[str, Version]:
+    """Size and stamp of the files at normalised URLs, of those that are there.
+
+    Raises:
+        OSError: a store or disk is out of reach.
+    """
+    folders: defaultdict[str, list[str]] = defaultdict(list)
+    for url in urls:
+        folders[split_url(url)[0]].append(url)
+    found: dict[str, Version] = {}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for folder, held in folders.items():
+            if is_remote(folder) and len(held) > _AT_ONCE:
+                found |= _listed_versions(folder, held)
+                continue
+            for part in pool.map(_versions, (held[n::_AT_ONCE] for n in range(_AT_ONCE))):
+                found |= part
+    return found
+
+
+def _versions(urls: Sequence[str]) -> dict[str, Version]:
+    found = {}
+    for url in urls:
+        with contextlib.suppress(FileNotFoundError):
+            found[url] = version(url)
+    return found
+
+
+def _listed_versions(folder: str, urls: Sequence[str]) -> dict[str, Version]:
+    """The same by listing what lies between the first name and the last, a thousand at a time."""
+    wanted = {split_url(url)[1]: url for url in urls}
+    first, last = min(wanted), max(wanted)
+    found = {}
+    # What is listed comes after the offset, in the order of names.
+    for part in obstore.list(open_store(folder), offset=first[:-1], chunk_size=1000):
+        for meta in part:
+            if meta["path"] in wanted:
+                found[wanted[meta["path"]]] = _version(meta)
+        if part and part[-1]["path"] > last:
+            break
+    return found
+
+
+def _version(meta: obstore.ObjectMeta) -> Version:
     return Version(meta["size"], meta["e_tag"] or meta["last_modified"].isoformat())
 
 

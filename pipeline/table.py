@@ -6,7 +6,9 @@ import dataclasses
 import hashlib
 import itertools
 import tempfile
+from collections.abc import Container
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.index import index_shards
 from pipeline.manifest import ShardRecord
+from pipeline.packs import Packed
 from pipeline.scores import ScoreSpec
 from pipeline.sealed import CacheError
 from pipeline.shards import write_dali_index
@@ -47,6 +50,11 @@ class SampleTable:
         return len(self.labels)
 
     @property
+    def counts(self) -> list[int]:
+        """How many rows each shard has."""
+        return [end - first for first, end in itertools.pairwise(self.first_row)]
+
+    @cached_property
     def digest(self) -> str:
         """Hash of the shards' contents and places in their order: equal ones mean equal rows."""
         digest = hashlib.sha256(" ".join(self.shard_ids).encode())
@@ -98,13 +106,12 @@ def load_samples(
         FileNotFoundError: a pattern that matches nothing.
     """
     urls = storage.expand(patterns)
-    records = require_shards(urls, cache, spec, patterns=patterns)
+    packed = Packed(cache, spec, len(urls))
+    records = require_shards(urls, cache, spec, patterns=patterns, at_hand=packed)
     ids = [records[url].shard_id for url in urls]
-    rows = cache.read_samples(ids)
-    counts = [len(shard) for shard in rows]
-    if not sum(counts):
+    samples, counts = packed.samples(ids)
+    if not len(samples):
         raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
-    samples = np.concatenate(rows)
     return SampleTable(
         patterns=patterns,
         urls=urls,
@@ -122,6 +129,7 @@ def require_shards(
     spec: ScoreSpec | None = None,
     *,
     patterns: list[str] | None = None,
+    at_hand: Container[str] = (),
 ) -> dict[str, ShardRecord]:
     """Make sure that the cache knows shards as they are now; returns URL -> record.
 
@@ -130,12 +138,13 @@ def require_shards(
         spec: a score that the caller is going to load: what was not scored is an error at once
             then, and nothing is judged. A tar whose times alone changed is hashed, no more.
         patterns: what the user called the shards.
+        at_hand: see `look_up`.
 
     Raises:
         CacheError: a shard that is gone, can't be read, or lacks maps of `spec`. Names the first
             such shard, the reason, the number of others, and the command that repairs it.
     """
-    shards = look_up(urls, cache, spec)
+    shards = look_up(urls, cache, spec, at_hand)
     mend = [
         url
         for url, each in shards.stale.items()
@@ -144,7 +153,7 @@ def require_shards(
     failed: dict[str, str] = {}
     if len(mend) == len(shards.stale) > 0:
         failed = index_shards(mend, cache, judge=spec is None)
-        shards = look_up(urls, cache, spec)
+        shards = look_up(urls, cache, spec, at_hand)
     _refuse_stale(shards, failed, _remedy(patterns or urls, cache, spec or ScoreSpec()))
     return shards.records
 
@@ -156,19 +165,12 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
         CacheError: a shard without maps of this spec; see `load_samples` for what it names.
     """
     try:
-        maps = cache.read_maps(samples.shard_ids, spec)
+        maps = Packed(cache, spec, len(samples.urls)).maps(samples.shard_ids, samples.counts)
     except CacheError:
         shards = look_up(samples.urls, cache, spec)  # tells which tar, and what helps
         _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
         raise
-    for number, (first, end) in enumerate(itertools.pairwise(samples.first_row)):
-        if len(maps[number]) != end - first:
-            folder = f"{cache.url}/shards/{samples.shard_ids[number]}"
-            raise CacheError(
-                f"{samples.urls[number]}: {len(maps[number])} maps of {end - first} samples. "
-                f"Remove {folder}/{spec.id}. {_remedy(samples.patterns, cache, spec)}"
-            )
-    return torch.from_numpy(np.concatenate(maps))
+    return torch.from_numpy(maps)
 
 
 def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:

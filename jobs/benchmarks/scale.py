@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -11,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge
+from torch import Tensor
 from tqdm import tqdm
 
 from jobs import precompute_freq
@@ -21,7 +25,7 @@ from pipeline.cache import ScoreCache, ShardTable
 from pipeline.manifest import ShardRecord
 from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_maps, load_samples
+from pipeline.table import SampleTable, load_maps, load_samples
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Scale(Checked):
         spec = ScoreSpec()
         with tempfile.TemporaryDirectory(prefix="famt-scale-") as folder:
             cache = ScoreCache(f"{folder}/cache", create=True)
-            maps = np.ones((self.images_per_shard, spec.grid, spec.grid), np.float16)
+            rng = np.random.default_rng(0)  # as good as incompressible, as real maps are
+            shape = (self.images_per_shard, spec.grid, spec.grid)
             table = ShardTable(
                 key=[f"image-{n:08d}" for n in range(self.images_per_shard)],
                 offset=np.arange(self.images_per_shard) * 110_000,
@@ -54,37 +59,74 @@ class Scale(Checked):
                 path = Path(folder, "shards", f"train-{number:06d}.tar")
                 path.touch()
                 shard_id = f"{number:032x}"
+                maps = rng.random(shape, np.float32).astype(np.float16) + np.float16(0.5)
                 cache.write(shard_id, table, spec, maps)
                 records[str(path)] = ShardRecord(storage.version(str(path)), shard_id)
             seconds["write"] = time.perf_counter() - started
             cache.manifests.publish(records)
+            entries_alone = _start(f"{folder}/shards", cache, spec)
+            for name in ("precompute_that_only_packs", "precompute_with_nothing_to_do"):
+                started = time.perf_counter()
+                with contextlib.redirect_stdout(sys.stderr):
+                    job = precompute_freq.PrecomputeFreq([f"{folder}/shards"], cache.url)
+                    done = precompute_freq.main(job)
+                seconds[name] = time.perf_counter() - started
             before = measure.resident_bytes()
-            started = time.perf_counter()
-            loaded = load_samples([f"{folder}/shards"], cache)
-            loaded_maps = load_maps(loaded, cache, spec)
-            seconds["load"] = time.perf_counter() - started
+            packed = _start(f"{folder}/shards", cache, spec)
             memory = measure.resident_bytes() - before
-            started = time.perf_counter()
-            with loaded.write_indices():
-                seconds["index"] = time.perf_counter() - started
-            started = time.perf_counter()
-            done = precompute_freq.main(
-                precompute_freq.PrecomputeFreq([f"{folder}/shards"], cache.url)
-            )
-            seconds["second_precompute"] = time.perf_counter() - started
             entries = list(cache.entries())
+            packs = list(cache.objects.below("packs"))
             images = self.shards * self.images_per_shard
+            yield {
+                **measure.line(
+                    "scale",
+                    f"s to start with {self.shards} shards, from packs",
+                    packed.total,
+                    "from each shard's entry",
+                    entries_alone.total,
+                ),
+                "seconds": packed.seconds,
+                "seconds_from_entries": entries_alone.seconds,
+                **{name: round(each, 2) for name, each in seconds.items()},
+                "second_precompute_exit_code": done,
+            }
             yield {
                 **measure.line(
                     "scale",
                     f"MB of memory that the table of {images} images takes",
                     memory / 1e6,
                     "MB of its score maps alone",
-                    loaded_maps.nbytes / 1e6,
+                    packed.maps.nbytes / 1e6,
                 ),
-                "shards": self.shards,
-                "seconds": {name: round(each, 2) for name, each in seconds.items()},
-                "second_precompute_exit_code": done,
                 "objects": sum(entry.objects for entry in entries),
                 "stored_bytes_per_shard": round(sum(e.bytes for e in entries) / self.shards),
+                "objects_of_packs": len(packs),
+                "bytes_of_packs_per_shard": round(sum(e.bytes for e in packs) / self.shards),
             }
+
+
+@dataclass(frozen=True)
+class _Started:
+    """What a run has in memory when it starts, and how long each part of that took."""
+
+    samples: SampleTable
+    maps: Tensor
+    seconds: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.seconds.values())
+
+
+def _start(shards: str, cache: ScoreCache, spec: ScoreSpec) -> _Started:
+    """All that the start of a run does with a cache, as `train.pretrain` does it."""
+    times = [time.perf_counter()]
+    samples = load_samples([shards], cache, spec)
+    times.append(time.perf_counter())
+    maps = load_maps(samples, cache, spec)
+    times.append(time.perf_counter())
+    with samples.write_indices():
+        times.append(time.perf_counter())
+    parts = ("rows", "maps", "index")
+    taken = (round(after - before, 2) for before, after in itertools.pairwise(times))
+    return _Started(samples, maps, dict(zip(parts, taken, strict=True)))

@@ -25,7 +25,7 @@ def _put(objects, parts):
 
 def _read(objects, name):
     store = CheckedStore(objects.zarr(), objects.url)
-    return asyncio.run(read_array(store, objects.url, f"{ENTRY}/{name}"))
+    return asyncio.run(read_array(store, f"{ENTRY}/{name}"))
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -26,6 +25,7 @@ from pipeline.generations import Generation
 from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
 from pipeline.manifest import CacheError
+from pipeline.packs import Packed
 from pipeline.scores import check_model_kinds
 from pipeline.table import SampleTable
 from train import checkpoint
@@ -297,8 +297,9 @@ class FollowedMaps:
         maps = {}
         for spec in generation.specs:
             if spec.kind in self._kinds:
-                read = self._cache.read_maps(self._samples.shard_ids, spec)
-                maps[spec.kind] = torch.from_numpy(np.concatenate(read))
+                packed = Packed(self._cache, spec, len(self._samples.urls))
+                read = packed.maps(self._samples.shard_ids, self._samples.counts)
+                maps[spec.kind] = torch.from_numpy(read)
         return maps
 
     def _load_ahead(self, generation: Generation) -> dict[str, Tensor]:
