@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -170,13 +172,18 @@ class CropBatch:
         return CropBatch(images, self.rows[index], self.windows[index], self.flips[index])
 
 
+def own_share(samples: int, rank: int, world_size: int) -> range:
+    """The rows, of so many, that a rank reads; ranks differ by one row at most."""
+    return range(rank * samples // world_size, (rank + 1) * samples // world_size)
+
+
 class CropLoader:
     """Streams the kept samples of a table's shards, epoch by epoch.
 
-    Each rank reads its share of the samples; shares move on by one rank every epoch, so a rank
-    meets all the data. With `drop_last` every rank yields the same number of full batches an epoch
-    and what is left over is skipped (`remainder` of them; others each epoch, unless one rank reads
-    them unshuffled); without it every sample of the rank's share is decoded exactly once, the last
+    Each rank reads a share of the samples, always the same: consecutive rows, so it opens no tars
+    but those that hold them. With `drop_last` every rank yields the same number of full batches an
+    epoch and what is left over is skipped (`remainder` of them; others each epoch, unless they are
+    read unshuffled); without it every sample of the rank's share is decoded exactly once, the last
     batch being smaller.
 
     Args:
@@ -211,19 +218,18 @@ class CropLoader:
         self.config, self.drop_last = config, drop_last
         self.rank, self.world_size = rank, world_size
         self.device = torch.device(device)
-        self._table, self._samples = table, len(table)
-        share, images = self._samples // world_size, config.images_per_batch
-        if drop_last and share < images:
+        self._table = table
+        images, least = config.images_per_batch, len(table) // world_size
+        if least < (images if drop_last else 1):
             raise ValueError(
-                f"{self._samples} samples over {world_size} ranks make no batch of "
+                f"{len(table)} samples over {world_size} ranks make no batch of "
                 f"{images}; lower the batch size"
             )
-        largest = -(-self._samples // world_size)
-        self._runs = -(-largest // images)
-        self.steps_per_epoch = share // images if drop_last else self._runs
-        self.remainder = (
-            self._samples - self.steps_per_epoch * images * world_size if drop_last else 0
-        )
+        share = own_share(len(table), rank, world_size)
+        self._share = len(share)
+        self._runs = -(-self._share // images)
+        self.steps_per_epoch = least // images if drop_last else self._runs
+        self.remainder = len(table) - self.steps_per_epoch * images * world_size if drop_last else 0
         self.epoch, self.step = first_epoch, 0
         checkpoint = None
         self._state_setup = self._setup(table, seed)
@@ -239,15 +245,14 @@ class CropLoader:
         self._first_epoch = first_epoch
         # Ranks, and runs that begin at another epoch, must not draw the same crops.
         seeds = np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)
-        paths = paths or table.urls
-        allow_open_files(sum(not storage.is_remote(url) for url in paths))
-        with table.write_indices() as indices:  # read when the pipeline is built
+        with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
+            shards = table.write_indices(Path(folder), share)
+            own_paths = [(paths or table.urls)[shard] for shard in shards]
+            allow_open_files(sum(not storage.is_remote(path) for path in own_paths))
             self._pipeline: Pipeline = _crop_graph(
-                paths=paths,
-                index_paths=[f"{indices}/{n}.idx" for n in range(len(paths))],
+                paths=own_paths,
+                index_paths=[f"{folder}/{shard}.idx" for shard in shards],
                 config=config,
-                rank=rank,
-                world_size=world_size,
                 on_gpu=self.device.type == "cuda",
                 batch_size=config.images_per_batch,
                 num_threads=config.threads or own_cores(),
@@ -257,7 +262,7 @@ class CropLoader:
                 checkpoint=checkpoint,
                 prefetch_queue_depth=2,
             )
-            self._pipeline.build()
+            self._pipeline.build()  # reads the index
 
     def __iter__(self) -> Iterator[CropBatch]:
         """The rest of the current epoch."""
@@ -265,11 +270,9 @@ class CropLoader:
             batch = self._run()
             self.step += 1
             images = self.config.images_per_batch
-            valid = self._share_size() - (self.step - 1) * images
-            if valid >= images:
-                yield batch
-            elif valid > 0:  # DALI fills the last batch up by repeating a sample
-                yield batch.first(valid * self.config.crops_per_image)
+            valid = self._share - (self.step - 1) * images
+            # DALI fills the last batch up by repeating a sample.
+            yield batch if valid >= images else batch.first(valid * self.config.crops_per_image)
         for _ in range(self._runs - self.steps_per_epoch):
             self._run_graph()
         self.epoch, self.step = self.epoch + 1, 0
@@ -314,12 +317,6 @@ class CropLoader:
                 f"tar, or have all judged again: {self._table.judge_again()}"
             ) from error
 
-    def _share_size(self) -> int:
-        """Samples of this rank's share of the current epoch: contiguous, moving on every epoch."""
-        share = (self.rank + self.epoch) % self.world_size
-        end = (share + 1) * self._samples // self.world_size
-        return end - share * self._samples // self.world_size
-
     def _setup(self, table: SampleTable, seed: int) -> str:
         """Everything that decides which sample comes next, spelled out."""
         config = self.config
@@ -336,8 +333,6 @@ def _crop_graph(
     paths: list[str],
     index_paths: list[str],
     config: LoaderConfig,
-    rank: int,
-    world_size: int,
     on_gpu: bool,
 ) -> tuple[DataNode, ...]:
     encoded = fn.readers.webdataset(
@@ -345,8 +340,6 @@ def _crop_graph(
         index_paths=index_paths,
         ext=["jpg"],
         missing_component_behavior="error",
-        shard_id=rank,
-        num_shards=world_size,
         pad_last_batch=True,
         random_shuffle=config.shuffle_buffer > 0,
         initial_fill=max(1, config.shuffle_buffer),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import tempfile
 from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,14 +80,20 @@ class SampleTable:
         command = "python jobs/precompute_freq.py --retry-bad"
         return f"{command} --shards {shards} --cache {self._cache.url}"
 
-    def write_indices(self) -> tempfile.TemporaryDirectory[str]:
-        """DALI index files `<shard number>.idx` in a folder that its user removes."""
-        folder = tempfile.TemporaryDirectory(prefix="famt-index-")
+    def write_indices(self, folder: Path, rows: range) -> list[int]:
+        """Write DALI's index of consecutive rows: `<shard number>.idx` for each shard they lie in.
+
+        Returns:
+            the numbers of those shards, in their order.
+        """
+        written = []
         for number, (first, end) in enumerate(itertools.pairwise(self.first_row)):
-            offset, size = self._places[first:end].T.tolist()
-            samples = zip(range(first, end), offset, size, strict=True)
-            write_dali_index(Path(folder.name) / f"{number}.idx", samples)
-        return folder
+            own = range(max(first, rows.start), min(end, rows.stop))
+            if own:
+                offset, size = self._places[own.start : own.stop].T.tolist()
+                write_dali_index(folder / f"{number}.idx", zip(own, offset, size, strict=True))
+                written.append(number)
+        return written
 
 
 def load_samples(

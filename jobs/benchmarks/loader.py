@@ -128,21 +128,21 @@ class Loader(Checked):
         return work
 
     def _bare(self, table: SampleTable, runs: int) -> Callable[[], None]:
-        indices = table.write_indices()
-        graph = _crop_graph(
-            table.urls,
-            [f"{indices.name}/{n}.idx" for n in range(len(table.urls))],
-            self._config(),
-            batch_size=self.batch_size,
-            num_threads=self.threads,
-            seed=0,
-            device_id=0 if self.device == "cuda" else None,
-            on_gpu=self.device == "cuda",
-        )
-        graph.build()
+        with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
+            shards = table.write_indices(Path(folder), range(len(table)))
+            graph = _crop_graph(
+                [table.urls[shard] for shard in shards],
+                [f"{folder}/{shard}.idx" for shard in shards],
+                self._config(),
+                batch_size=self.batch_size,
+                num_threads=self.threads,
+                seed=0,
+                device_id=0 if self.device == "cuda" else None,
+                on_gpu=self.device == "cuda",
+            )
+            graph.build()
 
         def work() -> None:
-            assert indices.name  # the graph reads them as long as it runs
             for _ in range(runs):
                 graph.run()
 

@@ -70,6 +70,27 @@ def test_ranks_together_see_every_sample_once_an_epoch(table, world_size, batch_
         assert sorted(rows) == list(range(26))
 
 
+def test_a_rank_needs_no_tars_but_those_of_its_share(table, scored):
+    """Nor does one without samples trouble anybody: DALI refuses an empty index."""
+    rows = []
+    for rank, shards in enumerate(((0,), (0, 1), (1, 2), (2,))):
+        for number, path in enumerate(map(Path, scored.shards)):
+            path.rename(path.with_suffix(".away")) if number not in shards else None
+        rows += _rows(CropLoader(table, SMALL, drop_last=False, rank=rank, world_size=4))
+        for path in scored.folder.glob("*.away"):
+            path.rename(path.with_suffix(".tar"))
+    assert sorted(rows) == list(range(26))
+
+
+def test_shards_whose_images_are_all_quarantined_are_passed_over(tmp_path, scored, spec):
+    path = scored.folder / "train-000001a.tar"
+    path.write_bytes(tar_bytes([("bad.jpg", b"garbage")]))
+    score([path], scored.cache, spec)
+    table = load_samples([str(scored.folder)], scored.cache)
+    assert len(table.urls) == 4
+    assert sorted(_rows(CropLoader(table, SMALL, drop_last=False))) == list(range(26))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_full_batches_leave_a_counted_remainder(table, world_size):
     seen = set()
@@ -122,7 +143,7 @@ def test_several_crops_of_one_decode_follow_one_another(table):
         flips = torch.cat([crops.flips for crops in batches]).view(-1, 2)
         assert (flips[:, 0] != flips[:, 1]).any()
     assert [len(rows) for rows in seen] == [13, 13]
-    assert not seen[0] & seen[1]  # the other rank's share comes next
+    assert seen[0] == seen[1] == set(range(13, 26))  # a rank's share stays the same
 
 
 def test_an_epoch_with_several_crops_decodes_every_image_once(table):

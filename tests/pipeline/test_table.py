@@ -24,12 +24,17 @@ def test_rows_follow_the_shards_and_their_samples(scored):
     torch.testing.assert_close(maps.float().mean((1, 2)), torch.ones(26), atol=1e-3, rtol=0)
 
 
-def test_indices_carry_row_numbers(scored):
+@pytest.mark.parametrize(
+    ("rows", "counts"),
+    [(range(26), [10, 7, 9]), (range(10, 17), [0, 7, 0]), (range(9, 19), [1, 7, 2])],
+)
+def test_indices_are_of_some_rows_and_carry_their_numbers(scored, tmp_path, rows, counts):
     table = load_samples(scored.shards, scored.cache)
-    with table.write_indices() as folder:
-        lines = (Path(folder) / "1.idx").read_text().splitlines()
-    assert lines[0] == "v1.2 7"
-    assert [line.split()[-1] for line in lines[1:]] == [str(row) for row in range(10, 17)]
+    shards = table.write_indices(tmp_path, rows)
+    assert shards == [shard for shard, count in enumerate(counts) if count]
+    lines = [(tmp_path / f"{shard}.idx").read_text().splitlines() for shard in shards]
+    assert [each[0] for each in lines] == [f"v1.2 {count}" for count in counts if count]
+    assert [int(line.split()[-1]) for each in lines for line in each[1:]] == list(rows)
 
 
 def test_a_digest_follows_contents_and_order(scored):
