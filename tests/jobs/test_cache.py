@@ -16,6 +16,7 @@ from samples import photo_members, score, tar_bytes
 
 from jobs.cache import Gc, Ls, Show, Verify, main
 from pipeline.cache import ScoreCache
+from pipeline.packs import write_pack
 from pipeline.scores import ScoreSpec
 from pipeline.sealed import CacheError
 from pipeline.table import load_maps, load_samples
@@ -93,6 +94,20 @@ def test_verify_counts_maps_that_are_not_finite(scored, capsys, monkeypatch):
     assert "not finite" in capsys.readouterr().out
     with pytest.raises(CacheError, match="not finite"):
         _images(scored.shards, scored.cache, scored.spec)
+
+
+def test_verify_reads_packs_and_names_damaged_ones(scored, capsys):
+    ids = load_samples(scored.shards, scored.cache).shard_ids
+    pack = write_pack(scored.cache, ids, scored.spec)
+    assert main(Verify(scored.cache.url)) == 0
+    assert "1 of 1 packs agree with their entries" in capsys.readouterr().out
+    chunk = Path(scored.cache.url) / pack.folder / "maps" / "c" / "0" / "0" / "0"
+    chunk.write_bytes(b"?" + chunk.read_bytes()[1:])
+    assert main(Verify(scored.cache.url)) == 1
+    out = capsys.readouterr().out
+    assert f"{pack.folder}/maps is damaged" in out
+    assert f"Remove {scored.cache.url}/{pack.folder}; it is a copy" in out
+    assert "0 of 1 packs agree" in out
 
 
 def test_verify_finds_tars_that_changed_or_went(scored, capsys):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,10 +11,12 @@ import boto3
 import numpy as np
 import pytest
 import ray
+import torch
 from s3_server import environment, free_port, serve
 from samples import photo_members, tar_bytes
 
 from jobs.precompute_freq import PrecomputeFreq, main
+from pipeline import packs
 from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError
 from pipeline.precompute import score_shard
@@ -66,6 +69,40 @@ def test_a_job_scores_everything_once(cluster, shards, tmp_path, spec, capsys):
     assert main(config) == 0
     assert _summary(capsys)["scored_now"] == 0
     assert _files(tmp_path / "cache") == before
+
+
+def test_a_job_packs_what_it_was_asked_for_and_a_start_reads_that_alone(
+    cluster, shards, tmp_path, spec, capsys, monkeypatch
+):
+    monkeypatch.setattr(packs, "_FEW", 3)
+    config = _config(shards, tmp_path, spec)
+    assert main(config) == 0
+    cache = ScoreCache(config.cache)
+    samples = load_samples([str(shards)], cache, spec)
+    maps = load_maps(samples, cache, spec)
+    assert [pack.shards for pack in packs.sound_packs(cache)] == [samples.shard_ids]
+    before = _files(tmp_path / "cache")
+    assert main(config) == 0
+    assert _files(tmp_path / "cache") == before
+    shutil.rmtree(tmp_path / "cache" / "shards")
+    again = load_samples([str(shards)], cache, spec)
+    assert (again.digest, again.counts) == (samples.digest, [5, 5, 5])
+    assert torch.equal(load_maps(again, cache, spec), maps)
+    assert main(config) == 0  # a job makes entries that went missing again
+    assert _summary(capsys)["scored_now"] == 3
+    assert _files(tmp_path / "cache") == before
+
+
+def test_a_job_that_can_not_pack_has_scored_all_the_same(
+    cluster, shards, tmp_path, spec, capsys, monkeypatch
+):
+    monkeypatch.setattr(packs, "_FEW", 3)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "packs").write_text("in the way")
+    assert main(_config(shards, tmp_path, spec)) == 0
+    assert "not packed: " in capsys.readouterr().err
+    cache = ScoreCache(str(tmp_path / "cache"))
+    assert len(load_maps(load_samples([str(shards)], cache, spec), cache, spec)) == 15
 
 
 def test_only_what_changed_is_scored_again(cluster, shards, tmp_path, spec, capsys):

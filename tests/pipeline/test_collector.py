@@ -1,5 +1,7 @@
+import dataclasses
 import os
 import random
+import shutil
 import tempfile
 import threading
 import time
@@ -16,6 +18,7 @@ from pipeline.cache import ScoreCache
 from pipeline.collector import Collection, collect, collect_superseded
 from pipeline.generations import Generation
 from pipeline.manifest import ShardRecord
+from pipeline.packs import sound_packs, write_pack
 from pipeline.sealed import CacheError, seal
 from pipeline.storage import Version
 
@@ -198,6 +201,42 @@ def test_claims_of_killed_writers_end_after_a_day(cache):
     reasons = [each.reason for each in collect(cache, NOW)]
     assert reasons == ["a killed writer's claim", "no manifest names it"]
     assert not path.exists()
+
+
+def test_packs_go_when_hardly_any_of_their_shards_are_named(cache, tmp_path):
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for number in range(5):
+        cache.write(_id(number), table(), PIXELS, maps())
+        (tars / f"{number}.tar").touch()
+    cache.manifests.publish({f"{tars}/{number}.tar": _record(number) for number in range(5)})
+    pack = write_pack(cache, [_id(number) for number in range(5)], PIXELS)
+    write_pack(cache, [_id(number) for number in range(3)], PIXELS)
+    (tmp_path / "cache" / pack.folder / "mine.txt").touch()
+    unfinished = tmp_path / "cache" / "packs" / ("f" * 32)
+    shutil.copytree(tmp_path / "cache" / pack.folder / "maps", unfinished / "maps")
+    assert list(collect(cache, Collection())) == []  # all are young
+    assert len([each.what for each in collect(cache, dataclasses.replace(NOW, dry_run=True))]) == 2
+    gone = [each.what for each in collect(cache, NOW)]
+    assert len(gone) == 2
+    assert f"packs/{unfinished.name}" in gone
+    assert sound_packs(cache) == [pack]
+    assert list(collect(cache, NOW)) == []
+    for number in range(3):
+        (tars / f"{number}.tar").unlink()
+    reasons = Counter(each.reason for each in collect(cache, NOW))
+    assert reasons["a pack that hardly anything needs"] == 1
+    assert sound_packs(cache) == []
+    assert [path.name for path in (tmp_path / "cache" / "packs").rglob("*.*")] == ["mine.txt"]
+
+
+def test_a_damaged_pack_keeps_nothing_from_being_collected(cache):
+    cache.write(_id(1), table(), PIXELS, maps())
+    pack = write_pack(cache, [_id(1)], PIXELS)
+    path = Path(cache.url) / pack.folder / "zarr.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert [each.what for each in collect(cache, NOW)] == [_id(1), pack.folder]
+    assert not [path for path in Path(cache.url).rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow

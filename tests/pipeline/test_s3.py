@@ -8,11 +8,12 @@ from pathlib import Path
 
 import boto3
 import pytest
+import torch
 from s3_server import environment, free_port, serve
 from samples import encode, photo
 
 from jobs.make_shards import MakeShards, main
-from pipeline import storage
+from pipeline import packs, storage
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig
 from pipeline.manifest import CacheError
@@ -103,6 +104,36 @@ def test_a_replaced_object_is_found_by_its_etag(bucket, shards, spec):
     # Its content is known under another name.
     assert len(load_maps(load_samples([shards], cache, spec), cache, spec)) == 16
     assert _score(urls, cache, spec) == 0
+
+
+def test_versions_of_many_tars_are_listed_and_are_those_of_each(bucket, monkeypatch):
+    client = boto3.client("s3")
+    names = [f"train-{n:03d}.tar" for n in range(0, 120, 2)]
+    others = ["a.tar", "train-0", "train-051.tar", "train-010.tar/deep.tar", "val-000.tar"]
+    for number, name in enumerate([*names, *others]):
+        client.put_object(Bucket="images", Key=f"far/shards/{name}", Body=bytes(number))
+    urls = [f"{bucket}/far/shards/{name}" for name in names]
+    expected = {url: storage.version(url) for url in urls}
+    asked = [*urls[30:], f"{bucket}/far/shards/train-031.tar", *urls[:30]]
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "version", None)
+        assert storage.versions(asked) == expected
+    assert storage.versions(asked[:10]) == {url: expected[url] for url in asked[:10]}
+
+
+def test_packs_on_s3_are_all_that_a_start_reads(bucket, shards, spec, monkeypatch):
+    monkeypatch.setattr(packs, "_FEW", 2)
+    cache = ScoreCache(f"{bucket}/scores", create=True)
+    _score(storage.expand([shards]), cache, spec)
+    samples = load_samples([shards], cache, spec)
+    maps = load_maps(samples, cache, spec)
+    assert packs.pack_loose(cache, samples.shard_ids, spec) is not None
+    entries = list(cache.objects.below("shards"))
+    cache.objects.delete([each.path for each in entries])
+    again = load_samples([shards], ScoreCache(f"{bucket}/scores"), spec)
+    assert again.digest == samples.digest
+    assert torch.equal(again.labels, samples.labels)
+    assert torch.equal(load_maps(again, cache, spec), maps)
 
 
 def test_what_is_not_there_is_named(bucket, shards, spec):

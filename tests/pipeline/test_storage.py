@@ -66,6 +66,16 @@ def test_a_file_replaced_at_equal_size_and_time_has_another_version(folder):
     assert len(seen) == 3
 
 
+def test_versions_of_many_files_are_those_of_each_that_is_there(folder, tmp_path):
+    for n in range(100):
+        (tmp_path / f"{n}.tar").write_bytes(bytes(n))
+    urls = [str(tmp_path / f"{n}.tar") for n in range(100)]
+    asked = [*urls, str(tmp_path / "none.tar"), str(folder / "val-000000.tar"), "/none/none.tar"]
+    there = [*urls, str(folder / "val-000000.tar")]
+    assert storage.versions(asked) == {url: storage.version(url) for url in there}
+    assert storage.versions([]) == {}
+
+
 @pytest.mark.parametrize("url", ["/a.tar", "/data/a.tar", "s3://bucket/a.tar", "s3://b/c/a.tar"])
 def test_a_folder_and_a_name_make_the_url_that_they_came_from(url):
     folder, name = storage.split_url(url)
