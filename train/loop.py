@@ -144,7 +144,8 @@ class Training(ABC, Generic[Batch]):
             path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
             if self.log:
                 self.log.event(self.step, "checkpoint", file=path.name)
-        self.here.gather(None)  # a slow disk is waited for here; gradients wait ten minutes at most
+        # A slow disk is waited for at this point; gradients wait ten minutes at most.
+        self.here.gather(None)
 
     def identity(self) -> dict[str, Any]:
         """What a continuation must have in common with the run, besides its options."""
