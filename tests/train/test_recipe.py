@@ -10,6 +10,7 @@ from jobs.make_shards import MakeShards
 from jobs.precompute_freq import PrecomputeFreq
 from jobs.pretrain import RayPretrain
 from jobs.refresh_scores import RefreshScores
+from pipeline.options import FREE, annotated
 from train import recipe
 from train.config import Pretrain, parse
 from train.evaluate.run import EVALUATORS
@@ -83,6 +84,14 @@ def test_a_file_of_ones_own_builds_on_ours_and_on_files_beside_it(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     relative = parse(["--recipe=own.toml", *ON], None)
     assert dataclasses.replace(relative, recipe=str(own)) == _parse(own)
+
+
+def test_a_run_goes_on_under_another_name_of_its_options(tmp_path):
+    by_recipe = _parse("mae")
+    spelled_out = parse([*recipe.load("mae").options, *ON], None)
+    assert dataclasses.replace(spelled_out, recipe="mae") == by_recipe
+    notes = {name: beside for name, _, beside in annotated(by_recipe)}
+    assert FREE in notes["recipe"]
 
 
 def test_a_recipe_may_tell_the_data_too(tmp_path):
