@@ -7,6 +7,7 @@ import sys
 import pytest
 import scipy.stats
 import torch
+from launch import program_file
 
 from jobs.benchmark import BENCHMARKS, parse
 from jobs.benchmarks.loader import Loader
@@ -32,24 +33,11 @@ def test_rank_correlations_are_spearmans():
     assert rank_correlations(a, b) == pytest.approx(expected, abs=1e-5)
 
 
-_PEAK = """
-import torch
-from jobs.benchmarks.step import _peak_of_process
-
-def work():
-    for _ in range(3):  # one after another, never two at once
-        torch.ones(16 << 20)  # 64 MiB
-
-_peak_of_process(lambda: torch.ones(64 << 20))  # an earlier, higher peak is forgotten
-during, before = _peak_of_process(work)
-print((during - before) / 2**20)
-"""
-
-
 @pytest.mark.slow
 def test_a_peak_is_what_was_held_at_once_while_working():
     # In a process of its own, as the benchmark measures: here other tests' memory comes and goes.
-    done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=True)
+    command = [sys.executable, program_file("peak_of_memory")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(64, abs=16)
 
 

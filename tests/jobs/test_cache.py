@@ -10,6 +10,7 @@ from pathlib import Path
 import boto3
 import numpy as np
 import pytest
+from launch import program_file
 from PIL import Image
 from s3_server import environment, free_port, serve
 from samples import photo_members, score, tar_bytes
@@ -20,8 +21,6 @@ from pipeline.packs import write_pack
 from pipeline.scores import ScoreSpec
 from pipeline.sealed import CacheError
 from pipeline.table import load_maps, load_samples
-
-ROOT = Path(__file__).parents[2]
 
 
 def _images(shards, cache, spec):
@@ -148,9 +147,9 @@ def test_gc_removes_what_no_manifest_names_and_partial_writes(scored, spec, tmp_
     assert _images(scored.shards, cache, scored.spec) == 19
 
 
-def _killed(code, *arguments):
-    """Run code that kills its own process."""
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT)
+def _killed(program, *arguments):
+    """Run a program that kills itself."""
+    done = subprocess.run([sys.executable, program_file(program), *arguments])
     assert done.returncode == -signal.SIGKILL
 
 
@@ -163,20 +162,8 @@ def test_gc_removes_the_staging_files_of_killed_writers(scored, capsys):
     before = _everything(cache)
     (shard_id, *_) = load_samples(scored.shards, cache).shard_ids
     entry = "e" * 32
-    code = """
-import os, signal, sys
-import obstore
-from obstore.store import LocalStore
-
-def parts():
-    yield bytes(6_000_000)
-    yield bytes(6_000_000)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-obstore.put(LocalStore(sys.argv[1]), sys.argv[2], parts(), max_concurrency=1)
-"""
     for place in (f"shards/{shard_id}/zarr.json", f"shards/{entry}/samples/c/0/0"):
-        _killed(code, cache.url, place)
+        _killed("die_while_putting", cache.url, place)
     assert {Path(name).name for name in _everything(cache) - before} == {"zarr.json#1", "0#1"}
     assert main(Gc(cache.url)) == 0
     assert len(_everything(cache) - before) == 2  # new ones may be a live writer's
@@ -192,24 +179,7 @@ def test_gc_removes_maps_that_were_never_finished_from_whole_entries(scored, cap
     """A job that adds a second score is killed after it put the first object of it."""
     cache = scored.cache
     before = _everything(cache)
-    code = """
-import os, signal, sys
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.precompute import precompute_shard
-from pipeline.scores import ScoreSpec
-
-put = storage.put
-
-def put_one(store, path, *more):
-    put(store, path, *more)
-    if path.startswith("shards/"):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-storage.put = put_one
-precompute_shard(sys.argv[1], ScoreCache(sys.argv[2]), ScoreSpec(kind="lowpass", grid=7))
-"""
-    _killed(code, scored.shards[0], cache.url)
+    _killed("die_while_scoring", scored.shards[0], cache.url, "lowpass", "7")
     claim, left = sorted(_everything(cache) - before)
     assert "/claims/" in claim
     assert "/lowpass-" in left

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hostile import exif, marked, segment, with_segments, xmp
+from launch import program_file
 from PIL import Image
 from samples import encode, photo, score, tar_bytes
 
@@ -106,29 +107,8 @@ def test_only_jpegs_that_all_decoders_read_alike_are_plain():
 
 
 def test_too_little_memory_is_no_verdict_on_an_image():
-    child = """
-import io, resource, numpy as np
-from PIL import Image
-from pipeline.decode import decode
-
-def encode(kind, **options):
-    buffer = io.BytesIO()
-    Image.new("RGB", (6000, 6000), (10, 200, 30)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-files = [encode("JPEG", progressive=True), encode("PNG"), encode("WEBP", quality=1, method=0)]
-small = io.BytesIO()
-Image.new("RGB", (60, 60)).save(small, "PNG")
-decode(small.getvalue(), 8)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 60_000_000, resource.RLIM_INFINITY))
-for data in files:
-    try:
-        decode(data, 5000)
-    except MemoryError:
-        print("MemoryError")
-"""
-    result = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True)
+    command = [sys.executable, program_file("decode_in_little_memory")]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout.split() == ["MemoryError"] * 3, result.stderr
 
 

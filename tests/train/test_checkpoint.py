@@ -1,11 +1,13 @@
 import dataclasses
 import os
 import random
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from launch import program_file
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
@@ -116,13 +118,6 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path):
 
 def test_a_writer_that_is_killed_leaves_the_previous_one(tmp_path):
     checkpoint.save(tmp_path, _state(1), keep=2)
-    code = (
-        "import os, sys, torch; from pathlib import Path; from train import checkpoint\n"
-        "state = checkpoint.load(Path(sys.argv[1]))\n"
-        "os.fsync = lambda fd: os.kill(os.getpid(), 9)\n"
-        "newer = state.__class__(**{**vars(state), 'step': 2})\n"
-        "checkpoint.save(Path(sys.argv[1]), newer, keep=2)\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", code, str(tmp_path)])
-    assert killed.returncode == -9
+    killed = subprocess.run([sys.executable, program_file("die_while_saving"), str(tmp_path)])
+    assert killed.returncode == -signal.SIGKILL
     assert checkpoint.load(tmp_path).step == 1

@@ -11,6 +11,7 @@ import safetensors.torch
 import timm
 import torch
 import transformers
+from launch import program_file
 
 from famt.export import encoder_state, official_state
 from famt.mae import MaskedAutoencoder
@@ -102,17 +103,9 @@ def test_a_model_that_timm_has_by_name(tmp_path):
     safetensors.torch.save_file(
         source.state_dict(), folder / "snapshots" / ("0" * 40) / "model.safetensors"
     )
-    script = (
-        "import torch, train.initial as initial; from famt.models import MODELS\n"
-        "from famt.mae import MaskedAutoencoder\n"
-        "model = MaskedAutoencoder(MODELS['vit_tiny'])\n"
-        f"fit = initial.load_initial(model, 'timm:{name}')\n"
-        "print(fit.describe()); torch.save(model.encoder.state_dict(), 'loaded.pt')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
+    command = [sys.executable, program_file("load_from_timm"), name, str(tmp_path / "loaded.pt")]
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "left out  head.weight, head.bias" in done.stdout
     loaded = torch.load(tmp_path / "loaded.pt")
