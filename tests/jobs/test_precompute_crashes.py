@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.cluster_utils import Cluster
+from ray_clusters import cluster, lose
 from samples import photo_members, tar_bytes
 
 from jobs.precompute_freq import PrecomputeFreq, main
@@ -194,20 +194,16 @@ def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
 @pytest.mark.slow
 def test_a_node_lost_in_mid_job_costs_only_time(shards, clean, tmp_path, spec):
     """Two Ray nodes on this machine; the one without the driver is killed while it works."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        lost = cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
+    with cluster(1) as nodes:
+        lost = nodes.add_node(num_cpus=1)
         job = subprocess.Popen(
             _command(shards, tmp_path / "cache"), cwd=ROOT, stdout=subprocess.DEVNULL,
-            env={**os.environ, "RAY_ADDRESS": cluster.address},
+            env={**os.environ, "RAY_ADDRESS": nodes.address},
         )  # fmt: skip
         while len(list((tmp_path / "cache" / "shards").glob("*/zarr.json"))) < 3:
             assert job.poll() is None
             time.sleep(0.05)
-        cluster.remove_node(lost, allow_graceful=False)
+        lose(nodes, lost)
         assert job.wait(180) == 0
-    finally:
-        cluster.shutdown()
     assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == IMAGES
     assert _entries(tmp_path / "cache") == _entries(clean.url)

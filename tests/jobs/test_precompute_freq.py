@@ -1,6 +1,5 @@
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -197,30 +196,6 @@ def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_pat
 def test_options_out_of_bounds_are_refused_by_name(tmp_path, spec, options):
     with pytest.raises(ValueError, match=next(iter(options)).replace("_", ".")):
         _config(tmp_path, tmp_path, spec, **options)
-
-
-@pytest.mark.slow
-def test_it_runs_by_ray_job_submit_on_a_running_cluster(shards, tmp_path, spec):
-    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": (
-        f"{Path(sys.executable).parent}:{os.environ['PATH']}")}  # fmt: skip
-    environment.pop("RAY_ADDRESS", None)
-
-    def run(*command):
-        return subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True
-        )
-
-    run("ray", "start", "--head", "--num-cpus", "2", "--port", "6399", "--dashboard-port", "8299")
-    try:
-        done = run(
-            "ray", "job", "submit", "--address", "http://127.0.0.1:8299", "--working-dir", ".",
-            "--", "python", "jobs/precompute_freq.py", "--shards", str(shards),
-            "--cache", str(tmp_path / "cache"), "--spec.grid", "7",
-        )  # fmt: skip
-    finally:
-        run("ray", "stop", "--force")
-    assert "succeeded" in done.stdout
-    assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == 15
 
 
 @pytest.mark.parametrize("watch", ["10", "m", "5 m", "-1s"])
