@@ -9,6 +9,7 @@ import time
 import psutil
 import pytest
 import torch
+from launch import program_file
 
 from jobs import refresh_scores
 from jobs.cache import Gc, Ls
@@ -126,9 +127,11 @@ def test_equal_runs_in_one_cache_whose_jobs_are_killed_end_as_one_without(scored
 def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored, tmp_path, capsys):
     out = tmp_path / "run"
     follower = _follow(out)
+    options = _train(
+        scored, out, "--epochs", "150", "--refresh.every", "20", "--checkpoint-minutes", "9"
+    )[3:]
     subprocess.run(
-        _train(scored, out, "--epochs", "900", "--refresh.every", "50",
-               "--checkpoint-minutes", "9"),
+        [sys.executable, program_file("pretrain_at_leisure"), *options],
         env=RAY, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     output, errors = follower.communicate(timeout=120)

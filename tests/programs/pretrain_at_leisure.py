@@ -1,0 +1,19 @@
+"""`train.pretrain` whose epochs last a second until a job has made maps that it takes up."""
+
+import sys
+import time
+
+from train import pretrain
+from train.config import parse
+from train.program import run_program
+
+
+class Leisurely(pretrain.Run):
+    def end_epoch(self, epoch: int) -> None:
+        super().end_epoch(epoch)
+        if self.context.followed.current is None:
+            time.sleep(1)
+
+
+pretrain.Run = Leisurely
+run_program(pretrain.main, parse(sys.argv[1:], __doc__))
