@@ -16,7 +16,7 @@ import dataclasses
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Any
 
 import ray
 from annotated_types import Ge
@@ -30,9 +30,12 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from jobs import failures
-from jobs.refresh_scores import RefreshWorkers, following
+from jobs.refresh_scores import following
+from jobs.refresh_workers import GPU_SHARE, RefreshWorkers
 from train.config import Pretrain, parse
 from train.program import run_program
+
+_MOST_THREADS = 16  # decode as many photos as a GPU's step takes, docs/scale.md
 
 
 @dataclass(frozen=True)
@@ -43,11 +46,17 @@ class RayPretrain(Pretrain):
     """ranks; each is a process of its own"""
     gpu: bool = False
     """a GPU for each worker"""
-    cpus_per_worker: Annotated[int, Ge(1)] = 1
-    """CPU cores for each worker; also its decoding threads, unless --threads says otherwise"""
+    cpus_per_worker: Annotated[int | None, Ge(1)] = None
+    """CPU cores for each worker; also its decoding threads, unless --threads says otherwise. If
+    left out, 1 without GPUs, and with them a GPU's share of its machine's cores, 16 at most"""
     max_failures: Annotated[int, Ge(-1)] = 3
     """times that the run is started again after a worker was lost; -1 for any number"""
     refresher: RefreshWorkers = field(default_factory=RefreshWorkers)
+
+    @property
+    def follows(self) -> bool:
+        """Whether actors beside the training make scores anew."""
+        return bool(self.refreshed_kinds) and self.refresh.pin is None
 
 
 def main(args: RayPretrain) -> None:
@@ -56,22 +65,23 @@ def main(args: RayPretrain) -> None:
     Raises:
         ValueError: the input is wrong, or workers were lost more often than they may be.
     """
+    ray.init(ignore_reinit_error=True)
+    held = worker_resources(args, ray.nodes())
     config = Pretrain(
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
     )
     config = dataclasses.replace(
         config.absolute(),  # workers have a working directory of their own
         device="cuda" if args.gpu else "cpu",
-        threads=config.threads or args.cpus_per_worker,
+        threads=config.threads or int(held["CPU"]),
     )
-    ray.init(ignore_reinit_error=True)
     trainer = TorchTrainer(
         failures.train,
         train_loop_config=config,  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
             num_workers=args.workers,
             use_gpu=args.gpu,
-            resources_per_worker={"CPU": args.cpus_per_worker, **({"GPU": 1} if args.gpu else {})},
+            resources_per_worker=held,
         ),
         run_config=RunConfig(
             storage_path=str(config.out / "ray"),
@@ -79,7 +89,7 @@ def main(args: RayPretrain) -> None:
             callbacks=[failures.EndAtMistakes()],
         ),
     )
-    beside = following(config.out, args.refresher) if config.refreshed_kinds else nullcontext()
+    beside = following(config.out, args.refresher) if args.follows else nullcontext()
     try:
         with beside:
             trainer.fit()
@@ -89,6 +99,37 @@ def main(args: RayPretrain) -> None:
             cause = cause.controller_failure
         ray.shutdown()  # the last words of workers and controller come before ours
         raise ValueError(str(cause)) from error
+
+
+def worker_resources(args: RayPretrain, nodes: list[dict[str, Any]]) -> dict[str, float]:
+    """What each worker holds of the cluster; what it leaves, a refresh beside it finds free.
+
+    Args:
+        nodes: of the cluster, as `ray.nodes` tells of them.
+
+    Raises:
+        ValueError: nothing says how many CPU cores a GPU has for itself.
+    """
+    if not args.gpu:
+        return {"CPU": args.cpus_per_worker or 1}
+    share = args.refresher.gpus_per_worker
+    share = GPU_SHARE if share is None else share
+    beside = args.follows and share < 0.5  # of what holds half a GPU or less, Ray puts two on one
+    return {
+        "CPU": args.cpus_per_worker or _cores_of_a_gpu(args, nodes),
+        "GPU": 1 - share if beside else 1,
+    }
+
+
+def _cores_of_a_gpu(args: RayPretrain, nodes: list[dict[str, Any]]) -> int:
+    machines = [node["Resources"] for node in nodes if node["Alive"]]
+    shares = [each["CPU"] // each["GPU"] for each in machines if each.get("GPU")]
+    if not shares:
+        raise ValueError(
+            "--gpu: no machine of the cluster has a GPU; give --cpus-per-worker if some will come"
+        )
+    left = min(shares) - (args.refresher.cpus_per_worker if args.follows else 0)
+    return max(1, min(_MOST_THREADS, int(left)))
 
 
 if __name__ == "__main__":

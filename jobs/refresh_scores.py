@@ -21,60 +21,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
-import os
 import sys
 import threading
 import time
-from collections import deque
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import obstore.exceptions
 import ray
-import torch
 import tyro
 from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.models import ModelConfig
+from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.collector import collect_superseded
 from pipeline.generations import Generation
-from pipeline.manifest import CacheError
 from pipeline.options import Checked
-from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from pipeline.table import load_samples
 from train.checkpoint import Encoder, load_encoder
 from train.initial import build_initial_encoder
-from train.program import run_program
+from train.program import is_users, run_program
 from train.signals.config import ContentConfig
 from train.signals.following import failed_path, finished_path, marked_encoders
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds
-_NICE = 19
-_PATIENCE = 60.0  # seconds that actors may take to come up
-_SHARDS_A_TASK = 16  # a task builds one DALI graph; what a lost worker did not finish is done again
-
-
-@dataclass(frozen=True)
-class RefreshWorkers:
-    """What a refresh may use of the cluster."""
-
-    workers: Annotated[int | None, Ge(1)] = None
-    """actors; as many as the cluster has room for now if left out"""
-    cpus_per_worker: Annotated[int, Ge(1)] = 1
-    """CPU cores, and decoding threads, of each"""
-    gpus_per_worker: Annotated[float, Ge(0)] = 0.0
-    """share of a GPU for each, 0.25 say; 0 computes on the CPU"""
-    batch_size: Annotated[int, Ge(1)] = 32
-    """images at a time"""
 
 
 @dataclass(frozen=True)
@@ -101,42 +79,6 @@ class RefreshScores(RefreshWorkers, Checked):
     out"""
     precision: Literal["bf16", "fp32"] | None = None
     """bf16 computes under autocast; the run's if left out"""
-
-
-@ray.remote(max_restarts=-1, max_task_retries=3)
-class _Refresher:
-    def __init__(
-        self,
-        encoder: Encoder,
-        cache: ScoreCache,
-        specs: list[ModelScoreSpec],
-        threads: int,
-        gpu: bool,
-        nice: int,
-    ) -> None:
-        os.nice(nice)
-        torch.set_num_threads(threads)
-        self._device = torch.device("cuda" if gpu else "cpu")
-        self._encoder = encoder.build().to(self._device)
-        self._cache, self._specs, self._threads = cache, specs, threads
-
-    def ready(self) -> bool:
-        """Answers when the actor is up."""
-        return True
-
-    @ray.method(retry_exceptions=[OSError, obstore.exceptions.GenericError])
-    def refresh(self, urls: list[str], batch_size: int) -> int:
-        """Put the maps of some tars into the cache; returns how many tars."""
-        done = refresh_shards(
-            self._encoder,
-            urls,
-            self._cache,
-            self._specs,
-            batch_size=batch_size,
-            threads=self._threads,
-            device=self._device,
-        )
-        return sum(1 for _ in done)
 
 
 def main(args: RefreshScores) -> int:
@@ -236,22 +178,18 @@ def _newest(run: Path) -> tuple[Path, int] | None:
         return None
 
 
-class _UnwantedError(Exception):
-    """Nobody will take up the generation that is being made."""
-
-
 def _try(path: Path, args: RefreshScores, over: Callable[[], bool]) -> str | None:
     """Make the generation of an encoder; returns why it could not be made."""
     try:
         failed = _refresh(load_encoder(path), args, over)
         return "; ".join(f"{tar}: {reason}" for tar, reason in failed.items()) or None
-    except _UnwantedError:
+    except UnwantedError:
         return None
-    except FileNotFoundError:
-        if not path.exists():  # taken up meanwhile, and removed
-            return None
-        raise
-    except (CacheError, *storage.UNREACHABLE) as error:
+    except Exception as error:  # whatever it is, the run may wait for the maps or for the reason
+        if isinstance(error, FileNotFoundError) and not path.exists():
+            return None  # taken up meanwhile, and removed
+        if not is_users(error):
+            traceback.print_exc()
         return storage.reason(error)
 
 
@@ -321,88 +259,12 @@ def _score_all(
     failed = {}
     names = ", ".join(spec.kind for spec in specs)
     with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
-        for tars, outcome in _run_all(urls, encoder, cache, specs, args, over):
+        for tars, outcome in refresh_on_ray(urls, encoder, cache, specs, args, over):
             if isinstance(outcome, str):
                 failed[tars[0]] = outcome
                 tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
             bar.update(len(tars))
     return failed
-
-
-def _run_all(
-    urls: list[str],
-    encoder: Encoder,
-    cache: ScoreCache,
-    specs: list[ModelScoreSpec],
-    args: RefreshScores,
-    over: Callable[[], bool],
-) -> Iterator[tuple[list[str], int | str]]:
-    """Tars and how many were done, or why they were not, as the actors finish them."""
-    free = _free(args)
-    workers = min(args.workers or max(1, free), len(urls))
-    size = max(1, min(_SHARDS_A_TASK, len(urls) // (4 * workers)))
-    waiting = deque(urls[first : first + size] for first in range(0, len(urls), size))
-    state = ray.put(encoder)
-
-    def start(nice: int, cpus: int, gpus: float) -> tuple[ray.ObjectRef, Any]:
-        actor = _Refresher.options(num_cpus=cpus, num_gpus=gpus).remote(  # type: ignore[attr-defined]
-            state, cache, specs, args.cpus_per_worker, gpus > 0, nice
-        )
-        return actor.ready.remote(), actor
-
-    # Actors get tars when they are up: what is free now may be taken before they come.
-    coming = dict(
-        start(0, args.cpus_per_worker, args.gpus_per_worker) for _ in range(workers if free else 0)
-    )
-    running: dict[ray.ObjectRef, tuple[Any, list[str]]] = {}
-    idle: list[Any] = []
-    patient_until = time.monotonic() + _PATIENCE if free else 0.0
-    while waiting or running:
-        while idle and waiting:
-            actor, part = idle.pop(), waiting.popleft()
-            running[actor.refresh.remote(part, args.batch_size)] = (actor, part)
-        if not running and time.monotonic() > patient_until:
-            tqdm.write("no room on the cluster: one actor on CPUs at low priority", sys.stderr)
-            coming |= [start(_NICE, 0, 0.0)]
-            patient_until = math.inf
-        if over():
-            raise _UnwantedError
-        ready, _ = ray.wait([*running, *coming], timeout=_POLL) if running or coming else ([], [])
-        if not ready:
-            continue
-        (found,) = ready
-        if found in coming:
-            idle.append(coming.pop(found))
-            continue
-        actor, part = running.pop(found)
-        idle.append(actor)
-        try:
-            yield part, ray.get(found)
-        except ray.exceptions.RayTaskError as error:
-            yield part, f"{type(error.cause).__name__}: {error.cause}"
-        except ray.exceptions.RayError as error:
-            yield part, str(error)
-
-
-def _free(args: RefreshScores) -> int:
-    """Actors that what is free of the cluster now has room for.
-
-    Raises:
-        ValueError: the whole cluster would not have room for one.
-    """
-
-    def room(resources: dict[str, float]) -> int:
-        cpus = resources.get("CPU", 0) // args.cpus_per_worker
-        if not args.gpus_per_worker:
-            return int(cpus)
-        return int(min(cpus, resources.get("GPU", 0) // args.gpus_per_worker))
-
-    if not room(ray.cluster_resources()):
-        raise ValueError(
-            f"the cluster has no room for one worker of {args.cpus_per_worker} CPUs and "
-            f"{args.gpus_per_worker:g} GPUs; lower --cpus-per-worker or --gpus-per-worker"
-        )
-    return room(ray.available_resources())
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ def test_no_page_has_a_gap_left_to_fill(page):
 def test_every_option_in_a_command_is_known_to_its_program(page):
     known = defaultdict(str)
     for path in [*ROOT.glob("jobs/**/*.py"), *ROOT.glob("train/**/*.py")]:
-        programs = {"benchmarks": "benchmark", "evaluate": "evaluate", "config": "pretrain"}
+        programs = {
+            "benchmarks": "benchmark",
+            "evaluate": "evaluate",
+            "config": "pretrain",
+            "refresh_workers": "refresh_scores",
+        }
         program = programs.get(path.parent.name) or programs.get(path.stem, path.stem)
         known[program] += path.read_text()
     text = (ROOT / page).read_text().replace("\\\n", " ")

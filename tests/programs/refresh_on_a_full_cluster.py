@@ -5,7 +5,7 @@ from pathlib import Path
 
 import ray
 
-from jobs import refresh_scores
+from jobs import refresh_workers
 from jobs.refresh_scores import RefreshScores, main
 
 
@@ -15,7 +15,7 @@ class Training:
         return True
 
 
-refresh_scores._PATIENCE = 2.0
+refresh_workers._PATIENCE = 2.0
 ray.init(num_cpus=2, log_to_driver=False)
 training = Training.remote()
 ray.get(training.ready.remote())

@@ -320,7 +320,7 @@ class FollowedMaps:
             step=step,
             sizes=dataclasses.asdict(self._config.sizes),
             weights=self._encoder.state_dict(),
-            config=self._config.describe(),
+            config={**self._config.describe(), "device": self._here.device.type},
             kinds=self._kinds,
             urls=self._samples.urls,
         )

@@ -1,0 +1,33 @@
+import pytest
+
+from jobs.refresh_workers import Place, RefreshWorkers
+
+CPUS, GPUS = {"CPU": 64.0}, {"CPU": 64.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "cluster", "gpus"),
+    [
+        (None, "cuda", GPUS, 0.25),
+        (None, "cuda", CPUS, 0),
+        (None, "cpu", GPUS, 0),
+        (None, None, GPUS, 0),  # an encoder that no run trains
+        (0.5, "cpu", GPUS, 0.5),
+        (0.0, "cuda", GPUS, 0),
+    ],
+)
+def test_a_refresh_computes_on_gpus_where_its_run_does(asked, device, cluster, gpus):
+    assert Place.of(RefreshWorkers(gpus_per_worker=asked), device, cluster) == Place(1, gpus)
+
+
+def test_there_is_room_for_as_many_actors_as_cpus_and_shares_of_gpus_are_free():
+    assert Place(1, 0.0).room({"CPU": 3.5}) == 3
+    assert Place(2, 0.25).room({"CPU": 64.0, "GPU": 2.0}) == 8
+    assert Place(2, 0.25).room({"CPU": 3.0, "GPU": 2.0}) == 1
+    assert Place(1, 0.25).room({"CPU": 3.0}) == 0
+
+
+@pytest.mark.parametrize("asked", [{"cpus_per_worker": 65}, {"gpus_per_worker": 9.0}])
+def test_what_the_whole_cluster_has_no_room_for_is_refused(asked):
+    with pytest.raises(ValueError, match="no room for one worker"):
+        Place.of(RefreshWorkers(**asked), "cuda", GPUS)
