@@ -2,15 +2,16 @@
 
     python -m jobs.results docs/grids/quick.toml                 # all of it, or what is left of it
     python -m jobs.results docs/grids/quick.toml --minutes 30    # a piece of it
-    python -m jobs.results docs/grids/quick.toml --workers 2     # two runs at once
     python -m jobs.results docs/grids/quick.toml --minutes 0     # only the table, from the logs
+    ray job submit --working-dir . -- python -m jobs.results grid.toml --cpus 16 --gpus 1
 
 A grid is a TOML file; docs/results-grids.md tells what stands in it. First the steps of all rows
-are timed beside the reference's, which takes a few minutes. Then each row is
-trained with every seed, watched on a held-out part of the training set (`--monitor`), and read on
-val once; beside a training whose scores are refreshed runs the job that does it. Stop it whenever
-you like, by Ctrl-C, SIGTERM or SIGKILL: every run goes on from its last checkpoint, and what the
-logs hold is not done again. Table and page are made from the logs alone.
+are timed beside the reference's, which takes a few minutes. Then each row is trained with every
+seed, watched on a held-out part of the training set (`--monitor`), and read on val once; beside a
+training whose scores are refreshed runs the job that does it. As many runs go on at once as this
+machine, or the Ray cluster, has room for. Stop it whenever you like, by Ctrl-C, SIGTERM or SIGKILL:
+every run goes on from its last checkpoint, and what the logs hold is not done again. Table and page
+are made from the logs alone.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from typing import Annotated
 
+import ray
 import tyro
 from annotated_types import Ge
+from tqdm import tqdm
 
 from jobs.grid import Grid, Row, load, table
 from pipeline.options import Checked
@@ -38,68 +39,90 @@ from train import report
 from train.history import History, read
 from train.program import run_program
 
+_POLL = 0.5  # seconds
+_LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
+
 
 @dataclass(frozen=True)
 class Results(Checked):
-    """Which grid, and how much of it."""
+    """Which grid, how much of it, and what each run is given."""
 
     grid: Annotated[Path, tyro.conf.Positional]
     """TOML file"""
     minutes: Annotated[float | None, Ge(0)] = None
     """stop after so many; runs go on another time"""
-    workers: Annotated[int, Ge(1)] = 1
-    """runs at once; the machine's cores are parted between them"""
+    cpus: Annotated[int, Ge(1)] = 1
+    """CPU cores of each run; small models train fastest with many runs of one core"""
+    gpus: Annotated[int, Ge(0)] = 0
+    """GPUs of each run, all on one machine"""
 
 
 def main(results: Results) -> int:
     """Run what is left of the grid, then write the table; returns 1 if a run failed."""
     grid = load(results.grid)
-    stop = Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    end = None if results.minutes is None else time.monotonic() + 60 * results.minutes
+    end = time.time() + 60 * results.minutes if results.minutes is not None else None
     work = [(row, seed) for seed in grid.seeds for row in grid.rows]  # a seed of all rows first
-
-    def one(item: tuple[Row, int]) -> bool:
-        with _following(grid, *item):
-            return all(
-                _call(command, grid, results.workers, stop, end) for command in left(grid, *item)
-            )
-
+    lacking = [(row, seed) for row, seed in work if left(grid, row, seed)]
     failed = False
-    with ThreadPoolExecutor(results.workers) as threads:
-        try:
-            failed = not all(list(threads.map(one, work)))
-        except KeyboardInterrupt:
-            stop.set()
-    runs = {row.name: histories(grid, row) for row in grid.rows}
-    text = table(grid, runs)
+    if lacking and results.minutes != 0:
+        failed = _run_all(grid, lacking, results.cpus, results.gpus, end)
+    print(_write(grid))
+    return int(failed)
+
+
+def _run_all(
+    grid: Grid, lacking: list[tuple[Row, int]], cpus: int, gpus: int, end: float | None
+) -> bool:
+    """Run until all is done, time is up or a signal asks to stop; whether a run failed."""
     grid.out.mkdir(parents=True, exist_ok=True)
-    (grid.out / "results.md").write_text(text)
-    if runs[grid.reference]:
-        steps = runs[grid.reference][0].total_steps
-        report.write(
-            grid.out / "results.html",
-            [
-                report.Group(row.name, runs[row.name], row.cost / steps)
-                for row in grid.rows
-                if runs[row.name]
-            ],
-            grid.title,
-            f"cost, share of {grid.reference}'s",
-        )
-    print(text)
-    return int(failed and not stop.is_set() and (end is None or time.monotonic() < end))
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    task = _run.options(num_cpus=cpus, num_gpus=gpus)
+    running = {task.remote(grid, row, seed, cpus, gpus, end): (row, seed) for row, seed in lacking}
+    for signum in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.default_int_handler)
+    failed = False
+    bar = tqdm(total=len(lacking), desc=grid.title, unit="run")
+    try:
+        while running:
+            ready, _ = ray.wait([*running], timeout=_POLL)
+            for each in ready:
+                row, seed = running.pop(each)
+                problem = ray.get(each)
+                if problem:
+                    tqdm.write(f"{grid.folder(row, seed)}: {problem}", file=sys.stderr)
+                    failed = True
+                bar.update()
+    except KeyboardInterrupt:
+        for each in running:
+            ray.cancel(each)
+        ray.wait([*running], num_returns=len(running), timeout=_LEAVE)
+    finally:
+        bar.close()
+        ray.shutdown()
+    return failed
 
 
-def left(grid: Grid, row: Row, seed: int) -> list[list[str]]:
+@ray.remote(max_retries=-1)  # a lost machine's runs go on elsewhere, from their checkpoints
+def _run(grid: Grid, row: Row, seed: int, cpus: int, gpus: int, end: float | None) -> str:
+    """What a run still needs, one after the other; returns why it failed, or nothing."""
+    for command in left(grid, row, seed, gpus):
+        with _following(grid, row, seed):
+            problem = _call(command, grid, cpus, end)
+        if problem is not None:
+            return problem
+    return ""
+
+
+def left(grid: Grid, row: Row, seed: int, gpus: int = 0) -> list[list[str]]:
     """The commands that a run still needs: training, then each evaluation that its log lacks."""
     folder = grid.folder(row, seed)
     history = _history(folder)
     python = [sys.executable, "-m"]
     commands = []
     if history is None or not history.finished:
+        ranks = ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"] if gpus > 1 else []
         commands.append([
-            *python, "train.pretrain", *grid.arguments(row), "--out", str(folder),
+            *python, *ranks, "train.pretrain", *grid.arguments(row), "--out", str(folder),
             "--seed", str(seed), "--monitor", *grid.train,
         ])  # fmt: skip
     done = {each.evaluator for each in history.found} if history and history.finished else set()
@@ -119,6 +142,27 @@ def histories(grid: Grid, row: Row) -> list[History]:
         for seed in grid.seeds
         if not left(grid, row, seed) and (history := _history(grid.folder(row, seed)))
     ]
+
+
+def _write(grid: Grid) -> str:
+    """Write the table and the page; returns the table."""
+    runs = {row.name: histories(grid, row) for row in grid.rows}
+    text = table(grid, runs)
+    grid.out.mkdir(parents=True, exist_ok=True)
+    (grid.out / "results.md").write_text(text)
+    if runs[grid.reference]:
+        steps = runs[grid.reference][0].total_steps
+        report.write(
+            grid.out / "results.html",
+            [
+                report.Group(row.name, runs[row.name], row.cost / steps)
+                for row in grid.rows
+                if runs[row.name]
+            ],
+            grid.title,
+            f"cost, share of {grid.reference}'s",
+        )
+    return text
 
 
 def _history(folder: Path) -> History | None:
@@ -145,37 +189,48 @@ def _following(grid: Grid, row: Row, seed: int) -> Iterator[None]:
         job.wait()
 
 
+def _call(command: Sequence[str], grid: Grid, threads: int, end: float | None) -> str | None:
+    """Run a command at low priority; why it failed, "" if it was stopped, None if it is done."""
+    if end is not None and time.time() >= end:
+        return ""
+    process = _start(command, grid, threads)
+    asked = False
+    try:
+        while (code := _wait(process)) is None:
+            if end is not None and time.time() >= end and not asked:
+                process.terminate()  # a training writes a checkpoint, and leaves
+                asked = True
+    except KeyboardInterrupt:  # as Ray tells a task that it is cancelled
+        process.terminate()
+        process.wait()
+        raise
+    if asked:
+        return ""
+    return f"exit code {code}; why stands in {grid.out / 'output.txt'}" if code else None
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return process.wait(timeout=_POLL)
+    except subprocess.TimeoutExpired:
+        return None
+
+
 def _start(command: Sequence[str], grid: Grid, threads: int) -> subprocess.Popen[bytes]:
-    """A program at low priority, which ends with this one."""
-    grid.out.mkdir(parents=True, exist_ok=True)
+    """A program at low priority, which ends with this one; what it says is added to a file."""
     with open(grid.out / "output.txt", "ab") as output:
+        output.write(f"\n$ {shlex.join(command[1:])}\n".encode())
+        output.flush()
         return subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", "nice", "-n", "19", *command],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": str(threads),
+                "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+            },
         )
-
-
-def _call(command: Sequence[str], grid: Grid, workers: int, stop: Event, end: float | None) -> bool:
-    """Run a command at low priority; False if it failed, or was to stop before it was done."""
-    if stop.is_set() or (end is not None and time.monotonic() >= end):
-        return False
-    print("$", shlex.join(command[2:]), flush=True)
-    process = _start(command, grid, threads=max(1, (os.cpu_count() or 1) // workers))
-    asked = False
-    while True:
-        try:
-            code = process.wait(timeout=0.5)
-            break
-        except subprocess.TimeoutExpired:
-            late = end is not None and time.monotonic() >= end
-            if (late or stop.is_set()) and not asked:
-                process.terminate()  # a training writes a checkpoint, and leaves
-                asked = True
-    if code and not asked:
-        print(f"failed with exit code {code}; why stands in {grid.out / 'output.txt'}", flush=True)
-    return code == 0 and not asked
 
 
 if __name__ == "__main__":

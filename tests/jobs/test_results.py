@@ -84,8 +84,10 @@ def test_a_grid_stopped_at_random_moments_gives_the_table_of_one_run(data, tmp_p
     assert "| mae | 1 (no claim) | 2 |" in tables[0]
 
     grids["whole"].write_text(grids["whole"].read_text() + ROW)
-    again = start(grids["whole"])
-    said = again.communicate()[0]
+    output = tmp_path / "whole" / "output.txt"
+    before = output.stat().st_size
+    assert start(grids["whole"]).wait() == 0
+    said = output.read_bytes()[before:].decode(errors="replace")
     calls = [line for line in said.splitlines() if line.startswith("$")]
     assert len(calls) == 2
     assert all("uniform-" in call for call in calls)
