@@ -189,7 +189,6 @@ class CropLoader:
     Args:
         table: which samples; its index is written to a temporary folder.
         config: how to read and cut.
-        paths: where the table's shards lie, if not at its URLs; see `pipeline.stage`.
         drop_last: see above; training wants it, evaluation must not.
         rank, world_size: this process among those that share the epoch.
         device: where crops end up; "cuda" decodes there.
@@ -207,7 +206,6 @@ class CropLoader:
         config: LoaderConfig,
         *,
         drop_last: bool,
-        paths: list[str] | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -247,10 +245,10 @@ class CropLoader:
         seeds = np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)
         with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
             shards = table.write_indices(Path(folder), share)
-            own_paths = [(paths or table.urls)[shard] for shard in shards]
-            allow_open_files(sum(not storage.is_remote(path) for path in own_paths))
+            paths = [table.paths[shard] for shard in shards]
+            allow_open_files(sum(not storage.is_remote(path) for path in paths))
             self._pipeline: Pipeline = _crop_graph(
-                paths=own_paths,
+                paths=paths,
                 index_paths=[f"{folder}/{shard}.idx" for shard in shards],
                 config=config,
                 on_gpu=self.device.type == "cuda",

@@ -28,7 +28,7 @@ def read_masks(table: SampleTable) -> list[bytes]:
     """
 
     def of_shard(number: int) -> list[bytes]:
-        data = storage.read(table.urls[number])
+        data = storage.read(table.paths[number])
         places = {sample.offset: sample.mask for sample in list_shard(data).samples}
         masks = []
         for row, offset in enumerate(table.offsets(number), table.first_row[number]):

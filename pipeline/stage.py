@@ -1,5 +1,7 @@
 """Tars of a far or slow store on a fast local disk, each fetched once for all runs of a machine.
 
+A machine fetches those that its ranks read: ranks read consecutive rows, always the same.
+
     <folder>/<shard id>.tar        a tar whose bytes were compared with that id
     <folder>/<shard id>.tar.part   what is there of one that is being fetched, or was when a run
                                    was killed: the next one goes on at its end
@@ -10,6 +12,7 @@ same tar. Nothing here deletes whole tars; remove the folder when it is not need
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -36,33 +39,44 @@ _CHUNK = 8 << 20  # bytes
 
 
 def stage_shards(
-    samples: SampleTable, cache: ScoreCache, folder: Path, *, show: bool = False
-) -> list[str]:
-    """Fetch what a machine lacks of the shards of `samples`, and say where they lie.
+    samples: SampleTable,
+    cache: ScoreCache,
+    folder: Path | None,
+    parts: Sequence[range] | None = None,
+    *,
+    show: bool = False,
+) -> SampleTable:
+    """Fetch what a machine lacks of the shards of `samples`, to be read from there.
 
     Args:
-        samples: what is going to be read.
-        cache: it knows how large they are.
-        folder: on a local disk; made if it is not there.
+        samples: of which some are going to be read.
+        cache: it knows how large the shards are.
+        folder: on a local disk, made if it is not there; None to read them where they are.
+        parts: rows that are read on this machine, by any of its ranks; all if left out.
         show: a progress bar.
 
     Returns:
-        paths, in the order of `samples.urls`, for `CropLoader`.
+        the same samples, with the paths of their staged tars.
 
     Raises:
         CacheError: a tar holds other bytes than those that were scored.
         FileNotFoundError: a tar is gone.
         OSError: too little room, with the sizes; or a store or disk is out of reach.
     """
+    if folder is None:
+        return samples
     folder.mkdir(parents=True, exist_ok=True)
-    records = cache.manifests.lookup(samples.urls)
-    wanted = [
-        _Staged(url, shard_id, records[url].version.size, folder / f"{shard_id}.tar")
-        for url, shard_id in zip(samples.urls, samples.shard_ids, strict=True)
-    ]
-    lacking = list({each.path: each for each in wanted if not each.is_there()}.values())
+    parts = [range(len(samples))] if parts is None else parts
+    shards = sorted({shard for rows in parts for shard in samples.shards_of(rows)})
+    records = cache.manifests.lookup([samples.urls[shard] for shard in shards])
+    wanted = {}
+    for shard in shards:
+        url, shard_id = samples.urls[shard], samples.shard_ids[shard]
+        size = records[url].version.size
+        wanted[shard] = _Staged(url, shard_id, size, folder / f"{shard_id}.tar")
+    lacking = list({each.path: each for each in wanted.values() if not each.is_there()}.values())
     _check_room(folder, lacking)
-    total, left = (sum(each.size for each in some) for some in (wanted, lacking))
+    total, left = (sum(each.size for each in some) for some in (wanted.values(), lacking))
     bar = tqdm(
         desc=f"staging {len(lacking)} of {len(wanted)} tars",
         total=total,
@@ -75,7 +89,10 @@ def stage_shards(
         # What another rank is at work on is waited for at last.
         busy = _fetch_all(lacking, bar.update, wait=False)
         _fetch_all(busy, bar.update, wait=True)
-    return [str(each.path) for each in wanted]
+    paths = [*samples.paths]
+    for shard, each in wanted.items():
+        paths[shard] = str(each.path)
+    return dataclasses.replace(samples, paths=paths)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class SampleTable:
     Attributes:
         patterns: that named the shards.
         urls: shards, in the order that rows follow.
+        paths: where their bytes are read: at their URLs, or where they were staged.
         labels: `[R]` int64, -1 where a sample has none.
         first_row: `[S + 1]`, rows of shard s are `first_row[s] : first_row[s + 1]`.
         shard_ids: content id of each shard.
@@ -39,6 +40,7 @@ class SampleTable:
 
     patterns: list[str]
     urls: list[str]
+    paths: list[str]
     labels: Tensor
     first_row: list[int]
     shard_ids: list[str]
@@ -80,20 +82,29 @@ class SampleTable:
         command = "python jobs/precompute_freq.py --retry-bad"
         return f"{command} --shards {shards} --cache {self._cache.url}"
 
+    def shards_of(self, rows: range) -> list[int]:
+        """Numbers of the shards that consecutive rows lie in."""
+        return [number for number, own in enumerate(self._parts(rows)) if own]
+
     def write_indices(self, folder: Path, rows: range) -> list[int]:
         """Write DALI's index of consecutive rows: `<shard number>.idx` for each shard they lie in.
 
         Returns:
             the numbers of those shards, in their order.
         """
-        written = []
-        for number, (first, end) in enumerate(itertools.pairwise(self.first_row)):
-            own = range(max(first, rows.start), min(end, rows.stop))
-            if own:
-                offset, size = self._places[own.start : own.stop].T.tolist()
-                write_dali_index(folder / f"{number}.idx", zip(own, offset, size, strict=True))
-                written.append(number)
-        return written
+        parts, shards = self._parts(rows), self.shards_of(rows)
+        for number in shards:
+            offset, size = self._places[parts[number].start : parts[number].stop].T.tolist()
+            samples = zip(parts[number], offset, size, strict=True)
+            write_dali_index(folder / f"{number}.idx", samples)
+        return shards
+
+    def _parts(self, rows: range) -> list[range]:
+        """Which of consecutive rows each shard has."""
+        return [
+            range(max(first, rows.start), min(end, rows.stop))
+            for first, end in itertools.pairwise(self.first_row)
+        ]
 
 
 def load_samples(
@@ -120,6 +131,7 @@ def load_samples(
     return SampleTable(
         patterns=patterns,
         urls=urls,
+        paths=urls,
         labels=torch.from_numpy(samples[:, 2].copy()),
         first_row=[0, *itertools.accumulate(counts)],
         shard_ids=ids,

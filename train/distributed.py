@@ -52,6 +52,11 @@ class Ranks:
         """Whether this process writes logs, pictures and checkpoints."""
         return self.rank == 0
 
+    def of_machine(self) -> list[int]:
+        """The ranks of this machine; all ranks call it."""
+        nodes = self.gather(self.node)
+        return [rank for rank, node in enumerate(nodes) if node == self.node]
+
     def gather(self, value: object) -> list:
         """`value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:

@@ -34,6 +34,7 @@ from timm.models.vision_transformer import VisionTransformer
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.options import Checked
+from pipeline.stage import stage_shards
 from pipeline.table import SampleTable, load_samples
 from train.distributed import ranks
 from train.evaluate.trunk import Images, default_centre
@@ -55,6 +56,9 @@ class Embed(Checked):
     """tars, folders of tars, wildcards or brace patterns (in quotes)"""
     out: Path
     """<name>.parquet, or a folder for .npy files; must not be there yet"""
+    stage: Path | None = None
+    """folder on a fast local disk that the shards are fetched into first; what is there of any
+    earlier run is used"""
     ema: bool = False
     """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
     centre: Annotated[float | None, Gt(0), Le(1)] = None
@@ -80,7 +84,7 @@ def main(args: Embed) -> None:
         raise ValueError(f"--out {args.out} is there already; give a new name")
     encoder = build_initial_encoder(args.checkpoint, ema=args.ema)
     cache = ScoreCache(args.cache, create=True)
-    table = load_samples(args.shards, cache)
+    table = stage_shards(load_samples(args.shards, cache), cache, args.stage, show=True)
     size = encoder.patch_embed.img_size[0]
     with ranks(args.device) as here, _open(args.out, table, encoder.embed_dim) as writer:
         images = Images(

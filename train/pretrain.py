@@ -29,7 +29,7 @@ from famt.patches import normalise
 from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, split_crops
-from pipeline.loader import CropBatch, CropLoader, LoaderConfig
+from pipeline.loader import CropBatch, CropLoader, LoaderConfig, own_share
 from pipeline.stage import stage_shards
 from pipeline.table import load_samples
 from train import figures
@@ -85,6 +85,9 @@ class Run(Training[PatchBatch]):
         self.generator = torch.Generator(here.device).manual_seed(
             (config.seed + first_epoch) * here.world_size + here.rank
         )
+        count, size = len(self.samples), here.world_size
+        parts = [own_share(count, rank, size) for rank in here.of_machine()]
+        self.samples = stage_shards(self.samples, cache, config.stage, parts, show=here.is_main)
         self.loader = CropLoader(
             self.samples,
             LoaderConfig(
@@ -98,9 +101,6 @@ class Run(Training[PatchBatch]):
                 decode=config.decode,
             ),
             drop_last=True,
-            paths=stage_shards(self.samples, cache, config.stage, show=here.is_main)
-            if config.stage
-            else None,
             rank=here.rank,
             world_size=here.world_size,
             device=here.device,
@@ -129,7 +129,7 @@ class Run(Training[PatchBatch]):
             effective_batch=config.batch_size * here.world_size,
         )
         self.monitor = (
-            Monitor(config.monitor, cache, self.sizes, config.threads, here)
+            Monitor(config.monitor, cache, self.sizes, config.threads, here, config.stage)
             if config.monitor and here.is_main
             else None
         )

@@ -95,13 +95,13 @@ def test_a_job_packs_what_it_was_asked_for_and_a_start_reads_that_alone(
 def test_a_job_that_can_not_pack_has_scored_all_the_same(
     cluster, shards, tmp_path, spec, capsys, monkeypatch
 ):
-    monkeypatch.setattr(packs, "_FEW", 3)
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "packs").write_text("in the way")
     assert main(_config(shards, tmp_path, spec)) == 0
-    assert "not packed: " in capsys.readouterr().err
-    cache = ScoreCache(str(tmp_path / "cache"))
-    assert len(load_maps(load_samples([str(shards)], cache, spec), cache, spec)) == 15
+    assert not (tmp_path / "cache" / "packs").exists()  # so few are not worth it
+    monkeypatch.setattr(packs, "_FEW", 3)
+    (chunk, *_) = (tmp_path / "cache").glob(f"shards/*/{spec.id}/c/0/0/0")
+    chunk.write_bytes(b"?" + chunk.read_bytes()[1:])
+    assert main(_config(shards, tmp_path, spec)) == 0
+    assert f"not packed: {chunk.parents[3]} is damaged" in capsys.readouterr().err
 
 
 def test_only_what_changed_is_scored_again(cluster, shards, tmp_path, spec, capsys):

@@ -1,22 +1,20 @@
-import dataclasses
+import contextlib
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import boto3
 import numpy as np
 import pytest
-from launch import program_file
+import staging
 from s3_server import environment, free_port, serve
 from samples import encode, score, tar_bytes
 
 from pipeline import stage
 from pipeline.cache import ScoreCache
-from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.loader import CropLoader, LoaderConfig, own_share
 from pipeline.manifest import CacheError
 from pipeline.shards import content_id
 from pipeline.stage import stage_shards
@@ -31,29 +29,30 @@ def _samples(scored):
 
 def test_staged_tars_are_the_shards_and_feed_the_loader(scored, tmp_path):
     samples = _samples(scored)
-    paths = stage_shards(samples, scored.cache, tmp_path / "fast" / "disk", show=True)
-    for path, url, shard_id in zip(paths, samples.urls, samples.shard_ids, strict=True):
+    staged = stage_shards(samples, scored.cache, tmp_path / "fast" / "disk", show=True)
+    assert (staged.urls, staged.digest) == (samples.urls, samples.digest)
+    for path, url, shard_id in zip(staged.paths, samples.urls, samples.shard_ids, strict=True):
         assert Path(path).read_bytes() == Path(url).read_bytes()
         assert Path(path).name == f"{shard_id}.tar"
     assert len(os.listdir(tmp_path / "fast" / "disk")) == 3
     config = LoaderConfig(4, image_size=32, shuffle_buffer=8, threads=1)
     here, there = (
-        [crops.images for crops in CropLoader(samples, config, drop_last=True, paths=each, seed=1)]
-        for each in (paths, None)
+        [crops.images for crops in CropLoader(each, config, drop_last=True, seed=1)]
+        for each in (staged, samples)
     )
     assert all((a == b).all() for a, b in zip(here, there, strict=True))
 
 
 def test_what_is_there_is_not_read_again_whoever_put_it(scored, tmp_path):
     samples = _samples(scored)
-    first = stage_shards(samples, scored.cache, tmp_path / "disk")
+    first = stage_shards(samples, scored.cache, tmp_path / "disk").paths
     times = [Path(path).stat().st_mtime_ns for path in first]
-    assert stage_shards(samples, scored.cache, tmp_path / "disk") == first
+    assert stage_shards(samples, scored.cache, tmp_path / "disk").paths == first
     renamed = tmp_path / "renamed"
     shutil.copytree(scored.folder, renamed)
     os.rename(renamed / "train-000000.tar", renamed / "other.tar")
     other = load_samples([str(renamed)], scored.cache)
-    assert set(stage_shards(other, scored.cache, tmp_path / "disk")) == set(first)
+    assert set(stage_shards(other, scored.cache, tmp_path / "disk").paths) == set(first)
     assert [Path(path).stat().st_mtime_ns for path in first] == times
 
 
@@ -69,14 +68,34 @@ def test_what_a_killed_run_left_is_gone_on_with_if_it_is_sound(scored, tmp_path,
         "all": data,
     }[left]
     (disk / f"{samples.shard_ids[1]}.tar.part").write_bytes(piece)
-    paths = stage_shards(samples, scored.cache, disk)
+    paths = stage_shards(samples, scored.cache, disk).paths
     assert Path(paths[1]).read_bytes() == data
     assert sorted(os.listdir(disk)) == sorted(f"{each}.tar" for each in samples.shard_ids)
 
 
+def test_a_machine_fetches_the_tars_that_its_ranks_read(scored, tmp_path):
+    samples = _samples(scored)  # 10, 7 and 9 rows
+    own = [own_share(26, rank, 4) for rank in (2, 3)]
+    staged = stage_shards(samples, scored.cache, tmp_path / "disk", own)
+    assert staged.paths[0] == samples.urls[0]
+    assert sorted(os.listdir(tmp_path / "disk")) == sorted(
+        f"{each}.tar" for each in samples.shard_ids[1:]
+    )
+    Path(samples.urls[1]).unlink()
+    Path(samples.urls[2]).unlink()
+    config = LoaderConfig(4, image_size=32, threads=1)
+    rows = [
+        row
+        for rank in (2, 3)
+        for crops in CropLoader(staged, config, drop_last=False, rank=rank, world_size=4)
+        for row in crops.rows.tolist()
+    ]
+    assert sorted(rows) == list(range(13, 26))
+
+
 def test_a_tar_of_another_size_under_a_staged_name_is_not_used(scored, tmp_path):
     samples = _samples(scored)
-    paths = stage_shards(samples, scored.cache, tmp_path)
+    paths = stage_shards(samples, scored.cache, tmp_path).paths
     Path(paths[0]).write_bytes(b"cut")
     stage_shards(samples, scored.cache, tmp_path)
     assert Path(paths[0]).read_bytes() == Path(samples.urls[0]).read_bytes()
@@ -121,65 +140,68 @@ def on_s3(tmp_path, spec, monkeypatch):
         yield cache, shards
 
 
-def _stage(cache, folder, shards):
-    command = [sys.executable, program_file("stage_shards"), cache.url, str(folder), *shards]
-    staging = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert staging.stdout.readline() == "begins\n"
-    return staging
+def _bytes(folder):
+    """What is there of all tars, fetched and in the making."""
+    sizes = 0
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # it just got its name
+            sizes += (folder / name).stat().st_size
+    return sizes
 
 
 @pytest.mark.slow
 def test_staging_killed_at_random_goes_on_and_never_names_a_half(on_s3, tmp_path):
     cache, shards = on_s3
     disk = tmp_path / "disk"
+    disk.mkdir()
     samples = load_samples(shards, cache)
+    rng = random.Random(0)
+    total = sum(record.version.size for record in cache.manifests.lookup(shards).values())
     whole: dict[str, tuple[int, int]] = {}
     parts: dict[str, int] = {}
-    random.seed(0)
-    other = _stage(cache, tmp_path / "other", shards)
-    began = time.monotonic()
-    assert other.wait(timeout=300) == 0
-    usual, halves = time.monotonic() - began, 0
+    halves = rounds = 0
     for _ in range(KILLS):
-        if len(whole) == len(shards):  # all are there: begin anew
-            for name in whole:
-                (disk / name).unlink()
-            whole.clear()
-        both = [_stage(cache, disk, shards) for _ in range(2)]  # two ranks of a machine
-        time.sleep(random.uniform(0, 2) * usual)
+        both = [staging.start(samples, cache, disk) for _ in range(2)]  # two ranks of a machine
+        wanted = rng.uniform(_bytes(disk), total)
+        while _bytes(disk) < wanted and any(each.is_alive() for each in both):
+            time.sleep(0.001)
         for each in both:
             each.kill()
-            each.wait()
+        for each in both:
+            each.join()
         for path in disk.glob("*.tar"):
             assert content_id(path.read_bytes()) == path.stem  # no half under a whole's name
             now = path.stat().st_ino, path.stat().st_mtime_ns
             assert whole.setdefault(path.name, now) == now  # not fetched twice
-            parts.pop(path.name, None)
-        halves += 0 < len(whole) < len(shards) or any(disk.glob("*.part"))
+        assert whole.keys() <= set(os.listdir(disk))
         for path in disk.glob("*.part"):
+            size = path.stat().st_size
             if path.stem not in whole:
-                size = path.stat().st_size
                 assert size >= parts.get(path.stem, 0)  # gone on with, not begun again
                 parts[path.stem] = size
-    both = [_stage(cache, disk, shards) for _ in range(2)]
+        halves += any(disk.glob("*.part"))
+        if len(whole) == len(shards):  # all are there: begin anew
+            shutil.rmtree(disk)
+            disk.mkdir()
+            whole, parts, rounds = {}, {}, rounds + 1
+    print(f"{KILLS} kills, {halves} of them in the midst of a tar; all were whole {rounds} times")
+    assert halves
+    both = [staging.start(samples, cache, disk) for _ in range(2)]
     for each in both:
-        out, errors = each.communicate(timeout=300)
-        assert each.returncode == 0, errors
-        assert [Path(path).stem for path in out.split()] == samples.shard_ids
-    assert halves  # else no kill came while tars were fetched
+        each.join(120)
+        assert each.exitcode == 0
     assert sorted(os.listdir(disk)) == sorted(f"{each}.tar" for each in samples.shard_ids)
     for path in disk.iterdir():
         assert content_id(path.read_bytes()) == path.stem
-        assert whole.get(path.name, (path.stat().st_ino, path.stat().st_mtime_ns)) == (
-            path.stat().st_ino, path.stat().st_mtime_ns,
-        )  # fmt: skip
+        now = path.stat().st_ino, path.stat().st_mtime_ns
+        assert whole.get(path.name, now) == now
 
 
 def test_a_run_reads_what_it_staged(on_s3, tmp_path):
     cache, shards = on_s3
     samples = load_samples(shards, cache)
-    paths = stage_shards(samples, cache, tmp_path / "disk")
+    samples = stage_shards(samples, cache, tmp_path / "disk")
     config = LoaderConfig(3, image_size=16, shuffle_buffer=0, threads=1)
-    loader = CropLoader(samples, dataclasses.replace(config), drop_last=True, paths=paths)
+    loader = CropLoader(samples, config, drop_last=True)
     boto3.client("s3").delete_object(Bucket="images", Key="5.tar")
     assert sorted(row for crops in loader for row in crops.rows.tolist()) == list(range(6))

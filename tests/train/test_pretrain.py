@@ -68,6 +68,14 @@ def test_the_same_seed_gives_the_same_weights(config, tmp_path, attention):
     assert not _equal(_weights(config.out), _weights(tmp_path / "other"))
 
 
+def test_a_run_reads_its_tars_from_where_they_are_staged(config, scored, tmp_path):
+    config = dataclasses.replace(config, epochs=1, stage=tmp_path / "disk", monitor=scored.shards)
+    main(config)
+    assert len(list((tmp_path / "disk").glob("*.tar"))) == 3
+    main(dataclasses.replace(config, out=tmp_path / "unstaged", stage=None))
+    assert _equal(_weights(config.out), _weights(tmp_path / "unstaged"))
+
+
 def _log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 

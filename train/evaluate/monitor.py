@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.models import ModelConfig
 from pipeline.cache import ScoreCache
+from pipeline.stage import stage_shards
 from pipeline.table import load_samples
 from train.distributed import Ranks
 from train.evaluate.knn import predict
@@ -33,6 +35,7 @@ class Monitor:
         sizes: of the model in training.
         threads: CPU threads that decode; None takes the machine's cores.
         here: the main rank.
+        stage: folder to fetch the shards into; see `pipeline.stage`.
 
     Raises:
         ValueError: images without a class, or too few.
@@ -46,9 +49,10 @@ class Monitor:
         sizes: ModelConfig,
         threads: int | None,
         here: Ranks,
+        stage: Path | None = None,
     ) -> None:
         self._images = Images(
-            table=load_samples(shards, cache),
+            table=stage_shards(load_samples(shards, cache), cache, stage),
             name="",
             image_size=sizes.image_size,
             centre=default_centre(sizes.image_size),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
 from pipeline.options import FREE, Checked, Seed
+from pipeline.stage import stage_shards
 from pipeline.table import SampleTable, load_samples
 from train.distributed import Ranks
 
@@ -38,6 +40,9 @@ class Evaluation(Checked):
     """shards to learn from"""
     val: Annotated[list[str], FREE]
     """shards to test on"""
+    stage: Annotated[Path | None, FREE] = None
+    """folder on a fast local disk that each machine fetches the shards into before it begins; what
+    is there of any earlier run is used"""
     ema: bool = False
     """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
     untrained: bool = False
@@ -188,8 +193,9 @@ def open_images(options: Evaluation, encoder: VisionTransformer, name: str, here
     """The images of `--train` or `--val`, as that encoder takes them."""
     size = encoder.patch_embed.img_size[0]
     cache = ScoreCache(options.cache, create=True)
+    samples = here.share(lambda: load_samples(getattr(options, name), cache))
     return Images(
-        table=here.share(lambda: load_samples(getattr(options, name), cache)),
+        table=stage_shards(samples, cache, options.stage, show=here.is_main),
         name=name,
         image_size=size,
         centre=default_centre(size) if options.centre is None else options.centre,

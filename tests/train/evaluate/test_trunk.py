@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,14 @@ def test_patch_tokens_are_kept_only_where_they_are_asked_for(encoder, options):
     taken = features.take(torch.tensor([4, 0]))
     assert taken.labels.tolist() == features.labels[[4, 0]].tolist()
     assert torch.equal(taken.mean, features.mean[[4, 0]])
+
+
+def test_evaluated_shards_are_read_from_where_they_are_staged(scored, encoder, options, tmp_path):
+    evaluation = options(Evaluation, train=scored.shards, stage=tmp_path / "disk")
+    images = open_images(evaluation, encoder, "train", HERE)
+    for shard in scored.shards:
+        Path(shard).unlink()
+    assert images.features(encoder).cls.isfinite().all()
 
 
 def test_images_without_a_class_are_named(scored, encoder, options, tmp_path):

@@ -1,0 +1,28 @@
+"""A process that stages shards, to be killed: forked off one that has imported all it needs."""
+
+import multiprocessing
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from pipeline import stage
+from pipeline.cache import ScoreCache
+from pipeline.table import SampleTable
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["pipeline.stage"])  # takes seconds to import
+
+
+def start(samples: SampleTable, cache: ScoreCache, folder: Path) -> ForkServerProcess:
+    """Begin to stage; returns when it is about to look what is there."""
+    here, there = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(target=_stage, args=(samples, cache, folder, there))
+    process.start()
+    assert here.poll(120)
+    return process
+
+
+def _stage(samples: SampleTable, cache: ScoreCache, folder: Path, begun: Connection) -> None:
+    stage._CHUNK = 64 << 10  # so that a small tar too is fetched in pieces
+    begun.send(None)
+    stage.stage_shards(samples, cache, folder)
