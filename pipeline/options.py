@@ -78,6 +78,16 @@ def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[A
             yield name, value, notes
 
 
+def flat(options: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested options as plain data, by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in options.items():
+        found |= (
+            flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
+        )
+    return found
+
+
 @cache
 def _hints(kind: Hashable) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)

@@ -1,4 +1,4 @@
-"""Pictures, files and tars made on the spot."""
+"""Pictures, files and tars made on the spot, and the smallest model."""
 
 import io
 import tarfile
@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
+from famt.models import ModelConfig
 from pipeline.cache import ScoreCache
 from pipeline.precompute import precompute_shard, publish
 from pipeline.scores import ScoreSpec
@@ -15,6 +16,11 @@ from pipeline.table import SampleTable
 from train.config import Pretrain
 from train.distributed import Ranks
 from train.signals.signal import Context
+
+TINY = ModelConfig(
+    image_size=32, patch_size=8, width=24, depth=2, heads=3,
+    decoder_width=16, decoder_depth=2, decoder_heads=2,
+)  # fmt: skip
 
 
 def photo(seed: int, height: int = 40, width: int = 48) -> np.ndarray:

@@ -16,6 +16,8 @@ from typing import Any
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.options import flat
+
 NO_STAGE = "everything else"
 """What the stages that a run times leave over."""
 
@@ -113,7 +115,7 @@ def read(folder: Path) -> History:
     stages[NO_STAGE] = max(0.0, 1 - sum(stages.values()))
     return History(
         folder=folder,
-        options=_flat(starts[-1]["options"]),
+        options=flat(starts[-1]["options"]),
         points=points,
         found=found,
         stages=stages,
@@ -178,13 +180,3 @@ def _found(line: dict[str, Any], epoch: float) -> Found:
     values = {name: value for name, value in line.items() if name not in about}
     weights = line.get("weights", "trained")
     return Found(line["step"], epoch, line["evaluator"], weights, values)
-
-
-def _flat(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in options.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pipeline.options import ELASTIC, FREE, annotated
+from pipeline.options import ELASTIC, FREE, annotated, flat
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.distributed import Ranks
@@ -98,7 +98,7 @@ def resume(
     if config.resume == "never":
         raise ValueError(f"{found} is there; --resume never wants a folder without checkpoints")
     resumed = checkpoint.load(found, verified=here.is_main)
-    then, now = _flat(resumed.config), _flat({**config.describe(), **circumstances})
+    then, now = flat(resumed.config), flat({**config.describe(), **circumstances})
     notes = {name: beside for name, _, beside in annotated(config)}
     notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
     differing = sorted(name for name in now if then.get(name) != now[name])
@@ -156,14 +156,3 @@ def _wait_to_see(folder: Path, chosen: Path | None, here: Ranks) -> None:
             f"{files[-1]} was not seen on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out "
             "must be a folder on a file system that all machines of the run share"
         )
-
-
-def _flat(config: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{above}{name}.")
-        else:
-            flat[above + name] = value
-    return flat

@@ -6,21 +6,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import TINY
 
 from famt.mae import MaskedAutoencoder
-from famt.models import ModelConfig
 from famt.sampling import PatchSplit, sample_patches
 
-TINY = ModelConfig(
-    image_size=32,
-    patch_size=8,
-    width=24,
-    depth=2,
-    heads=3,
-    decoder_width=16,
-    decoder_depth=2,
-    decoder_heads=2,
-)
 PIXELS = 8 * 8 * 3
 
 

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import timm
 import torch
+from samples import TINY
 
 from famt.export import (
     encoder_state,
@@ -12,18 +13,7 @@ from famt.export import (
     to_transformers,
 )
 from famt.mae import MaskedAutoencoder
-from famt.models import MODELS, ModelConfig
-
-TINY = ModelConfig(
-    image_size=32,
-    patch_size=8,
-    width=24,
-    depth=2,
-    heads=3,
-    decoder_width=16,
-    decoder_depth=1,
-    decoder_heads=2,
-)
+from famt.models import MODELS
 
 # Key names of the published MAE checkpoints, one block each of encoder and decoder.
 _BLOCK = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
@@ -35,7 +25,7 @@ OFFICIAL = {
     "decoder_embed.weight", "decoder_embed.bias", "decoder_norm.weight", "decoder_norm.bias",
     "decoder_pred.weight", "decoder_pred.bias",
     *(f"blocks.{n}.{key}" for n in range(2) for key in _BLOCK),
-    *(f"decoder_blocks.0.{key}" for key in _BLOCK),
+    *(f"decoder_blocks.{n}.{key}" for n in range(2) for key in _BLOCK),
 }  # fmt: skip
 
 

@@ -5,18 +5,13 @@ import math
 
 import pytest
 import torch
+from samples import TINY
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from famt.export import encoder_state, official_state
 from famt.initial import EncoderSizes, encoder_sizes, load_encoder_weights, load_weights
 from famt.mae import MaskedAutoencoder
-from famt.models import ModelConfig
 from famt.simmim import SimMIM
-
-TINY = ModelConfig(
-    width=24, depth=2, heads=3, image_size=32, patch_size=8,
-    decoder_width=16, decoder_depth=1, decoder_heads=2,
-)  # fmt: skip
 
 
 @pytest.fixture

@@ -3,22 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import TINY
 
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, normalise_images
 from famt.sampling import PatchSplit, predict_some, sample_patches
-
-TINY = ModelConfig(
-    image_size=32,
-    patch_size=8,
-    width=24,
-    depth=2,
-    heads=3,
-    decoder_width=16,
-    decoder_depth=2,
-    decoder_heads=2,
-)
 
 
 @pytest.fixture

@@ -2,17 +2,12 @@ import dataclasses
 
 import pytest
 import torch
+from samples import TINY
 
 from famt.masked import MaskedModel
 from famt.methods import METHODS
-from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise
 from famt.sampling import sample_patches
-
-TINY = ModelConfig(
-    image_size=32, patch_size=8, width=24, depth=2, heads=3,
-    decoder_width=16, decoder_depth=1, decoder_heads=2,
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)

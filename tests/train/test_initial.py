@@ -12,16 +12,12 @@ import timm
 import torch
 import transformers
 from launch import program_file
+from samples import TINY
 
 from famt.export import encoder_state, official_state
 from famt.mae import MaskedAutoencoder
-from famt.models import MODELS, ModelConfig
+from famt.models import MODELS
 from train.initial import build_initial_encoder, load_initial
-
-TINY = ModelConfig(
-    width=24, depth=2, heads=3, image_size=32, patch_size=8,
-    decoder_width=16, decoder_depth=1, decoder_heads=2,
-)  # fmt: skip
 
 
 @pytest.fixture
