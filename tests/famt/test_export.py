@@ -72,7 +72,7 @@ def test_the_cross_decoder_has_no_official_names_but_its_encoder_exports():
 def test_the_names_of_transformers_and_back_lose_no_bit():
     state = official_state(MaskedAutoencoder(TINY))
     theirs = to_transformers(state)
-    assert len(theirs) == len(state) + 4 * 3  # two tensors become six in each of three blocks
+    assert len(theirs) == len(state) + 4 * 4  # two tensors become six in each of four blocks
     for spelling in (
         theirs,
         {name.removeprefix("vit."): value for name, value in theirs.items()},

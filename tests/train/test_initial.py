@@ -75,7 +75,7 @@ def test_a_folder_that_transformers_saved(model, images, tmp_path):
 def test_a_folder_that_transformers_saved_in_parts(model, tmp_path):
     config = transformers.ViTMAEConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
-        image_size=32, patch_size=8, decoder_hidden_size=16, decoder_num_hidden_layers=1,
+        image_size=32, patch_size=8, decoder_hidden_size=16, decoder_num_hidden_layers=2,
         decoder_num_attention_heads=2, decoder_intermediate_size=64,
     )  # fmt: skip
     theirs = transformers.ViTMAEForPreTraining(config)
