@@ -77,6 +77,10 @@ class Ls:
             print(f"  {kept} images kept, {bad} quarantined")
             for spec, shards in specs.most_common():
                 print(f"  {spec}: {shards} shards ({shards / max(1, len(records)):.0%})")
+        packs = [] if self.bad else list(cache.objects.below("packs"))
+        if packs:
+            copied = _size(sum(each.bytes for each in packs))
+            print(f"{len({each.path.split('/')[1] for each in packs})} packs, {copied} of copies")
         for run in [] if self.bad else cache.generations.runs():
             superseded = cache.generations.superseded(run)
             for each in cache.generations.of(run):

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -80,9 +81,18 @@ class Loader(Checked):
                 "torchvision": self._torchvision(folder, crops),
             }
             several = {f"{k} crops": self._joined(table, maps, k, counts[k][0]) for k in self.crops}
-            taken = measure.seconds({**rivals, **several}, self.rounds, pause=1.0)
+            busy: dict[str, list[float]] = {name: [] for name in ("joined", *several)}
+            timed = {
+                name: partial(_count_cpu, work, busy[name]) if name in busy else work
+                for name, work in {**rivals, **several}.items()
+            }
+            taken = measure.seconds(timed, self.rounds, pause=1.0)
         covered = dict.fromkeys(rivals, crops) | {f"{k} crops": counts[k][1] for k in self.crops}
         rates = {name: covered[name] / statistics.median(each) for name, each in taken.items()}
+        core = {  # the first round does not count
+            name: covered[name] / statistics.median(each[1:]) for name, each in busy.items()
+        }
+        size = sum(storage.version(url).size for url in urls) / len(table)
         unit = (
             f"crops/s with join, sampling and normalisation, {self.device}, {self.threads} threads"
         )
@@ -90,11 +100,12 @@ class Loader(Checked):
             "bare": "bare DALI graph: decode, crop, resize, flip, normalise",
             "torchvision": f"torchvision's ImageFolder and a DataLoader of {self.threads} workers",
         }.items():
-            yield measure.line("loader", unit, rates["joined"], against, rates[name])
+            line = measure.line("loader", unit, rates["joined"], against, rates[name])
+            yield {**line, **_per_core(core["joined"], size, 1)}
         for name in several:
             against = "one crop of each decoded image"
             line = measure.line("loader", f"{unit}, {name}", rates[name], against, rates["joined"])
-            yield line
+            yield {**line, **_per_core(core[name], size, int(name.split()[0]))}
 
     def _runs(self, images: int, crops: int) -> int:
         """Batches of an epoch: graphs decode the incomplete last one, which a loader then drops."""
@@ -169,6 +180,22 @@ class Loader(Checked):
 
     def _config(self) -> LoaderConfig:
         return LoaderConfig(batch_size=self.batch_size, threads=self.threads)
+
+
+def _count_cpu(work: Callable[[], None], busy: list[float]) -> None:
+    """Work, and note the seconds that all threads of this process were busy with it."""
+    before = time.process_time()
+    work()
+    busy.append(time.process_time() - before)
+
+
+def _per_core(rate: float, image_bytes: float, crops: int) -> Report:
+    """What a busy core gives, and has to be fed: crops/s, and MB/s of tars."""
+    return {
+        "crops_per_busy_core": round(rate, 1),
+        "kb_an_image": round(image_bytes / 1e3, 1),
+        "mb_read_per_busy_core": round(rate / crops * image_bytes / 1e6, 1),
+    }
 
 
 def _extract(table: SampleTable, cache: ScoreCache, folder: Path) -> None:

@@ -99,14 +99,15 @@ class Scale(Checked):
                 "objects_of_packs": len(packs),
                 "bytes_of_packs_per_shard": round(sum(e.bytes for e in packs) / self.shards),
             }
-            held = _index_bytes(Path(folder))
-            yield measure.line(
+            held, parsed = _index_bytes(Path(folder))
+            line = measure.line(
                 "scale",
                 f"bytes a row of the {_TARS * _ROWS} that a rank reads, for DALI's index",
                 held / (_TARS * _ROWS),
                 "its structures alone: 64 a sample, 104 a component, 8 an output",
                 176,
             )
+            yield {**line, "seconds_to_parse_it": round(parsed, 2)}
 
     def _entries(self, spec: ScoreSpec) -> list[list[tuple[str, bytes]]]:
         """Objects of some entries, whose maps are as good as incompressible, as real ones are."""
@@ -148,8 +149,8 @@ def _start(shards: str, cache: ScoreCache, spec: ScoreSpec) -> _Started:
     return _Started(samples, maps, dict(zip(parts, taken, strict=True)))
 
 
-def _index_bytes(folder: Path) -> int:
-    """Memory that DALI's reader takes for the index of so many tars."""
+def _index_bytes(folder: Path) -> tuple[int, float]:
+    """Memory that DALI's reader takes for the index of so many tars, and seconds to parse it."""
     tars = [folder / f"{number}.tar" for number in range(_TARS)]
     for number, tar in enumerate(tars):
         tar.touch()
@@ -157,12 +158,12 @@ def _index_bytes(folder: Path) -> int:
         write_dali_index(tar.with_suffix(".idx"), samples)
     graphs = []
     for some in (tars[:1], tars):  # the first to load DALI itself
-        before = measure.resident_bytes()
+        before, started = measure.resident_bytes(), time.perf_counter()
         indices = [str(tar.with_suffix(".idx")) for tar in some]
         graph = _reader(paths=[*map(str, some)], index_paths=indices, batch_size=1, num_threads=1)
         graph.build()
         graphs.append(graph)
-    return measure.resident_bytes() - before
+    return measure.resident_bytes() - before, time.perf_counter() - started
 
 
 @pipeline_def

@@ -100,6 +100,8 @@ def test_verify_reads_packs_and_names_damaged_ones(scored, capsys):
     pack = write_pack(scored.cache, ids, scored.spec)
     assert main(Verify(scored.cache.url)) == 0
     assert "1 of 1 packs agree with their entries" in capsys.readouterr().out
+    main(Ls(scored.cache.url))
+    assert "1 packs, " in capsys.readouterr().out
     chunk = Path(scored.cache.url) / pack.folder / "maps" / "c" / "0" / "0" / "0"
     chunk.write_bytes(b"?" + chunk.read_bytes()[1:])
     assert main(Verify(scored.cache.url)) == 1
