@@ -100,13 +100,10 @@ def _told(run: Pretrain) -> str:
 
 def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
     torch.set_num_threads(1)  # its time is the step's work, whatever else the machine does
-    # A refreshed score costs a step what a cached one does: a gather.
-    slots: dict[str, Any] = {
-        name: dataclasses.replace(getattr(run, name), source="cached")
-        for name in ("content", "attention")
-        if "refreshed" in getattr(run, name).source
-    }
-    weighed = dataclasses.replace(run, plain_epochs=0, **slots)
+    weighed = dataclasses.replace(run, plain_epochs=0)
+    if run.refreshed_kinds:  # a refreshed score costs a step what a cached one does: a gather
+        attention = AttentionConfig("off") if run.attention.is_refreshed else run.attention
+        weighed = dataclasses.replace(weighed, content=ContentConfig("cached"), attention=attention)
     timed = {"reference": reference, "weighed": weighed}
     if run.plain_epochs:
         timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)

@@ -20,6 +20,7 @@ from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
 from pipeline.storage import reason
+from train.signals.config import AttentionConfig, ContentConfig
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 
@@ -129,8 +130,9 @@ def load_encoder(path: Path) -> Encoder:
             for name, value in state.model.items()
             if name.startswith(prefix)
         }
-        slots = (state.config["content"], state.config["attention"])
-        kinds = [each["kind"] for each in slots if "refreshed" in each["source"]]
+        content, attention = state.config["content"], state.config["attention"]
+        slots = ContentConfig(**content), AttentionConfig(**attention)
+        kinds = [each.kind for each in slots if each.is_refreshed]
         return Encoder(state.run, state.step, state.sizes, weights, state.config, kinds)
     try:
         return Encoder(**_read(path))

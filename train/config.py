@@ -149,7 +149,12 @@ class Pretrain(Checked):
     def refreshed_kinds(self) -> list[str]:
         """Model scores that a job beside the training makes anew, each once."""
         slots = (self.content, self.attention)
-        return list(dict.fromkeys(each.kind for each in slots if "refreshed" in each.source))
+        return list(dict.fromkeys(each.kind for each in slots if each.is_refreshed))
+
+    @property
+    def cached_score(self) -> ScoreSpec | None:
+        """The pixel score that all images must have, if one is read."""
+        return self.spec if self.content.is_cached else None
 
     @property
     def sizes(self) -> ModelConfig:

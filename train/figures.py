@@ -42,6 +42,7 @@ from pipeline.scores import ScoreSpec, model_scores
 from pipeline.table import load_maps, load_samples
 from train.checkpoint import load, load_model
 from train.program import run_program
+from train.signals.config import ContentConfig
 from train.signals.weights import OFF, Scores, weigh
 
 
@@ -83,11 +84,11 @@ def main(config: Figures) -> Path:
         seed=config.seed,
     )
     crops = next(iter(loader))
-    scores = {}
+    scores: Scores = {}
     for name in ("content", "attention"):
         slot = run.config[name]
         refreshed = run.signals.get(name, {}).get("generation") is not None
-        if slot["source"].startswith("cached") and not refreshed:
+        if name == "content" and ContentConfig(**slot).is_cached and not refreshed:
             maps = load_maps(samples, cache, ScoreSpec(**run.config["spec"]))
             found = crop_scores(maps, crops, model.config.grid)
             scores[name] = (found, slot["cached_exponent"])

@@ -66,7 +66,7 @@ class Run(Training[PatchBatch]):
     model: MaskedModel
 
     def __init__(self, config: Pretrain, here: Ranks) -> None:
-        scored = config.spec if config.content.source.startswith("cached") else None
+        scored = config.cached_score
         cache = ScoreCache(config.cache, create=scored is None)
         super().__init__(
             config, here.share(lambda: load_samples(config.shards, cache, scored)), here

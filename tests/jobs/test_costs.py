@@ -5,7 +5,7 @@ import pytest
 
 from jobs.costs import StepCost, measured
 from train.config import Pretrain, parse
-from train.signals.config import RefreshConfig
+from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
 
 
 def options(*arguments: str) -> Pretrain:
@@ -36,7 +36,13 @@ def runs(scored, tmp_path):
         spec=scored.spec, device="cpu", threads=1, refresh=RefreshConfig(every=1),
     )  # fmt: skip
     tiny = {"image_size": 8, "patch_size": 4, "decoder_depth": 1}
-    return {"famt": base, "small": dataclasses.replace(base, **tiny, plain_epochs=1)}
+    amt = AttentionConfig("refreshed", kind="cls_attention")
+    return {
+        "famt": base,
+        "small": dataclasses.replace(
+            base, **tiny, plain_epochs=1, content=ContentConfig("off"), attention=amt
+        ),
+    }
 
 
 @pytest.mark.slow

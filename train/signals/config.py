@@ -10,8 +10,22 @@ from annotated_types import Ge
 from pipeline.options import FREE
 
 
+class _Slot:
+    source: str
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the source reads the pixel score from the cache."""
+        return self.source.startswith("cached")
+
+    @property
+    def is_refreshed(self) -> bool:
+        """Whether a job beside the training makes its scores anew."""
+        return "refreshed" in self.source
+
+
 @dataclass(frozen=True)
-class ContentConfig:
+class ContentConfig(_Slot):
     """What a patch shows: a score of the image's pixels, or of the encoder's tokens."""
 
     source: str = "cached-then-refreshed"
@@ -30,7 +44,7 @@ class ContentConfig:
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(_Slot):
     """What the encoder looks at."""
 
     source: str = "rolling"
@@ -49,7 +63,7 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True)
-class HardnessConfig:
+class HardnessConfig(_Slot):
     """What the model finds hard to reconstruct."""
 
     source: str = "off"
