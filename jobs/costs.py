@@ -114,7 +114,7 @@ def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
             del rivals["weighed"]
         if run.refreshed_kinds:
             rivals["refresh"] = partial(_refresh, run.refreshed_kinds, runs["weighed"])
-        on_gpu = runs["reference"].run.here.device.type == "cuda"
+        on_gpu = runs["reference"].run.ranks.device.type == "cuda"
         clock = time.perf_counter if on_gpu else time.process_time
         taken = measure.seconds(rivals, _ROUNDS, clock=clock)
     unit = reference.batch_size / run.batch_size
@@ -130,8 +130,8 @@ def _refresh(kinds: list[str], steps: Training) -> None:
     """Score as many images anew as a step takes, as `jobs/refresh_scores.py` does."""
     run = steps.run
     with torch.autocast(
-        run.here.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"
+        run.ranks.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"
     ):
         model_scores(kinds, run.model.encoder, normalise_images(steps.crops.images))
-    if run.here.device.type == "cuda":
+    if run.ranks.device.type == "cuda":
         torch.cuda.synchronize()

@@ -44,7 +44,7 @@ from pipeline.loader import CropBatch, CropLoader
 from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
 from train.config import Pretrain
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.pretrain import Run
 from train.program import run_program
 from train.signals.config import AttentionConfig, ContentConfig
@@ -187,7 +187,7 @@ def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
     with (
         measure.scored(urls, ScoreSpec()) as (_, cache),
         tempfile.TemporaryDirectory(prefix="famt-run-") as out,
-        ranks(check.device) as here,
+        join_ranks(check.device) as ranks,
     ):
         config = Pretrain(
             shards=urls,
@@ -201,7 +201,7 @@ def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
             device=check.device,
             picture_epochs=0,
         )
-        yield Run(config, here)
+        yield Run(config, ranks)
 
 
 def _take_steps(run: Run, count: int) -> None:
@@ -212,7 +212,7 @@ def _take_steps(run: Run, count: int) -> None:
         now = ahead
         if now is not None:
             run.forward_backward(now)
-        with run.side:
+        with run.side_stream:
             found = next(crops, None)
             while found is None:  # what is left of an epoch may be nothing
                 crops = iter(run.loader)

@@ -67,8 +67,8 @@ def score(urls: list[Path], cache: ScoreCache, spec: ScoreSpec) -> None:
 
 
 def context(
-    encoder: VisionTransformer, samples: SampleTable | range, here: Ranks, **options: object
+    encoder: VisionTransformer, samples: SampleTable | range, ranks: Ranks, **options: object
 ) -> Context:
     """What a signal that reads no cache may ask of a run; a range counts rows without images."""
     config = Pretrain(shards=[], cache="", out=Path("run"), model="vit_nano", **options)
-    return Context("run-a", config, samples, None, config.sizes.grid, encoder, here, None)
+    return Context("run-a", config, samples, None, config.sizes.grid, encoder, ranks, None)

@@ -15,10 +15,10 @@ _FORKS.set_forkserver_preload(["pipeline.stage"])  # takes seconds to import
 
 def start(samples: SampleTable, cache: ScoreCache, folder: Path) -> ForkServerProcess:
     """Begin to stage; returns when it is about to look what is there."""
-    here, there = _FORKS.Pipe(duplex=False)
+    ranks, there = _FORKS.Pipe(duplex=False)
     process = _FORKS.Process(target=_stage, args=(samples, cache, folder, there))
     process.start()
-    assert here.poll(120)
+    assert ranks.poll(120)
     return process
 
 

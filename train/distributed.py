@@ -126,7 +126,7 @@ def machine() -> str:
 
 
 @contextmanager
-def ranks(device: str) -> Iterator[Ranks]:
+def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the process group that a launcher announces (NCCL on GPUs, gloo on CPUs), and leave it.
 
     A process group that exists already (Ray Train's) is used as it is, and who made it looks after
@@ -157,13 +157,13 @@ def ranks(device: str) -> Iterator[Ranks]:
         return
     rank, world_size = dist.get_rank(), dist.get_world_size()
     control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_PATIENCE)  # type: ignore[assignment]
-    here = Ranks(rank, world_size, machine(), chosen, control)
+    ranks = Ranks(rank, world_size, machine(), chosen, control)
     if not ours:
-        yield here
+        yield ranks
         return
-    lifeline = Lifeline(rank, os.environ["MASTER_ADDR"], here.gather)
+    lifeline = Lifeline(rank, os.environ["MASTER_ADDR"], ranks.gather)
     try:
-        yield replace(here, lifeline=lifeline)
+        yield replace(ranks, lifeline=lifeline)
     except BaseException as error:
         explained = lifeline.explain(error)
         if explained is error:
@@ -176,7 +176,7 @@ def ranks(device: str) -> Iterator[Ranks]:
 
 
 def data_parallel(
-    model: nn.Module, here: Ranks, *, compile: bool = False
+    model: nn.Module, ranks: Ranks, *, compile: bool = False
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
     """A model whose gradients are the mean over the ranks, and a context in which they are not yet.
 
@@ -185,7 +185,7 @@ def data_parallel(
     """
     trained = model
     no_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext
-    if here.world_size > 1:
+    if ranks.world_size > 1:
         trained = parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         no_sync = parallel.no_sync
     if compile:  # after the former, whose buckets it then computes in parallel

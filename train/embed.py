@@ -36,7 +36,7 @@ from pipeline.cache import ScoreCache
 from pipeline.options import Checked
 from pipeline.stage import stage_shards
 from pipeline.table import SampleTable, load_samples
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.evaluate.trunk import Images, default_centre
 from train.initial import build_initial_encoder
 from train.program import run_program
@@ -86,7 +86,7 @@ def main(args: Embed) -> None:
     cache = ScoreCache(args.cache, create=True)
     table = stage_shards(load_samples(args.shards, cache), cache, args.stage, show=True)
     size = encoder.patch_embed.img_size[0]
-    with ranks(args.device) as here, _open(args.out, table, encoder.embed_dim) as writer:
+    with join_ranks(args.device) as ranks, _open(args.out, table, encoder.embed_dim) as writer:
         images = Images(
             table=table,
             name="features",
@@ -94,9 +94,9 @@ def main(args: Embed) -> None:
             centre=default_centre(size) if args.centre is None else args.centre,
             batch_size=args.batch_size,
             threads=args.threads,
-            here=here,
+            ranks=ranks,
         )
-        for first, cls, mean in _features(encoder.to(here.device).eval(), images):
+        for first, cls, mean in _features(encoder.to(ranks.device).eval(), images):
             writer.write(first, cls, mean)
     rejected = sum(len(cache.summary(shard_id).rejected) for shard_id in table.shard_ids)
     print(

@@ -50,9 +50,9 @@ class Training(ABC, Generic[Batch]):
         name: of the work, for the progress bar.
         id: of the run.
         config: its options.
-        here: this rank.
+        ranks: this rank among those of the run.
         clock: times of the stages of a step.
-        side: a GPU's second stream, in which the next batch is made.
+        side_stream: a GPU's second stream, in which the next batch is made.
         samples: what it trains on.
         loader: gives an epoch of crops each time that it is iterated over.
         model: what is trained, and `method` and `sizes` to build it from a checkpoint.
@@ -70,9 +70,9 @@ class Training(ABC, Generic[Batch]):
     optimisation: Optimisation
     log: Log | None = None
 
-    def __init__(self, config: Options, samples: SampleTable, here: Ranks) -> None:
-        self.config, self.samples, self.here = config, samples, here
-        self.clock, self.side = Clock(here.device), SideStream(here.device)
+    def __init__(self, config: Options, samples: SampleTable, ranks: Ranks) -> None:
+        self.config, self.samples, self.ranks = config, samples, ranks
+        self.clock, self.side_stream = Clock(ranks.device), SideStream(ranks.device)
 
     @property
     def step(self) -> int:
@@ -114,10 +114,10 @@ class Training(ABC, Generic[Batch]):
 
     def update(self) -> None:
         """One optimiser step with the gradients that are there; `step` grows."""
-        self.side.join()
+        self.side_stream.join()
         with self.clock.stage("update"):
             self.optimisation.update()
-        self.side.weights_are_ready()
+        self.side_stream.weights_are_ready()
 
     def state_of_rank(self) -> dict[str, Any]:
         """What a checkpoint must keep of each rank."""
@@ -129,8 +129,8 @@ class Training(ABC, Generic[Batch]):
 
     def save(self) -> None:
         """Write a checkpoint of all ranks' state."""
-        of_ranks = self.here.gather(self.state_of_rank())
-        if self.here.is_main:
+        of_ranks = self.ranks.gather(self.state_of_rank())
+        if self.ranks.is_main:
             state = Checkpoint(
                 run=self.id,
                 method=self.method,
@@ -145,13 +145,13 @@ class Training(ABC, Generic[Batch]):
             if self.log:
                 self.log.event(self.step, "checkpoint", file=path.name)
         # A slow disk is waited for at this point; gradients wait ten minutes at most.
-        self.here.gather(None)
+        self.ranks.gather(None)
 
     def identity(self) -> dict[str, Any]:
         """What a continuation must have in common with the run, besides its options."""
         return {
-            "device": self.here.device.type,
-            "world_size": self.here.world_size,
+            "device": self.ranks.device.type,
+            "world_size": self.ranks.world_size,
             "data": self.samples.digest,
         }
 
@@ -162,11 +162,11 @@ class Training(ABC, Generic[Batch]):
     def autocast(self) -> torch.autocast:
         """The precision that the model computes in."""
         bf16 = self.config.precision == "bf16"
-        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=bf16)
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16)
 
     def train(self, stop: Stop) -> None:
         """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
-        if self.here.is_main:
+        if self.ranks.is_main:
             print(self.plan(), flush=True)
             self.log = Log(
                 self.config.out,
@@ -233,7 +233,7 @@ class Training(ABC, Generic[Batch]):
 
     def _next(self, crops: Iterator[CropBatch], step: int) -> _Next[Batch] | None:
         """The epoch's next batch or None, on a GPU made beside what the main stream does."""
-        with self.side:
+        with self.side_stream:
             with self.clock.stage("data_wait", on_host=True):
                 found = next(crops, None)
             if found is None:
@@ -245,7 +245,7 @@ class Training(ABC, Generic[Batch]):
     def _save_or_stop(self, stop: Stop) -> bool:
         """Write a checkpoint if one is due or any rank is asked to stop; returns whether one is."""
         due = time.monotonic() - self._saved_at > self.config.checkpoint_minutes * 60
-        wishes = self.here.gather((due, stop.asked))
+        wishes = self.ranks.gather((due, stop.asked))
         stopping = any(asked for _, asked in wishes)
         if wishes[0][0] or stopping:
             self._save()
@@ -268,7 +268,7 @@ class Training(ABC, Generic[Batch]):
         bad = None
         for step, (loss, (_, rows)) in enumerate(zip(losses, recent, strict=True), first):
             if not math.isfinite(loss):
-                path = self.config.out / f"nan-rank{self.here.rank}-step{step:08d}.txt"
+                path = self.config.out / f"nan-rank{self.ranks.rank}-step{step:08d}.txt"
                 path.write_text("".join(f"{self.samples.key(row)}\n" for row in rows.tolist()))
                 bad = (
                     f"the loss is {loss} at step {step}; the samples are in {path}. Look at those "
@@ -277,7 +277,7 @@ class Training(ABC, Generic[Batch]):
                     "once, remove that checkpoint: the weights ran away before it was written"
                 )
                 break
-        everywhere = self.here.gather((sum(losses) / len(losses), bad))
+        everywhere = self.ranks.gather((sum(losses) / len(losses), bad))
         found = next((each for _, each in everywhere if each), None)
         if found:
             raise FloatingPointError(found)

@@ -35,7 +35,7 @@ from pipeline.table import load_samples
 from train import figures
 from train.checkpoint import Checkpoint
 from train.config import Pretrain, parse
-from train.distributed import Ranks, data_parallel, ranks
+from train.distributed import Ranks, data_parallel, join_ranks
 from train.evaluate.monitor import Monitor
 from train.initial import load_initial
 from train.loop import Training
@@ -51,11 +51,11 @@ from train.streams import Stop
 def main(config: Pretrain) -> None:
     """Train until `config.epochs` are done, going on from the last checkpoint if there is one."""
     with (
-        ranks(config.device) as here,
-        own_folder(config.out) if here.is_main else contextlib.nullcontext(),
-        Stop(here.lifeline) as stop,
+        join_ranks(config.device) as ranks,
+        own_folder(config.out) if ranks.is_main else contextlib.nullcontext(),
+        Stop(ranks.lifeline) as stop,
     ):
-        Run(config, here).train(stop)
+        Run(config, ranks).train(stop)
 
 
 class Run(Training[PatchBatch]):
@@ -65,29 +65,29 @@ class Run(Training[PatchBatch]):
     config: Pretrain
     model: MaskedModel
 
-    def __init__(self, config: Pretrain, here: Ranks) -> None:
+    def __init__(self, config: Pretrain, ranks: Ranks) -> None:
         scored = config.cached_score
         cache = ScoreCache(config.cache, create=scored is None)
         super().__init__(
-            config, here.share(lambda: load_samples(config.shards, cache, scored)), here
+            config, ranks.share(lambda: load_samples(config.shards, cache, scored)), ranks
         )
-        resumed, exact = resume(config, self.identity(), here)
-        self.id: str = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
+        resumed, exact = resume(config, self.identity(), ranks)
+        self.id: str = resumed.run if resumed else ranks.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
         self.method, self.sizes = config.method, config.sizes
-        self.model = METHODS[config.method](self.sizes).to(here.device)
+        self.model = METHODS[config.method](self.sizes).to(ranks.device)
         self.began_with = (
             load_initial(self.model, config.init) if config.init and not resumed else None
         )
         first_epoch = resumed.epoch if resumed else 0
-        own = resumed.ranks[here.rank] if resumed and exact else None
-        self.generator = torch.Generator(here.device).manual_seed(
-            (config.seed + first_epoch) * here.world_size + here.rank
+        own = resumed.ranks[ranks.rank] if resumed and exact else None
+        self.generator = torch.Generator(ranks.device).manual_seed(
+            (config.seed + first_epoch) * ranks.world_size + ranks.rank
         )
-        count, size = len(self.samples), here.world_size
-        parts = [own_share(count, rank, size) for rank in here.of_machine()]
-        self.samples = stage_shards(self.samples, cache, config.stage, parts, show=here.is_main)
+        count, size = len(self.samples), ranks.world_size
+        parts = [own_share(count, rank, size) for rank in ranks.of_machine()]
+        self.samples = stage_shards(self.samples, cache, config.stage, parts, show=ranks.is_main)
         self.loader = CropLoader(
             self.samples,
             LoaderConfig(
@@ -101,21 +101,21 @@ class Run(Training[PatchBatch]):
                 decode=config.decode,
             ),
             drop_last=True,
-            rank=here.rank,
-            world_size=here.world_size,
-            device=here.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
             seed=config.seed,
             first_epoch=first_epoch,
             state=own["loader"] if own else None,
         )
         encoder = self.model.encoder
         followed = (
-            FollowedMaps(self.id, config, self.samples, cache, encoder, here)
+            FollowedMaps(self.id, config, self.samples, cache, encoder, ranks)
             if config.refreshed_kinds
             else None
         )
         self.context = Context(
-            self.id, config, self.samples, cache, self.sizes.grid, encoder, here, followed
+            self.id, config, self.samples, cache, self.sizes.grid, encoder, ranks, followed
         )
         self.signals: list[Signal] = build_signals(self.context)
         self.optimisation = Optimisation(
@@ -126,16 +126,16 @@ class Run(Training[PatchBatch]):
             betas=(0.9, 0.95),
             epochs=config.epochs,
             steps_per_epoch=self.loader.steps_per_epoch,
-            effective_batch=config.batch_size * here.world_size,
+            effective_batch=config.batch_size * ranks.world_size,
         )
         self.monitor = (
-            Monitor(config.monitor, cache, self.sizes, config.threads, here, config.stage)
-            if config.monitor and here.is_main
+            Monitor(config.monitor, cache, self.sizes, config.threads, ranks, config.stage)
+            if config.monitor and ranks.is_main
             else None
         )
         if resumed:
             self._restore(resumed, exact)
-        self.trained, self._no_sync = data_parallel(self.model, here, compile=config.compile)
+        self.trained, self._no_sync = data_parallel(self.model, ranks, compile=config.compile)
         self.model.train()
 
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
@@ -150,12 +150,12 @@ class Run(Training[PatchBatch]):
             weights = weigh(scores, crops, self.sizes.grid)
             progress = self.optimisation.progress(step)
             batch = split_crops(crops, weights, self.sizes, join, self.generator, progress)
-            return self.side.hand_over(batch)
+            return self.side_stream.hand_over(batch)
 
     def forward_backward(self, batch: PatchBatch) -> Tensor:
-        self.side.join()
+        self.side_stream.join()
         parts = batch.chunk(self.config.accumulate)
-        total = torch.zeros((), device=self.here.device)
+        total = torch.zeros((), device=self.ranks.device)
         errors = []
         now, no_sync = contextlib.nullcontext, self._no_sync
         for number, part in enumerate(parts, start=1):
@@ -185,11 +185,11 @@ class Run(Training[PatchBatch]):
         for signal in self.signals:
             signal.synchronise()
         if self.config.monitor and self._monitor_is_due(epoch):
-            self.side.join()
+            self.side_stream.join()
             if self.monitor and self.log:
                 with self.clock.stage("monitor", on_host=True):
                     self.monitor.look(self.model.encoder, self.step, self.log)
-            self.here.gather(None)  # gradients would wait ten minutes at most
+            self.ranks.gather(None)  # gradients would wait ten minutes at most
 
     def state_of_rank(self) -> dict[str, Any]:
         return {**super().state_of_rank(), "generator": self.generator.get_state()}
@@ -213,7 +213,7 @@ class Run(Training[PatchBatch]):
         every = self.config.picture_epochs
         if not every or epoch % every:
             return None
-        self.side.join()
+        self.side_stream.join()
         scores = {} if self._plain else read_signals(self.signals, crops, self.step, look=True)
         return figures.picture(self.model, crops, scores, self._join(scores))
 
@@ -224,7 +224,7 @@ class Run(Training[PatchBatch]):
             "in all": sum(p.numel() for p in self.model.parameters()),
         }
         lines = {
-            "run": f"{config.out} on {self.here.device}, {self.here.world_size} rank(s), "
+            "run": f"{config.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
             f"{config.precision}",
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
             f"{sizes.patch_size} px, {config.decoder} decoder: "
@@ -236,7 +236,7 @@ class Run(Training[PatchBatch]):
             "patches": _counts(sizes, config.join)
             + ("" if self.signals else ", all of the same weight"),
             "batch": f"{self.optimisation.effective_batch} = {config.batch_size} x "
-            f"{self.here.world_size} rank(s), in {config.accumulate} part(s)",
+            f"{self.ranks.world_size} rank(s), in {config.accumulate} part(s)",
             **self.optimisation.describe(),
         }
         if self.began_with:
@@ -266,7 +266,7 @@ class Run(Training[PatchBatch]):
         self.model.load_state_dict(resumed.model)
         self.optimisation.load_state(vars(resumed), exact=exact)
         if exact:
-            self.generator.set_state(resumed.ranks[self.here.rank]["generator"])
+            self.generator.set_state(resumed.ranks[self.ranks.rank]["generator"])
         same_rows = resumed.config["data"] == self.samples.digest
         for signal in self.signals:
             if signal.name in resumed.signals:

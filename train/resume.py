@@ -72,7 +72,7 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 
 def resume(
-    config: Options, circumstances: dict[str, object], here: Ranks
+    config: Options, circumstances: dict[str, object], ranks: Ranks
 ) -> tuple[Checkpoint | None, bool]:
     """The checkpoint that a run goes on from, if there is one, and whether with the next batch.
 
@@ -82,7 +82,7 @@ def resume(
     Args:
         config: of the run now.
         circumstances: what else must be as it was: device, world size, data.
-        here: this rank.
+        ranks: this rank among those of the run.
 
     Returns:
         the checkpoint or None, and False if it must go back to the beginning of the epoch.
@@ -91,13 +91,13 @@ def resume(
         ValueError: the folder's run is another one, or may not be gone on with; all of its
             checkpoints are damaged; or a machine does not see the folder.
     """
-    found = here.from_main(lambda: _choose(config.out))
-    _wait_to_see(config.out, found, here)
+    found = ranks.from_main(lambda: _choose(config.out))
+    _wait_to_see(config.out, found, ranks)
     if found is None:
         return None, True
     if config.resume == "never":
         raise ValueError(f"{found} is there; --resume never wants a folder without checkpoints")
-    resumed = checkpoint.load(found, verified=here.is_main)
+    resumed = checkpoint.load(found, verified=ranks.is_main)
     then, now = flat(resumed.config), flat({**config.describe(), **circumstances})
     notes = {name: beside for name, _, beside in annotated(config)}
     notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
@@ -133,7 +133,7 @@ def _choose(folder: Path) -> Path | None:
     return None
 
 
-def _wait_to_see(folder: Path, chosen: Path | None, here: Ranks) -> None:
+def _wait_to_see(folder: Path, chosen: Path | None, ranks: Ranks) -> None:
     """Wait until every rank sees what the main one sees in a run's folder.
 
     Raises:
@@ -146,11 +146,11 @@ def _wait_to_see(folder: Path, chosen: Path | None, here: Ranks) -> None:
         names = {each.name for each in os.scandir(folder)} if folder.is_dir() else set()
         return [(each, each.stat().st_size) for each in files if each.name in names]
 
-    mains = here.from_main(look)
+    mains = ranks.from_main(look)
     until = time.monotonic() + _SEEN_WITHIN
     while not (same := look() == mains) and time.monotonic() < until:
         time.sleep(0.1)
-    blind = sorted({node for node, sees in here.gather((here.node, same)) if not sees})
+    blind = sorted({node for node, sees in ranks.gather((ranks.node, same)) if not sees})
     if blind:
         raise ValueError(
             f"{files[-1]} was not seen on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out "

@@ -25,11 +25,11 @@ class SideStream:
     step, and that step's own update waits for it. On a CPU all of this does nothing.
 
         loss = forward_backward(batch)
-        with side:
-            ahead = side.hand_over(make_batch())
-        side.join()
+        with side_stream:
+            ahead = side_stream.hand_over(make_batch())
+        side_stream.join()
         optimizer.step()
-        side.weights_are_ready()
+        side_stream.weights_are_ready()
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropBatch
 from train.config import Pretrain
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.pretrain import Run
 from train.signals.config import AttentionConfig, ContentConfig
 from train.signals.signal import Signal
@@ -43,15 +43,15 @@ class Training:
         """Weigh, sample, gather; forward, backward and update."""
         self.run.forward_backward(self.run.prepare(self.crops, self.run.step))
         self.run.update()
-        if self.run.here.device.type == "cuda":
+        if self.run.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
 
 @contextmanager
 def training(config: Pretrain) -> Iterator[Training]:
     """A run by these options, but in a temporary folder and unwatched."""
-    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, ranks(config.device) as here:
-        run = Run(dataclasses.replace(config, out=Path(out), monitor=[]), here)
+    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, join_ranks(config.device) as ranks:
+        run = Run(dataclasses.replace(config, out=Path(out), monitor=[]), ranks)
         run.model.train()
         try:
             yield Training(run, next(iter(run.loader)))

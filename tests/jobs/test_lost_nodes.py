@@ -114,9 +114,9 @@ def test_training_and_refresh_come_to_their_end_though_a_node_is_lost_during_eac
     made = ScoreCache(str(cache))
     (spec,) = made.generations.of(disturbed.run)[-1].specs
     found = np.concatenate(made.read_maps(load_samples(shards, made).shard_ids, spec))
-    here = ScoreCache(str(other))
+    ranks = ScoreCache(str(other))
     encoder = checkpoint.load_encoder(out).build()
     cpu = torch.device("cpu")
-    list(refresh_shards(encoder, shards, here, [spec], batch_size=50, threads=1, device=cpu))
-    expected = np.concatenate(here.read_maps(load_samples(shards, here).shard_ids, spec))
+    list(refresh_shards(encoder, shards, ranks, [spec], batch_size=50, threads=1, device=cpu))
+    expected = np.concatenate(ranks.read_maps(load_samples(shards, ranks).shard_ids, spec))
     np.testing.assert_allclose(found, expected, atol=2e-3)

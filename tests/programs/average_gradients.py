@@ -9,7 +9,7 @@ from famt.sampling import PatchSplit
 from pipeline.join import PatchBatch
 from pipeline.loader import Views
 from train.config import Pretrain
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.optimisation import OptimiserConfig
 from train.pretrain import Run
 from train.signals.config import AttentionConfig, ContentConfig
@@ -18,35 +18,35 @@ VIEWS = Views(torch.arange(8), torch.ones(8, 4), torch.zeros(8, dtype=torch.bool
 
 folder = Path(sys.argv[1])
 options = torch.load(folder / "options.pt")
-with ranks("cpu") as here:
+with join_ranks("cpu") as ranks:
     run = Run(
         Pretrain(
             shards=options["shards"],
             cache=options["cache"],
-            out=folder / f"run{here.world_size}",
+            out=folder / f"run{ranks.world_size}",
             model="vit_nano",
-            batch_size=8 // here.world_size,
+            batch_size=8 // ranks.world_size,
             device="cpu",
             content=ContentConfig("off"),
             attention=AttentionConfig("off"),
-            accumulate=options["accumulate"] // here.world_size,
+            accumulate=options["accumulate"] // ranks.world_size,
             optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=0),
             threads=1,
-            compile=options["compile"] and here.world_size > 1,
+            compile=options["compile"] and ranks.world_size > 1,
         ),
-        here,
+        ranks,
     )
     for _ in range(3):
         generator = torch.Generator().manual_seed(run.step)
         split = torch.rand(8, 64, generator=generator).argsort(1).split([28, 26, 10], dim=1)
         pixels = torch.randint(0, 256, (8, 38, 48), dtype=torch.uint8, generator=generator)
         whole = PatchBatch(pixels[:, :10], pixels[:, 10:], PatchSplit(*split), VIEWS)
-        run.forward_backward(whole.chunk(here.world_size)[here.rank])
+        run.forward_backward(whole.chunk(ranks.world_size)[ranks.rank])
         with torch.no_grad():  # Adam would blow rounding up where a gradient is all but 0
             for parameter in run.model.parameters():
                 if parameter.grad is not None:
                     parameter -= 0.1 * parameter.grad
         run.optimisation.optimizer.zero_grad()
         run.optimisation.step += 1
-    if here.is_main:
-        torch.save(run.model.state_dict(), folder / f"weights{here.world_size}.pt")
+    if ranks.is_main:
+        torch.save(run.model.state_dict(), folder / f"weights{ranks.world_size}.pt")

@@ -9,19 +9,19 @@ from samples import context
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from pipeline.loader import CropBatch
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.signals.attention import Rolling
 from train.signals.config import AttentionConfig
 
-with ranks("cpu") as here:
+with join_ranks("cpu") as ranks:
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
-    rolling = Rolling(AttentionConfig(every=1), context(encoder, range(9), here))
+    rolling = Rolling(AttentionConfig(every=1), context(encoder, range(9), ranks))
     images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8)
     for step in range(2):
-        rows = torch.arange(9)[here.rank + 4 * step :: 3][: 2 - step]
+        rows = torch.arange(9)[ranks.rank + 4 * step :: 3][: 2 - step]
         windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(len(rows), 4)
         flips = torch.zeros(len(rows), dtype=torch.bool)
         rolling.read(CropBatch(images[rows], rows, windows, flips), step)
         rolling.synchronise()
-    torch.save(rolling.state(), Path(sys.argv[1], f"{here.rank}.pt"))
+    torch.save(rolling.state(), Path(sys.argv[1], f"{ranks.rank}.pt"))

@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.program import run_program
 from train.streams import Stop
 
@@ -12,18 +12,18 @@ folder, deed = Path(sys.argv[1]), sys.argv[2]
 
 
 def main(_: None) -> None:
-    with ranks("cpu") as here, Stop(here.lifeline) as stop:
-        (folder / f"rank{here.rank}").touch()
-        while deed == "main waits" and here.is_main and not stop.asked:
+    with join_ranks("cpu") as ranks, Stop(ranks.lifeline) as stop:
+        (folder / f"rank{ranks.rank}").touch()
+        while deed == "main waits" and ranks.is_main and not stop.asked:
             time.sleep(0.01)
-        if deed == "main writes to a slow disk" and here.is_main:
+        if deed == "main writes to a slow disk" and ranks.is_main:
             time.sleep(600)
         for n in range(600):
-            if any(here.gather(stop.asked)):
+            if any(ranks.gather(stop.asked)):
                 return
-            if deed == "rank 1 errs" and here.rank == 1 and n == 5:
+            if deed == "rank 1 errs" and ranks.rank == 1 and n == 5:
                 raise ValueError("no such thing")
-            if deed == "rank 1 has a defect" and here.rank == 1 and n == 5:
+            if deed == "rank 1 has a defect" and ranks.rank == 1 and n == 5:
                 raise RuntimeError("a defect")
             time.sleep(0.05)
 

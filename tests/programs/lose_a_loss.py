@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from train.config import Pretrain
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.pretrain import Run
 from train.signals.config import AttentionConfig, ContentConfig
 from train.streams import Stop
@@ -16,13 +16,13 @@ class Poisoned(Run):
     def forward_backward(self, batch):
         loss = super().forward_backward(batch)
         if self.step == 0:
-            Path(folder, f"loss{self.here.rank}.txt").write_text(repr(loss.item()))
-        return loss * float("nan") if (self.step, self.here.rank) == (1, 1) else loss
+            Path(folder, f"loss{self.ranks.rank}.txt").write_text(repr(loss.item()))
+        return loss * float("nan") if (self.step, self.ranks.rank) == (1, 1) else loss
 
 
 folder = Path(sys.argv[1])
 options = torch.load(folder / "options.pt")
-with ranks("cpu") as here:
+with join_ranks("cpu") as ranks:
     run = Poisoned(
         Pretrain(
             shards=options["shards"],
@@ -36,10 +36,10 @@ with ranks("cpu") as here:
             threads=1,
             log_steps=1,
         ),
-        here,
+        ranks,
     )
     try:
-        with Stop(here.lifeline) as stop:
+        with Stop(ranks.lifeline) as stop:
             run.train(stop)
     except FloatingPointError as error:
-        Path(folder, f"{here.rank}.txt").write_text(str(error))
+        Path(folder, f"{ranks.rank}.txt").write_text(str(error))

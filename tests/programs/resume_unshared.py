@@ -9,15 +9,15 @@ import torch
 
 from train import resume
 from train.config import Pretrain
-from train.distributed import ranks
+from train.distributed import join_ranks
 
 folder = Path(sys.argv[1])
 config = Pretrain(**torch.load(folder / "options.pt"))
 resume._SEEN_WITHIN = 1.0
-with ranks("cpu") as here:
-    own = dataclasses.replace(config, out=folder / here.node)
+with join_ranks("cpu") as ranks:
+    own = dataclasses.replace(config, out=folder / ranks.node)
     try:
-        with resume.own_folder(own.out) if here.is_main else contextlib.nullcontext():
-            resume.resume(own, {}, here)
+        with resume.own_folder(own.out) if ranks.is_main else contextlib.nullcontext():
+            resume.resume(own, {}, ranks)
     except ValueError as error:
-        (folder / f"error{here.rank}").write_text(str(error))
+        (folder / f"error{ranks.rank}").write_text(str(error))

@@ -5,23 +5,23 @@ from pathlib import Path
 
 import torch
 
-from train.distributed import ranks
+from train.distributed import join_ranks
 
-with ranks("cpu") as here:
+with join_ranks("cpu") as ranks:
     made = []
 
     def make():
         made.append(1)
         return {"tensor": torch.zeros(4), "name": "x"}
 
-    shared = here.share(make)
-    shared["tensor"][here.rank] = 1 + here.rank
-    here.gather(None)
+    shared = ranks.share(make)
+    shared["tensor"][ranks.rank] = 1 + ranks.rank
+    ranks.gather(None)
     memory = [m for m in Path("/proc/self/maps").read_text().splitlines() if "/famt-" in m]
     assert memory
     assert all(m.endswith("(deleted)") for m in memory)
-    Path(sys.argv[1], str(here.rank)).write_text(f"{len(made)} {shared['tensor'].tolist()}")
+    Path(sys.argv[1], str(ranks.rank)).write_text(f"{len(made)} {shared['tensor'].tolist()}")
     try:
-        here.share(lambda: 1 / 0)
+        ranks.share(lambda: 1 / 0)
     except ZeroDivisionError:
-        Path(sys.argv[1], f"error{here.rank}").touch()
+        Path(sys.argv[1], f"error{ranks.rank}").touch()

@@ -15,14 +15,14 @@ from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
 from pipeline.table import load_samples
 from train.config import Pretrain
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.signals.config import ContentConfig, RefreshConfig
 from train.signals.following import FollowedMaps
 from train.streams import Stop
 
 folder = Path(sys.argv[1])
 options = torch.load(folder / "options.pt")
-with ranks("cpu") as here:
+with join_ranks("cpu") as ranks:
     config = Pretrain(
         shards=options["shards"],
         cache=options["cache"],
@@ -32,13 +32,13 @@ with ranks("cpu") as here:
         refresh=RefreshConfig(every=9),
     )
     cache = ScoreCache(config.cache)
-    table = here.share(lambda: load_samples(config.shards, cache))
+    table = ranks.share(lambda: load_samples(config.shards, cache))
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
-    followed = FollowedMaps("run-a", config, table, cache, encoder, here)
+    followed = FollowedMaps("run-a", config, table, cache, encoder, ranks)
     followed.begin_epoch(0, 0, Stop(), None)
     first = followed.current
-    if here.is_main:
+    if ranks.is_main:
         spec = ModelScoreSpec("token_frequency", 8, 32, encoder_digest(encoder.state_dict()))
         list(
             refresh_shards(
@@ -62,6 +62,6 @@ with ranks("cpu") as here:
     crops = CropBatch(torch.zeros(26, 1, 1, 3), rows, windows, torch.zeros(26, dtype=torch.bool))
     torch.save(
         (first, epoch, followed.current.step, followed.read("token_frequency", crops)),
-        folder / f"{here.rank}.pt",
+        folder / f"{ranks.rank}.pt",
     )
     followed.close(finished=True)

@@ -5,22 +5,22 @@ import torch
 from launch import finish, launch, program_file
 
 from train import distributed
-from train.distributed import ranks
+from train.distributed import join_ranks
 
 
 def test_one_process_is_rank_0_of_1():
-    with ranks("cpu") as here:
-        assert (here.rank, here.world_size, here.is_main) == (0, 1, True)
-        assert here.device == torch.device("cpu")
-        assert here.gather({"x": 1}) == [{"x": 1}]
-        assert here.share(lambda: "made") == "made"
+    with join_ranks("cpu") as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.is_main) == (0, 1, True)
+        assert ranks.device == torch.device("cpu")
+        assert ranks.gather({"x": 1}) == [{"x": 1}]
+        assert ranks.share(lambda: "made") == "made"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch can use the GPU here")
 def test_a_gpu_that_torch_can_not_use_is_told_of_unless_it_is_hidden(tmp_path, capsys, monkeypatch):
     def warned(device):
-        with ranks(device) as here:
-            assert here.device == torch.device("cpu")
+        with join_ranks(device) as ranks:
+            assert ranks.device == torch.device("cpu")
         return "an NVIDIA GPU that torch" in capsys.readouterr().err
 
     driver = tmp_path / "version"

@@ -19,7 +19,7 @@ from famt.models import MODELS
 from pipeline.join import JoinConfig
 from train import checkpoint
 from train.config import Pretrain, parse
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.optimisation import OptimiserConfig
 from train.pretrain import Run, main
 from train.resume import own_folder
@@ -125,8 +125,8 @@ def test_plain_epochs_are_those_of_a_plain_mae(config, tmp_path):
 
 def test_clipping_bounds_the_gradients(config):
     clipped = dataclasses.replace(config.optimiser, clip_norm=1e-3)
-    with ranks("cpu") as here:
-        run = Run(dataclasses.replace(config, optimiser=clipped), here)
+    with join_ranks("cpu") as ranks:
+        run = Run(dataclasses.replace(config, optimiser=clipped), ranks)
         norms = []
         run.optimisation.optimizer.step = lambda: norms.append(
             torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).norm()
@@ -141,8 +141,8 @@ def test_the_moving_average_is_that_of_the_encoders_weights(config):
     config = dataclasses.replace(
         config, optimiser=averaged, epochs=1, checkpoint_minutes=0.0, keep_checkpoints=9
     )
-    with ranks("cpu") as here:
-        expected = Run(config, here).model.encoder.blocks[0].attn.qkv.weight.detach().clone()
+    with join_ranks("cpu") as ranks:
+        expected = Run(config, ranks).model.encoder.blocks[0].attn.qkv.weight.detach().clone()
     main(config)
     for step in range(1, 4):
         state = checkpoint.load(config.out / f"checkpoint-{step:08d}.pt")
@@ -178,8 +178,8 @@ def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config, batch_si
     with pytest.raises(ValueError, match=rf"batch_size: 8 -> {batch_size}; data: .* or --elastic"):
         main(fewer)
     before = _weights(config.out)
-    with ranks("cpu") as here:
-        run = Run(dataclasses.replace(fewer, elastic=True), here)
+    with join_ranks("cpu") as ranks:
+        run = Run(dataclasses.replace(fewer, elastic=True), ranks)
         assert (run.step, run.loader.epoch) == (5, 1)
         assert run.last_step == 5 + 2 * steps_an_epoch  # 17 images
         assert _equal(run.model.state_dict(), before)
@@ -347,8 +347,8 @@ def test_a_run_that_ran_away_goes_on_as_its_message_says(config):
     lower = dataclasses.replace(
         _with(config, base_learning_rate=0.04, weight_decay=0.3), elastic=True
     )
-    with ranks("cpu") as here:
-        run = Run(lower, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(lower, ranks)
         assert run.step == checkpoint.load(before).step
         assert {group["weight_decay"] for group in run.optimisation.optimizer.param_groups} == {
             0.0,
@@ -376,8 +376,8 @@ def test_ranks_log_their_mean_loss_and_stop_together_at_one_that_is_no_number(co
 
 
 def test_live_attention_changes_the_masks_and_leaves_the_gradients_alone(config):
-    with ranks("cpu") as here:
-        run = Run(dataclasses.replace(config, attention=AttentionConfig("live")), here)
+    with join_ranks("cpu") as ranks:
+        run = Run(dataclasses.replace(config, attention=AttentionConfig("live")), ranks)
         crops = next(iter(run.loader))
         run.prepare(crops, 0)
         assert run.model.training
@@ -443,20 +443,20 @@ def test_simmim_learns_and_is_drawn(config, recipe, patches, capsys):
 
 def test_before_its_weights_a_method_masks_as_its_paper(config):
     for method, masked in (("mae", 48), ("simmim", 36)):
-        with ranks("cpu") as here:
-            run = Run(dataclasses.replace(config, method=method, plain_epochs=1), here)
+        with join_ranks("cpu") as ranks:
+            run = Run(dataclasses.replace(config, method=method, plain_epochs=1), ranks)
             split = run.prepare(next(iter(run.loader)), 0).split
         assert (split.masked.shape[1], split.thrown.shape[1]) == (masked, 0)
 
 
 def test_weights_count_more_as_the_run_goes_on(config):
-    with ranks("cpu") as here:
+    with join_ranks("cpu") as ranks:
         join = JoinConfig(blend=(0.0, 1.0))
         run = Run(
             dataclasses.replace(
                 config, attention=AttentionConfig("live"), join=join, content=ContentConfig("off")
             ),
-            here,
+            ranks,
         )
         crops, total_steps = next(iter(run.loader)), run.optimisation.total_steps
         heavy = torch.zeros(8, 64)
@@ -631,8 +631,8 @@ def test_a_run_begins_with_the_weights_of_another(config, tiny_run, tmp_path, mo
     shutil.copytree(tiny_run, source)
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(config, init="source", image_size=64, patch_size=8, epochs=1)
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         theirs = checkpoint.load_model(tiny_run)
         for name, value in theirs.state_dict().items():
             if "pos_embed" not in name:

@@ -14,7 +14,7 @@ from train.checkpoint import Checkpoint
 from train.distributed import Ranks
 from train.resume import BusyError, own_folder, resume
 
-HERE = Ranks(0, 1, "a", torch.device("cpu"))
+RANKS = Ranks(0, 1, "a", torch.device("cpu"))
 CIRCUMSTANCES = {"device": "cpu", "world_size": 1, "data": "photos"}
 
 
@@ -55,7 +55,7 @@ def _save(options, step=3):
 
 
 def _resume(options, **circumstances):
-    return resume(options, CIRCUMSTANCES | circumstances, HERE)
+    return resume(options, CIRCUMSTANCES | circumstances, RANKS)
 
 
 def test_a_folder_without_a_checkpoint_is_a_fresh_run(options):

@@ -111,17 +111,17 @@ def finetune(
     Nothing if the run was asked to stop: the same command goes on with it.
     """
     require_labels(train, val)
-    here = train.here
+    ranks = train.ranks
     with (
-        own_folder(options.out) if here.is_main else contextlib.nullcontext(),
-        Stop(here.lifeline) as stop,
+        own_folder(options.out) if ranks.is_main else contextlib.nullcontext(),
+        Stop(ranks.lifeline) as stop,
     ):
         run = Finetuning(encoder, train, val, options)
         run.train(stop)
         if run.step < run.last_step:
             return
         found = run.test()
-        if here.is_main:
+        if ranks.is_main:
             log_evaluation(options.out, run.step, "val", "trained", {**found})
         for name, share in found.items():
             yield name, share
@@ -144,15 +144,15 @@ class Finetuning(Training[Mixed]):
     def __init__(
         self, encoder: VisionTransformer, train: Images, val: Images, options: Finetune
     ) -> None:
-        here = train.here
-        super().__init__(options, train.table, here)
+        ranks = train.ranks
+        super().__init__(options, train.table, ranks)
         self.val = val
         self.classes = max(train.classes, val.classes)
-        resumed, exact = resume(options, self.identity(), here)
-        self.id = resumed.run if resumed else here.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
+        resumed, exact = resume(options, self.identity(), ranks)
+        self.id = resumed.run if resumed else ranks.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(options.seed)
-        self.model = classifier(encoder, self.classes, options).to(here.device)
+        self.model = classifier(encoder, self.classes, options).to(ranks.device)
         self.sizes = ModelConfig.of(self.model)
         self.loader = CropLoader(
             train.table,
@@ -164,12 +164,12 @@ class Finetuning(Training[Mixed]):
                 threads=options.threads,
             ),
             drop_last=True,
-            rank=here.rank,
-            world_size=here.world_size,
-            device=here.device,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device=ranks.device,
             seed=options.seed,
             first_epoch=resumed.epoch if resumed else 0,
-            state=resumed.ranks[here.rank]["loader"] if resumed and exact else None,
+            state=resumed.ranks[ranks.rank]["loader"] if resumed and exact else None,
         )
         self.mixer = Mixer(options.mixing, self.classes)
         self.optimisation = Optimisation(
@@ -185,12 +185,12 @@ class Finetuning(Training[Mixed]):
             betas=(0.9, 0.999),
             epochs=options.epochs,
             steps_per_epoch=self.loader.steps_per_epoch,
-            effective_batch=options.batch_size * here.world_size,
+            effective_batch=options.batch_size * ranks.world_size,
         )
         if resumed:
             self.model.load_state_dict(resumed.model)
             self.optimisation.load_state(vars(resumed), exact=exact)
-        self.trained, _ = data_parallel(self.model, here)
+        self.trained, _ = data_parallel(self.model, ranks)
         self.model.train()
 
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
@@ -200,12 +200,12 @@ class Finetuning(Training[Mixed]):
         """Augment and mix: from crops to what the model takes."""
         with self.clock.stage("augment"):
             labels = self.samples.labels[crops.rows]
-            draws = (self.config.seed, step, self.here.rank)
-            return self.side.hand_over(self.mixer.mix(crops.images, labels, draws))
+            draws = (self.config.seed, step, self.ranks.rank)
+            return self.side_stream.hand_over(self.mixer.mix(crops.images, labels, draws))
 
     def forward_backward(self, batch: Mixed) -> Tensor:
-        self.side.join()
-        seed = np.random.SeedSequence([self.config.seed, self.step, self.here.rank, 1])
+        self.side_stream.join()
+        seed = np.random.SeedSequence([self.config.seed, self.step, self.ranks.rank, 1])
         torch.manual_seed(int(seed.generate_state(1)[0]))
         with self.clock.stage("forward"), self.autocast():
             loss = F.cross_entropy(self.trained(batch.images).float(), batch.targets)
@@ -237,7 +237,7 @@ class Finetuning(Training[Mixed]):
                 for name, model in models.items():
                     right[name] += float((model(images).argmax(1).cpu() == labels).sum())
         self.model.train()
-        everywhere = self.here.gather((right, count))
+        everywhere = self.ranks.gather((right, count))
         tested = sum(count for _, count in everywhere)
         return {name: sum(each[name] for each, _ in everywhere) / tested for name in models}
 
@@ -248,7 +248,7 @@ class Finetuning(Training[Mixed]):
         options = self.config
         count = sum(each.numel() for each in self.model.parameters())
         lines = {
-            "run": f"{options.out} on {self.here.device}, {self.here.world_size} rank(s), "
+            "run": f"{options.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
             f"{options.precision}",
             "model": f"{options.checkpoint}, {'untrained, ' if options.untrained else ''}"
             f"{count / 1e6:.1f} M parameters, {self.classes} classes",
@@ -256,7 +256,7 @@ class Finetuning(Training[Mixed]):
             f"{self.loader.remainder} skipped each epoch to fill whole batches; {len(self.val)} "
             "to test on",
             "batch": f"{self.optimisation.effective_batch} = {options.batch_size} x "
-            f"{self.here.world_size} rank(s)",
+            f"{self.ranks.world_size} rank(s)",
             **self.optimisation.describe(),
             "layers": f"learning rate x {options.optimiser.layer_decay:g} from block to block",
         }

@@ -34,7 +34,7 @@ class Monitor:
         cache: that knows them.
         sizes: of the model in training.
         threads: CPU threads that decode; None takes the machine's cores.
-        here: the main rank.
+        ranks: the main rank.
         stage: folder to fetch the shards into; see `pipeline.stage`.
 
     Raises:
@@ -48,7 +48,7 @@ class Monitor:
         cache: ScoreCache,
         sizes: ModelConfig,
         threads: int | None,
-        here: Ranks,
+        ranks: Ranks,
         stage: Path | None = None,
     ) -> None:
         self._images = Images(
@@ -58,12 +58,12 @@ class Monitor:
             centre=default_centre(sizes.image_size),
             batch_size=64,
             threads=threads,
-            here=here,
+            ranks=ranks,
         )
         require_labels(self._images)
         self._known, self._tested = part(self._images.table.labels, _TESTED, seed=0)
         with torch.random.fork_rng([]):  # the weights that are drawn here are never used
-            self._encoder = sizes.encoder().to(here.device).eval()
+            self._encoder = sizes.encoder().to(ranks.device).eval()
 
     def look(self, encoder: VisionTransformer, step: int, log: Log) -> None:
         """Measure an encoder as it is; a failure is logged, and training goes on without."""

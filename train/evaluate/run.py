@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from train import checkpoint
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.evaluate.finetune import Finetune, finetune
 from train.evaluate.knn import Knn, knn
 from train.evaluate.probe import Probe, probe
@@ -42,11 +42,11 @@ def run(options: Evaluation) -> dict[str, Value]:
     )
     torch.manual_seed(options.seed)
     encoder, of_run = open_encoder(options), _run_of(options.checkpoint)
-    with ranks(options.device) as here:
-        encoder = encoder.to(here.device)
-        train, val = (open_images(options, encoder, each, here) for each in ("train", "val"))
+    with join_ranks(options.device) as ranks:
+        encoder = encoder.to(ranks.device)
+        train, val = (open_images(options, encoder, each, ranks) for each in ("train", "val"))
         found = dict(evaluator(encoder, train, val, options))
-    if not found or not here.is_main:
+    if not found or not ranks.is_main:
         return found
     values: dict[str, Value] = {"train_images": len(train), "val_images": len(val), **found}
     weights = "untrained" if options.untrained else "ema" if options.ema else "trained"

@@ -97,7 +97,7 @@ class Images:
         centre: share of the shorter side that a crop shows when features are taken.
         batch_size: crops at a time.
         threads: CPU threads that decode; None takes the machine's cores.
-        here: this rank; crops end up on its device.
+        ranks: this rank; crops end up on its device.
     """
 
     table: SampleTable
@@ -106,12 +106,12 @@ class Images:
     centre: float
     batch_size: int
     threads: int | None
-    here: Ranks
+    ranks: Ranks
 
     @property
     def device(self) -> torch.device:
         """What the crops are on."""
-        return self.here.device
+        return self.ranks.device
 
     def __len__(self) -> int:
         return len(self.table)
@@ -149,8 +149,8 @@ class Images:
             self.table,
             config,
             drop_last=False,
-            rank=self.here.rank if own_share else 0,
-            world_size=self.here.world_size if own_share else 1,
+            rank=self.ranks.rank if own_share else 0,
+            world_size=self.ranks.world_size if own_share else 1,
             device=self.device,
             seed=seed,
         )
@@ -189,19 +189,19 @@ class Images:
         return Features(cls, mean, kept if tokens else None, self.table.labels)
 
 
-def open_images(options: Evaluation, encoder: VisionTransformer, name: str, here: Ranks) -> Images:
+def open_images(options: Evaluation, encoder: VisionTransformer, name: str, ranks: Ranks) -> Images:
     """The images of `--train` or `--val`, as that encoder takes them."""
     size = encoder.patch_embed.img_size[0]
     cache = ScoreCache(options.cache, create=True)
-    samples = here.share(lambda: load_samples(getattr(options, name), cache))
+    samples = ranks.share(lambda: load_samples(getattr(options, name), cache))
     return Images(
-        table=stage_shards(samples, cache, options.stage, show=here.is_main),
+        table=stage_shards(samples, cache, options.stage, show=ranks.is_main),
         name=name,
         image_size=size,
         centre=default_centre(size) if options.centre is None else options.centre,
         batch_size=options.batch_size,
         threads=options.threads,
-        here=here,
+        ranks=ranks,
     )
 
 

@@ -22,9 +22,9 @@ class Banked(Signal):
 
     def __init__(self, exponent: float, context: Context) -> None:
         self.exponent, self.grid = exponent, context.grid
-        self._here = context.here
+        self._ranks = context.ranks
         rows = len(context.samples)
-        self.bank = self._here.share(lambda: MapBank(rows, context.grid))
+        self.bank = self._ranks.share(lambda: MapBank(rows, context.grid))
         self._unwritten: tuple[Views, Fetched, int, Fetched | None] | None = None
 
     def look(self, crops: CropBatch, step: int) -> Tensor:
@@ -52,15 +52,15 @@ class Banked(Signal):
 
     def synchronise(self) -> None:
         self._flush()
-        here = self._here
-        nodes = here.gather(here.node)  # also waits for every rank's last write
+        ranks = self._ranks
+        nodes = ranks.gather(ranks.node)  # also waits for every rank's last write
         if len(set(nodes)) > 1:
-            leads = nodes.index(here.node) == here.rank
-            sent = here.gather(self.bank.news() if leads else None)
+            leads = nodes.index(ranks.node) == ranks.rank
+            sent = ranks.gather(self.bank.news() if leads else None)
             for node, news in zip(nodes, sent, strict=True):
-                if leads and news is not None and node != here.node:
+                if leads and news is not None and node != ranks.node:
                     self.bank.merge(*news)
-            here.gather(None)
+            ranks.gather(None)
 
     def state(self) -> dict[str, Any]:
         return self.bank.state()

@@ -20,7 +20,7 @@ class Cached(Signal):
     def __init__(self, slot: ContentConfig, context: Context) -> None:
         self.exponent, self._grid = slot.cached_exponent, context.grid
         self._spec = context.config.spec
-        self._maps = context.here.share(
+        self._maps = context.ranks.share(
             lambda: load_maps(context.samples, context.cache, self._spec)
         )
 

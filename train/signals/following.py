@@ -77,26 +77,27 @@ class FollowedMaps:
         samples: SampleTable,
         cache: ScoreCache,
         encoder: VisionTransformer,
-        here: Ranks,
+        ranks: Ranks,
     ) -> None:
         check_model_kinds(config.refreshed_kinds)
         self.current: Generation | None = None
         self._run, self._config, self._samples, self._cache = run, config, samples, cache
-        self._encoder, self._here, self._grid = encoder, here, config.sizes.grid
+        self._encoder, self._ranks, self._grid = encoder, ranks, config.sizes.grid
         self._kinds = config.refreshed_kinds
         self._source, self._pinned = run, None
         if config.refresh.pin:
             self._source, self._pinned = _parse_pin(config.refresh.pin)
         shape = (len(samples), self._grid, self._grid)
         self._maps = {
-            kind: here.share(lambda: torch.ones(shape, dtype=torch.float16)) for kind in self._kinds
+            kind: ranks.share(lambda: torch.ones(shape, dtype=torch.float16))
+            for kind in self._kinds
         }
-        self._leads = here.gather(here.node).index(here.node) == here.rank
+        self._leads = ranks.gather(ranks.node).index(ranks.node) == ranks.rank
         self._begun, self._told = -1, False
         self._read_ahead: int | None = None
         self._ahead = _Preloader(self._newest, self._load_ahead)
         self._record = Record(config.out / "generations.json", run)
-        if here.is_main:
+        if ranks.is_main:
             if self._record.new:  # what an earlier run left that wrote no checkpoint
                 self._drop_encoders()
             finished_path(config.out).unlink(missing_ok=True)
@@ -104,7 +105,7 @@ class FollowedMaps:
             self._take_up(self._pinned)
         elif self._leads:
             self._ahead.start()
-        here.from_main(self._need)
+        ranks.from_main(self._need)
 
     def read(self, kind: str, crops: CropBatch) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
@@ -124,7 +125,7 @@ class FollowedMaps:
         config = self._config.refresh
         since = epoch - self._config.plain_epochs
         due = epoch > 0 and since >= 0 and since % config.every == 0
-        known, recorded = self._here.from_main(lambda: self._record.at(epoch))
+        known, recorded = self._ranks.from_main(lambda: self._record.at(epoch))
         if due:
             self._on_main(lambda: self._mark(step, log), step, log, must=config.wait)
         if due and config.wait and not known and not self._await(step, stop):
@@ -162,10 +163,10 @@ class FollowedMaps:
 
     def restart(self, epoch: int) -> None:
         """Begin an epoch with what is newest now, whatever the run took up before."""
-        if self._here.is_main:
+        if self._ranks.is_main:
             self._record.forget_from(epoch)
             self._drop_encoders()
-        newest = self._here.from_main(self._newest)
+        newest = self._ranks.from_main(self._newest)
         if newest is not None and (self.current is None or self.current.step != newest.step):
             self._take_up(newest.step)
 
@@ -186,7 +187,7 @@ class FollowedMaps:
     def close(self, *, finished: bool) -> None:
         """Stop reading ahead; if the run is over, tell the job that nothing will follow."""
         self._ahead.stop()
-        if finished and self._here.is_main:
+        if finished and self._ranks.is_main:
             self._drop_encoders()  # no epoch is left that could take up their maps
             finished_path(self._config.out).parent.mkdir(exist_ok=True)
             finished_path(self._config.out).touch()
@@ -194,8 +195,8 @@ class FollowedMaps:
     def _await(self, step: int, stop: Stop) -> bool:
         """Wait for the generation of a step; False if any rank is asked to stop instead."""
         while True:
-            answers = self._here.gather(
-                (self._made(step) if self._here.is_main else None, stop.asked)
+            answers = self._ranks.gather(
+                (self._made(step) if self._ranks.is_main else None, stop.asked)
             )
             made = answers[0][0]
             if isinstance(made, str):
@@ -219,7 +220,7 @@ class FollowedMaps:
     def _agree(self) -> int | None:
         """The step of the newest generation that all machines have read, if it is a newer one."""
         ready = self._ahead.ready
-        offers = self._here.gather((self._leads, ready[0].step if ready else None))
+        offers = self._ranks.gather((self._leads, ready[0].step if ready else None))
         steps = [offer for leads, offer in offers if leads]
         newest = None if None in steps else min(steps)
         current = self.current.step if self.current else -1
@@ -244,7 +245,7 @@ class FollowedMaps:
         if self._leads:
             for kind, held in self._maps.items():
                 held.copy_(maps[kind])
-        self._here.gather(None)  # nobody reads before all have written
+        self._ranks.gather(None)  # nobody reads before all have written
         self._ahead.forget(step)
 
     def _on_main(
@@ -262,7 +263,7 @@ class FollowedMaps:
                 if log:
                     log.event(step, "refresh put off", tell=True, reason=storage.reason(error))
 
-        self._here.from_main(tolerant)
+        self._ranks.from_main(tolerant)
 
     def _note(self, epoch: int, step: int) -> None:
         self._record.write(epoch, step, self.current.step if self.current else None)
@@ -304,7 +305,7 @@ class FollowedMaps:
 
     def _load_ahead(self, generation: Generation) -> dict[str, Tensor]:
         """Read a generation that an epoch may begin with, and keep it from being collected."""
-        if self._here.is_main:
+        if self._ranks.is_main:
             self._read_ahead = generation.step
             self._need()
         return self._load(generation)
@@ -320,7 +321,7 @@ class FollowedMaps:
             step=step,
             sizes=dataclasses.asdict(self._config.sizes),
             weights=self._encoder.state_dict(),
-            config={**self._config.describe(), "device": self._here.device.type},
+            config={**self._config.describe(), "device": self._ranks.device.type},
             kinds=self._kinds,
             urls=self._samples.urls,
         )

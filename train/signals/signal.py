@@ -30,7 +30,7 @@ class Context:
         cache: where score maps are.
         grid: patches a side of a crop.
         encoder: of the model in training.
-        here: this rank among those of the run.
+        ranks: this rank among those of the run.
         followed: the generations of maps that the run takes up, if it has refreshed signals.
     """
 
@@ -40,7 +40,7 @@ class Context:
     cache: ScoreCache
     grid: int
     encoder: VisionTransformer
-    here: Ranks
+    ranks: Ranks
     followed: FollowedMaps | None
 
 

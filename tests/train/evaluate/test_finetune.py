@@ -24,7 +24,7 @@ from train.evaluate.run import open_encoder
 from train.evaluate.run import run as evaluate
 from train.evaluate.trunk import open_images
 
-HERE = Ranks(0, 1, "here", torch.device("cpu"))
+RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
 PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)
 
@@ -126,7 +126,7 @@ def test_other_options_are_refused_and_another_batch_size_is_elastic(make):
 def test_blocks_learn_the_slower_the_nearer_to_the_image(make):
     options = make(optimiser=FinetuneOptimiser(0.05, layer_decay=0.5, warmup_epochs=0))
     encoder = open_encoder(options)
-    images = [open_images(options, encoder, name, HERE) for name in ("train", "val")]
+    images = [open_images(options, encoder, name, RANKS) for name in ("train", "val")]
     run = Finetuning(encoder, *images, options)
     run.optimisation.schedule.step_update(0)
     rate = {

@@ -18,20 +18,20 @@ from train.log import Log
 from train.pretrain import main as pretrain
 from train.timing import Clock
 
-HERE = Ranks(0, 1, "here", torch.device("cpu"))
+RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 SIZES = MODELS["vit_nano"]
 
 
 @pytest.fixture
 def log(tmp_path):
-    log = Log(tmp_path, 0, 10, 8, Clock(HERE.device), "train")
+    log = Log(tmp_path, 0, 10, 8, Clock(RANKS.device), "train")
     yield log
     log.close()
 
 
 @pytest.fixture
 def monitor(scored):
-    return Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, HERE)
+    return Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, RANKS)
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def _lines(folder, event):
 
 
 def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path):
-    images = open_images(options(Evaluation, val=options(Evaluation).train), encoder, "val", HERE)
+    images = open_images(options(Evaluation, val=options(Evaluation).train), encoder, "val", RANKS)
     expected = images.features(encoder.eval())
     encoder.train()
     monitor.look(encoder, 7, log)
@@ -73,7 +73,7 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
 
 def test_nothing_is_drawn_from_the_generator_of_the_training(scored, encoder, log):
     before = torch.get_rng_state()
-    monitor = Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, HERE)
+    monitor = Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, RANKS)
     monitor.look(encoder, 1, log)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -90,7 +90,7 @@ def test_images_without_a_class_are_refused_at_once(scored, tmp_path):
     path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
     score([path], scored.cache, scored.spec)
     with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
-        Monitor([str(path)], scored.cache, SIZES, 1, HERE)
+        Monitor([str(path)], scored.cache, SIZES, 1, RANKS)
 
 
 def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, scored, tmp_path):

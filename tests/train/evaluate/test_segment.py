@@ -13,7 +13,7 @@ from train.evaluate.run import run as evaluate
 from train.evaluate.segment import Segment, segment
 from train.evaluate.trunk import open_images
 
-HERE = Ranks(0, 1, "here", torch.device("cpu"))
+RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def test_squares_are_found_and_the_mean_iou_is_that_of_a_slow_loop(masked, optio
     evaluation = options(
         Segment, train=[masked[0]], val=[masked[1]], steps=60, epochs=1, step_images=8
     )
-    train, val = (open_images(evaluation, encoder, name, HERE) for name in ("train", "val"))
+    train, val = (open_images(evaluation, encoder, name, RANKS) for name in ("train", "val"))
     heads = []
     monkeypatch.setattr(module, "fit", lambda *args: heads.append(_fit(*args)) or heads[-1])
     values = dict(segment(encoder, train, val, evaluation))
@@ -72,7 +72,7 @@ _fit = module.fit
 def test_a_crop_of_no_class_at_all_teaches_nothing(masked, options):
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
     evaluation = options(Segment, train=[masked[0]], steps=3, epochs=1, view=RandomView())
-    train = open_images(evaluation, encoder, "train", HERE)
+    train = open_images(evaluation, encoder, "train", RANKS)
     nothing = encode(np.full((40, 48), IGNORED, np.uint8), "PNG")
     head = module.fit(encoder, train, [nothing] * len(train), 3, evaluation)
     assert all(torch.isfinite(each).all() for each in head.parameters())

@@ -13,7 +13,7 @@ from famt.patches import normalise_images
 from train.distributed import Ranks
 from train.evaluate.trunk import Evaluation, open_images, require_labels, standard_error, top1
 
-HERE = Ranks(0, 1, "here", torch.device("cpu"))
+RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def encoder():
 
 def test_features_are_those_of_each_images_centre(scored, encoder, options):
     evaluation = options(Evaluation, train=scored.shards)
-    images = open_images(evaluation, encoder, "train", HERE)
+    images = open_images(evaluation, encoder, "train", RANKS)
     features = images.features(encoder, tokens=True)
     assert features.cls.shape == features.mean.shape == (26, 96)
     assert features.tokens.shape == (26, 64, 96)
@@ -50,7 +50,7 @@ def test_features_are_those_of_each_images_centre(scored, encoder, options):
 
 
 def test_patch_tokens_are_kept_only_where_they_are_asked_for(encoder, options):
-    images = open_images(options(Evaluation), encoder, "val", HERE)
+    images = open_images(options(Evaluation), encoder, "val", RANKS)
     features = images.features(encoder)
     assert features.tokens is None
     taken = features.take(torch.tensor([4, 0]))
@@ -60,7 +60,7 @@ def test_patch_tokens_are_kept_only_where_they_are_asked_for(encoder, options):
 
 def test_evaluated_shards_are_read_from_where_they_are_staged(scored, encoder, options, tmp_path):
     evaluation = options(Evaluation, train=scored.shards, stage=tmp_path / "disk")
-    images = open_images(evaluation, encoder, "train", HERE)
+    images = open_images(evaluation, encoder, "train", RANKS)
     for shard in scored.shards:
         Path(shard).unlink()
     assert images.features(encoder).cls.isfinite().all()
@@ -72,14 +72,14 @@ def test_images_without_a_class_are_named(scored, encoder, options, tmp_path):
     score([path], scored.cache, scored.spec)
     evaluation = options(Evaluation, train=[str(path)])
     labelled, unlabelled = (
-        open_images(evaluation, encoder, name, HERE) for name in ("val", "train")
+        open_images(evaluation, encoder, name, RANKS) for name in ("val", "train")
     )
     with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
         require_labels(labelled, unlabelled)
 
 
 def test_a_class_of_a_number_that_no_classifier_can_have_is_named(encoder, options):
-    images = open_images(options(Evaluation), encoder, "val", HERE)
+    images = open_images(options(Evaluation), encoder, "val", RANKS)
     images.table.labels[4] = 2_000_000_000
     with pytest.raises(ValueError, match=r"\.tar:.* is of class 2000000000; classes are numbered"):
         require_labels(images)

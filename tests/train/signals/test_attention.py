@@ -12,7 +12,7 @@ from famt.models import MODELS
 from famt.patches import normalise_images
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView, WholeView
 from pipeline.table import load_samples
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.signals.attention import Live, Rolling
 from train.signals.config import AttentionConfig
 
@@ -34,14 +34,14 @@ def _relative(scores):
 
 
 def _live(encoder, **options):
-    with ranks("cpu") as here:
-        return Live(AttentionConfig("live"), context(encoder, range(26), here, **options))
+    with join_ranks("cpu") as ranks:
+        return Live(AttentionConfig("live"), context(encoder, range(26), ranks, **options))
 
 
 def _rolling(encoder, rows, every, **options):
-    with ranks("cpu") as here:
+    with join_ranks("cpu") as ranks:
         slot = AttentionConfig(every=every, **({"image_size": 32} | options))
-        return Rolling(slot, context(encoder, range(rows), here))
+        return Rolling(slot, context(encoder, range(rows), ranks))
 
 
 def test_live_scores_are_those_of_the_last_attention(encoder, scored):
@@ -54,8 +54,8 @@ def test_live_scores_are_those_of_the_last_attention(encoder, scored):
 
 def test_any_score_of_a_model_can_be_live(encoder, scored):
     crops = next(iter(_loader(scored, RandomView())))
-    with ranks("cpu") as here:
-        live = Live(AttentionConfig(kind="token_frequency"), context(encoder, range(26), here))
+    with join_ranks("cpu") as ranks:
+        live = Live(AttentionConfig(kind="token_frequency"), context(encoder, range(26), ranks))
     tokens = last_block(encoder, normalise_images(crops.images))[1]
     torch.testing.assert_close(live.read(crops, 0), token_frequency(tokens))
 

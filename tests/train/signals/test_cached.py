@@ -4,15 +4,15 @@ import torch
 
 from pipeline.join import crop_scores
 from pipeline.table import load_maps
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.pretrain import Run
 from train.signals.config import ContentConfig
 
 
 def test_a_cached_score_is_that_of_the_crops_own_window(config):
     config = dataclasses.replace(config, content=ContentConfig("cached"))
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         crops = next(iter(run.loader))
         maps = load_maps(run.samples, run.context.cache, config.spec)
         assert torch.equal(run.signals[0].read(crops, 0), crop_scores(maps, crops, 8))
@@ -20,8 +20,8 @@ def test_a_cached_score_is_that_of_the_crops_own_window(config):
 
 def test_the_control_gives_every_image_the_map_of_another_always_the_same(config):
     config = dataclasses.replace(config, content=ContentConfig("cached-of-others"))
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         crops = next(iter(run.loader))
         maps = load_maps(run.samples, run.context.cache, config.spec)
         found = run.signals[0].read(crops, 0)

@@ -19,7 +19,7 @@ from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec, encoder_digest
 from pipeline.table import load_maps, load_samples
 from train import checkpoint
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.log import Log
 from train.pretrain import Run, main
 from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
@@ -48,8 +48,8 @@ def _model(seed=0):
 
 def _followed(config, scored, run="run-a", seed=0):
     table = load_samples(scored.shards, scored.cache)
-    with ranks("cpu") as here:
-        return FollowedMaps(run, config, table, scored.cache, _model(seed).encoder, here), table
+    with join_ranks("cpu") as ranks:
+        return FollowedMaps(run, config, table, scored.cache, _model(seed).encoder, ranks), table
 
 
 def _refresh(scored, path, kinds=None):
@@ -201,8 +201,8 @@ def test_the_pixel_score_weighs_until_there_is_a_generation(config, scored):
         content=ContentConfig("cached-then-refreshed", kind="token_frequency"),
         plain_epochs=0,
     )
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         (signal,) = run.signals
         crops = next(iter(run.loader))
         pixels = load_maps(run.samples, scored.cache, scored.spec)
@@ -232,8 +232,8 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
     config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True), epochs=3)
     stop = Stop()
     _ask_when(stop, lambda: any("refresh due" in line for line in _lines(config.out)))
-    with ranks("cpu") as here:
-        Run(config, here).train(stop)
+    with join_ranks("cpu") as ranks:
+        Run(config, ranks).train(stop)
     state = checkpoint.load(config.out)
     assert (state.step, state.epoch) == (3, 1)
     assert state.signals == {"content": {"generation": None}}
@@ -319,8 +319,8 @@ def test_one_pass_of_the_encoder_makes_the_maps_of_all_signals(config, scored):
         content=ContentConfig("refreshed", kind="token_frequency"),
         attention=AttentionConfig("refreshed"),
     )
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         crops = next(iter(run.loader))
         _begin(run, 1, 3)
         generation = _refresh(scored, encoder_path(config.out, 3))

@@ -5,7 +5,7 @@ import torch
 
 from famt.patches import normalise
 from pipeline.join import JoinConfig
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.pretrain import Run
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
 
@@ -20,8 +20,8 @@ def test_a_step_writes_the_ranks_of_its_errors_at_the_cells_of_the_masked_patche
         join=JoinConfig(predicted_share=share),
         accumulate=2,
     )
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         (signal,) = run.signals
         written = []
         signal.bank.write = lambda *what: written.append(what)

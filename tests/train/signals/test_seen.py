@@ -5,7 +5,7 @@ import torch
 
 from famt.patches import normalise
 from pipeline.join import JoinConfig
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.pretrain import Run
 from train.signals.config import AttentionConfig, ContentConfig
 
@@ -15,8 +15,8 @@ def run(config):
     config = dataclasses.replace(
         config, content=ContentConfig("off"), attention=AttentionConfig("seen"), accumulate=2
     )
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         for block in run.model.encoder.blocks:  # away from the flat attention of a fresh model
             block.attn.qkv.weight.data *= 3
         yield run
@@ -82,8 +82,8 @@ def test_a_method_whose_encoder_sees_more_is_refused(config):
         attention=AttentionConfig("seen"),
         join=JoinConfig(mask_ratio=0.6, throw_ratio=0.0),
     )
-    with ranks("cpu") as here:
-        run = Run(simmim, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(simmim, ranks)
         batch = run.prepare(next(iter(run.loader)), 0)
         with pytest.raises(ValueError, match=r"--attention\.source seen: .* use rolling"):
             run.forward_backward(batch)
@@ -92,7 +92,7 @@ def test_a_method_whose_encoder_sees_more_is_refused(config):
 def test_scores_that_need_all_patches_are_refused(config):
     slot = AttentionConfig("seen", kind="token_frequency")
     with (
-        ranks("cpu") as here,
+        join_ranks("cpu") as ranks,
         pytest.raises(ValueError, match=r"--attention\.kind token_frequency"),
     ):
-        Run(dataclasses.replace(config, attention=slot), here)
+        Run(dataclasses.replace(config, attention=slot), ranks)

@@ -4,7 +4,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-from train.distributed import ranks
+from train.distributed import join_ranks
 from train.pretrain import Run
 from train.signals import weights
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
@@ -17,8 +17,8 @@ def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
         content=ContentConfig("cached", cached_exponent=0.5),
         attention=AttentionConfig("live", exponent=2.0),
     )
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         crops = next(iter(run.loader))
         content, attention = (each.read(crops, 0) for each in run.signals)
         found = weigh(read_signals(run.signals, crops, 0), crops, 8)
@@ -30,16 +30,16 @@ def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
 
 
 def test_without_signals_weights_are_uniform(config):
-    with ranks("cpu") as here:
-        run = Run(dataclasses.replace(config, content=ContentConfig("off")), here)
+    with join_ranks("cpu") as ranks:
+        run = Run(dataclasses.replace(config, content=ContentConfig("off")), ranks)
         crops = next(iter(run.loader))
         assert torch.equal(weigh({}, crops, 8), torch.ones(8, 64))
 
 
 def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(config):
     config = dataclasses.replace(config, content=ContentConfig("refreshed"))
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         crops = next(iter(run.loader))
         assert list(read_signals(run.signals, crops, 0)) == ["attention"]
         assert run.prepare(crops, 0).split.masked.shape == (8, 28)
@@ -50,10 +50,10 @@ def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(c
 
 def test_an_unknown_source_names_those_there_are(config):
     with (
-        ranks("cpu") as here,
+        join_ranks("cpu") as ranks,
         pytest.raises(ValueError, match=r"--hardness\.source what: .*errors"),
     ):
-        Run(dataclasses.replace(config, hardness=HardnessConfig("what")), here)
+        Run(dataclasses.replace(config, hardness=HardnessConfig("what")), ranks)
 
 
 def test_a_packages_own_signal_weighs_patches(config, monkeypatch):
@@ -62,8 +62,8 @@ def test_a_packages_own_signal_weighs_patches(config, monkeypatch):
     monkeypatch.syspath_prepend("docs/centre_signal")
     monkeypatch.setattr(weights, "_added", lambda: {"centre": added})
     config = dataclasses.replace(config, content=ContentConfig("centre", exponent=1.0))
-    with ranks("cpu") as here:
-        run = Run(config, here)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
         crops = next(iter(run.loader))
         (scores, exponent) = read_signals(run.signals, crops, 0)["content"]
         assert exponent == 1.0
