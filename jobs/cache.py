@@ -207,17 +207,18 @@ def main(command: Command) -> int:
 
 def _bad_packs(cache: ScoreCache, shard_ids: set[str]) -> int:
     """Read all packs, tell of those that are damaged or differ from the entries of these shards."""
-    names, bad = cache.objects.children("packs"), 0
-    for name in names:
+    good = bad = 0
+    for name in cache.objects.children("packs"):
         try:
             pack = read_pack(cache, name)
             if pack is not None:  # else a job is at work on it, or was killed
                 check_pack(cache, pack, shard_ids)
+                good += 1
         except (CacheError, *storage.UNREACHABLE) as error:
             print(storage.reason(error))
             bad += 1
-    if names:
-        print(f"{len(names) - bad} of {len(names)} packs agree with their entries")
+    if good or bad:
+        print(f"{good} of {good + bad} packs agree with their entries")
     return bad
 
 
