@@ -169,7 +169,7 @@ def test_a_refresh_beside_a_training_that_holds_the_whole_cluster_comes_to_its_e
     scored, tmp_path
 ):
     subprocess.run(
-        _train(scored, tmp_path / "run", "--epochs", "2"),
+        _train(scored, tmp_path / "run", "--epochs", "2", "--precision", "bf16"),
         env=RAY, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     done = subprocess.run(
@@ -179,6 +179,8 @@ def test_a_refresh_beside_a_training_that_holds_the_whole_cluster_comes_to_its_e
     assert done.returncode == 0, done.stderr
     assert "one actor on CPUs at low priority" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == {}
+    (made,) = scored.cache.generations.of(checkpoint.load(tmp_path / "run").run)
+    assert [spec.precision for spec in made.specs] == ["bf16"]  # the run's
 
 
 @pytest.mark.slow

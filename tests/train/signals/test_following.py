@@ -94,7 +94,7 @@ def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config
     assert not list(config.out.glob("refresh/*.pt"))  # a plain epoch
     followed.begin_epoch(1, 3, Stop(), log)
     marked = encoder_path(config.out, 3)
-    assert marked.exists()
+    assert checkpoint.load_encoder(marked).config["device"] == "cpu"  # not "auto"
     assert followed.read(KIND, crops) is None
     generation = _refresh(scored, marked)
     _until(lambda: followed._ahead.ready)
