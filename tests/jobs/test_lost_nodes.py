@@ -1,12 +1,12 @@
 """Training and refresh on one cluster of two nodes, one of which is lost again and again."""
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 
 import numpy as np
 import psutil
@@ -15,12 +15,22 @@ import torch
 from ray_clusters import cluster, lose, processes
 from samples import photo_members, score, tar_bytes
 
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from pipeline.cache import ScoreCache
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ScoreSpec
 from pipeline.table import load_samples
 from train import checkpoint
+from train.checkpoint import Encoder
 from train.signals.following import encoder_path
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A cluster whose head has three CPUs."""
+    with cluster(3) as started:
+        yield started
 
 
 @pytest.fixture
@@ -31,15 +41,6 @@ def shards(tmp_path):
         path = tmp_path / "shards" / f"{number}.tar"
         path.write_bytes(tar_bytes(photo_members(100, 100 * number)))
     return [str(path) for path in sorted((tmp_path / "shards").glob("*.tar"))]
-
-
-def _until(condition, job):
-    for _ in range(9000):
-        if condition():
-            return
-        assert job.poll() is None, "the job ended before it was disturbed"
-        time.sleep(0.02)
-    raise TimeoutError
 
 
 def _refreshes(node):
@@ -64,59 +65,95 @@ def _train(shards, cache, out):
     ]  # fmt: skip
 
 
+class _Job:
+    """A program on the cluster."""
+
+    def __init__(self, command, nodes, folder):
+        self._said, self._log = folder / "said", folder / "log"
+        environment = {**os.environ, "RAY_ADDRESS": nodes.address}
+        with open(self._said, "w") as said, open(self._log, "w") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=said, stderr=log)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+
+    def until(self, condition):
+        for _ in range(9000):
+            if condition():
+                return
+            assert self.process.poll() is None, "it ended before it was disturbed"
+            time.sleep(0.02)
+        raise TimeoutError
+
+    def end(self):
+        """What it says; Ray says more, before it and after."""
+        assert self.process.wait(timeout=600) == 0, self._log.read_text()[-5000:]
+        return self._said.read_text().splitlines()
+
+
 @pytest.mark.slow
-def test_training_and_refresh_come_to_their_end_though_a_node_is_lost_during_each(shards, tmp_path):
+def test_a_training_and_the_refresh_beside_it_outlive_a_node_lost_during_each(
+    nodes, shards, tmp_path
+):
     cache, other, out = tmp_path / "cache", tmp_path / "other", tmp_path / "run"
     score(shards, ScoreCache(str(cache), create=True), ScoreSpec(grid=7))
     shutil.copytree(cache, other)
-    with cluster(3) as nodes, ExitStack() as jobs:
-
-        def start(command):
-            environment = {**os.environ, "RAY_ADDRESS": nodes.address}
-            with open(tmp_path / "said", "w") as said, open(tmp_path / "log", "w") as log:
-                job = subprocess.Popen(command, env=environment, stdout=said, stderr=log)
-            jobs.callback(job.kill)
-            return job
-
-        def end(job):
-            assert job.wait(timeout=300) == 0, (tmp_path / "log").read_text()[-5000:]
-
-        node = nodes.add_node(num_cpus=3)
-        end(start(_train(shards, other, tmp_path / "undisturbed")))
-
-        job = start(_train(shards, cache, out))
-        _until(lambda: max(checkpoint.steps(out), default=0) > 7, job)  # in an epoch
+    node = nodes.add_node(num_cpus=3)
+    with _Job(_train(shards, other, tmp_path / "undisturbed"), nodes, tmp_path) as job:
+        job.end()
+    with _Job(_train(shards, cache, out), nodes, tmp_path) as job:
+        job.until(lambda: max(checkpoint.steps(out), default=0) > 7)  # in an epoch
         lose(nodes, node)
         node = nodes.add_node(num_cpus=3)
         # While the maps are made that both ranks wait for.
-        _until(lambda: encoder_path(out, 18).exists() and _refreshes(node), job)
+        job.until(lambda: encoder_path(out, 18).exists() and _refreshes(node))
         lose(nodes, node)
         node = nodes.add_node(num_cpus=3)
-        end(job)
-        calm, disturbed = checkpoint.load(tmp_path / "undisturbed"), checkpoint.load(out)
-        assert calm.step == disturbed.step == 24
-        assert calm.signals == disturbed.signals == {"content": {"generation": 18}}
-        assert all(torch.equal(calm.model[name], disturbed.model[name]) for name in calm.model)
-        lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-        assert [each.get("event") for each in lines].count("start") == 3
+        job.end()
+    lose(nodes, node)
+    calm, disturbed = checkpoint.load(tmp_path / "undisturbed"), checkpoint.load(out)
+    assert calm.step == disturbed.step == 24
+    assert calm.signals == disturbed.signals == {"content": {"generation": 18}}
+    assert all(torch.equal(calm.model[name], disturbed.model[name]) for name in calm.model)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [each.get("event") for each in lines].count("start") == 3
 
-        refresh = [
-            sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(out),
-            "--kinds", "token_frequency", "--batch-size", "1", "--cpus-per-worker", "2",
-        ]  # fmt: skip
-        job = start(refresh)
-        _until(lambda: _refreshes(node), job)
+
+@pytest.mark.slow
+def test_a_refresh_comes_to_its_end_on_the_nodes_that_are_left(nodes, shards, tmp_path):
+    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    score(shards, cache, ScoreSpec(grid=7))
+    encoder = Encoder(
+        run="run-a",
+        step=7,
+        sizes=dataclasses.asdict(MODELS["vit_nano"]),
+        weights=MaskedAutoencoder(MODELS["vit_nano"]).encoder.state_dict(),
+        config={"cache": cache.url, "precision": "fp32", "device": "cpu"},
+        kinds=["token_frequency"],
+        urls=shards,
+    )
+    checkpoint.save_encoder(tmp_path / "encoder.pt", encoder)
+    node = nodes.add_node(num_cpus=3)
+    command = [
+        sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "encoder.pt"),
+        "--batch-size", "1", "--cpus-per-worker", "2",
+    ]  # fmt: skip
+    with _Job(command, nodes, tmp_path) as job:
+        job.until(lambda: _refreshes(node))
         lose(nodes, node)  # none comes in its place
-        end(job)
-        summary = json.loads((tmp_path / "said").read_text().splitlines()[-1])
-        assert (summary["failed"], summary["images"]) == ({}, 600)
-
-    made = ScoreCache(str(cache))
-    (spec,) = made.generations.of(disturbed.run)[-1].specs
-    found = np.concatenate(made.read_maps(load_samples(shards, made).shard_ids, spec))
-    ranks = ScoreCache(str(other))
-    encoder = checkpoint.load_encoder(out).build()
+        (summary,) = [json.loads(line) for line in job.end() if line.startswith("{")]
+    assert (summary["failed"], summary["images"]) == ({}, 600)
+    (spec,) = cache.generations.of("run-a")[0].specs
+    found = np.concatenate(cache.read_maps(load_samples(shards, cache).shard_ids, spec))
+    plain = ScoreCache(str(tmp_path / "here"), create=True)
+    score(shards, plain, ScoreSpec(grid=7))
     cpu = torch.device("cpu")
-    list(refresh_shards(encoder, shards, ranks, [spec], batch_size=50, threads=1, device=cpu))
-    expected = np.concatenate(ranks.read_maps(load_samples(shards, ranks).shard_ids, spec))
+    list(
+        refresh_shards(encoder.build(), shards, plain, [spec], batch_size=50, threads=1, device=cpu)
+    )
+    expected = np.concatenate(plain.read_maps(load_samples(shards, plain).shard_ids, spec))
     np.testing.assert_allclose(found, expected, atol=2e-3)
