@@ -4,6 +4,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.manifest import CacheError
 from train.distributed import join_ranks
 from train.program import run_program
 from train.streams import Stop
@@ -22,7 +23,7 @@ def main(_: None) -> None:
             if any(ranks.gather(stop.asked)):
                 return
             if deed == "rank 1 errs" and ranks.rank == 1 and n == 5:
-                raise ValueError("no such thing")
+                raise CacheError("no such thing")
             if deed == "rank 1 has a defect" and ranks.rank == 1 and n == 5:
                 raise RuntimeError("a defect")
             time.sleep(0.05)
