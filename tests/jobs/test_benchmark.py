@@ -61,7 +61,7 @@ def test_a_step_is_compared_in_time_and_memory_under_every_method():
         ("loader", {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1}, 4),
         ("attention", {"model": "vit_nano", "batch_size": 8, "rounds": 1, "threads": 1}, 9),
         ("refresh", {"model": "vit_nano", "step_batch_size": 4, "rounds": 1, "threads": 1}, 2),
-        ("scale", {"shards": 3, "images_per_shard": 2}, 3),
+        ("scale", {"shards": 3, "images_per_shard": 2_000}, 3),
     ],
 )
 def test_every_line_holds_a_figure_against_a_bound(scored, name, options, lines):
