@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,14 +32,11 @@ from pipeline.options import Checked
 from pipeline.table import load_samples
 from pipeline.writer import DIGITS
 from train import figures, pretrain, report
-from train.config import Pretrain
+from train.config import Pretrain, parse
 from train.evaluate.probe import Probe
 from train.evaluate.run import run as evaluate
-from train.optimisation import OptimiserConfig
 from train.program import run_program
 from train.signals.config import RefreshConfig
-
-_MODEL = "vit_nano"
 
 
 @dataclass(frozen=True)
@@ -74,25 +71,23 @@ def main(demo: Demo) -> None:
         )
     labels = load_samples(train, ScoreCache(cache)).labels
     images = len(labels)
+    recipe: Pretrain = parse(
+        ["--recipe", "digits", "--shards", *train, "--cache", cache, "--out", str(run)], None
+    )
     epochs = max(1, round(demo.images_seen / images))
+    config = replace(
+        recipe,
+        epochs=epochs,
+        refresh=RefreshConfig(every=max(1, epochs // 4)),
+        batch_size=min(recipe.batch_size, images),
+        # A mirrored digit is another sign; a mirrored photo is a photo.
+        view=recipe.view if demo.data == DIGITS else RandomView(),
+    )
     with (
         _stage("3. FAMT pre-training, with a job beside it that refreshes its scores"),
         following(run, RefreshWorkers(workers=1)),
     ):
-        pretrain.main(
-            Pretrain(
-                shards=train,
-                cache=cache,
-                out=run,
-                model=_MODEL,
-                epochs=epochs,
-                refresh=RefreshConfig(every=max(1, epochs // 4)),
-                batch_size=min(128, images),
-                # A mirrored digit is another sign; a mirrored photo is a photo.
-                view=RandomView(flip=0.0 if demo.data == DIGITS else 0.5),
-                optimiser=OptimiserConfig(base_learning_rate=2e-3, warmup_epochs=5),
-            )
-        )
+        pretrain.main(config)
     ray.shutdown()
     accuracy = {}
     probed = {"trained": False, "untrained": True} if len(labels.unique()) > 1 else {}
