@@ -24,7 +24,7 @@ from annotated_types import Ge
 
 from jobs import make_shards, precompute_freq
 from jobs.refresh_scores import following
-from jobs.refresh_workers import RefreshWorkers
+from jobs.refresh_workers import RefreshWorkers, start_ray
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.loader import RandomView
@@ -66,6 +66,7 @@ def main(demo: Demo) -> None:
             )
         )
     with _stage("2. frequency scores by Ray into the cache"):
+        start_ray()
         precompute_freq.main(
             precompute_freq.PrecomputeFreq(shards=[*train, *val], cache=cache, max_bad=1.0)
         )

@@ -31,13 +31,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import ray
 import tyro
 from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.models import ModelConfig
-from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray
+from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray, start_ray
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.collector import collect_superseded
@@ -91,9 +90,9 @@ def main(args: RefreshScores) -> int:
         raise ValueError("give one of --checkpoint, --follow and --init")
     if args.follow is None:
         encoder = load_encoder(args.checkpoint) if args.checkpoint else initial_encoder(args)
-        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        start_ray()
         return 1 if _refresh(encoder, args) else 0
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    start_ray()
     return follow(args.follow, args)
 
 

@@ -47,6 +47,16 @@ class RefreshWorkers:
     """images at a time"""
 
 
+def start_ray() -> None:
+    """Join the Ray cluster that there is, or start one here for actors beside a training.
+
+    Ray starts workers at niceness 15. Beside a training whose threads hold every core, such an
+    actor took minutes to come up, longer than the run had left.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+
+
 class UnwantedError(Exception):
     """Nobody will take up the generation that is being made."""
 
