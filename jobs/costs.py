@@ -70,13 +70,14 @@ def measured(path: Path, runs: Mapping[str, Pretrain], reference: str) -> dict[s
         reference: name of the run that is the measure of all.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    known = {line["options"]: line for line in lines}
+    against = _told(runs[reference])
+    known = {line["options"]: line for line in lines if line["against"] == against}
     lacking = {name: run for name, run in runs.items() if _told(run) not in known}
     if lacking:
         print(f"timing the steps of {len(lacking)} recipe(s) for {path}", flush=True)
     for name, run in lacking.items():
         cost = dataclasses.asdict(_measure(run, runs[reference]))
-        line = {"recipe": name, **cost, "options": _told(run)}
+        line = {"recipe": name, **cost, "options": _told(run), "against": against}
         known[_told(run)] = line
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
@@ -92,7 +93,7 @@ def _told(run: Pretrain) -> str:
     """What the time of a step may depend on, of all options."""
     unimportant = {
         "shards", "cache", "out", "seed", "epochs", "monitor", "recipe", "monitor_epochs",
-        "picture_epochs", "log_steps", "checkpoint_minutes", "optimiser", "resume", "stage",
+        "picture_epochs", "log_steps", "checkpoint_minutes", "resume", "stage",
     }  # fmt: skip
     told = {name: value for name, value in run.describe().items() if name not in unimportant}
     return json.dumps(told, sort_keys=True)
@@ -101,9 +102,9 @@ def _told(run: Pretrain) -> str:
 def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
     torch.set_num_threads(1)  # its time is the step's work, whatever else the machine does
     weighed = dataclasses.replace(run, plain_epochs=0)
-    if run.refreshed_kinds:  # a refreshed score costs a step what a cached one does: a gather
-        attention = AttentionConfig("off") if run.attention.is_refreshed else run.attention
-        weighed = dataclasses.replace(weighed, content=ContentConfig("cached"), attention=attention)
+    # Scores that are not there yet would leave a plain step; what they add to one is a gather.
+    waited_for = [name for name in _OFF if getattr(run, name).source == "refreshed"]
+    weighed = dataclasses.replace(weighed, **{name: _OFF[name] for name in waited_for})
     timed = {"reference": reference, "weighed": weighed}
     if run.plain_epochs:
         timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.costs import StepCost, measured
+from pipeline.options import FREE, annotated
 from train.config import Pretrain, parse
 from train.history import History
 from train.report import METRICS, last, percent
@@ -64,7 +65,11 @@ class Grid:
 
     def folder(self, row: Row, seed: int) -> Path:
         """Of a run; another one as soon as anything is trained differently."""
-        told = json.dumps([self.train, row.epochs, self.options, row.options])
+        # What the options come to, by whatever recipe: its file may change.
+        options = [
+            (name, value) for name, value, notes in annotated(self.config(row)) if FREE not in notes
+        ]
+        told = json.dumps([self.train, options])
         digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
         return self.out / "runs" / f"{row.name}-{digest}-{seed}"
 

@@ -3,7 +3,7 @@
     python -m jobs.results docs/grids/quick.toml                 # all of it, or what is left of it
     python -m jobs.results docs/grids/quick.toml --minutes 30    # a piece of it
     python -m jobs.results docs/grids/quick.toml --minutes 0     # only the table, from the logs
-    ray job submit --working-dir . -- python -m jobs.results grid.toml --cpus 16 --gpus 1
+    ray job submit --working-dir . -- python -m jobs.results /shared/grid.toml --gpus 8 --cpus 64
 
 A grid is a TOML file; docs/results-grids.md tells what stands in it. First the steps of all rows
 are timed beside the reference's, which takes a few minutes. Then each row is trained with every

@@ -58,3 +58,5 @@ def test_costs_are_measured_once_and_shares_of_the_reference(runs, tmp_path):
     assert measured(path, runs, "famt") == found
     longer = {name: dataclasses.replace(run, epochs=3, seed=1) for name, run in runs.items()}
     assert measured(path, longer, "famt") == found
+    against_another = measured(path, runs, "small")
+    assert against_another["famt"].weighed > 1

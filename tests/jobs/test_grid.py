@@ -108,6 +108,17 @@ def test_only_a_row_that_trains_differently_has_other_folders(path):
     assert same == [False, True, True, True]
 
 
+def test_a_recipe_file_that_changes_what_is_trained_gives_other_folders(path, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    path.write_text(path.read_text().replace("--content.source off", f"--recipe {recipe}"))
+    folders = []
+    for options in ("--fused 0", "--fused 0  # a comment", "--fused 1"):
+        recipe.write_text(f'options = "{options}"')
+        found = load(path)
+        folders.append(found.folder(found.rows[2], 0))
+    assert folders[0] == folders[1] != folders[2]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "error"),
     [
