@@ -95,8 +95,8 @@ def _told(run: Pretrain) -> str:
         "shards", "cache", "out", "seed", "epochs", "monitor", "recipe", "monitor_epochs",
         "picture_epochs", "log_steps", "checkpoint_minutes", "resume", "stage",
     }  # fmt: skip
-    told = {name: value for name, value in run.describe().items() if name not in unimportant}
-    return json.dumps(told, sort_keys=True)
+    told = {name: value for name, value, _ in run.differing() if name not in unimportant}
+    return json.dumps(told, sort_keys=True, default=str)
 
 
 def _measure(run: Pretrain, reference: Pretrain) -> StepCost:

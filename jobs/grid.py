@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.costs import StepCost, measured
-from pipeline.options import FREE, annotated
+from pipeline.options import FREE
 from train.config import Pretrain, parse
 from train.history import History
 from train.report import METRICS, last, percent
@@ -66,9 +66,8 @@ class Grid:
     def folder(self, row: Row, seed: int) -> Path:
         """Of a run; another one as soon as anything is trained differently."""
         # What the options come to, by whatever recipe: its file may change.
-        options = [
-            (name, value) for name, value, notes in annotated(self.config(row)) if FREE not in notes
-        ]
+        differing = self.config(row).differing()
+        options = [(name, value) for name, value, notes in differing if FREE not in notes]
         told = json.dumps([self.train, options])
         digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
         return self.out / "runs" / f"{row.name}-{digest}-{seed}"

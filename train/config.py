@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -16,7 +17,7 @@ from famt.models import MODELS, Decoder, ModelConfig
 from pipeline import storage
 from pipeline.join import JoinConfig
 from pipeline.loader import DecodeConfig, RandomView
-from pipeline.options import ELASTIC, FREE, Checked, Seed
+from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated
 from pipeline.scores import ScoreSpec
 from train import recipe
 from train.optimisation import OptimiserConfig
@@ -173,6 +174,14 @@ class Pretrain(Checked):
     def plain(self) -> JoinConfig:
         """How the method masks where nothing is known of the patches: at random, none thrown."""
         return JoinConfig(mask_ratio=METHODS[self.method].plain_mask_ratio, throw_ratio=0.0)
+
+    def differing(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+        """(dotted name, value, notes) of the options that are not as the code has them by default;
+        an option that is new in the code is not among those of a run from before."""
+        defaults = {name: value for name, value, _ in annotated(type(self)(**_UNSAID))}
+        for name, value, notes in annotated(self):
+            if value != defaults[name]:
+                yield name, value, notes
 
     def describe(self) -> dict[str, Any]:
         """The options as plain data, as checkpoints keep them."""

@@ -5,7 +5,8 @@
 
 A row an image: the crop, the signals, the weights as the run makes them, the split (masked patches
 dark, thrown ones struck out) and the reconstruction. What the run keeps of its own images in banks
-and generations is asked anew of the checkpoint's encoder, for these crops.
+and generations is asked anew of the checkpoint's encoder, for these crops; hardness, which only
+training tells, is left out. The run's own pictures in TensorBoard have it.
 """
 
 from __future__ import annotations

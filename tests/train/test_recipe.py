@@ -187,3 +187,17 @@ def test_every_command_of_a_recipe_is_one_that_its_program_takes(name):
         else:
             tyro.cli(PROGRAMS[program], args=arguments)
     assert ran_with_it
+
+
+def test_options_differ_where_a_run_has_other_than_the_defaults_and_new_ones_do_not():
+    @dataclasses.dataclass(frozen=True)
+    class Newer(Pretrain):
+        novelty: int = 1
+
+    on = {"shards": ["a"], "cache": "c", "out": Path("o")}
+    attention = AttentionConfig(source="seen")
+    for program in (Pretrain, Newer):
+        run = program(**on, epochs=3, attention=attention)
+        assert {name: value for name, value, _ in run.differing()} == {
+            **on, "epochs": 3, "attention.source": "seen"
+        }  # fmt: skip
