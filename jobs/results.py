@@ -105,6 +105,8 @@ def _run_all(
 @ray.remote(max_retries=-1)  # a lost machine's runs go on elsewhere, from their checkpoints
 def _run(grid: Grid, row: Row, seed: int, cpus: int, gpus: int, end: float | None) -> str:
     """What a run still needs, one after the other; returns why it failed, or nothing."""
+    # Ray cancels by SIGINT, which what a shell starts with `&` ignores, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for command in left(grid, row, seed, gpus):
         with _following(grid, row, seed):
             problem = _call(command, grid, cpus, end)

@@ -47,9 +47,9 @@ def data(tmp_path_factory):
     return folder
 
 
-def start(grid, *arguments: str) -> subprocess.Popen[str]:
+def start(grid, *arguments: str, by: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "jobs.results", str(grid), *arguments],
+        [*by, sys.executable, "-m", "jobs.results", str(grid), *arguments],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
@@ -60,6 +60,22 @@ def test_a_grid_that_nothing_was_done_of_needs_every_command(data, tmp_path):
     grid = load(path, lambda file, runs, reference: dict.fromkeys(runs, StepCost(1.0)))
     modules = [[command[2] for command in left(grid, row, 0)] for row in grid.rows]
     assert modules == [["train.pretrain", "train.evaluate"]] * 2
+
+
+@pytest.mark.slow
+def test_a_stop_has_runs_write_a_checkpoint_also_where_a_script_began_them(data, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(out=tmp_path, data=data).replace("epochs = 2", "epochs = 2000"))
+    # A script's `command &` ignores SIGINT, with all that it starts.
+    pieces = start(path, by=("env", "--ignore-signal=INT"))
+    deadline = time.monotonic() + 300
+    while not [*tmp_path.glob("runs/*/log.jsonl")]:
+        assert pieces.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    pieces.terminate()
+    pieces.wait()
+    assert [*tmp_path.glob("runs/*/*.pt")]
 
 
 @pytest.mark.slow
