@@ -76,12 +76,13 @@ class Grid:
 Measure = Callable[[Path, Mapping[str, Pretrain], str], dict[str, StepCost]]
 
 
-def load(path: Path, measure: Measure = measured) -> Grid:
+def load(path: Path, measure: Measure = measured, out: Path | None = None) -> Grid:
     """Read a grid, and find what its steps cost.
 
     Args:
         measure: gives the costs of runs by name; those in `costs.jsonl` in the grid's `out` are
             taken from there.
+        out: folder in place of the grid's own.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -94,7 +95,7 @@ def load(path: Path, measure: Measure = measured) -> Grid:
     try:
         epochs, declared = told.pop("epochs"), told.pop("row")
         rows = [Row(row["name"], row.get("options", ""), epochs, math.nan) for row in declared]
-        grid = Grid(**{**told, "out": Path(told["out"])}, rows=rows)
+        grid = Grid(**{**told, "out": out or Path(told["out"])}, rows=rows)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: a key is missing or unknown: {error}") from None
     if len({row.name for row in rows}) < len(rows):

@@ -49,6 +49,8 @@ class Results(Checked):
 
     grid: Annotated[Path, tyro.conf.Positional]
     """TOML file"""
+    out: Path | None = None
+    """folder of runs, table and page, in place of the one that the file names"""
     minutes: Annotated[float | None, Ge(0)] = None
     """stop after so many; runs go on another time"""
     cpus: Annotated[int, Ge(1)] = 1
@@ -59,7 +61,7 @@ class Results(Checked):
 
 def main(results: Results) -> int:
     """Run what is left of the grid, then write the table; returns 1 if a run failed."""
-    grid = load(results.grid)
+    grid = load(results.grid, out=results.out)
     end = time.time() + 60 * results.minutes if results.minutes is not None else None
     work = [(row, seed) for seed in grid.seeds for row in grid.rows]  # a seed of all rows first
     lacking = [(row, seed) for row, seed in work if left(grid, row, seed)]

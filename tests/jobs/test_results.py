@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from samples import photo_members, score, tar_bytes
 
+from jobs import costs
 from jobs.costs import StepCost
-from jobs.grid import load
-from jobs.results import left
+from jobs.grid import load, table
+from jobs.results import histories, left
 from pipeline.cache import ScoreCache
 from pipeline.scores import ScoreSpec
 
@@ -35,6 +37,8 @@ name = "mae"
 options = "--join.mask-ratio 0.75 --join.throw-ratio 0"
 """
 ROW = '[[row]]\nname = "uniform"\n'
+ROOT = Path(__file__).parents[2]
+TABLES = sorted((ROOT / "docs").glob("results/*/results.md"))
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,18 @@ def test_a_grid_that_nothing_was_done_of_needs_every_command(data, tmp_path):
     grid = load(path, lambda file, runs, reference: dict.fromkeys(runs, StepCost(1.0)))
     modules = [[command[2] for command in left(grid, row, 0)] for row in grid.rows]
     assert modules == [["train.pretrain", "train.evaluate"]] * 2
+
+
+@pytest.mark.parametrize("published", TABLES, ids=lambda path: path.parent.name)
+def test_a_published_table_is_that_of_the_logs_beside_it(published, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("steps of a published grid are to be timed anew")
+
+    monkeypatch.setattr(costs, "_measure", refuse)
+    folder = published.parent
+    grid = load(ROOT / "docs" / "grids" / f"{folder.name}.toml", out=folder)
+    runs = {row.name: histories(grid, row) for row in grid.rows}
+    assert table(grid, runs) == published.read_text()
 
 
 @pytest.mark.slow
