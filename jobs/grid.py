@@ -129,8 +129,8 @@ def table(grid: Grid, runs: dict[str, list[History]]) -> str:
     """Markdown of what the finished runs reached.
 
     A row's cost is its steps times their relative time, as a share of the reference's. `reached at`
-    is the least cost at which its runs' held-out probe, as the monitor saw it, was the reference's
-    last one; a mean over the seeds, of those rows whose seeds all came there.
+    is the least cost at which the held-out probe, as the monitor saw it, was the reference's last
+    one; both are means over seeds.
     """
     known = {
         f"{name} ({where})": (evaluator, start + value)
@@ -185,21 +185,21 @@ def _rules(grid: Grid) -> str:
 
 
 def _reached(row: Row, mine: list[History], reference: list[History], whole: float) -> str:
-    key = "probe_mean"
-    goals = [goal for run in reference if (goal := last(run, "monitor", key)) is not None]
-    if not goals:
+    goal, curve = _monitored(reference), _monitored(mine)
+    if not goal or not curve:
         return "–"
-    goal, costs = statistics.mean(goals), []
-    for run in mine:
-        steps = [
-            each.step
-            for each in run.found
-            if each.evaluator == "monitor" and each.values.get(key, -1.0) >= goal
-        ]
-        if not steps:
-            return "not reached"
-        costs.append(min(steps) * row.cost / whole)
-    return f"{statistics.mean(costs):.2f}"
+    steps = [step for step, value in curve.items() if value >= goal[max(goal)]]
+    return f"{min(steps) * row.cost / whole:.2f}" if steps else "not reached"
+
+
+def _monitored(runs: list[History]) -> dict[int, float]:
+    """Mean over runs of the held-out probe, by the steps at which all of them were looked at."""
+    curves = [
+        {each.step: each.values["probe_mean"] for each in run.found if each.evaluator == "monitor"}
+        for run in runs
+    ]
+    steps = set.intersection(*map(set, curves)) if curves else set()
+    return {step: statistics.mean(curve[step] for curve in curves) for step in steps}
 
 
 def _line(cells: list[str]) -> str:

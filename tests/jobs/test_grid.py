@@ -85,8 +85,10 @@ def test_a_share_of_the_cost_is_spent_on_as_many_epochs_as_it_pays(path):
 
 def test_the_table_holds_means_errors_costs_and_where_the_reference_is_reached(path, tmp_path):
     runs = {
-        "mae": [run(tmp_path, 100, 0.48 + n / 100, [0.2, 0.3, 0.4, 0.5]) for n in range(3)],
-        "famt": [run(tmp_path, 100, 0.5, [0.3, 0.5, 0.55, 0.6]) for _ in range(2)],
+        "mae": [
+            run(tmp_path, 100, 0.48 + n / 100, [0.2, 0.3, 0.4, 0.49 + n / 100]) for n in range(3)
+        ],
+        "famt": [run(tmp_path, 100, 0.5, [0.3, 0.42 + n / 5, 0.55, 0.6]) for n in range(2)],
         "longer": [],
         "shorter": [],
     }
