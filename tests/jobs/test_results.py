@@ -67,7 +67,9 @@ def test_a_grid_that_nothing_was_done_of_needs_every_command(data, tmp_path):
 
 
 @pytest.mark.parametrize("published", TABLES, ids=lambda path: path.parent.name)
-def test_a_published_table_is_that_of_the_logs_beside_it(published, monkeypatch):
+def test_a_published_table_is_that_of_the_logs_beside_it_and_stands_on_the_page(
+    published, monkeypatch
+):
     def refuse(*_):
         raise AssertionError("steps of a published grid are to be timed anew")
 
@@ -75,7 +77,10 @@ def test_a_published_table_is_that_of_the_logs_beside_it(published, monkeypatch)
     folder = published.parent
     grid = load(ROOT / "docs" / "grids" / f"{folder.name}.toml", out=folder)
     runs = {row.name: histories(grid, row) for row in grid.rows}
-    assert table(grid, runs) == published.read_text()
+    told = table(grid, runs)
+    assert told == published.read_text()
+    page = (ROOT / "docs" / "results.md").read_text().splitlines()
+    assert {line for line in told.splitlines() if line.startswith("|")} <= set(page)
 
 
 @pytest.mark.slow
