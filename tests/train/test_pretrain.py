@@ -611,8 +611,10 @@ def test_ranks_on_a_slow_disk_end_within_30_s_and_say_why(config, machines, sent
 
 def _losses(folder):
     path = folder / "log.jsonl"
-    return (
-        [line for line in path.read_text().splitlines() if "loss" in line] if path.exists() else []
+    return (  # of log points; a start's options have "loss_exponent"
+        [line for line in path.read_text().splitlines() if '"loss":' in line]
+        if path.exists()
+        else []
     )
 
 
