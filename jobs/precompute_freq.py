@@ -139,12 +139,24 @@ def _run_once(args: PrecomputeFreq) -> int:
             bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
             bar.update()
             if time.monotonic() - published > _PUBLISH_EVERY:
-                publish(unpublished, cache)
-                unpublished.clear()
+                try_publish(unpublished, cache)
                 published = time.monotonic()
-    publish(unpublished, cache)
+    if problem := try_publish(unpublished, cache):
+        for report in unpublished:
+            failed[report.url] = problem
+            print(f"failed: {report.url}: {problem}", file=sys.stderr)
     _pack([url for url in urls if url not in failed], cache, args.spec)
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
+
+
+def try_publish(reports: list[ShardReport], cache: ScoreCache) -> str:
+    """Make shards known and empty the list; returns why that can't be done now, or nothing."""
+    try:
+        publish(reports, cache)
+    except storage.UNREACHABLE as error:
+        return f"scored, but not in the manifest: {storage.reason(error)}"
+    reports.clear()
+    return ""
 
 
 def _pack(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> None:

@@ -15,7 +15,7 @@ import pytest
 from ray_clusters import cluster, lose
 from samples import photo_members, tar_bytes
 
-from jobs.precompute_freq import PrecomputeFreq, main
+from jobs.precompute_freq import PrecomputeFreq, main, try_publish
 from pipeline.cache import ScoreCache
 from pipeline.precompute import precompute_shard
 from pipeline.scores import ScoreSpec
@@ -182,6 +182,22 @@ def test_a_job_on_a_full_disk_fails_and_finishes_when_there_is_room(shards, smal
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
     assert main(PrecomputeFreq([str(shards)], str(small_disk / "cache"), spec=spec)) == 0
     assert len(load_samples([str(shards)], ScoreCache(str(small_disk / "cache")))) == IMAGES
+
+
+def test_a_scored_shard_that_cannot_be_published_waits_for_the_next_try(shards, small_disk, spec):
+    cache = ScoreCache(str(small_disk / "cache"), create=True)
+    url = str(shards / "train-00.tar")
+    reports = [precompute_shard(url, cache, spec)]
+    fill = small_disk / "fill"
+    with pytest.raises(OSError, match="No space left"):
+        fill.write_bytes(bytes(200_000))
+    assert "No space left" in try_publish(reports, cache)
+    assert len(reports) == 1
+    assert not cache.manifests.lookup([url])
+    fill.unlink()
+    assert try_publish(reports, cache) == ""
+    assert not reports
+    assert url in cache.manifests.lookup([url])
 
 
 def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
