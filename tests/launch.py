@@ -6,28 +6,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-_PROGRAMS = Path(__file__).parent / "programs"
+_TESTS = Path(__file__).parent
 
 
 def program_file(name: str) -> str:
     """The path of a program in `tests/programs`."""
-    return str(_PROGRAMS / f"{name}.py")
+    return str(_TESTS / "programs" / f"{name}.py")
 
 
 def launch(
     program: str, *arguments: str, machines: list[str], **environment: str
 ) -> list[subprocess.Popen[str]]:
-    """Start a file or module in as many ranks as `machines` names, each on the one of that name."""
+    """Start a file or module in as many ranks as `machines` names, each on the one of that name.
+
+    A file may import what helps the tests, as they do.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # The project first: folders of tests have the names of its packages.
+    path = [str(_TESTS.parent), str(_TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return [
         subprocess.Popen(
             [sys.executable, program_file("on_machine"), machine, program, *arguments],
             env={
                 **os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(machines)),
                 "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1", **environment,
+                "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path),
+                **environment,
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
