@@ -76,9 +76,9 @@ def _agreement(jpegs: list[bytes], spec: ScoreSpec) -> Report:
     for jpeg in jpegs:
         with Image.open(io.BytesIO(jpeg)) as image:
             whole = image.convert("RGB").resize((spec.size,) * 2, Image.Resampling.BOX)
-            full.append(torch.from_numpy(np.array(whole)))
-    scaled = [torch.from_numpy(decode(jpeg, spec.size)) for jpeg in jpegs]
-    a, b = (spec.score(torch.stack(each)).flatten(1) for each in (scaled, full))
+            full.append(np.array(whole))
+    scaled = [decode(jpeg, spec.size) for jpeg in jpegs]
+    a, b = (spec.score(torch.from_numpy(np.stack(each))).flatten(1) for each in (scaled, full))
     correlations = measure.rank_correlations(a, b)
     return {
         **measure.line(
