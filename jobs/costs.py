@@ -94,6 +94,7 @@ def _told(run: Pretrain) -> str:
     unimportant = {
         "shards", "cache", "out", "seed", "epochs", "monitor", "recipe", "monitor_epochs",
         "picture_epochs", "log_steps", "checkpoint_minutes", "resume", "stage",
+        "optimiser.base_learning_rate", "optimiser.weight_decay", "optimiser.warmup_epochs",
     }  # fmt: skip
     told = {name: value for name, value, _ in run.differing() if name not in unimportant}
     return json.dumps(told, sort_keys=True, default=str)
