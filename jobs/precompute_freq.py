@@ -12,8 +12,8 @@ last.
 A tar that is cut off or broken gives what stands before the damage; every run that is given it says
 so. What was quarantined stays so until --retry-bad judges it again, say by newer decoders.
 
-Exit code: 0 done; 1 a tar could not be scored, or more images are bad than --max-bad allows, or
-more tars damaged than --max-damaged allows, now or by an earlier run.
+Exit code: 0 done; 1 a tar could not be scored or made known in the cache, or more images are bad
+than --max-bad allows, or more tars damaged than --max-damaged allows, now or by an earlier run.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def _run_once(args: PrecomputeFreq) -> int:
             bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
             bar.update()
             if time.monotonic() - published > _PUBLISH_EVERY:
-                try_publish(unpublished, cache)
+                try_publish(unpublished, cache)  # what can't be published waits for the next time
                 published = time.monotonic()
     if problem := try_publish(unpublished, cache):
         for report in unpublished:
@@ -154,7 +154,8 @@ def try_publish(reports: list[ShardReport], cache: ScoreCache) -> str:
     try:
         publish(reports, cache)
     except storage.UNREACHABLE as error:
-        return f"scored, but not in the manifest: {storage.reason(error)}"
+        reason = storage.reason(error)
+        return f"scored, but not in the manifest: {reason}; run it again, nothing is scored twice"
     reports.clear()
     return ""
 
