@@ -40,7 +40,7 @@ class Pretrain(Checked):
     stage: Annotated[Path | None, FREE] = None
     """folder on a fast local disk that each machine fetches its shards into before it begins; what
     is there of any earlier run is used"""
-    recipe: Annotated[str, FREE] = "famt"
+    recipe: Annotated[str, FREE] = recipe.DEFAULT
     """sets the defaults of other options: one of those above, or the path of a file of your own"""
     init: str | None = None
     """begin with these weights in place of random ones: a run, an MAE checkpoint, a file or folder
@@ -220,7 +220,7 @@ def parse(
     Raises:
         ValueError: the recipe is not there, or its file is wrong; names the file.
     """
-    name = "famt"
+    name = recipe.DEFAULT
     for position, argument in enumerate(arguments):
         if argument == "--recipe" and position + 1 < len(arguments):
             name = arguments[position + 1]

@@ -7,7 +7,8 @@
     cost = "8 minutes on 2 CPU cores"
     result = "not measured yet"
 
-Every key may be left out. `extends` names one of ours, or a file beside the recipe's own.
+Every key may be left out. `extends` names one of ours, or a file beside the recipe's own; without
+it a recipe builds on the default one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+
+DEFAULT = "uniform"
+"""The recipe of a run that names none."""
 
 _FOLDER = Path(__file__).parent / "recipes"
 _TEXTS = ("about", "options", "commands", "cost", "result")
@@ -27,7 +31,7 @@ class Recipe:
 
     Attributes:
         path: of the file.
-        extends: what it builds on, if anything.
+        extends: what it builds on; the default recipe alone builds on nothing.
         options: words of the command line; shell comments are taken out.
         about, commands, cost, result: text; "" where the file says nothing.
     """
@@ -95,10 +99,11 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
     if any(each.partition("=")[0] == "--recipe" for each in options):
         raise ValueError(f"{path}: options: say extends = ... in place of --recipe")
     base = None
-    if "extends" in told:
-        found = _find(told["extends"], path.parent, f"{path}: extends")
+    if "extends" in told or path != _FOLDER / f"{DEFAULT}.toml":
+        extends = told.get("extends", DEFAULT)
+        found = _find(extends, path.parent, f"{path}: extends")
         above = (*above, path.resolve())
         if found.resolve() in above:
-            raise ValueError(f"{path}: extends {told['extends']}, which builds on this one")
+            raise ValueError(f"{path}: extends {extends}, which builds on this one")
         base = _read(found, above)
     return Recipe(path, base, options, **texts)

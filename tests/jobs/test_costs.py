@@ -10,7 +10,8 @@ from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
 
 
 def options(*arguments: str) -> Pretrain:
-    return parse(["--shards", "a.tar", "--cache", "scores", "--out", "run", *arguments], None)
+    inputs = ["--shards", "a.tar", "--cache", "scores", "--out", "run"]
+    return parse(["--recipe", "famt", *inputs, *arguments], None)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ cache = "scores"
 reference = "mae"
 seeds = [0, 1, 2]
 epochs = 10
-options = "--model vit_nano"
+options = "--recipe famt --model vit_nano"
 
 [evaluations]
 probe = ""

@@ -28,9 +28,9 @@ def _workers(job):
 def _command(scored, out, *more):
     return [
         sys.executable, "jobs/pretrain.py", "--shards", *scored.shards, "--cache", scored.cache.url,
-        "--out", str(out), "--model", "vit_nano", "--epochs", "8", "--batch-size", "4",
-        "--spec.grid", "7", "--log-steps", "1", "--checkpoint-minutes", "0", "--workers", "2",
-        *more,
+        "--out", str(out), "--recipe", "famt", "--model", "vit_nano", "--epochs", "8",
+        "--batch-size", "4", "--spec.grid", "7", "--log-steps", "1", "--checkpoint-minutes", "0",
+        "--workers", "2", *more,
     ]  # fmt: skip
 
 

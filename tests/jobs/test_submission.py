@@ -67,9 +67,9 @@ def test_scoring_and_training_run_by_ray_job_submit_from_a_checkout_full_of_othe
     ):
         submit("jobs/precompute_freq.py", *inputs)
         shown = submit(
-            "jobs/pretrain.py", *inputs, "--out", str(tmp_path / "run"), "--model", "vit_nano",
-            "--epochs", "2", "--batch-size", "8", "--refresh.every", "1", "--workers", "1",
-            "--threads", "1",
+            "jobs/pretrain.py", *inputs, "--out", str(tmp_path / "run"), "--recipe", "famt",
+            "--model", "vit_nano", "--epochs", "2", "--batch-size", "8", "--refresh.every", "1",
+            "--workers", "1", "--threads", "1",
         )  # fmt: skip
     assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == 24
     assert checkpoint.load(tmp_path / "run").step == 6

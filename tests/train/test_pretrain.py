@@ -398,7 +398,6 @@ def test_plain_mae_needs_no_score_maps(config, scored, tmp_path):
 
 def test_single_options_override_the_recipe():
     base = ["--shards", "a", "--cache", "c", "--out", "o"]
-    assert parse([*base], None).join.mask_ratio == 0.45
     mae = parse([*base, "--recipe=mae", "--join.mask-ratio", "0.6"], None)
     assert mae.join == JoinConfig(0.6, 0.0)
 
@@ -413,7 +412,18 @@ def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(config):
 
 
 def test_a_size_on_the_command_line_overrides_the_models():
-    base = ["--shards", "a", "--cache", "c", "--out", "o", "--model", "vit_small"]
+    base = [
+        "--recipe",
+        "mae",
+        "--shards",
+        "a",
+        "--cache",
+        "c",
+        "--out",
+        "o",
+        "--model",
+        "vit_small",
+    ]
     assert parse(base, None).sizes == MODELS["vit_small"]
     given = parse([*base, "--image-size", "96", "--patch-size", "8"], None).sizes
     assert (given.grid, given.width, given.depth) == (12, 384, 12)
@@ -478,9 +488,9 @@ def test_bf16_trains(config):
 def _command(config, *more):
     return [
         "-m", "train.pretrain", "--shards", *config.shards, "--cache", config.cache,
-        "--model", "vit_nano", "--epochs", "6", "--batch-size", "4", "--spec.grid", "7",
-        "--device", "cpu", "--threads", "1", "--log-steps", "1", "--checkpoint-minutes", "0",
-        *more,
+        "--recipe", "famt", "--model", "vit_nano", "--epochs", "6", "--batch-size", "4",
+        "--spec.grid", "7", "--device", "cpu", "--threads", "1", "--log-steps", "1",
+        "--checkpoint-minutes", "0", *more,
     ]  # fmt: skip
 
 

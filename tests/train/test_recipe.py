@@ -10,6 +10,7 @@ from jobs.make_shards import MakeShards
 from jobs.precompute_freq import PrecomputeFreq
 from jobs.pretrain import RayPretrain
 from jobs.refresh_scores import RefreshScores
+from pipeline.join import JoinConfig
 from pipeline.options import FREE, annotated
 from train import recipe
 from train.config import Pretrain, parse
@@ -40,9 +41,8 @@ def test_every_recipe_is_one_that_the_program_takes_and_says_what_comes_of_it(na
     assert len(told.about) <= 80
 
 
-def test_the_default_recipe_spells_out_the_defaults():
-    defaults = Pretrain(shards=["a"], cache="c", out=Path("o"))
-    assert _parse("famt") == parse(ON, None) == defaults
+def test_a_run_that_names_no_recipe_has_the_default_one():
+    assert parse(ON, None) == _parse("uniform")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,8 @@ def test_the_published_methods_are_as_published(
 ):
     config = _parse(name)
     assert (config.method, config.plain_epochs) == (method, plain_epochs)
-    assert (config.join.mask_ratio, config.join.throw_ratio) == (masked, thrown)
+    assert config.join == JoinConfig(masked, thrown)
+    assert config.decoder == "self"
     assert (config.content.source, config.attention.source) == (content, attention)
     kinds = {"famt-paper": "frequency_attention", "amt": "cls_attention"}
     assert config.refreshed_kinds == [
@@ -77,6 +78,7 @@ def test_a_file_of_ones_own_builds_on_ours_and_on_files_beside_it(tmp_path, monk
         'extends = "small.toml"\noptions = """\n--epochs 9  # longer\n--fused 0 2"""',
     )
     config = _parse(own, "--fused", "1")
+    assert config.join == JoinConfig(0.75, 0.0)
     assert (config.recipe, config.model, config.epochs) == (str(own), "vit_nano", 9)
     assert config.fused == (1,)
     assert config.content == ContentConfig(source="off")
@@ -84,6 +86,11 @@ def test_a_file_of_ones_own_builds_on_ours_and_on_files_beside_it(tmp_path, monk
     monkeypatch.chdir(tmp_path)
     relative = parse(["--recipe=own.toml", *ON], None)
     assert dataclasses.replace(relative, recipe=str(own)) == _parse(own)
+
+
+def test_a_file_that_builds_on_nothing_builds_on_the_default_recipe(tmp_path):
+    own = _write(tmp_path / "own.toml", "options = '--epochs 9'")
+    assert _parse(own) == dataclasses.replace(parse(ON, None), recipe=str(own), epochs=9)
 
 
 def test_a_run_goes_on_under_another_name_of_its_options(tmp_path):
