@@ -99,7 +99,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
     if any(each.partition("=")[0] == "--recipe" for each in options):
         raise ValueError(f"{path}: options: say extends = ... in place of --recipe")
     base = None
-    if "extends" in told or path != _FOLDER / f"{DEFAULT}.toml":
+    if "extends" in told or not path.samefile(_FOLDER / f"{DEFAULT}.toml"):
         extends = told.get("extends", DEFAULT)
         found = _find(extends, path.parent, f"{path}: extends")
         above = (*above, path.resolve())

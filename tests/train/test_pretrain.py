@@ -412,18 +412,7 @@ def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(config):
 
 
 def test_a_size_on_the_command_line_overrides_the_models():
-    base = [
-        "--recipe",
-        "mae",
-        "--shards",
-        "a",
-        "--cache",
-        "c",
-        "--out",
-        "o",
-        "--model",
-        "vit_small",
-    ]
+    base = ["--recipe=mae", "--shards=a", "--cache=c", "--out=o", "--model=vit_small"]
     assert parse(base, None).sizes == MODELS["vit_small"]
     given = parse([*base, "--image-size", "96", "--patch-size", "8"], None).sizes
     assert (given.grid, given.width, given.depth) == (12, 384, 12)

@@ -43,6 +43,8 @@ def test_every_recipe_is_one_that_the_program_takes_and_says_what_comes_of_it(na
 
 def test_a_run_that_names_no_recipe_has_the_default_one():
     assert parse(ON, None) == _parse("uniform")
+    by_path = recipe.load("train/recipes/uniform.toml")
+    assert by_path.options == recipe.load("uniform").options
 
 
 @pytest.mark.parametrize(
