@@ -48,7 +48,12 @@ from train.checkpoint import Encoder, load_encoder
 from train.initial import build_initial_encoder
 from train.program import is_users, run_program
 from train.signals.config import ContentConfig
-from train.signals.following import failed_path, finished_path, marked_encoders
+from train.signals.following import (
+    failed_path,
+    finished_path,
+    marked_encoders,
+    write_failure,
+)
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds
@@ -160,7 +165,7 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
             if failure:
                 retry_at = time.monotonic() + _RETRY
                 with contextlib.suppress(OSError):
-                    failed_path(path).write_text(f"{failure}\n")
+                    write_failure(path, failure)
                 tqdm.write(f"{path}: {failure}", file=sys.stderr)
             else:
                 failed_path(path).unlink(missing_ok=True)

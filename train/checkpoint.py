@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
-import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
 from pipeline.storage import reason
+from train.files import written_whole
 from train.signals.config import AttentionConfig, ContentConfig
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
@@ -99,7 +98,8 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         OSError: the disk is full, say; earlier checkpoints are untouched.
     """
     path = folder / f"checkpoint-{checkpoint.step:08d}.pt"
-    _write(path, vars(checkpoint))
+    with written_whole(path) as file:
+        torch.save(vars(checkpoint), file)
     for old in files(folder)[:-keep]:
         old.unlink()
     return path
@@ -112,7 +112,8 @@ def save_encoder(path: Path, encoder: Encoder) -> None:
         OSError: the disk is full, say.
     """
     path.parent.mkdir(exist_ok=True)
-    _write(path, vars(encoder))
+    with written_whole(path) as file:
+        torch.save(vars(encoder), file)
 
 
 def load_encoder(path: Path) -> Encoder:
@@ -189,24 +190,6 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
             raise ValueError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
         model.encoder.load_state_dict(checkpoint.ema)
     return model.eval()
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that appears under its name only when it is complete and on disk."""
-    partial = path.with_suffix(".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        room = shutil.disk_usage(path.parent).free
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            f"{path}: could not be written, earlier checkpoints stand; {room / 1e6:.0f} MB were "
-            f"free ({reason(error)})"
-        ) from error
 
 
 def _read(path: Path, *, verified: bool = False) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from train.files import written_whole
 from train.timing import Clock
 
 
@@ -45,9 +46,8 @@ class Log:
         if self._path.exists():
             lines = self._path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if _step_of(line) <= step]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept))
-            partial.replace(self._path)
+            with written_whole(self._path) as file:
+                file.write("".join(f"{line}\n" for line in kept).encode())
         self._board = SummaryWriter(str(folder), purge_step=step)
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", mininterval=1)
         self._since, self._steps = time.perf_counter(), 0

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import psutil
 import pytest
@@ -209,21 +210,34 @@ def test_a_lost_worker_is_replaced(scored, tmp_path):
     assert [each.step for each in scored.cache.generations.of(run)] == [6]
 
 
+@contextmanager
 def _follow_here(monkeypatch, out, outcomes):
-    """Follow in this process, where a generation is made, or fails, at once."""
+    """Follow in this process, where a generation is made, or fails, at once.
+
+    Gives what was tried so far: an encoder, and the reason that the run is then told.
+    """
     tried = []
 
     def make(path, args, over):
-        tried.append(path.read_bytes())
+        failed = failed_path(path)
+        tried.append((path.read_bytes(), failed.read_text() if failed.exists() else None))
         return outcomes.pop(0) if outcomes else None
 
     monkeypatch.setattr(refresh_scores, "_try", make)
     monkeypatch.setattr(refresh_scores, "_POLL", 0.01)
     monkeypatch.setattr(refresh_scores, "_RETRY", 0.05)
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(follow(out, RefreshScores(follow=out))))
+    left, codes = threading.Event(), []
+    args = RefreshScores(follow=out)
+    thread = threading.Thread(target=lambda: codes.append(follow(out, args, left)), daemon=True)
     thread.start()
-    return tried, thread, codes
+    try:
+        yield tried
+        finished_path(out).touch()
+        thread.join(60)
+        assert codes == [0]
+    finally:
+        left.set()
+        thread.join(60)
 
 
 def test_a_follower_scores_each_encoder_once_though_a_new_run_repeats_its_name(
@@ -232,28 +246,21 @@ def test_a_follower_scores_each_encoder_once_though_a_new_run_repeats_its_name(
     path = encoder_path(tmp_path, 14)
     path.parent.mkdir()
     path.write_bytes(b"first")
-    tried, thread, codes = _follow_here(monkeypatch, tmp_path, [])
-    _until(lambda: tried == [b"first"])
-    path.unlink()
-    path.with_suffix(".new").write_bytes(b"second")
-    path.with_suffix(".new").rename(path)
-    _until(lambda: tried == [b"first", b"second"])
-    finished_path(tmp_path).touch()
-    thread.join()
-    assert codes == [0]
+    with _follow_here(monkeypatch, tmp_path, []) as tried:
+        _until(lambda: tried == [(b"first", None)])
+        path.unlink()
+        path.with_suffix(".new").write_bytes(b"second")
+        path.with_suffix(".new").rename(path)
+        _until(lambda: tried == [(b"first", None), (b"second", None)])
 
 
 def test_a_follower_says_why_it_failed_and_tries_again(tmp_path, monkeypatch):
     path = encoder_path(tmp_path, 14)
     path.parent.mkdir()
     path.write_bytes(b"first")
-    tried, thread, codes = _follow_here(monkeypatch, tmp_path, ["a tar is gone"])
-    _until(lambda: failed_path(path).exists())
-    assert failed_path(path).read_text() == "a tar is gone\n"
-    _until(lambda: len(tried) == 2 and not failed_path(path).exists())
-    finished_path(tmp_path).touch()
-    thread.join()
-    assert codes == [0]
+    with _follow_here(monkeypatch, tmp_path, ["a tar is gone"]) as tried:
+        _until(lambda: len(tried) == 2 and not failed_path(path).exists())
+        assert tried == [(b"first", None), (b"first", "a tar is gone\n")]
 
 
 def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):

@@ -183,7 +183,7 @@ def test_a_writer_that_comes_too_late_makes_the_entry_again(cache):
         found.append(other.has_entry(_id(1), None))
 
     with cache.notices.posted([f"shards/{_id(1)}"]):
-        writer = threading.Thread(target=write)
+        writer = threading.Thread(target=write, daemon=True)
         writer.start()
         time.sleep(0.3)
         cache.objects.delete([each.path for each in cache.objects.below(f"shards/{_id(1)}")])
@@ -309,7 +309,7 @@ def test_thirty_jobs_beside_collections_without_an_age_limit_lose_nothing(tmp_pa
 
     jobs = [(score, 12), (refresh, 8), (train, 10), (gc, 2)]
     threads = [
-        threading.Thread(target=job, args=(work, number))
+        threading.Thread(target=job, args=(work, number), daemon=True)
         for work, count in jobs
         for number in range(count)
     ]

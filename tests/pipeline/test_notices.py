@@ -25,7 +25,7 @@ def test_a_writer_waits_while_its_objects_may_be_deleted(objects, doomed):
         events.append("waited")
 
     with Notices(objects).posted([doomed, "shards/other"]):
-        thread = threading.Thread(target=writer)
+        thread = threading.Thread(target=writer, daemon=True)
         thread.start()
         time.sleep(0.3)
         events.append("deleted")
@@ -81,7 +81,7 @@ def test_who_claims_a_spec_waits_for_any_collection_of_maps(objects):
         events.append("claimed")
 
     with Notices(objects).posted([f"{ENTRY}/lowpass-0123456789ab"]):
-        thread = threading.Thread(target=writer)
+        thread = threading.Thread(target=writer, daemon=True)
         thread.start()
         time.sleep(0.3)
         events.append("deleted")

@@ -26,7 +26,7 @@ def test_a_thread_that_may_not_handle_signals_runs_without():
         with Stop() as stop:
             asked.append(stop.asked)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join()
     assert asked == [False]

@@ -32,6 +32,7 @@ from train import checkpoint
 from train.checkpoint import Encoder
 from train.config import Pretrain
 from train.distributed import Ranks
+from train.files import written_whole
 from train.log import Log
 from train.signals.record import Record
 from train.streams import Stop
@@ -52,6 +53,12 @@ def marked_encoders(out: Path) -> list[Path]:
 def failed_path(encoder: Path) -> Path:
     """Where the job writes why it could not make a generation of an encoder."""
     return encoder.with_suffix(".failed")
+
+
+def write_failure(encoder: Path, why: str) -> None:
+    """Tell the run why no generation could be made of an encoder."""
+    with written_whole(failed_path(encoder)) as file:
+        file.write(f"{why}\n".encode())
 
 
 def finished_path(out: Path) -> Path:
@@ -213,7 +220,7 @@ class FollowedMaps:
             return True
         failed = failed_path(encoder_path(self._config.out, step))
         try:
-            return failed.read_text().strip() or False
+            return failed.read_text().strip()
         except FileNotFoundError:
             return False
 

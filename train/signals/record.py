@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from train.files import written_whole
 
 
 class Record:
@@ -53,9 +54,5 @@ class Record:
     def write(self, epoch: int, step: int, generation: int | None) -> None:
         """Write down with which generation an epoch begins."""
         self._epochs[str(epoch)] = (step, generation)
-        partial = self._path.with_suffix(".partial")
-        with open(partial, "w") as file:
-            file.write(json.dumps({"run": self._run, "epochs": self._epochs}))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path)
+        with written_whole(self._path) as file:
+            file.write(json.dumps({"run": self._run, "epochs": self._epochs}).encode())

@@ -23,7 +23,7 @@ from train.distributed import join_ranks
 from train.log import Log
 from train.pretrain import Run, main
 from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
-from train.signals.following import FollowedMaps, encoder_path, failed_path, finished_path
+from train.signals.following import FollowedMaps, encoder_path, finished_path, write_failure
 from train.streams import Stop
 from train.timing import Clock
 
@@ -225,7 +225,7 @@ def _ask_when(stop, condition):
         _until(condition)
         stop.asked = True
 
-    threading.Thread(target=ask).start()
+    threading.Thread(target=ask, daemon=True).start()
 
 
 def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
@@ -245,9 +245,9 @@ def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(config):
 
     def fail():
         _until(encoder_path(config.out, 3).exists)
-        failed_path(encoder_path(config.out, 3)).write_text("no room on the cluster")
+        write_failure(encoder_path(config.out, 3), "no room on the cluster")
 
-    threading.Thread(target=fail).start()
+    threading.Thread(target=fail, daemon=True).start()
     with pytest.raises(OSError, match="no generation of step 3 was made: no room on the cluster"):
         main(config)
 

@@ -55,6 +55,6 @@ def test_a_damaged_file_is_named(path, text):
 
 
 def test_a_write_that_was_cut_off_leaves_the_record_before_it(path):
-    path.with_suffix(".partial").write_text('{"run"')
+    path.with_name(f"{path.name}.partial").write_text('{"run"')
     assert json.loads(path.read_text())["run"] == "run-a"
     assert Record(path, "run-a").at(3) == (True, 20)
