@@ -21,7 +21,7 @@ from famt.frequency import (
 
 
 @pytest.mark.parametrize("kind", PIXEL_KINDS)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 1000),
     height=st.integers(8, 70),

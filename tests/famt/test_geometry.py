@@ -28,7 +28,7 @@ def _supersampled(scores, window, flip, grid, samples=60):
     return result
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(windows, st.booleans(), st.integers(1, 6), st.integers(2, 7), st.integers(0, 99))
 def test_a_crop_equals_a_brute_force_area_mean(window, flip, grid, side, seed):
     maps = torch.rand(1, side, side, dtype=torch.float64,
@@ -43,7 +43,6 @@ def test_the_full_window_is_the_identity(side, seed):
     torch.testing.assert_close(_crop(maps, (0.0, 0.0, 1.0, 1.0), False, side), maps)
 
 
-@settings(deadline=None)
 @given(windows, st.booleans(), st.integers(1, 16))
 def test_a_crop_is_linear_in_the_map(window, flip, grid):
     a, b = torch.rand(2, 1, 14, 14, dtype=torch.float64)
@@ -52,7 +51,6 @@ def test_a_crop_is_linear_in_the_map(window, flip, grid):
     torch.testing.assert_close(combined, separate)
 
 
-@settings(deadline=None)
 @given(windows, st.integers(1, 16))
 def test_a_flip_reverses_columns_and_twice_is_none(window, grid):
     maps = torch.rand(1, 14, 14)
@@ -114,7 +112,7 @@ def _pasted_by_points(old, crop, window, flip, samples=60):
     return result
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(windows, st.booleans(), st.integers(1, 6), st.integers(2, 7), st.integers(0, 99))
 def test_a_pasted_crop_equals_a_look_at_many_points(window, flip, grid, side, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -124,7 +122,6 @@ def test_a_pasted_crop_equals_a_look_at_many_points(window, flip, grid, side, se
     torch.testing.assert_close(_paste(old, crop, window, flip)[0], expected, atol=0.07, rtol=0)
 
 
-@settings(deadline=None)
 @given(windows, st.booleans(), st.integers(1, 16))
 def test_pasting_what_a_view_shows_keeps_the_mean_of_the_image(window, flip, grid):
     maps = torch.rand(1, 14, 14, dtype=torch.float64)
@@ -132,7 +129,6 @@ def test_pasting_what_a_view_shows_keeps_the_mean_of_the_image(window, flip, gri
     torch.testing.assert_close(pasted.mean(), maps.mean())
 
 
-@settings(deadline=None)
 @given(windows, st.booleans())
 def test_pasting_a_constant_into_itself_changes_nothing(window, flip):
     maps = torch.full((1, 14, 14), 0.7)

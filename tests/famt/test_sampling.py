@@ -58,7 +58,6 @@ def test_the_order_of_draws_agrees_with_torch_multinomial():
     assert scipy.stats.chi2_contingency(table.numpy()).pvalue > 1e-4
 
 
-@settings(deadline=None)
 @given(st.integers(2, 200), st.floats(0.05, 0.9), st.floats(0, 0.9), st.integers(0, 999))
 def test_the_split_is_a_partition(patches, mask, throw, seed):
     throw = min(throw, 0.95 - mask)
@@ -203,7 +202,6 @@ def test_every_policy_draws_each_split_as_often_as_one_patch_at_a_time_would(
     assert scipy.stats.chisquare(list(found.values()), expected).pvalue > 1e-4
 
 
-@settings(deadline=None)
 @given(
     st.integers(2, 60), st.floats(0.05, 0.9), st.floats(0, 0.9), st.integers(0, 999),
     st.sampled_from(["lightest", "uniform"]), st.sampled_from(["heaviest", "lightest"]),
@@ -269,7 +267,7 @@ def test_a_random_share_of_the_masked_is_predicted_each_set_alike():
     assert scipy.stats.chisquare([sets.count(pair) for pair in pairs]).pvalue > 1e-4
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(2, 30), st.floats(0.02, 1.0), st.integers(0, 999))
 def test_a_spread_share_is_greedily_furthest_from_what_was_chosen(count, share, seed):
     generator = _generator(seed)

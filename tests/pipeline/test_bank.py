@@ -51,7 +51,7 @@ def test_a_crop_keeps_the_level_that_its_part_of_the_image_has():
     assert torch.allclose(bank.maps[0, :, 7:].float(), torch.tensor(0.5), atol=1e-3)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 999), st.booleans())
 def test_several_views_of_a_row_are_taken_up_one_after_the_other(seed, partly):
     generator = torch.Generator().manual_seed(seed)
@@ -80,7 +80,7 @@ def test_every_row_is_looked_at_before_a_second_view_of_one():
     assert bank.oldest(rows, 6).tolist() == [2, 4, 0, 3, 5, 1]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 999))
 def test_maps_stay_positive_with_mean_1_whatever_is_written(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -157,7 +157,7 @@ def test_a_bank_comes_back_as_it_was():
     assert torch.equal(bank.refreshed, again.refreshed)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 999))
 def test_known_patches_alone_are_written_at_their_cells(seed):
     generator = torch.Generator().manual_seed(seed)

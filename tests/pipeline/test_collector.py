@@ -68,7 +68,7 @@ def _collect_from(layout):
     assert list(collect(layout.cache, Collection())) == []
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(0, 2**32))
 def test_nothing_needed_is_lost_and_nothing_foreign_is_touched(seed):
     with tempfile.TemporaryDirectory() as root:
@@ -76,7 +76,7 @@ def test_nothing_needed_is_lost_and_nothing_foreign_is_touched(seed):
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, 2**64))
 def test_nothing_needed_is_lost_in_any_of_many_layouts(seed):
     with tempfile.TemporaryDirectory() as root:
