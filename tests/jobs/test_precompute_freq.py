@@ -206,7 +206,7 @@ def test_a_watch_without_a_time_is_refused(shards, tmp_path, spec, watch):
 
 def _wait_for(images, shards, cache, spec):
     """Until that many images are ready for training."""
-    for _ in range(900):
+    for _ in range(6000):
         try:
             if len(load_samples(shards, cache)) == images:
                 return
@@ -259,7 +259,7 @@ def test_a_watch_outlives_an_outage_of_the_store(tmp_path, spec, monkeypatch):
             client.put_object(Bucket="images", Key=f"shards/{number}.tar", Body=body)
 
     def wait_for_line(text, after):
-        for _ in range(600):
+        for _ in range(6000):
             assert job.poll() is None, log.read_text()
             if text in log.read_text()[after:]:
                 return len(log.read_text())
