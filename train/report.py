@@ -288,7 +288,7 @@ def _time(groups: Sequence[Group]) -> dict[str, Any]:
         ],
         "x": "share of the training's time, %",
         "y": "",
-        "height": 150 + 26 * len(runs),
+        "height": 70 + 26 * len(runs),
     }
 
 
