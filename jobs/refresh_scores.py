@@ -48,12 +48,7 @@ from train.checkpoint import Encoder, load_encoder
 from train.initial import build_initial_encoder
 from train.program import is_users, run_program
 from train.signals.config import ContentConfig
-from train.signals.following import (
-    failed_path,
-    finished_path,
-    marked_encoders,
-    write_failure,
-)
+from train.signals.due import due_encoders, failed_path, finished_path, write_failure
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds
@@ -177,7 +172,7 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
 def _newest(run: Path) -> tuple[Path, int] | None:
     """The newest encoder that a run has left, and the time of its writing."""
     try:
-        return max(((each, each.stat().st_mtime_ns) for each in marked_encoders(run)), default=None)
+        return max(((each, each.stat().st_mtime_ns) for each in due_encoders(run)), default=None)
     except FileNotFoundError:  # taken up just now
         return None
 

@@ -23,7 +23,7 @@ from pipeline.scores import ScoreSpec
 from pipeline.table import load_samples
 from train import checkpoint
 from train.checkpoint import Encoder
-from train.signals.following import encoder_path
+from train.signals.due import encoder_path
 
 
 @pytest.fixture(scope="module")

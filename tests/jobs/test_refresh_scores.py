@@ -20,7 +20,7 @@ from jobs.refresh_scores import main as refresh
 from pipeline.scores import is_generation
 from pipeline.table import load_samples
 from train import checkpoint
-from train.signals.following import encoder_path, failed_path, finished_path
+from train.signals.due import encoder_path, failed_path, finished_path
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 

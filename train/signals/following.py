@@ -1,19 +1,14 @@
-"""A run's side of a generation's life (`pipeline.generations`): marked, waited for, taken up.
+"""A run's side of a generation's life (`pipeline.generations`): due, waited for, taken up.
 
-What the run writes down for it:
-
-    <out>/refresh/encoder-<step>.pt   the encoder that a generation is due of, until it is taken up
-    <out>/refresh/finished            no encoder will follow
-    <out>/generations.json            which epoch began with which generation
+Encoders go to the job by `train.signals.due`; which epoch began with which generation is written
+to <out>/generations.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -32,38 +27,19 @@ from train import checkpoint
 from train.checkpoint import Encoder
 from train.config import Pretrain
 from train.distributed import Ranks
-from train.files import written_whole
 from train.log import Log
+from train.signals.ahead import ReadAhead
+from train.signals.due import (
+    due_encoders,
+    encoder_path,
+    failed_path,
+    finished_path,
+    remove_encoders,
+)
 from train.signals.record import Record
 from train.streams import Stop
 
-_POLL = 2.0  # seconds
-
-
-def encoder_path(out: Path, step: int) -> Path:
-    """Where a run leaves the encoder of a step, for a generation to be made of it."""
-    return out / "refresh" / f"encoder-{step:08d}.pt"
-
-
-def marked_encoders(out: Path) -> list[Path]:
-    """Encoders that a run has left and not dropped yet, the oldest first."""
-    return sorted((out / "refresh").glob("encoder-*.pt"))
-
-
-def failed_path(encoder: Path) -> Path:
-    """Where the job writes why it could not make a generation of an encoder."""
-    return encoder.with_suffix(".failed")
-
-
-def write_failure(encoder: Path, why: str) -> None:
-    """Tell the run why no generation could be made of an encoder."""
-    with written_whole(failed_path(encoder)) as file:
-        file.write(f"{why}\n".encode())
-
-
-def finished_path(out: Path) -> Path:
-    """What a run leaves when no encoder will follow."""
-    return out / "refresh" / "finished"
+_POLL = 0.2  # seconds
 
 
 class FollowedMaps:
@@ -102,11 +78,11 @@ class FollowedMaps:
         self._leads = ranks.gather(ranks.node).index(ranks.node) == ranks.rank
         self._begun, self._told = -1, False
         self._read_ahead: int | None = None
-        self._ahead = _Preloader(self._newest, self._load_ahead)
+        self._ahead = ReadAhead(self._newest, self._load_ahead)
         self._record = Record(config.out / "generations.json", run)
         if ranks.is_main:
             if self._record.new:  # what an earlier run left that wrote no checkpoint
-                self._drop_encoders()
+                remove_encoders(self._config.out)
             finished_path(config.out).unlink(missing_ok=True)
         if self._pinned is not None:
             self._take_up(self._pinned)
@@ -119,7 +95,7 @@ class FollowedMaps:
         return crop_scores(self._maps[kind], crops, self._grid) if self.current else None
 
     def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
-        """Mark the encoder if a generation is due, and take up a new one; every rank calls this.
+        """Leave the encoder if a generation is due, and take up a new one; every rank calls this.
 
         Returns:
             False if the run was asked to stop while it waited for a generation.
@@ -134,7 +110,7 @@ class FollowedMaps:
         due = epoch > 0 and since >= 0 and since % config.every == 0
         known, recorded = self._ranks.from_main(lambda: self._record.at(epoch))
         if due:
-            self._on_main(lambda: self._mark(step, log), step, log, must=config.wait)
+            self._on_main(lambda: self._leave_encoder(step, log), step, log, must=config.wait)
         if due and config.wait and not known and not self._await(step, stop):
             return False
         started = time.perf_counter()
@@ -172,7 +148,7 @@ class FollowedMaps:
         """Begin an epoch with what is newest now, whatever the run took up before."""
         if self._ranks.is_main:
             self._record.forget_from(epoch)
-            self._drop_encoders()
+            remove_encoders(self._config.out)
         newest = self._ranks.from_main(self._newest)
         if newest is not None and (self.current is None or self.current.step != newest.step):
             self._take_up(newest.step)
@@ -195,7 +171,7 @@ class FollowedMaps:
         """Stop reading ahead; if the run is over, tell the job that nothing will follow."""
         self._ahead.stop()
         if finished and self._ranks.is_main:
-            self._drop_encoders()  # no epoch is left that could take up their maps
+            remove_encoders(self._config.out)  # no epoch is left that could take up their maps
             finished_path(self._config.out).parent.mkdir(exist_ok=True)
             finished_path(self._config.out).touch()
 
@@ -212,7 +188,7 @@ class FollowedMaps:
                 return False
             if made:
                 return True
-            time.sleep(_POLL / 10)
+            time.sleep(_POLL)
 
     def _made(self, step: int) -> bool | str:
         """Whether the generation of a step is published, or why it could not be made."""
@@ -275,7 +251,7 @@ class FollowedMaps:
     def _note(self, epoch: int, step: int) -> None:
         self._record.write(epoch, step, self.current.step if self.current else None)
         if self.current:
-            self._drop_encoders(self.current.step)
+            remove_encoders(self._config.out, self.current.step)
         self._need()
 
     def _need(self) -> None:
@@ -317,13 +293,13 @@ class FollowedMaps:
             self._need()
         return self._load(generation)
 
-    def _mark(self, step: int, log: Log | None) -> None:
+    def _leave_encoder(self, step: int, log: Log | None) -> None:
         """Leave the encoder where the refresh job finds it."""
         path = encoder_path(self._config.out, step)
         failed_path(path).unlink(missing_ok=True)
         if path.exists() or self._published(step):
             return
-        marked = Encoder(
+        encoder = Encoder(
             run=self._run,
             step=step,
             sizes=dataclasses.asdict(self._config.sizes),
@@ -332,7 +308,7 @@ class FollowedMaps:
             kinds=self._kinds,
             urls=self._samples.urls,
         )
-        checkpoint.save_encoder(path, marked)
+        checkpoint.save_encoder(path, encoder)
         if log:
             log.event(step, "refresh due", tell=True, encoder=path)
 
@@ -345,13 +321,13 @@ class FollowedMaps:
 
     def _tell(self, since: int, step: int, log: Log) -> None:
         """Say once that nobody seems to refresh, and what the run goes on with."""
-        marked = marked_encoders(self._config.out)
-        for failed in (failed_path(each) for each in marked):
+        due = due_encoders(self._config.out)
+        for failed in (failed_path(each) for each in due):
             if failed.exists():
                 reason = failed.read_text().strip()
                 failed.unlink()
                 log.event(step, "refresh failed", tell=True, reason=reason)
-        if not self._told and since % self._config.refresh.every and marked and not self.current:
+        if not self._told and since % self._config.refresh.every and due and not self.current:
             self._told = True
             others = self._config.content.source == "cached-then-refreshed"
             goes_on = "the cached score" if others else "what other signals say, or plain MAE"
@@ -363,55 +339,9 @@ class FollowedMaps:
                 to_make_one=f"python jobs/refresh_scores.py --follow {self._config.out}",
             )
 
-    def _drop_encoders(self, up_to: int | None = None) -> None:
-        """Remove encoders that no generation is wanted of any more."""
-        for path in marked_encoders(self._config.out):
-            if up_to is None or path <= encoder_path(self._config.out, up_to):
-                path.unlink(missing_ok=True)
-                failed_path(path).unlink(missing_ok=True)
-
 
 def _parse_pin(pin: str) -> tuple[str, int]:
     run, _, step = pin.rpartition("/")
     if not run or not step.isdigit():
         raise ValueError(f"--refresh.pin {pin}: must be <run>/<step>")
     return run, int(step)
-
-
-class _Preloader(threading.Thread):
-    """Reads the newest generation into RAM as soon as it is there.
-
-    Attributes:
-        ready: the newest generation that was read, with its maps `[R, G, G]` by kind, until it is
-            taken up.
-    """
-
-    def __init__(
-        self,
-        newest: Callable[[], Generation | None],
-        load: Callable[[Generation], dict[str, Tensor]],
-    ) -> None:
-        super().__init__(daemon=True)
-        self.ready: tuple[Generation, dict[str, Tensor]] | None = None
-        self._newest, self._load = newest, load
-        self._stopped = threading.Event()
-        self._seen = -1
-
-    def run(self) -> None:
-        while not self._stopped.wait(_POLL):
-            try:
-                newest = self._newest()
-                if newest is not None and newest.step > self._seen:
-                    self.ready = (newest, self._load(newest))
-                    self._seen = newest.step
-            except (*storage.UNREACHABLE, CacheError):
-                continue  # a store out of reach, or maps that were just collected: look again later
-
-    def forget(self, step: int) -> None:
-        """Give the memory of a generation free that was taken up."""
-        if self.ready and self.ready[0].step <= step:
-            self.ready = None
-        self._seen = max(self._seen, step)
-
-    def stop(self) -> None:
-        self._stopped.set()

@@ -23,7 +23,8 @@ from train.distributed import join_ranks
 from train.log import Log
 from train.pretrain import Run, main
 from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
-from train.signals.following import FollowedMaps, encoder_path, finished_path, write_failure
+from train.signals.due import encoder_path, finished_path, write_failure
+from train.signals.following import FollowedMaps
 from train.streams import Stop
 from train.timing import Clock
 

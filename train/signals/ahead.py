@@ -1,0 +1,57 @@
+"""Maps of a new generation, read by a thread while the training goes on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from torch import Tensor
+
+from pipeline import storage
+from pipeline.generations import Generation
+from pipeline.manifest import CacheError
+
+_POLL = 2.0  # seconds
+
+
+class ReadAhead(threading.Thread):
+    """Reads the newest generation into RAM as soon as it is there.
+
+    Args:
+        newest: gives the newest generation that a run could take up.
+        load: reads its maps.
+
+    Attributes:
+        ready: the newest generation that was read, with its maps `[R, G, G]` by kind, until it is
+            taken up.
+    """
+
+    def __init__(
+        self,
+        newest: Callable[[], Generation | None],
+        load: Callable[[Generation], dict[str, Tensor]],
+    ) -> None:
+        super().__init__(daemon=True)
+        self.ready: tuple[Generation, dict[str, Tensor]] | None = None
+        self._newest, self._load = newest, load
+        self._stopped = threading.Event()
+        self._seen = -1
+
+    def run(self) -> None:
+        while not self._stopped.wait(_POLL):
+            try:
+                newest = self._newest()
+                if newest is not None and newest.step > self._seen:
+                    self.ready = (newest, self._load(newest))
+                    self._seen = newest.step
+            except (*storage.UNREACHABLE, CacheError):
+                continue  # a store out of reach, or maps that were just collected: look again later
+
+    def forget(self, step: int) -> None:
+        """Give the memory of a generation free that was taken up."""
+        if self.ready and self.ready[0].step <= step:
+            self.ready = None
+        self._seen = max(self._seen, step)
+
+    def stop(self) -> None:
+        self._stopped.set()
