@@ -25,6 +25,7 @@ from jobs.benchmarks import measure
 from jobs.benchmarks.training import Training, training
 from pipeline.scores import model_scores
 from train.config import Pretrain
+from train.files import written_whole
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
 
 _ROUNDS = 15
@@ -72,16 +73,19 @@ def measured(path: Path, runs: Mapping[str, Pretrain], reference: str) -> dict[s
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     against = _told(runs[reference])
     known = {line["options"]: line for line in lines if line["against"] == against}
-    lacking = {name: run for name, run in runs.items() if _told(run) not in known}
+    lacking: dict[str, str] = {}  # of runs whose steps are the same the first is timed
+    for name, run in runs.items():
+        if _told(run) not in known:
+            lacking.setdefault(_told(run), name)
     if lacking:
         print(f"timing the steps of {len(lacking)} recipe(s) for {path}", flush=True)
-    for name, run in lacking.items():
-        cost = dataclasses.asdict(_measure(run, runs[reference]))
-        line = {"recipe": name, **cost, "options": _told(run), "against": against}
-        known[_told(run)] = line
+    for told, name in lacking.items():
+        cost = dataclasses.asdict(_measure(runs[name], runs[reference]))
+        line = known[told] = {"recipe": name, **cost, "options": told, "against": against}
+        lines.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with written_whole(path) as file:
+            file.writelines(f"{json.dumps(each)}\n".encode() for each in lines)
     fields = [field.name for field in dataclasses.fields(StepCost)]
     return {
         name: StepCost(**{field: known[_told(run)][field] for field in fields})

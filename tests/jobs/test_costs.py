@@ -50,7 +50,11 @@ def runs(scored, tmp_path):
 @pytest.mark.slow
 def test_costs_are_measured_once_and_shares_of_the_reference(runs, tmp_path):
     path = tmp_path / "grid" / "costs.jsonl"
-    found = measured(path, runs, "famt")
+    # None of these changes what a step does.
+    others = {"epochs": 3, "seed": 1, "optimiser": OptimiserConfig(base_learning_rate=1e-3)}
+    twin = dataclasses.replace(runs["small"], **others)
+    found = measured(path, {**runs, "twin": twin}, "famt")
+    assert found.pop("twin") == found["small"]
     assert found["famt"].weighed == pytest.approx(1, abs=0.5)
     assert found["famt"].plain == 0
     assert 0 < found["famt"].refresh < 1
@@ -58,8 +62,6 @@ def test_costs_are_measured_once_and_shares_of_the_reference(runs, tmp_path):
     assert 0 < found["small"].plain < 1
     assert [json.loads(line)["recipe"] for line in path.read_text().splitlines()] == list(runs)
     assert measured(path, runs, "famt") == found
-    # None of these changes what a step does.
-    others = {"epochs": 3, "seed": 1, "optimiser": OptimiserConfig(base_learning_rate=1e-3)}
     alike = {name: dataclasses.replace(run, **others) for name, run in runs.items()}
     assert measured(path, alike, "famt") == found
     against_another = measured(path, runs, "small")
