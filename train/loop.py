@@ -224,7 +224,8 @@ class Training(ABC, Generic[Batch]):
                 if self.log:
                     self.log.point(self.step, epoch, {"loss": mean, **self.scalars()})
             if at_log_point:
-                if self._save_or_stop(stop):
+                # The last step's checkpoint follows what the epoch ends with, the monitor's look.
+                if self.step < self.last_step and self._save_or_stop(stop):
                     return False
                 ahead = self._next(crops, self.step)
             batch = ahead

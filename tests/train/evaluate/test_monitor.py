@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from pipeline.cache import ScoreCache
 from train import checkpoint
+from train.config import Pretrain
 from train.distributed import Ranks
 from train.evaluate.knn import predict
 from train.evaluate.monitor import Monitor
 from train.evaluate.trunk import Evaluation, open_images, top1
 from train.log import Log
+from train.pretrain import Run
 from train.pretrain import main as pretrain
 from train.timing import Clock
 
@@ -103,3 +107,36 @@ def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, score
     assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
     assert [line["step"] for line in _lines(watched.out, "evaluation")] == [3, 6, 9]
     pretrain(watched)  # it is over, and needs no look
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_neither_a_stop_nor_a_kill_at_the_end_costs_the_last_look(
+    scored, tmp_path, monkeypatch, killed
+):
+    config = Pretrain(
+        shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run", model="vit_nano",
+        epochs=1, batch_size=8, spec=scored.spec, device="cpu", threads=1, log_steps=1,
+        checkpoint_minutes=0.0, monitor=scored.shards,
+    )  # fmt: skip
+    update = Run.update
+
+    def stopping(run):
+        update(run)
+        if run.step == run.last_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def dying(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if killed:
+            patch.setattr(Monitor, "look", dying)
+            with pytest.raises(KeyboardInterrupt):
+                pretrain(config)
+        else:
+            patch.setattr(Run, "update", stopping)
+            pretrain(config)
+    if killed:
+        pretrain(config)
+    assert [line["step"] for line in _lines(config.out, "evaluation")] == [3]
+    assert _lines(config.out, "finished")
