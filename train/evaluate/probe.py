@@ -137,10 +137,12 @@ def part(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    every = round(1 / share)
-    is_held_out = torch.arange(len(labels)) % every == every - 1
+    shares = (torch.arange(len(labels) + 1, dtype=torch.float64) * share).floor()
+    is_held_out = shares[1:] > shares[:-1]
     if is_held_out.sum() in (0, len(labels)):
-        raise ValueError(f"{len(labels)} training images are too few to hold {share:.0%} out")
+        raise ValueError(
+            f"{len(labels)} labelled images are too few to hold {share:.0%} of them out"
+        )
     return by_class[~is_held_out], by_class[is_held_out]
 
 

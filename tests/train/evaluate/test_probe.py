@@ -117,8 +117,15 @@ def test_images_are_held_out_of_every_class_alike():
     assert sorted(torch.cat([kept, held_out]).tolist()) == list(range(200))
     assert labels[held_out].bincount().tolist() == [5, 5, 5, 5]
     assert not torch.equal(held_out, part(labels, 0.1, seed=1)[1])
-    with pytest.raises(ValueError, match="1 training images are too few"):
+    with pytest.raises(ValueError, match="1 labelled images are too few"):
         part(torch.zeros(1), 0.1, seed=0)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.35, 0.45, 0.5])
+def test_the_share_that_is_held_out_is_the_one_that_was_asked_for(share):
+    kept, held_out = part(torch.zeros(1000), share, seed=0)
+    assert len(held_out) == pytest.approx(1000 * share, abs=1)
+    assert len(kept) == 1000 - len(held_out)
 
 
 def test_a_run_is_probed(run, options):
