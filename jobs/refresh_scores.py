@@ -1,6 +1,6 @@
 """Score whole images with the encoder of a run: a new generation of maps for its training.
 
-    python jobs/refresh_scores.py --follow runs/first        # beside a training, as long as it runs
+    python jobs/refresh_scores.py --follow runs/weighed      # beside a training, as long as it runs
     python jobs/refresh_scores.py --checkpoint runs/first    # once, from the latest checkpoint
     python jobs/refresh_scores.py --init exported --shards shards --cache scores
     ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/first

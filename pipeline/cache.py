@@ -136,7 +136,8 @@ class ScoreCache:
             self.objects = Objects(url, create=create)
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"{url}: no score cache there; make one with `python jobs/precompute_freq.py`"
+                f"{url}: no score cache there; is it spelled right? One is made with `python "
+                f"jobs/precompute_freq.py --shards ... --cache {url}`"
             ) from None
         self.url = self.objects.url
         self.manifests = Manifests(self.objects)

@@ -83,7 +83,7 @@ class Pretrain(Checked):
     accumulate: Annotated[int, Ge(1), ELASTIC] = 1
     """parts that a batch goes through the model in, one after another, to save memory"""
     plain_epochs: Annotated[int, Ge(0)] = 0
-    """epochs of plain MAE (75 %% masked at random) or SimMIM (60 %%) before weights and throwing
+    """epochs of plain MAE (75 % masked at random) or SimMIM (60 %) before weights and throwing
     begin"""
     content: ContentConfig = field(default_factory=ContentConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)

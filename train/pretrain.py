@@ -1,4 +1,4 @@
-"""Pre-train a masked autoencoder on scored shards.
+"""Pre-train a vision transformer on shards, by masked image modelling.
 
     python -m train.pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
     torchrun --nproc-per-node 8 -m train.pretrain --shards ... --cache ... --out ... \\
@@ -42,6 +42,7 @@ from train.loop import Training
 from train.optimisation import Optimisation
 from train.program import run_program
 from train.resume import own_folder, resume
+from train.signals.due import write_finished
 from train.signals.following import FollowedMaps
 from train.signals.signal import Context, Signal, Taken
 from train.signals.weights import Scores, build_signals, read_signals, weigh
@@ -114,6 +115,8 @@ class Run(Training[PatchBatch]):
             if config.refreshed_kinds
             else None
         )
+        if followed is None and ranks.is_main:
+            write_finished(config.out)  # a job that follows this run need not wait for an encoder
         self.context = Context(
             self.id, config, self.samples, cache, self.sizes.grid, encoder, ranks, followed
         )
@@ -235,6 +238,7 @@ class Run(Training[PatchBatch]):
             **{each.name: each.describe() for each in self.signals},
             "patches": _counts(sizes, config.join)
             + ("" if self.signals else ", all of the same weight"),
+            **({"no effect": ", ".join(unused)} if (unused := self._unused()) else {}),
             "batch": f"{self.optimisation.effective_batch} = {config.batch_size} x "
             f"{self.ranks.world_size} rank(s), in {config.accumulate} part(s)",
             **self.optimisation.describe(),
@@ -248,6 +252,20 @@ class Run(Training[PatchBatch]):
                 f"{config.plain_epochs} epochs of plain masking, {_counts(sizes, config.plain)}"
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
+
+    def _unused(self) -> list[str]:
+        """Options that were given, and only count where signals weigh patches."""
+        if self.signals:
+            return []
+        names = (
+            "spec.", "content.", "attention.", "hardness.", "refresh.",
+            "join.visible", "join.thrown", "join.blend", "join.loss_exponent",
+        )  # fmt: skip
+        return [
+            f"--{name.replace('_', '-')} (no signal weighs patches)"
+            for name, _, _ in self.config.differing()
+            if name.startswith(names) and not name.endswith(".source")
+        ]
 
     def _join(self, scores: Scores) -> JoinConfig:
         """Signals that have nothing to say yet leave the run what it is without weights."""

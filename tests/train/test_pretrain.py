@@ -16,6 +16,7 @@ from launch import finish, launch, program_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.models import MODELS
+from jobs.refresh_scores import RefreshScores, follow
 from pipeline.join import JoinConfig
 from train import checkpoint
 from train.config import Pretrain, parse
@@ -56,6 +57,17 @@ def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
     assert "64 = 28 masked (28 predicted) + 26 thrown + 10 visible" in plan
     assert "36 = 12 epochs x 3" in plan
     assert "2 skipped each epoch" in plan
+
+
+def test_without_signals_options_of_weights_are_told_to_have_no_effect(config, capsys):
+    join = JoinConfig(throw_ratio=0.3, visible="uniform", loss_exponent=1.0)
+    main(dataclasses.replace(config, **OFF, join=join, epochs=1))
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
+    for option in ("--join.visible", "--join.loss-exponent", "--spec.grid"):
+        assert option in told
+    assert "throw-ratio" not in told
+    # Nor has a job that follows the run anything to wait for.
+    assert follow(config.out, RefreshScores(follow=config.out)) == 0
 
 
 @pytest.mark.parametrize("attention", ["off", "live", "rolling"])

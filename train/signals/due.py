@@ -40,6 +40,12 @@ def finished_path(out: Path) -> Path:
     return out / "refresh" / "finished"
 
 
+def write_finished(out: Path) -> None:
+    """Tell the job that no encoder will follow."""
+    finished_path(out).parent.mkdir(parents=True, exist_ok=True)
+    finished_path(out).touch()
+
+
 def remove_encoders(out: Path, up_to: int | None = None) -> None:
     """Remove those that no generation is wanted of any more: up to a step, or all."""
     for path in due_encoders(out):

@@ -35,6 +35,7 @@ from train.signals.due import (
     failed_path,
     finished_path,
     remove_encoders,
+    write_finished,
 )
 from train.signals.record import Record
 from train.streams import Stop
@@ -172,8 +173,7 @@ class FollowedMaps:
         self._ahead.stop()
         if finished and self._ranks.is_main:
             remove_encoders(self._config.out)  # no epoch is left that could take up their maps
-            finished_path(self._config.out).parent.mkdir(exist_ok=True)
-            finished_path(self._config.out).touch()
+            write_finished(self._config.out)
 
     def _await(self, step: int, stop: Stop) -> bool:
         """Wait for the generation of a step; False if any rank is asked to stop instead."""
@@ -217,7 +217,11 @@ class FollowedMaps:
         else:
             found = [each for each in self._generations() if each.step == step]
             if not found:
-                remedy = "" if self._pinned else "; with --elastic the run takes up the newest"
+                remedy = (
+                    ""
+                    if self._pinned is not None
+                    else "; with --elastic the run takes up the newest"
+                )
                 raise CacheError(
                     f"generation {self._source}/{step} of these shards, with maps of "
                     f"{', '.join(self._kinds)}, is not in the cache: `python jobs/cache.py ls "

@@ -22,19 +22,19 @@ from train.signals.signal import Context, Signal
 Scores = dict[str, tuple[Tensor, float]]
 """of each signal, by its slot: scores `[B, N]` of patches, and their power in the weight"""
 
-SLOTS = ("content", "attention", "hardness")
 OFF = "off"
 
-# Slot's options and context -> signal. Packages add sources by entry points in "famt.signals".
-SOURCES: dict[str, Callable[[Any, Context], Signal]] = {
-    "cached": Cached,
-    "cached-of-others": CachedOfOthers,
-    "refreshed": Refreshed,
-    "cached-then-refreshed": CachedThenRefreshed,
-    "live": Live,
-    "rolling": Rolling,
-    "seen": Seen,
-    "errors": Errors,
+# Slot -> source -> of the slot's options and the context, a signal. Packages add sources for any
+# slot by entry points in "famt.signals".
+SOURCES: dict[str, dict[str, Callable[[Any, Context], Signal]]] = {
+    "content": {
+        "cached": Cached,
+        "cached-of-others": CachedOfOthers,
+        "refreshed": Refreshed,
+        "cached-then-refreshed": CachedThenRefreshed,
+    },
+    "attention": {"live": Live, "rolling": Rolling, "seen": Seen, "refreshed": Refreshed},
+    "hardness": {"errors": Errors},
 }
 
 
@@ -45,7 +45,7 @@ def build_signals(context: Context) -> list[Signal]:
         ValueError: no such source.
     """
     signals = []
-    for name in SLOTS:
+    for name in SOURCES:
         slot = getattr(context.config, name)
         if slot.source != OFF:
             signal = _source(name, slot.source)(slot, context)
@@ -85,12 +85,12 @@ def weigh(scores: Scores, crops: CropBatch, grid: int) -> Tensor:
 
 
 def _source(slot: str, name: str) -> Callable[[Any, Context], Signal]:
-    added = _added()
-    if name in SOURCES:
-        return SOURCES[name]
+    own, added = SOURCES[slot], _added()
+    if name in own:
+        return own[name]
     if name not in added:
         raise ValueError(
-            f"--{slot}.source {name}: there are {', '.join([OFF, *SOURCES, *added])}. Others come "
+            f"--{slot}.source {name}: there are {', '.join([OFF, *own, *added])}. Others come "
             "with packages that have an entry point in 'famt.signals'; is one missing here?"
         )
     found: Callable[[Any, Context], Signal] = added[name].load()

@@ -161,6 +161,12 @@ def test_generations_of_other_runs_shards_or_kinds_are_left_alone(config, scored
     followed.close(finished=False)
 
 
+def test_a_pinned_encoder_of_step_0_that_is_not_there_is_no_matter_of_elastic(config, scored):
+    pinned = dataclasses.replace(config, refresh=RefreshConfig(pin="init-a/0"), plain_epochs=0)
+    with pytest.raises(CacheError, match=r"generation init-a/0 .* lists those that are$"):
+        _followed(pinned, scored)
+
+
 def test_a_pinned_generation_serves_another_run_and_stays_while_it_does(config, scored):
     maker, _ = _followed(config, scored)
     maker.begin_epoch(1, 3, Stop(), None)

@@ -48,12 +48,27 @@ def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(c
         run.close(finished=True)
 
 
-def test_an_unknown_source_names_those_there_are(config):
-    with (
-        join_ranks("cpu") as ranks,
-        pytest.raises(ValueError, match=r"--hardness\.source what: .*errors"),
-    ):
-        Run(dataclasses.replace(config, hardness=HardnessConfig("what")), ranks)
+@pytest.mark.parametrize(
+    ("slot", "error"),
+    [
+        ({"hardness": HardnessConfig("what")}, r"--hardness\.source what: there are off, errors\."),
+        (
+            {"hardness": HardnessConfig("refreshed")},
+            r"--hardness\.source refreshed: there are off, e",
+        ),
+        (
+            {"attention": AttentionConfig("cached")},
+            r"--attention\.source cached: there are off, li",
+        ),
+        (
+            {"content": ContentConfig("rolling")},
+            r"--content\.source rolling: there are off, cached",
+        ),
+    ],
+)
+def test_a_source_that_its_slot_does_not_know_names_those_it_does(config, slot, error):
+    with join_ranks("cpu") as ranks, pytest.raises(ValueError, match=error):
+        Run(dataclasses.replace(config, **slot), ranks)
 
 
 def test_a_packages_own_signal_weighs_patches(config, monkeypatch):
