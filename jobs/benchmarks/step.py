@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 
 from famt.methods import METHODS
@@ -138,6 +138,13 @@ RIVALS: dict[str, _Setup] = {
 }
 
 
+# torch's own counter knows the attentions of GPUs alone.
+_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
 class _Rival:
     """A model, its optimiser and a batch of made-up patches."""
 
@@ -175,7 +182,7 @@ class _Rival:
 
     def flops(self) -> int:
         """Of the matrix products and attentions of a forward and a backward pass."""
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
             self.accumulate()
         self._optimizer.zero_grad(set_to_none=True)
         return int(counter.get_total_flops())
