@@ -38,7 +38,7 @@ _OFF: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StepCost:
-    """Times of a recipe, each over that of a step of the reference, for as many images.
+    """Times of a recipe, each over that of a step of the reference.
 
     Attributes:
         weighed: a step with all of the recipe's signals: weigh, sample, gather, forward, backward
@@ -57,47 +57,57 @@ class StepCost:
         spent = plain * self.plain + (run.epochs - plain) * self.weighed
         if run.refreshed_kinds and run.refresh.pin is None:
             first = plain or run.refresh.every
-            spent += self.refresh * len(range(first, run.epochs, run.refresh.every))
+            refreshes = len(range(first, run.epochs, run.refresh.every))
+            spent += refreshes * self.refresh / run.crops_per_image  # images, not crops
         return spent / run.epochs
+
+
+def known(path: Path, runs: Mapping[str, Pretrain], reference: str) -> dict[str, StepCost]:
+    """Costs, by the names of `runs`, of those whose steps were timed already.
+
+    Args:
+        path: JSON lines, one a recipe; need not be there.
+        runs: what is trained.
+        reference: name of the run that is the measure of all.
+    """
+    fields = [field.name for field in dataclasses.fields(StepCost)]
+    against = _told(runs[reference])
+    costs = {
+        line["options"]: StepCost(**{field: line[field] for field in fields})
+        for line in _lines(path)
+        if line["against"] == against
+    }
+    return {name: costs[_told(run)] for name, run in runs.items() if _told(run) in costs}
 
 
 def measured(path: Path, runs: Mapping[str, Pretrain], reference: str) -> dict[str, StepCost]:
     """Costs by the names of `runs`: those that stand in a file, and the others, which are measured
-    now and added to it.
-
-    Args:
-        path: JSON lines, one a recipe.
-        runs: what is trained.
-        reference: name of the run that is the measure of all.
-    """
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    against = _told(runs[reference])
-    known = {line["options"]: line for line in lines if line["against"] == against}
-    lacking: dict[str, str] = {}  # of runs whose steps are the same the first is timed
-    for name, run in runs.items():
-        if _told(run) not in known:
-            lacking.setdefault(_told(run), name)
-    if lacking:
-        print(f"timing the steps of {len(lacking)} recipe(s) for {path}", flush=True)
-    for told, name in lacking.items():
-        cost = dataclasses.asdict(_measure(runs[name], runs[reference]))
-        line = known[told] = {"recipe": name, **cost, "options": told, "against": against}
-        lines.append(line)
+    now, on this machine, and added to it. Arguments as those of `known`."""
+    while lacking := runs.keys() - known(path, runs, reference).keys():
+        name = next(name for name in runs if name in lacking)  # it may stand for others, too
+        line = {
+            "recipe": name,
+            **dataclasses.asdict(_measure(runs[name], runs[reference])),
+            "options": _told(runs[name]),
+            "against": _told(runs[reference]),
+        }
+        lines = [*_lines(path), line]
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as file:
             file.writelines(f"{json.dumps(each)}\n".encode() for each in lines)
-    fields = [field.name for field in dataclasses.fields(StepCost)]
-    return {
-        name: StepCost(**{field: known[_told(run)][field] for field in fields})
-        for name, run in runs.items()
-    }
+    return known(path, runs, reference)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _told(run: Pretrain) -> str:
     """What the time of a step may depend on, of all options."""
     unimportant = {
         "shards", "cache", "out", "seed", "epochs", "monitor", "recipe", "monitor_epochs",
-        "picture_epochs", "log_steps", "checkpoint_minutes", "resume", "stage",
+        "picture_epochs", "log_steps", "checkpoint_minutes", "keep_checkpoints", "resume",
+        "elastic", "stage",
         "optimiser.base_learning_rate", "optimiser.weight_decay", "optimiser.warmup_epochs",
     }  # fmt: skip
     told = {name: value for name, value, _ in run.differing() if name not in unimportant}
@@ -106,11 +116,7 @@ def _told(run: Pretrain) -> str:
 
 def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
     torch.set_num_threads(1)  # its time is the step's work, whatever else the machine does
-    weighed = dataclasses.replace(run, plain_epochs=0)
-    # Scores that are not there yet would leave a plain step; what they add to one is a gather.
-    waited_for = [name for name in _OFF if getattr(run, name).source == "refreshed"]
-    weighed = dataclasses.replace(weighed, **{name: _OFF[name] for name in waited_for})
-    timed = {"reference": reference, "weighed": weighed}
+    timed = {"reference": _weighed(reference), "weighed": _weighed(run)}
     if run.plain_epochs:
         timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)
     with ExitStack() as stack:
@@ -123,17 +129,23 @@ def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
         on_gpu = runs["reference"].run.ranks.device.type == "cuda"
         clock = time.perf_counter if on_gpu else time.process_time
         taken = measure.seconds(rivals, _ROUNDS, clock=clock)
-    unit = reference.batch_size / run.batch_size
     ratios = {
-        name: statistics.median(map(truediv, taken[name], taken["reference"])) * unit
+        name: statistics.median(map(truediv, taken[name], taken["reference"]))
         for name in rivals
         if name != "reference"
     }
     return StepCost(**{name: round(ratio, 4) for name, ratio in ratios.items()})
 
 
+def _weighed(run: Pretrain) -> Pretrain:
+    """A run of the steps after its plain epochs."""
+    # Scores that are not there yet would leave a plain step; what they add to one is a gather.
+    waited_for = [name for name in _OFF if getattr(run, name).source == "refreshed"]
+    return dataclasses.replace(run, plain_epochs=0, **{name: _OFF[name] for name in waited_for})
+
+
 def _refresh(kinds: list[str], steps: Training) -> None:
-    """Score as many images anew as a step takes, as `jobs/refresh_scores.py` does."""
+    """Score as many images anew as a step takes crops, as `jobs/refresh_scores.py` does."""
     run = steps.run
     with torch.autocast(
         run.ranks.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"

@@ -10,14 +10,22 @@ import statistics
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import tyro
 
 from jobs.costs import StepCost, measured
 from pipeline.options import FREE
 from train.config import Pretrain, parse
+from train.evaluate.run import EVALUATORS
+from train.evaluate.trunk import Evaluation
 from train.history import History
 from train.report import METRICS, last, percent
+
+_NOTHING = "–"  # in a cell
+_EVALUATIONS = ("knn", "probe", "segment")  # fine-tuning is a run of its own
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,8 @@ class Row:
         name: of the row, and of its runs' folders.
         options: of `train.pretrain`, besides those of the grid.
         epochs: passes over the data.
-        cost: of a step, refreshes of scores among it, over that of the reference.
+        cost: of a step, refreshes of scores among it, over that of the reference; NaN if its steps
+            have not been timed yet.
     """
 
     name: str
@@ -60,17 +69,65 @@ class Grid:
         ]  # fmt: skip
 
     def config(self, row: Row) -> Pretrain:
-        """The options of a row's runs."""
-        return parse([*self.arguments(row), "--out", str(self.out)], None)
+        """The options of a row's runs.
+
+        Raises:
+            ValueError: they are wrong; names the row.
+        """
+        try:
+            return parse([*self.arguments(row), "--out", str(self.out)], None)
+        except SystemExit:  # tyro has said on stderr which option, and why
+            raise ValueError(f"row {row.name!r}: its options are wrong, as told above") from None
+
+    def evaluation(self, name: str, checkpoint: str = "") -> tuple[list[str], Evaluation]:
+        """What `train.evaluate` is given for an evaluation, and what it makes of it.
+
+        Raises:
+            ValueError: there is no evaluation of this name, or its options are wrong.
+        """
+        if name not in _EVALUATIONS:
+            raise ValueError(f"evaluation {name!r}: there are {', '.join(_EVALUATIONS)}")
+        arguments = [
+            "--checkpoint", checkpoint, "--cache", self.cache, "--train", *self.train,
+            "--val", *self.val, *shlex.split(self.evaluations[name]),
+        ]  # fmt: skip
+        try:
+            return arguments, tyro.cli(EVALUATORS[name][0], args=arguments)
+        except SystemExit:
+            raise ValueError(f"evaluation {name!r}: its options are wrong, as told above") from None
+
+    def judged(self, history: History) -> History:
+        """A run with no other evaluations than the grid's own, made of its last step."""
+        found = [
+            replace(each, weights="trained")  # or an average of them, if the grid asks for that
+            for each in history.found
+            if each.evaluator == "monitor"
+            or (each.step, each.weights, each.options)
+            == (history.total_steps, *self._asked.get(each.evaluator, ("", {})))
+        ]
+        return replace(history, found=found)
+
+    @cached_property
+    def _asked(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Of each evaluation: which weights it is of, and what else its values depend on."""
+        asked = {name: self.evaluation(name)[1] for name in self.evaluations}
+        return {name: (each.weights, each.told()) for name, each in asked.items()}
 
     def folder(self, row: Row, seed: int) -> Path:
-        """Of a run; another one as soon as anything is trained differently."""
-        # What the options come to, by whatever recipe: its file may change.
-        differing = self.config(row).differing()
-        options = [(name, value) for name, value, notes in differing if FREE not in notes]
-        told = json.dumps([self.train, options])
-        digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
-        return self.out / "runs" / f"{row.name}-{digest}-{seed}"
+        """Of a run of one of the rows; another one as soon as anything is trained differently."""
+        return self.out / "runs" / f"{row.name}-{self._digests[row.name]}-{seed}"
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        """Of what each row trains."""
+        digests = {}
+        for row in self.rows:
+            # What the options come to, by whatever recipe: its file may change.
+            differing = self.config(row).differing()
+            options = [(name, value) for name, value, notes in differing if FREE not in notes]
+            told = json.dumps([self.train, options])
+            digests[row.name] = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
+        return digests
 
 
 Measure = Callable[[Path, Mapping[str, Pretrain], str], dict[str, StepCost]]
@@ -80,49 +137,95 @@ def load(path: Path, measure: Measure = measured, out: Path | None = None) -> Gr
     """Read a grid, and find what its steps cost.
 
     Args:
-        measure: gives the costs of runs by name; those in `costs.jsonl` in the grid's `out` are
-            taken from there.
+        measure: gives the costs of runs by name, of all or of those that are known; takes the file
+            `costs.jsonl` in the grid's `out`, the runs, and the name of the reference.
         out: folder in place of the grid's own.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a key is missing or unknown, or a name stands twice.
+        ValueError: a key or an option is missing, unknown or wrong, or a name stands twice.
     """
     try:
         told: dict[str, Any] = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return _planned(told, measure, out)
+    except (tomllib.TOMLDecodeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None
-    try:
-        epochs, declared = told.pop("epochs"), told.pop("row")
-        rows = [Row(row["name"], row.get("options", ""), epochs, math.nan) for row in declared]
-        grid = Grid(**{**told, "out": out or Path(told["out"])}, rows=rows)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: a key is missing or unknown: {error}") from None
-    if len({row.name for row in rows}) < len(rows):
-        raise ValueError(f"{path}: two rows have one name")
-    if grid.reference not in {row.name for row in rows}:
-        raise ValueError(f"{path}: reference {grid.reference!r} is no row")
-    for row in declared:
-        if unknown := row.keys() - {"name", "options", "cost"}:
-            raise ValueError(f"{path}: unknown keys of a row: {sorted(unknown)}")
+
+
+def _planned(told: dict[str, Any], measure: Measure, out: Path | None) -> Grid:
+    """A grid with what its rows cost, and for how many epochs they are trained."""
+    epochs, declared = told.pop("epochs"), told.pop("row")
+    rows = [Row(row["name"], row.get("options", ""), epochs, math.nan) for row in declared]
+    grid = Grid(**{**told, "out": out or Path(told["out"])}, rows=rows)
+    _check(grid, declared)
     runs = {row.name: grid.config(row) for row in rows}
     costs = measure(grid.out / "costs.jsonl", runs, grid.reference)
-    shares = {row["name"]: row.get("cost") for row in declared}
-    whole = costs[grid.reference].of(runs[grid.reference])
+    reference = runs[grid.reference]
+
+    def planned(row: Row, share: float | None) -> Row:
+        cost, run = costs.get(row.name), runs[row.name]
+        if cost is None or grid.reference not in costs:
+            return row
+        if share is not None:
+            whole = _spent(costs[grid.reference], reference)
+            epochs = _epochs(cost, run, share * whole)
+            if not epochs:
+                raise ValueError(f"row {row.name!r}: a cost of {share} pays for no epoch")
+            run = replace(run, epochs=epochs)
+        of_reference = costs[grid.reference].of(reference)
+        return replace(row, epochs=run.epochs, cost=cost.of(run) / of_reference)
+
     return replace(
-        grid, rows=[_planned(row, grid, costs[row.name], shares[row.name], whole) for row in rows]
+        grid,
+        rows=[planned(row, each.get("cost")) for row, each in zip(rows, declared, strict=True)],
     )
 
 
-def _planned(row: Row, grid: Grid, cost: StepCost, share: float | None, whole: float) -> Row:
-    """With its cost, and with as many epochs as cost a share of the reference's if one is asked."""
+def _check(grid: Grid, declared: list[dict[str, Any]]) -> None:
+    """Refuse what would only be noticed after hours.
 
-    def of(row: Row) -> float:
-        return cost.of(grid.config(row)) / whole
+    Raises:
+        ValueError: names it.
+    """
+    for name in ("train", "val", "seeds"):
+        kind = int if name == "seeds" else str
+        value = getattr(grid, name)
+        if (
+            not isinstance(value, list)
+            or not value
+            or any(type(each) is not kind for each in value)
+        ):
+            raise ValueError(f"{name} must be a list of {kind.__name__}, not {value!r}")
+    if len(set(grid.seeds)) < len(grid.seeds):
+        raise ValueError(f"seeds {grid.seeds}: one stands twice, and would count as two")
+    if len({row.name for row in grid.rows}) < len(grid.rows):
+        raise ValueError("two rows have one name")
+    if grid.reference not in {row.name for row in grid.rows}:
+        raise ValueError(f"reference {grid.reference!r} is no row")
+    for row in declared:
+        if unknown := row.keys() - {"name", "options", "cost"}:
+            raise ValueError(f"unknown keys of a row: {sorted(unknown)}")
+    for name in grid.evaluations:
+        grid.evaluation(name)
 
-    if share is not None:
-        row = replace(row, epochs=round(share * row.epochs / of(row)))
-    return replace(row, cost=of(row))
+
+def _spent(cost: StepCost, run: Pretrain) -> float:
+    """Cost of a run, in steps of the reference on batches of one crop of each image."""
+    return cost.of(run) * run.epochs * run.crops_per_image / run.batch_size
+
+
+def _epochs(cost: StepCost, run: Pretrain, budget: float) -> int:
+    """Epochs that come nearest to a cost, 0 if half of one is too much already."""
+
+    def missed(epochs: int) -> float:
+        return abs(_spent(cost, replace(run, epochs=epochs)) - budget) if epochs else budget
+
+    epochs = 0
+    while missed(epochs + 1) < missed(epochs):
+        epochs += 1
+    return epochs
 
 
 def table(grid: Grid, runs: dict[str, list[History]]) -> str:
@@ -144,35 +247,28 @@ def table(grid: Grid, runs: dict[str, list[History]]) -> str:
         for name, place in known.items()
         if any(last(run, *place) is not None for each in runs.values() for run in each)
     }
-    heads = ["recipe", "seeds", "epochs", "cost", "reached at", *places]
     reference = runs[grid.reference]
-    whole = reference[0].total_steps if reference else math.nan
-    lines = [f"# {grid.title}", "", _rules(grid), "", _line(heads), _line(["---"] * len(heads))]
+    whole = reference[0].total_steps if reference else None
+    lines = []
     for row in grid.rows:
         mine = runs[row.name]
-        if not mine:
-            lines.append(_line([row.name, "0", "not measured yet", *["–"] * (len(heads) - 3)]))
-            continue
-        few = "" if len(mine) >= 3 else " (no claim)"
-        figures = [
-            percent([found for run in mine if (found := last(run, *place)) is not None])
-            for place in places.values()
-        ]
-        cost = mine[0].total_steps * row.cost / whole
-        reached = _reached(row, mine, reference, whole)
-        lines.append(
-            _line(
-                [
-                    row.name,
-                    f"{len(mine)}{few}",
-                    str(row.epochs),
-                    f"{cost:.2f}",
-                    reached,
-                    *figures,
-                ]
-            )
-        )
-    return "\n".join(lines) + "\n"
+        line = {"recipe": row.name, "seeds": str(len(mine)), "epochs": "not measured yet"}
+        if mine:
+            line["seeds"] += "" if len(mine) >= 3 else " (no claim)"
+            line["epochs"] = str(row.epochs)
+            if whole:
+                line["cost"] = f"{mine[0].total_steps * row.cost / whole:.2f}"
+                line["reached at"] = _reached(row, mine, reference, whole)
+            for name, place in places.items():
+                found = [value for run in mine if (value := last(run, *place)) is not None]
+                line[name] = percent(found)
+        lines.append(line)
+    heads = ["recipe", "seeds", "epochs", "cost", "reached at", *places]
+    if all(line.get("reached at", _NOTHING) == _NOTHING for line in lines):
+        heads.remove("reached at")
+    cells = [heads, ["---"] * len(heads)]
+    cells += [[line.get(head, _NOTHING) for head in heads] for line in lines]
+    return "\n".join([f"# {grid.title}", "", _rules(grid), "", *map(_line, cells)]) + "\n"
 
 
 def _rules(grid: Grid) -> str:
@@ -186,8 +282,8 @@ def _rules(grid: Grid) -> str:
 
 def _reached(row: Row, mine: list[History], reference: list[History], whole: float) -> str:
     goal, curve = _monitored(reference), _monitored(mine)
-    if not goal or not curve:
-        return "–"
+    if not goal or len(curve) < 2:  # a single look at the end says nothing of when
+        return _NOTHING
     steps = [step for step, value in curve.items() if value >= goal[max(goal)]]
     return f"{min(steps) * row.cost / whole:.2f}" if steps else "not reached"
 

@@ -22,20 +22,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import ray
 import tyro
 from annotated_types import Ge
+from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
+from jobs.costs import StepCost, known, measured
 from jobs.grid import Grid, Row, load, table
 from pipeline.options import Checked
 from train import report
+from train.config import Pretrain
 from train.history import History, read
 from train.program import run_program
 
@@ -61,15 +65,49 @@ class Results(Checked):
 
 def main(results: Results) -> int:
     """Run what is left of the grid, then write the table; returns 1 if a run failed."""
-    grid = load(results.grid, out=results.out)
+    if results.minutes == 0:
+        print(_write(load(results.grid, known, results.out)))
+        return 0
     end = time.time() + 60 * results.minutes if results.minutes is not None else None
+    grid = load(results.grid, partial(_measured, results.cpus, results.gpus), results.out)
     work = [(row, seed) for seed in grid.seeds for row in grid.rows]  # a seed of all rows first
     lacking = [(row, seed) for row, seed in work if left(grid, row, seed)]
-    failed = False
-    if lacking and results.minutes != 0:
-        failed = _run_all(grid, lacking, results.cpus, results.gpus, end)
+    failed = bool(lacking) and _run_all(grid, lacking, results.cpus, results.gpus, end)
     print(_write(grid))
     return int(failed)
+
+
+def _start_ray(cpus: int, gpus: int) -> None:
+    """Join the Ray cluster that there is, or start one here.
+
+    Raises:
+        ValueError: it is this machine alone, and a run asks for more than that has.
+    """
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
+    if any(each.get("CPU", 0) >= cpus and each.get("GPU", 0) >= gpus for each in nodes):
+        return
+    lack = f"no machine has the {cpus} CPU core(s) and {gpus} GPU(s) of --cpus and --gpus"
+    if len(nodes) == 1 and "RAY_ADDRESS" not in os.environ:
+        raise ValueError(lack)
+    print(f"{lack} yet: the runs wait for one that joins the cluster", file=sys.stderr)
+
+
+def _measured(
+    cpus: int, gpus: int, path: Path, runs: Mapping[str, Pretrain], reference: str
+) -> dict[str, StepCost]:
+    """`jobs.costs.measured`, where the runs train."""
+    found = known(path, runs, reference)
+    if found.keys() == runs.keys():
+        return found
+    print(f"timing the steps of {len(runs) - len(found)} recipe(s) for {path}", flush=True)
+    _start_ray(cpus, gpus)
+    task = ray.remote(measured).options(num_cpus=cpus, num_gpus=gpus)
+    try:
+        costs: dict[str, StepCost] = ray.get(task.remote(path, dict(runs), reference))
+    except RayTaskError as error:
+        raise error.cause from None
+    return costs
 
 
 def _run_all(
@@ -77,7 +115,7 @@ def _run_all(
 ) -> bool:
     """Run until all is done, time is up or a signal asks to stop; whether a run failed."""
     grid.out.mkdir(parents=True, exist_ok=True)
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    _start_ray(cpus, gpus)
     task = _run.options(num_cpus=cpus, num_gpus=gpus)
     running = {task.remote(grid, row, seed, cpus, gpus, end): (row, seed) for row, seed in lacking}
     for signum in (signal.SIGTERM, signal.SIGUSR1):
@@ -114,13 +152,16 @@ def _run(grid: Grid, row: Row, seed: int, cpus: int, gpus: int, end: float | Non
             problem = _call(command, grid, cpus, end)
         if problem is not None:
             return problem
+        history = _history(grid, row, seed)
+        if history is None or not history.finished:
+            return ""  # asked to stop by somebody else: there is nothing to evaluate yet
     return ""
 
 
 def left(grid: Grid, row: Row, seed: int, gpus: int = 0) -> list[list[str]]:
     """The commands that a run still needs: training, then each evaluation that its log lacks."""
     folder = grid.folder(row, seed)
-    history = _history(folder)
+    history = _history(grid, row, seed)
     python = [sys.executable, "-m"]
     commands = []
     if history is None or not history.finished:
@@ -130,12 +171,11 @@ def left(grid: Grid, row: Row, seed: int, gpus: int = 0) -> list[list[str]]:
             "--seed", str(seed), "--monitor", *grid.train,
         ])  # fmt: skip
     done = {each.evaluator for each in history.found} if history and history.finished else set()
-    for name, options in grid.evaluations.items():
+    for name in grid.evaluations:
         if name not in done:
-            commands.append([
-                *python, "train.evaluate", name, "--checkpoint", str(folder), "--cache", grid.cache,
-                "--train", *grid.train, "--val", *grid.val, *shlex.split(options),
-            ])  # fmt: skip
+            commands.append(
+                [*python, "train.evaluate", name, *grid.evaluation(name, str(folder))[0]]
+            )
     return commands
 
 
@@ -144,7 +184,7 @@ def histories(grid: Grid, row: Row) -> list[History]:
     return [
         history
         for seed in grid.seeds
-        if not left(grid, row, seed) and (history := _history(grid.folder(row, seed)))
+        if not left(grid, row, seed) and (history := _history(grid, row, seed))
     ]
 
 
@@ -169,9 +209,10 @@ def _write(grid: Grid) -> str:
     return text
 
 
-def _history(folder: Path) -> History | None:
+def _history(grid: Grid, row: Row, seed: int) -> History | None:
+    """Of a run, with the evaluations that the grid asks for."""
     try:
-        return read(folder)
+        return grid.judged(read(grid.folder(row, seed)))
     except ValueError:  # not begun, or before its first log point
         return None
 
@@ -179,7 +220,7 @@ def _history(folder: Path) -> History | None:
 @contextmanager
 def _following(grid: Grid, row: Row, seed: int) -> Iterator[None]:
     """The job beside a training whose scores are refreshed."""
-    config, history = grid.config(row), _history(grid.folder(row, seed))
+    config, history = grid.config(row), _history(grid, row, seed)
     trained = history is not None and history.finished
     if trained or not config.refreshed_kinds or config.refresh.pin:
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,15 @@ class Point:
 
 @dataclass(frozen=True)
 class Found:
-    """What an evaluator, or the monitor, found of the encoder at a step."""
+    """What an evaluator, or the monitor, found of the encoder at a step; `options` are those of
+    `train.evaluate.trunk.Evaluation.told`."""
 
     step: int
     epoch: float
     evaluator: str
     weights: str
     values: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def read(folder: Path) -> History:
         )
     lines = _lines(path)
     starts = [line for line in lines if line.get("event") == "start"]
-    if not starts or "options" not in starts[-1]:
+    if not starts or any("options" not in line for line in starts):
         raise ValueError(f"{path}: no start of a run with its options stands in it")
     clock = _Clock()
     points, found, spent = [], [], dict[str, float]()
@@ -143,13 +145,13 @@ class _Clock:
     def __init__(self) -> None:
         self.seconds = 0.0
         self._step, self._batch = 0, 1
-        self._from_step, self._from_epoch, self._steps_per_epoch = 0, 0, 1
+        self._from_step, self._steps_per_epoch = 0, 1
 
     def start(self, line: dict[str, Any]) -> None:
-        self._batch = line["effective_batch"]
-        if line["steps_per_epoch"] != self._steps_per_epoch:  # the first, or others by --elastic
-            self._from_step, self._from_epoch = line["step"], line["epoch"]
-            self._steps_per_epoch = line["steps_per_epoch"]
+        self._batch, self._steps_per_epoch = line["effective_batch"], line["steps_per_epoch"]
+        # Where the schedule begins: at step 0, unless an elastic restart laid it out anew.
+        whole = line["options"]["epochs"] * self._steps_per_epoch
+        self._from_step = line["total_steps"] - whole
 
     def advance(self, line: dict[str, Any]) -> float:
         """Seconds from the log point before to this one."""
@@ -159,7 +161,7 @@ class _Clock:
         return float(seconds)
 
     def epoch(self, step: int) -> float:
-        return self._from_epoch + (step - self._from_step) / self._steps_per_epoch
+        return (step - self._from_step) / self._steps_per_epoch
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -176,7 +178,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _found(line: dict[str, Any], epoch: float) -> Found:
-    about = {"time", "step", "event", "evaluator", "weights"}
+    about = {"time", "step", "event", "evaluator", "weights", "options"}
     values = {name: value for name, value in line.items() if name not in about}
     weights = line.get("weights", "trained")
-    return Found(line["step"], epoch, line["evaluator"], weights, values)
+    return Found(line["step"], epoch, line["evaluator"], weights, values, line.get("options", {}))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -108,14 +110,22 @@ def write_event(folder: Path, step: int, name: str, **details: object) -> None:
 def _append(path: Path, line: dict[str, object]) -> None:
     rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
     try:
-        with open(path, "a") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), **rounded}, default=str) + "\n")
+        with open(path, "ab+") as file:
+            if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")  # a kill cut the last line off; the next one is none of it
+            told = json.dumps({"time": round(time.time(), 1), **rounded}, default=str)
+            file.write(f"{told}\n".encode())
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error.strerror})") from error
 
 
 def log_evaluation(
-    folder: Path, step: int, name: str, weights: str, values: dict[str, float | int | str]
+    folder: Path,
+    step: int,
+    name: str,
+    weights: str,
+    values: dict[str, float | int | str],
+    options: dict[str, Any],
 ) -> None:
     """Add what an evaluator found of a run's encoder to the log and the curves of the run.
 
@@ -126,8 +136,10 @@ def log_evaluation(
         weights: which of the checkpoint's: trained, ema or untrained.
         values: what it found; numbers become curves `<name>/<value>`, those of other weights than
             the trained ones `<name>_<weights>/<value>`.
+        options: what else they depend on; see `train.evaluate.trunk.Evaluation.told`.
     """
-    write_event(folder, step, "evaluation", evaluator=name, weights=weights, **values)
+    told = {"evaluator": name, "weights": weights, "options": options}
+    write_event(folder, step, "evaluation", **told, **values)
     curve = name if weights == "trained" else f"{name}_{weights}"
     with SummaryWriter(str(folder), filename_suffix=".evaluation") as board:
         for value, number in values.items():

@@ -38,10 +38,13 @@ METRICS = {
     "Probe, class token": {"monitor": "probe_cls", "probe": "top1_cls"},
     "Probe, mean of patches": {"monitor": "probe_mean", "probe": "top1_mean"},
     "Probe, attentive pooling": {"probe": "top1_attentive"},
+    "Segmentation, mean IoU": {"segment": "miou"},
 }
-"""What is drawn and compared -> by evaluator, the name of its value; shares of images in [0, 1]."""
+"""What is drawn and compared -> by evaluator, the name of its value, in [0, 1]."""
 
-_FREE = {"out", "seed", "threads", "resume", "keep_checkpoints", "checkpoint_minutes"}
+_FREE = {
+    "out", "seed", "threads", "resume", "elastic", "keep_checkpoints", "checkpoint_minutes",
+}  # fmt: skip
 _COLOURS = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#6b6b6b",
 ]  # fmt: skip
@@ -153,13 +156,9 @@ def write(
 
 
 def last(run: History, evaluator: str, value: str) -> float | None:
-    """The latest value that an evaluator found of the trained encoder, if it looked at it."""
-    values = [
-        each.values[value]
-        for each in run.found
-        if each.evaluator == evaluator and each.weights == "trained" and value in each.values
-    ]
-    return float(values[-1]) if values else None
+    """The value that an evaluator found of the trained encoder at the latest step it looked at."""
+    found = _of(run, evaluator, value)
+    return float(max(reversed(found), key=lambda each: each.step).values[value]) if found else None
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from jobs import grid
@@ -44,6 +46,9 @@ COSTS = {
 }
 
 
+ASKED = {"train": ["train.tar"], "val": ["val.tar"]}
+
+
 def load(path):
     return grid.load(path, lambda file, runs, reference: {name: COSTS[name] for name in runs})
 
@@ -62,7 +67,7 @@ def run(tmp_path, steps: int, probe: float, held_out: list[float]) -> History:
         Found(every * n, n, "monitor", "trained", {"probe_mean": value})
         for n, value in enumerate(held_out, start=1)
     ]
-    found.append(Found(steps, 10, "probe", "trained", {"top1_mean": probe}))
+    found.append(Found(steps, 10, "probe", "trained", {"top1_mean": probe}, ASKED))
     return History(tmp_path, {}, [Point(steps, 10, 60.0, 0.5)], found, {}, steps, True)
 
 
@@ -81,6 +86,44 @@ def test_a_share_of_the_cost_is_spent_on_as_many_epochs_as_it_pays(path):
     assert [row.cost for row in rows[:3]] == [1.0, 0.6, 0.5]
     # 10 epochs with generations due at 2, 4, 6 and 8 cost 5 + 4 / 2; 7 / 0.7 is 10 again.
     assert (rows[3].epochs, rows[3].cost) == (10, pytest.approx(0.7))
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ("--batch-size 128", 40),  # half as many steps an epoch, each for half of the cost
+        ("--batch-size 32", 10),
+        ("--crops-per-image 4", 5),
+        ("--plain-epochs 5", 15),  # 5 at the whole cost, 10 at half of it
+    ],
+)
+def test_a_share_of_the_cost_minds_how_many_steps_an_epoch_has_and_what_each_costs(
+    path, options, epochs
+):
+    path.write_text(path.read_text().replace("--content.source off", options))
+    costs = {**COSTS, "longer": StepCost(0.5, plain=1.0)}
+    found = grid.load(path, lambda file, runs, reference: costs)
+    assert found.rows[2].epochs == epochs
+
+
+def test_rows_that_are_not_timed_yet_have_no_epochs_to_speak_of(path, tmp_path):
+    found = grid.load(path, lambda file, runs, reference: {"mae": COSTS["mae"]})
+    text = grid.table(found, {row.name: [] for row in found.rows})
+    assert [each["epochs"] for each in cells(text)] == ["not measured yet"] * 4
+
+
+def test_only_evaluations_of_the_last_step_that_the_grid_asks_for_count(path, tmp_path):
+    found = load(path)
+    history = run(tmp_path, 100, 0.5, [0.4])
+    others = [
+        Found(50, 5, "probe", "trained", {"top1_mean": 0.1}, ASKED),
+        Found(100, 10, "probe", "untrained", {"top1_mean": 0.2}, ASKED),
+        Found(100, 10, "probe", "trained", {"top1_mean": 0.3}, {**ASKED, "val": ["other.tar"]}),
+        Found(100, 10, "probe", "trained", {"top1_mean": 0.4}, {**ASKED, "epochs": 3}),
+        Found(100, 10, "knn", "trained", {"top1_mean": 0.6}, ASKED),
+    ]
+    mixed = dataclasses.replace(history, found=[*history.found, *others])
+    assert found.judged(mixed) == history
 
 
 def test_the_table_holds_means_errors_costs_and_where_the_reference_is_reached(path, tmp_path):
@@ -129,9 +172,17 @@ def test_a_recipe_file_that_changes_what_is_trained_gives_other_folders(path, tm
         ("epochs = 10", "epoch = 10", "missing or unknown"),
         ("cost = 1.0", "costs = 1.0", "unknown keys of a row"),
         ("[evaluations]", "[evaluations", "grid.toml"),
+        ('train = ["train.tar"]', 'train = "train.tar"', "train must be a list of str"),
+        ("seeds = [0, 1, 2]", "seeds = 3", "seeds must be a list of int"),
+        ("seeds = [0, 1, 2]", "seeds = [0, 0, 1]", "one stands twice"),
+        ('probe = ""', 'prbe = ""', "evaluation 'prbe': there are knn, probe"),
+        ('probe = ""', 'probe = "--pooling cls"', "evaluation 'probe': its options are wrong"),
+        ("--content.source off", "--contents.source off", "row 'longer': its options are wrong"),
+        ("cost = 1.0", "cost = 0.02", "row 'longer': a cost of 0.02 pays for no epoch"),
     ],
 )
 def test_mistakes_in_a_grid_are_named(path, old, new, error):
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=error) as raised:
         load(path)
+    assert str(path) in str(raised.value)

@@ -3,12 +3,13 @@ import json
 import pytest
 
 from train import history
+from train.log import log_evaluation
 
 
 def start(step=0, epoch=0, steps_per_epoch=10, batch=8, total=40, **options):
     return {
         "step": step, "event": "start", "epoch": epoch, "steps_per_epoch": steps_per_epoch,
-        "total_steps": total, "effective_batch": batch, "options": options,
+        "total_steps": total, "effective_batch": batch, "options": {"epochs": 4, **options},
     }  # fmt: skip
 
 
@@ -49,6 +50,12 @@ def test_epochs_count_on_when_an_elastic_resume_changes_their_length(tmp_path):
     assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 3]
 
 
+def test_an_elastic_restart_begins_its_epoch_anew_also_where_epochs_stay_as_long(tmp_path):
+    # At step 18, in epoch 1, the run goes back to the epoch's beginning: 8 steps more in all.
+    lines = start(), point(10), start(18, 1, total=48), point(28), point(48)
+    assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 2, 4]
+
+
 def test_a_resume_within_an_epoch_does_not_move_it(tmp_path):
     lines = start(), point(10), start(15, 1), point(20)
     assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 2]
@@ -60,11 +67,14 @@ def test_stages_are_weighed_by_the_time_that_they_were_measured_over(tmp_path):
     assert run.stages["join"] == pytest.approx((0.5 * 80 + 0.1 * 80 / 3) / (80 + 80 / 3))
 
 
-def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+def test_a_line_that_a_kill_cut_off_is_left_out_and_takes_no_other_along(tmp_path):
     folder = write(tmp_path, start(), point(10))
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"step": 20, "los')
     assert len(history.read(folder).points) == 1
+    log_evaluation(folder, 10, "knn", "trained", {"top1_cls": 0.5}, {"k": 5})
+    (found,) = history.read(folder).found
+    assert (found.values, found.options) == ({"top1_cls": 0.5}, {"k": 5})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def made_up_run(folder: Path, seed: int, probe: float, steps: int = 60, **option
     log = Log(folder, 0, steps, 8, clock, "made up")
     log.event(
         0, "start", run=folder.name, epoch=0, steps_per_epoch=10, total_steps=steps,
-        effective_batch=8, options={"seed": seed, "join": {"mask_ratio": 0.45}, **options},
+        effective_batch=8,
+        options={"seed": seed, "epochs": 6, "join": {"mask_ratio": 0.45}, **options},
     )  # fmt: skip
     for step in range(1, steps + 1):
         if step % 20 == 1:
@@ -37,8 +38,9 @@ def made_up_run(folder: Path, seed: int, probe: float, steps: int = 60, **option
             log.found(step, "monitor", {"knn_cls": probe * step / steps, "seconds": 1.0})
     log.event(steps, "finished")
     log.close()
-    log_evaluation(folder, steps, "probe", "trained", {"top1_cls": probe, "pooling": "cls"})
-    log_evaluation(folder, steps, "probe", "untrained", {"top1_cls": 0.1})
+    log_evaluation(folder, steps, "probe", "trained", {"top1_cls": probe, "pooling": "cls"}, {})
+    log_evaluation(folder, steps // 2, "probe", "trained", {"top1_cls": 0.2}, {})  # of an old one
+    log_evaluation(folder, steps, "probe", "untrained", {"top1_cls": 0.1}, {})
     return folder
 
 

@@ -122,7 +122,7 @@ def finetune(
             return
         found = run.test()
         if ranks.is_main:
-            log_evaluation(options.out, run.step, "val", "trained", {**found})
+            log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
         for name, share in found.items():
             yield name, share
             yield name.replace("top1", "stderr"), standard_error(share, len(val))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def run(options: Evaluation) -> dict[str, Value]:
         (name, evaluator) for name, (kind, evaluator) in EVALUATORS.items() if kind is type(options)
     )
     torch.manual_seed(options.seed)
+    options = dataclasses.replace(options, checkpoint=_latest(options.checkpoint))
     encoder, of_run = open_encoder(options), _run_of(options.checkpoint)
     with join_ranks(options.device) as ranks:
         encoder = encoder.to(ranks.device)
@@ -49,12 +51,11 @@ def run(options: Evaluation) -> dict[str, Value]:
     if not found or not ranks.is_main:
         return found
     values: dict[str, Value] = {"train_images": len(train), "val_images": len(val), **found}
-    weights = "untrained" if options.untrained else "ema" if options.ema else "trained"
-    which = {"checkpoint": options.checkpoint, "weights": weights}
+    which = {"checkpoint": options.checkpoint, "weights": options.weights}
     if of_run:
         folder, step = of_run
         print(json.dumps({"evaluate": name, **which, "step": step, **values}))
-        log_evaluation(folder, step, name, weights, values)
+        log_evaluation(folder, step, name, options.weights, values, options.told())
     else:
         print(json.dumps({"evaluate": name, **which, **values}))
     return found
@@ -68,11 +69,15 @@ def open_encoder(options: Evaluation) -> VisionTransformer:
     return encoder
 
 
+def _latest(source: str) -> str:
+    """The latest checkpoint of a run, which may train on meanwhile; any other source as it is."""
+    path = Path(source)
+    return str((checkpoint.latest(path) if path.is_dir() else None) or source)
+
+
 def _run_of(source: str) -> tuple[Path, int] | None:
-    """Folder of the run that an encoder is from, and its step, if it is from one of ours."""
-    path: Path | None = Path(source)
-    if path and path.is_dir():
-        path = checkpoint.latest(path)
-    if path is None or not path.name.startswith("checkpoint-"):
+    """Folder of the run that a checkpoint is from, and its step, if it is from one of ours."""
+    path = Path(source)
+    if not path.is_file() or not path.name.startswith("checkpoint-"):
         return None
     return path.parent, checkpoint.load(path).step

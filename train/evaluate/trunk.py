@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from annotated_types import Ge, Gt, Le
@@ -57,6 +59,23 @@ class Evaluation(Checked):
     """CPU threads that decode; a rank's share of the machine's cores if left out"""
     seed: Seed = 0
     """of all that is drawn at random"""
+
+    def told(self) -> dict[str, Any]:
+        """What its values depend on beside the encoder, as plain data: the shards, and the options
+        that are not as they come."""
+        aside = {"checkpoint", "cache", "stage", "ema", "untrained", "device", "threads"}
+        options = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in aside and getattr(self, field.name) != field.default
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+        return plain
+
+    @property
+    def weights(self) -> str:
+        """Which of the checkpoint's weights it asks for: trained, ema or untrained."""
+        return "untrained" if self.untrained else "ema" if self.ema else "trained"
 
 
 Options = TypeVar("Options", bound=Evaluation)
@@ -172,6 +191,9 @@ class Images:
         Args:
             encoder: frozen, in eval mode, on the images' device.
             tokens: keep the patch tokens too: N x C x 2 bytes an image.
+
+        Raises:
+            FloatingPointError: some are no numbers.
         """
         count, width = len(self), encoder.embed_dim
         cls, mean = torch.empty(count, width), torch.empty(count, width)
@@ -186,6 +208,13 @@ class Images:
                 mean[crops.rows] = every[:, first:].mean(1).cpu()
                 if tokens:
                     kept[crops.rows] = every[:, first:].half().cpu()
+        bad = ~(cls.isfinite().all(1) & mean.isfinite().all(1))
+        if bad.any():
+            first = self.table.key(int(bad.nonzero()[0]))
+            raise FloatingPointError(
+                f"the encoder's features of {int(bad.sum())} images, {first} the first, are no "
+                "numbers: its weights ran away; take an earlier checkpoint of the run"
+            )
         return Features(cls, mean, kept if tokens else None, self.table.labels)
 
 
@@ -211,7 +240,7 @@ def default_centre(image_size: int) -> float:
 
 
 def require_labels(*sets: Images) -> None:
-    """Refuse images without a class, or of one that nobody numbers so high.
+    """Refuse images without a class, of one that nobody numbers so high, or all of one.
 
     Raises:
         ValueError: names the first of them.
@@ -229,6 +258,11 @@ def require_labels(*sets: Images) -> None:
                 f"{images.table.key(highest)} is of class {images.classes - 1}; classes are "
                 f"numbered from 0 to {_MOST_CLASSES - 1} at most, without gaps as far as possible"
             )
+    if max(images.classes for images in sets) == 1:
+        raise ValueError(
+            f"{sets[0].table.key(0)} and all other samples are of class 0: an evaluation needs "
+            "images of two classes at least"
+        )
 
 
 def top1(predicted: Tensor, labels: Tensor, classes: int) -> float:

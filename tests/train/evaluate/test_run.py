@@ -29,6 +29,8 @@ def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
     assert (printed["train_images"], printed["val_images"]) == (17, 9)
     (logged,) = _evaluations(config.out)
     assert logged["evaluator"] == "knn"
+    asked = options(Knn)
+    assert logged["options"] == {"train": asked.train, "val": asked.val, "batch_size": 8}
     assert logged["top1_mean"] == pytest.approx(values["top1_mean"], rel=1e-5)
     events = EventAccumulator(str(config.out)).Reload()
     (drawn,) = events.Scalars("knn/top1_mean")

@@ -1,3 +1,4 @@
+import copy
 import math
 from pathlib import Path
 
@@ -83,6 +84,21 @@ def test_a_class_of_a_number_that_no_classifier_can_have_is_named(encoder, optio
     images.table.labels[4] = 2_000_000_000
     with pytest.raises(ValueError, match=r"\.tar:.* is of class 2000000000; classes are numbered"):
         require_labels(images)
+
+
+def test_images_of_one_class_are_nothing_to_tell_apart(encoder, options):
+    images = open_images(options(Evaluation), encoder, "val", RANKS)
+    images.table.labels[:] = 0
+    with pytest.raises(ValueError, match=r"\.tar:.* and all other samples are of class 0"):
+        require_labels(images)
+
+
+def test_features_that_are_no_numbers_are_an_error_that_names_an_image(encoder, options):
+    images = open_images(options(Evaluation), encoder, "val", RANKS)
+    broken = copy.deepcopy(encoder)
+    torch.nn.init.constant_(broken.norm.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"features of 9 images, .*\.tar:.* earlier"):
+        images.features(broken)
 
 
 @pytest.mark.parametrize(
