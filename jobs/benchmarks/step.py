@@ -11,11 +11,15 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from tqdm import tqdm
 
 from famt.methods import METHODS
@@ -138,10 +142,20 @@ RIVALS: dict[str, _Setup] = {
 }
 
 
+def _attention(*shapes: Any, **_: Any) -> int:
+    query, key, value, *_others = shapes
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward(*shapes: Any, **_: Any) -> int:
+    out, query, key, value, *_others = shapes
+    return int(sdpa_backward_flop_count(out, query, key, value))
+
+
 # torch's own counter knows the attentions of GPUs alone.
 _ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 

@@ -8,11 +8,12 @@ import pytest
 import scipy.stats
 import torch
 from launch import program_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from jobs.benchmark import BENCHMARKS, parse
 from jobs.benchmarks.loader import Loader
 from jobs.benchmarks.measure import rank_correlations, seconds
-from jobs.benchmarks.step import Step
+from jobs.benchmarks.step import Step, _Rival
 
 
 def test_several_benchmarks_are_measured_with_one_command():
@@ -31,6 +32,15 @@ def test_rank_correlations_are_spearmans():
     a, b = torch.rand(2, 3, 49)
     expected = [float(scipy.stats.spearmanr(x, y).statistic) for x, y in zip(a, b, strict=True)]
     assert rank_correlations(a, b) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_flops_of_a_step_are_those_of_its_matrix_products_attention_among_them():
+    rival = _Rival("mae self", Step("vit_nano", batch_size=2, device="cpu"))
+    found = rival.flops()
+    with sdpa_kernel(SDPBackend.MATH):  # attention as products, which torch counts by itself
+        products = rival.flops()
+    # By flash attention the backward pass has the scores' product once more.
+    assert products < found < 1.05 * products
 
 
 @pytest.mark.slow
