@@ -76,6 +76,11 @@ class Group:
     runs: list[History]
     cost_per_step: float | None = None
 
+    @property
+    def seeds(self) -> int:
+        """How many different ones."""
+        return len({run.options.get("seed") for run in self.runs})
+
     def cost(self, run: History, step: int) -> float:
         """Of a run until a step: steps times their cost, or seconds."""
         if self.cost_per_step is None:
@@ -136,7 +141,7 @@ def write(
         curves=[(name, figures) for name, figures in curves if figures[0]["data"]],
         header=["runs", "seeds", "epochs", cost_title, "loss", *columns],
         rows=[_row(group, groups, scale) for group in groups],
-        few=min(len(group.runs) for group in groups) < 3,
+        few=min(group.seeds for group in groups) < 3,
         time=_time(groups),
         differences=_differences(groups),
         masks=[
@@ -192,7 +197,7 @@ def _curves(
                 {
                     "x": [float(f"{x:.5g}") for x in xs],
                     "y": [float(f"{y:.5g}") for y in ys],
-                    "name": _run_name(run, group),
+                    "name": _label(run, group),
                     "line": {"color": _COLOURS[n % len(_COLOURS)], "width": 2},
                     "opacity": 0.85,
                     **look,
@@ -259,11 +264,14 @@ def _row(group: Group, groups: Sequence[Group], scale: float) -> list[str]:
     unfinished = "" if all(run.finished for run in group.runs) else " (unfinished)"
     return [
         group.name,
-        str(len(group.runs)),
+        str(group.seeds),
         epochs + unfinished,
         f"{statistics.mean(costs):.3g}",
         f"{statistics.mean(end.loss for end in ends):.4f}",
-        *(percent(each) for each in figures),
+        *(
+            percent(each) + (f" (of {len(each)})" if 0 < len(each) < len(group.runs) else "")
+            for each in figures
+        ),
     ]
 
 
@@ -278,7 +286,7 @@ def _time(groups: Sequence[Group]) -> dict[str, Any]:
                 "type": "bar",
                 "orientation": "h",
                 "name": stage.replace("_", " "),
-                "y": [_run_name(run, group) for run, group in runs],
+                "y": [_label(run, group) for run, group in runs],
                 "x": [round(100 * run.stages.get(stage, 0.0), 2) for run, _ in runs],
                 "marker": {"color": "#c9ced6" if stage == history.NO_STAGE else colour},
                 "hovertemplate": "%{fullData.name}: %{x:.1f} %<extra>%{y}</extra>",
@@ -339,6 +347,11 @@ def _common_name(runs: Sequence[History]) -> str:
 
 def _run_name(run: History, group: Group) -> str:
     return group.name if len(group.runs) == 1 else f"{group.name}, seed {run.options.get('seed')}"
+
+
+def _label(run: History, group: Group) -> str:
+    """A run's name for Plotly, which takes `<` for the beginning of a tag."""
+    return _run_name(run, group).replace("<", "&lt;")
 
 
 def _show(value: Any) -> str:

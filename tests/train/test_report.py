@@ -80,6 +80,19 @@ def test_seeds_are_one_row_with_mean_and_standard_error(runs, tmp_path):
     assert [row[probe] for row in rows] == ["48.5 ± 0.5", "50.5 ± 0.5"]  # not the untrained one
 
 
+def test_what_fewer_runs_tell_or_seeds_that_come_twice_are_no_three_seeds(tmp_path):
+    runs = [made_up_run(tmp_path / f"mae-{n}", seed, 0.5) for n, seed in enumerate((0, 0, 1))]
+    log = runs[0] / "log.jsonl"
+    lines = [line for line in log.read_text().splitlines() if '"probe"' not in line]
+    log.write_text("".join(f"{line}\n" for line in lines))
+    report.main(Report(runs, tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    header, row = cells(page, "table")
+    assert row[1] == "2"
+    assert row[header.index("Probe, class token (test, %)")] == "50.0 ± 0.0 (of 2)"
+    assert "Fewer than three seeds" in page
+
+
 def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
     report.main(Report(runs, tmp_path / "page.html"))
     drawn = charts((tmp_path / "page.html").read_text())
@@ -87,6 +100,7 @@ def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
     assert {each["x"] for each in drawn[::2][:3]} == {"epochs"}
     assert all("training time" in each["x"] for each in drawn[1:6:2])
     losses, knn = drawn[0]["data"], drawn[2]["data"]
+    assert losses[-1]["name"] == "&lt;famt>, seed 1"  # Plotly reads tags
     assert len(losses) == len(knn) == 4
     assert knn[0]["x"] == [1, 2, 3, 4, 5, 6]
     assert knn[0]["y"][-1] == pytest.approx(48)
