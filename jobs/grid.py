@@ -147,40 +147,31 @@ def load(path: Path, measure: Measure = measured, out: Path | None = None) -> Gr
     """
     try:
         told: dict[str, Any] = tomllib.loads(path.read_text())
-        return _planned(told, measure, out)
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+        epochs, declared = told.pop("epochs"), told.pop("row")
+        rows = [Row(row["name"], row.get("options", ""), epochs, math.nan) for row in declared]
+        grid = Grid(**{**told, "out": out or Path(told["out"])}, rows=rows)
+        _check(grid, declared)
+        runs = {row.name: grid.config(row) for row in rows}
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: a key is missing or unknown: {error}") from None
-
-
-def _planned(told: dict[str, Any], measure: Measure, out: Path | None) -> Grid:
-    """A grid with what its rows cost, and for how many epochs they are trained."""
-    epochs, declared = told.pop("epochs"), told.pop("row")
-    rows = [Row(row["name"], row.get("options", ""), epochs, math.nan) for row in declared]
-    grid = Grid(**{**told, "out": out or Path(told["out"])}, rows=rows)
-    _check(grid, declared)
-    runs = {row.name: grid.config(row) for row in rows}
     costs = measure(grid.out / "costs.jsonl", runs, grid.reference)
-    reference = runs[grid.reference]
-
-    def planned(row: Row, share: float | None) -> Row:
-        cost, run = costs.get(row.name), runs[row.name]
-        if cost is None or grid.reference not in costs:
-            return row
-        if share is not None:
-            whole = _spent(costs[grid.reference], reference)
-            epochs = _epochs(cost, run, share * whole)
+    if grid.reference not in costs:
+        return grid
+    whole = _spent(costs[grid.reference], runs[grid.reference])
+    of_reference = costs[grid.reference].of(runs[grid.reference])
+    planned = []
+    for row, share in zip(rows, (each.get("cost") for each in declared), strict=True):
+        if (cost := costs.get(row.name)) is not None:
+            run = runs[row.name]
+            epochs = run.epochs if share is None else _epochs(cost, run, share * whole)
             if not epochs:
-                raise ValueError(f"row {row.name!r}: a cost of {share} pays for no epoch")
-            run = replace(run, epochs=epochs)
-        of_reference = costs[grid.reference].of(reference)
-        return replace(row, epochs=run.epochs, cost=cost.of(run) / of_reference)
-
-    return replace(
-        grid,
-        rows=[planned(row, each.get("cost")) for row, each in zip(rows, declared, strict=True)],
-    )
+                raise ValueError(f"{path}: row {row.name!r}: a cost of {share} pays for no epoch")
+            per_step = cost.of(replace(run, epochs=epochs)) / of_reference
+            row = replace(row, epochs=epochs, cost=per_step)
+        planned.append(row)
+    return replace(grid, rows=planned)
 
 
 def _check(grid: Grid, declared: list[dict[str, Any]]) -> None:

@@ -4,13 +4,14 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from samples import photo_members, score, tar_bytes
 
-from jobs import costs
+from jobs import costs, results
 from jobs.costs import StepCost
 from jobs.grid import load, table
 from jobs.results import histories, left
@@ -97,6 +98,41 @@ def test_a_stop_has_runs_write_a_checkpoint_also_where_a_script_began_them(data,
     pieces.terminate()
     pieces.wait()
     assert [*tmp_path.glob("runs/*/*.pt")]
+
+
+@pytest.mark.slow
+def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, monkeypatch):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(out=tmp_path, data=data).replace("epochs = 2", "epochs = 2000"))
+    grid = load(path, lambda file, runs, reference: dict.fromkeys(runs, StepCost(1.0)))
+    started = []
+
+    def start(command, *_, **__):
+        started.append(subprocess.Popen(command))
+        return started[-1]
+
+    def stop():
+        while not [*tmp_path.glob("runs/*/log.jsonl")]:
+            time.sleep(0.1)
+        started[0].terminate()
+
+    monkeypatch.setattr(results, "_start", start)
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    assert results._run._function(grid, grid.rows[0], 0, 1, 0, None) == ""
+    stopper.join()
+    assert [each.args[2] for each in started] == ["train.pretrain"]
+    assert len(left(grid, grid.rows[0], 0)) == 2
+
+
+@pytest.mark.slow
+def test_gpus_that_no_machine_has_are_an_error_at_once(data, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(out=tmp_path, data=data))
+    command = [sys.executable, "-m", "jobs.results", str(path), "--gpus", "64"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert "no machine has the 1 CPU core(s) and 64 GPU(s) of --cpus and --gpus" in done.stderr
 
 
 @pytest.mark.slow
