@@ -3,7 +3,7 @@
     python jobs/refresh_scores.py --follow runs/weighed      # beside a training, as long as it runs
     python jobs/refresh_scores.py --checkpoint runs/first    # once, from the latest checkpoint
     python jobs/refresh_scores.py --init exported --shards shards --cache scores
-    ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/first
+    ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/weighed
 
 Ray actors, on CPUs or on shares of GPUs, load the encoder once and write the maps of tar after tar
 into the score cache, all kinds that the run asks for by one forward pass. When all tars are done

@@ -258,10 +258,11 @@ def require_labels(*sets: Images) -> None:
                 f"{images.table.key(highest)} is of class {images.classes - 1}; classes are "
                 f"numbered from 0 to {_MOST_CLASSES - 1} at most, without gaps as far as possible"
             )
-    if max(images.classes for images in sets) == 1:
+    present = torch.cat([images.table.labels for images in sets]).unique()
+    if len(present) == 1:
         raise ValueError(
-            f"{sets[0].table.key(0)} and all other samples are of class 0: an evaluation needs "
-            "images of two classes at least"
+            f"{sets[0].table.key(0)} and all other samples are of class {int(present)}: an "
+            "evaluation needs images of two classes at least"
         )
 
 

@@ -86,10 +86,11 @@ def test_a_class_of_a_number_that_no_classifier_can_have_is_named(encoder, optio
         require_labels(images)
 
 
-def test_images_of_one_class_are_nothing_to_tell_apart(encoder, options):
+@pytest.mark.parametrize("label", [0, 5])
+def test_images_of_one_class_are_nothing_to_tell_apart(encoder, options, label):
     images = open_images(options(Evaluation), encoder, "val", RANKS)
-    images.table.labels[:] = 0
-    with pytest.raises(ValueError, match=r"\.tar:.* and all other samples are of class 0"):
+    images.table.labels[:] = label
+    with pytest.raises(ValueError, match=rf"\.tar:.* and all other samples are of class {label}"):
         require_labels(images)
 
 
