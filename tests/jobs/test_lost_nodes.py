@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from ray_clusters import cluster, lose, processes
+from runs import equal, log_events
 from samples import photo_members, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
@@ -118,9 +119,8 @@ def test_a_training_and_the_refresh_beside_it_outlive_a_node_lost_during_each(
     calm, disturbed = checkpoint.load(tmp_path / "undisturbed"), checkpoint.load(out)
     assert calm.step == disturbed.step == 24
     assert calm.signals == disturbed.signals == {"content": {"generation": 18}}
-    assert all(torch.equal(calm.model[name], disturbed.model[name]) for name in calm.model)
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [each.get("event") for each in lines].count("start") == 3
+    assert equal(calm.model, disturbed.model)
+    assert len(log_events(out, "start")) == 3
 
 
 @pytest.mark.slow

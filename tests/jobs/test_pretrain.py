@@ -1,4 +1,3 @@
-import json
 import os
 import signal
 import subprocess
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
+from runs import equal, log_events
 
 from jobs.pretrain import RayPretrain, worker_resources
 from jobs.refresh_workers import RefreshWorkers
@@ -50,12 +49,11 @@ def test_ray_train_survives_a_killed_worker_with_the_same_weights(scored, tmp_pa
     os.kill(_workers(process)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
-    lines = [json.loads(line) for line in (killed / "log.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines if "event" in line].count("start") == 2
+    assert len(log_events(killed, "start")) == 2
     first, second = checkpoint.load(whole), checkpoint.load(killed)
     assert first.step == second.step == 24
     assert first.config["world_size"] == 2
-    assert all(torch.equal(first.model[name], second.model[name]) for name in first.model)
+    assert equal(first.model, second.model)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from launch import program_file
+from runs import equal, log_events, weights
 
 from jobs import refresh_scores
 from jobs.cache import Gc, Ls
@@ -64,16 +65,6 @@ def _title(process):
         return ""
 
 
-def _events(out, name):
-    path = out / "log.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [each for each in map(json.loads, lines) if each.get("event") == name]
-
-
-def _equal(first, second):
-    return all(torch.equal(first.model[name], second.model[name]) for name in first.model)
-
-
 def _until(condition):
     for _ in range(6000):
         if condition():
@@ -117,7 +108,7 @@ def test_equal_runs_in_one_cache_whose_jobs_are_killed_end_as_one_without(scored
     for out in (undisturbed, *outs):
         state = checkpoint.load(out)
         assert (state.step, state.signals) == (24, {"content": {"generation": 21}})
-        assert _equal(state, checkpoint.load(undisturbed))
+        assert equal(state.model, weights(undisturbed))
         assert json.loads((out / "generations.json").read_text())["epochs"] == epochs
         for generation in scored.cache.generations.of(state.run):
             ids = load_samples(scored.shards, scored.cache).shard_ids
@@ -140,7 +131,7 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
     summaries = [json.loads(line) for line in output.splitlines()]
     assert all(each["images"] == 26 and not each["failed"] for each in summaries)
     assert finished_path(out).exists()
-    events = _events(out, "generation")
+    events = log_events(out, "generation")
     assert events
     assert all(each["coverage"] == 1 and each["age_steps"] >= 0 for each in events)
     used = checkpoint.load(out).signals["content"]["generation"]

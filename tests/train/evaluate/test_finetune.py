@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from runs import equal, log_lines, log_points, weights
 from samples import encode, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -56,25 +57,13 @@ def make(tmp_path, scored, options):
     return make
 
 
-def _weights(folder):
-    return checkpoint.load(folder).model
-
-
-def _equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def _log(folder):
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
 def test_a_run_learns_and_leaves_checkpoint_log_and_curves(make, capsys):
     values = evaluate(make(epochs=6, mixing=PLAIN))
     assert values["top1"] == 1.0
     assert values.keys() == {"top1", "stderr", "top1_ema", "stderr_ema", "epochs"}
     out = make().out
     assert checkpoint.load(out).step == 36
-    lines = _log(out)
+    lines = log_lines(out)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 36
     assert losses[0] == pytest.approx(np.log(2), abs=0.01)  # the classifier begins near zero
@@ -92,9 +81,9 @@ def test_a_run_learns_and_leaves_checkpoint_log_and_curves(make, capsys):
 def test_the_same_seed_gives_the_same_weights(make, pooling):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         evaluate(make(name, seed=seed, pooling=pooling, epochs=1))
-    a, b, c = (_weights(make(name).out) for name in "abc")
-    assert _equal(a, b)
-    assert not _equal(a, c)
+    a, b, c = (weights(make(name).out) for name in "abc")
+    assert equal(a, b)
+    assert not equal(a, c)
 
 
 def test_a_resumed_run_ends_with_the_same_weights(make):
@@ -109,9 +98,9 @@ def test_a_resumed_run_ends_with_the_same_weights(make):
     assert run("cut") == whole
     a, b = checkpoint.load(make("whole").out), checkpoint.load(out)
     assert a.step == b.step == 12
-    assert _equal(a.model, b.model)
-    assert _equal(a.ema, b.ema)
-    assert [line["step"] for line in _log(out) if "loss" in line] == list(range(1, 13))
+    assert equal(a.model, b.model)
+    assert equal(a.ema, b.ema)
+    assert [line["step"] for line in log_points(out)] == list(range(1, 13))
 
 
 def test_other_options_are_refused_and_another_batch_size_is_elastic(make):
@@ -190,8 +179,8 @@ def test_a_run_killed_at_random_ends_with_the_same_weights(make, tmp_path, world
     assert json.loads(done.stdout.splitlines()[-1])["val_images"] == 9
     a, b = checkpoint.load(whole), checkpoint.load(out)
     assert a.step == b.step == 48 // world_size
-    assert _equal(a.model, b.model)
-    assert _equal(a.ema, b.ema)
+    assert equal(a.model, b.model)
+    assert equal(a.ema, b.ema)
 
 
 def _kill(process, out):

@@ -1,10 +1,10 @@
 import dataclasses
-import json
 import os
 import signal
 
 import pytest
 import torch
+from runs import equal, log_events
 from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -44,11 +44,6 @@ def encoder():
     return MaskedAutoencoder(SIZES).encoder
 
 
-def _lines(folder, event):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("event") == event]
-
-
 def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path):
     images = open_images(options(Evaluation, val=options(Evaluation).train), encoder, "val", RANKS)
     expected = images.features(encoder.eval())
@@ -58,7 +53,7 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
         for weights in encoder.parameters():
             weights.zero_()
     assert encoder.training
-    (line,) = _lines(tmp_path, "evaluation")
+    (line,) = log_events(tmp_path, "evaluation")
     assert (line["step"], line["evaluator"]) == (7, "monitor")
     values = {"knn_cls", "knn_mean", "probe_cls", "probe_mean", "seconds"}
     assert values <= line.keys()
@@ -85,7 +80,7 @@ def test_nothing_is_drawn_from_the_generator_of_the_training(scored, encoder, lo
 def test_a_look_that_fails_is_told_and_training_goes_on(monitor, encoder, log, tmp_path, scored):
     (scored.folder / "train-000001.tar").unlink()
     monitor.look(encoder, 1, log)
-    (line,) = _lines(tmp_path, "monitor failed")
+    (line,) = log_events(tmp_path, "monitor failed")
     assert line["reason"]
 
 
@@ -104,8 +99,8 @@ def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, score
     pretrain(config)
     pretrain(watched)
     one, other = (checkpoint.load(each.out) for each in (config, watched))
-    assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
-    assert [line["step"] for line in _lines(watched.out, "evaluation")] == [3, 6, 9]
+    assert equal(one.model, other.model)
+    assert [line["step"] for line in log_events(watched.out, "evaluation")] == [3, 6, 9]
     pretrain(watched)  # it is over, and needs no look
 
 
@@ -138,5 +133,5 @@ def test_neither_a_stop_nor_a_kill_at_the_end_costs_the_last_look(
             pretrain(config)
     if killed:
         pretrain(config)
-    assert [line["step"] for line in _lines(config.out, "evaluation")] == [3]
-    assert _lines(config.out, "finished")
+    assert [line["step"] for line in log_events(config.out, "evaluation")] == [3]
+    assert log_events(config.out, "finished")

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from runs import log_events
 from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -11,11 +12,6 @@ from train.checkpoint import load_model
 from train.evaluate.knn import Knn
 from train.evaluate.run import EVALUATORS, run
 from train.pretrain import main as pretrain
-
-
-def _evaluations(folder):
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if line.get("event") == "evaluation"]
 
 
 def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
@@ -27,7 +23,7 @@ def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
     assert printed["evaluate"] == "knn"
     assert (printed["step"], printed["weights"]) == (3, "trained")
     assert (printed["train_images"], printed["val_images"]) == (17, 9)
-    (logged,) = _evaluations(config.out)
+    (logged,) = log_events(config.out, "evaluation")
     assert logged["evaluator"] == "knn"
     asked = options(Knn)
     assert logged["options"] == {"train": asked.train, "val": asked.val, "batch_size": 8}
@@ -40,7 +36,8 @@ def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
 def test_the_untrained_floor_is_told_apart(request, options):
     config = request.getfixturevalue("run")
     untrained = run(options(Knn)) and run(options(Knn, untrained=True))
-    assert [line["weights"] for line in _evaluations(config.out)] == ["trained", "untrained"]
+    evaluations = log_events(config.out, "evaluation")
+    assert [line["weights"] for line in evaluations] == ["trained", "untrained"]
     assert run(options(Knn, untrained=True)) == untrained
     curves = EventAccumulator(str(config.out)).Reload().Tags()["scalars"]
     assert {"knn/top1_cls", "knn_untrained/top1_cls"} <= set(curves)
@@ -58,7 +55,7 @@ def test_a_resumed_run_keeps_what_was_found_of_it(request, options):
     config = request.getfixturevalue("run")
     run(options(Knn, checkpoint=str(config.out / "checkpoint-00000003.pt")))
     pretrain(config)
-    assert len(_evaluations(config.out)) == 1
+    assert len(log_events(config.out, "evaluation")) == 1
 
 
 @pytest.mark.parametrize("name", ["knn", "probe"])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import log_events
 from samples import photo_members, tar_bytes
 
 from famt.geometry import crop_maps
@@ -110,17 +111,10 @@ def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config
     maps = torch.cat(stored)[crops.rows]
     expected = crop_maps(maps, crops.windows, crops.flips, 8).flatten(1)
     torch.testing.assert_close(followed.read(KIND, crops), expected)
-    (event,) = [line for line in _lines(config.out) if '"generation"' in line]
-    assert '"generation": 3' in event
-    assert '"age_steps": 3' in event
-    assert '"coverage": 1.0' in event
+    (event,) = log_events(config.out, "generation")
+    assert (event["generation"], event["age_steps"], event["coverage"]) == (3, 3, 1.0)
     followed.close(finished=True)
     assert finished_path(config.out).exists()
-
-
-def _lines(out):
-    path = out / "log.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_a_resumed_run_takes_up_at_each_epoch_what_it_took_up_before(config, scored):
@@ -196,9 +190,8 @@ def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config):
 
 def test_a_run_says_once_what_it_goes_on_with(config, capfd):
     main(dataclasses.replace(config, epochs=8, refresh=RefreshConfig(every=3)))
-    said = [line for line in _lines(config.out) if '"no generation yet"' in line]
-    assert len(said) == 1
-    assert "--follow" in said[0]
+    (said,) = log_events(config.out, "no generation yet")
+    assert "--follow" in said["to_make_one"]
     assert capfd.readouterr().err.count("no generation yet") == 1
 
 
@@ -238,7 +231,7 @@ def _ask_when(stop, condition):
 def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
     config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True), epochs=3)
     stop = Stop()
-    _ask_when(stop, lambda: any("refresh due" in line for line in _lines(config.out)))
+    _ask_when(stop, lambda: bool(log_events(config.out, "refresh due")))
     with join_ranks("cpu") as ranks:
         Run(config, ranks).train(stop)
     state = checkpoint.load(config.out)
@@ -360,7 +353,7 @@ def test_a_cache_that_is_gone_is_reported_and_not_made_anew(config, scored, tmp_
     Path(scored.cache.url).rename(tmp_path / "elsewhere")
     followed.begin_epoch(2, 6, Stop(), log)
     assert followed.current.step == 3  # it was in RAM
-    assert any('"refresh put off"' in line for line in _lines(config.out))
+    assert log_events(config.out, "refresh put off")
     assert not Path(scored.cache.url).exists()
     followed.close(finished=False)
 

@@ -1,0 +1,361 @@
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from launch import finish, launch, program_file
+from runs import equal, log_events, log_points, weights
+
+from train import checkpoint
+from train.distributed import join_ranks
+from train.pretrain import Run, main
+from train.resume import own_folder
+from train.signals.config import AttentionConfig
+
+KILLS = int(os.environ.get("FAMT_KILLS", "3"))
+
+
+def test_a_resumed_run_leaves_one_story_in_its_log(config):
+    main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
+    for path in sorted(config.out.glob("checkpoint-*.pt"))[4:]:
+        path.unlink()
+    with open(config.out / "log.jsonl", "a") as file:
+        file.write('{"step": 1, "cut o')
+    main(config)
+    assert [line["step"] for line in log_points(config.out)] == list(range(1, 10))
+
+
+def test_never_resuming_refuses_a_folder_with_checkpoints(config):
+    main(config)
+    with pytest.raises(ValueError, match="--resume never"):
+        main(dataclasses.replace(config, resume="never"))
+
+
+@pytest.mark.parametrize(("batch_size", "steps_an_epoch"), [(4, 4), (17, 1)])
+def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config, batch_size, steps_an_epoch):
+    main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
+    for path in sorted(config.out.glob("checkpoint-*.pt"))[5:]:
+        path.unlink()  # the last is in the middle of the second epoch
+    fewer = dataclasses.replace(config, shards=config.shards[:2], batch_size=batch_size)
+    with pytest.raises(ValueError, match=rf"batch_size: 8 -> {batch_size}; data: .* or --elastic"):
+        main(fewer)
+    before = weights(config.out)
+    with join_ranks("cpu") as ranks:
+        run = Run(dataclasses.replace(fewer, elastic=True), ranks)
+        assert (run.step, run.loader.epoch) == (5, 1)
+        assert run.last_step == 5 + 2 * steps_an_epoch  # 17 images
+        assert equal(run.model.state_dict(), before)
+    main(dataclasses.replace(fewer, elastic=True))
+    last = checkpoint.load(config.out)
+    assert (last.step, last.epoch) == (run.last_step, 3)
+    assert not equal(last.model, before)
+    main(fewer)  # which is now exactly the run that the folder holds
+    assert checkpoint.load(config.out).step == run.last_step
+    steps = [line["step"] for line in log_points(config.out)]
+    assert steps == list(range(1, run.last_step + 1))
+
+
+def test_two_runs_in_one_folder_are_refused(config):
+    with (
+        own_folder(config.out),
+        pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on"),
+    ):
+        main(config)
+    main(dataclasses.replace(config, epochs=1))
+
+
+def test_garbage_in_the_log_stops_no_run(config):
+    config.out.mkdir(exist_ok=True)
+    (config.out / "log.jsonl").write_bytes(b'\xff{"step": null}\n{"step": null}\n[1]\n')
+    main(dataclasses.replace(config, epochs=1))
+    assert [line["step"] for line in log_points(config.out)] == [1, 2, 3]
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_says_so(config, tmp_path, capsys):
+    config = dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9)
+    main(config)
+    whole = weights(config.out)
+    for step in (8, 9):
+        path = config.out / f"checkpoint-{step:08d}.pt"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    main(config)
+    assert "checkpoint-00000009.pt is damaged; going on from checkpoint-00000007.pt" in (
+        capsys.readouterr().err
+    )
+    assert equal(weights(config.out), whole)
+    said = log_events(config.out, "damaged checkpoint")
+    assert [(line["step"], line["file"]) for line in said] == [
+        (7, "checkpoint-00000009.damaged"),
+        (7, "checkpoint-00000008.damaged"),
+    ]
+
+
+def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_unasked(config):
+    main(dataclasses.replace(config, epochs=1))
+    (path,) = config.out.glob("checkpoint-*.pt")
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"00000003\.pt is damaged .* remove it to begin anew"):
+        main(dataclasses.replace(config, epochs=1))
+
+
+def test_another_model_is_refused_even_by_an_elastic_run(config):
+    main(dataclasses.replace(config, epochs=1))
+    with pytest.raises(ValueError, match="model: vit_nano -> vit_micro"):
+        main(dataclasses.replace(config, model="vit_micro", elastic=True))
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("attention", "crops_per_image", "epochs"), [("rolling", 2, 2), ("off", 1, 3)]
+)
+def test_a_run_stopped_anywhere_ends_with_the_weights_of_one_that_was_not(
+    config, tmp_path, stop_after, attention, crops_per_image, epochs, monkeypatch
+):
+    config = dataclasses.replace(
+        config,
+        attention=AttentionConfig(attention, every=2, image_size=16),
+        crops_per_image=crops_per_image,
+        epochs=epochs,
+    )
+    main(config)
+    interrupted = dataclasses.replace(config, out=tmp_path / "stopped", checkpoint_minutes=0.0)
+    original = Run.update
+
+    def stopping(run):
+        if run.step == stop_after:
+            raise _Stop
+        original(run)
+
+    monkeypatch.setattr(Run, "update", stopping)
+    with pytest.raises(_Stop):
+        main(interrupted)
+    monkeypatch.undo()
+    assert checkpoint.load(interrupted.out).step == stop_after
+    main(interrupted)
+    assert equal(weights(config.out), weights(interrupted.out))
+
+
+def test_a_finished_run_is_left_alone(config):
+    main(config)
+    before = checkpoint.latest(config.out).stat()
+    main(config)
+    after = checkpoint.latest(config.out).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+def test_another_run_in_the_same_folder_is_refused(config):
+    main(config)
+    with pytest.raises(ValueError, match="batch_size: 8 -> 4"):
+        main(dataclasses.replace(config, batch_size=4))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config, monkeypatch):
+    config = dataclasses.replace(config, log_steps=4)
+    original, batches = Run.forward_backward, []
+
+    def poisoned(run, batch):
+        batches.append([run.samples.key(row) for row in batch.views.rows.tolist()])
+        if run.step == 1:
+            batch = dataclasses.replace(batch, visible=batch.visible.float() * float("inf"))
+        return original(run, batch)
+
+    monkeypatch.setattr(Run, "forward_backward", poisoned)
+    with pytest.raises(FloatingPointError, match="at step 2; the samples are in"):
+        main(config)
+    (record,) = config.out.glob("nan-rank0-step00000002.txt")
+    assert record.read_text().splitlines() == batches[1]
+    assert all(".tar:img" in name for name in batches[1])
+    assert checkpoint.latest(config.out) is None
+
+
+def _with(config, **options):
+    return dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, **options))
+
+
+def test_a_run_that_ran_away_goes_on_as_its_message_says(config):
+    config = dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9)
+    with pytest.raises(FloatingPointError) as stopped:
+        main(_with(config, base_learning_rate=1e30))
+    for remedy in (
+        "a lower --optimiser.base-learning-rate and --elastic",
+        "remove that checkpoint",
+    ):
+        assert remedy in str(stopped.value)
+    *_, before, last = sorted(config.out.glob("checkpoint-*.pt"))
+    last.unlink()  # it holds the weights that ran away
+    lower = dataclasses.replace(
+        _with(config, base_learning_rate=0.04, weight_decay=0.3), elastic=True
+    )
+    with join_ranks("cpu") as ranks:
+        run = Run(lower, ranks)
+        assert run.step == checkpoint.load(before).step
+        assert {group["weight_decay"] for group in run.optimisation.optimizer.param_groups} == {
+            0.0,
+            0.3,
+        }
+        run.optimisation.schedule.step_update(run.optimisation.warmup_steps)
+        assert run.optimisation.optimizer.param_groups[0]["lr"] == pytest.approx(0.04 * 8 / 256)
+    main(lower)
+    assert checkpoint.load(config.out).epoch == config.epochs
+
+
+@pytest.mark.slow
+def test_ranks_log_their_mean_loss_and_stop_together_at_one_that_is_no_number(config, tmp_path):
+    options = {"shards": config.shards, "cache": config.cache}
+    torch.save(options, tmp_path / "options.pt")
+    finish(launch(program_file("lose_a_loss"), str(tmp_path), machines=["a", "a"]))
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert first == second
+    assert "at step 2; the samples are in" in first
+    assert "nan-rank1-step00000002.txt" in first
+    (line,) = log_points(tmp_path / "run")
+    means = [float((tmp_path / f"loss{rank}.txt").read_text()) for rank in range(2)]
+    assert means[0] != means[1]
+    assert line["loss"] == pytest.approx(sum(means) / 2, rel=1e-6)
+
+
+def _command(config, *more):
+    return [
+        "-m", "train.pretrain", "--shards", *config.shards, "--cache", config.cache,
+        "--recipe", "famt", "--model", "vit_nano", "--epochs", "6", "--batch-size", "4",
+        "--spec.grid", "7", "--device", "cpu", "--threads", "1", "--log-steps", "1",
+        "--checkpoint-minutes", "0", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("attention", ["rolling", "seen"])
+def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size, attention):
+    sources = ["--attention.source", attention, "--hardness.source", "errors"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if world_size > 1 else []
+    quiet = {
+        "stdout": subprocess.DEVNULL,
+        "stderr": subprocess.DEVNULL,
+        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
+    }
+
+    def command(out):
+        return [
+            sys.executable,
+            *launcher,
+            *_command(config, "--out", str(out), "--epochs", "40", *sources),
+        ]
+
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, timeout=300, **quiet)
+    moments, hits = random.Random(0), 0
+    for _ in range(KILLS):
+        before = checkpoint.latest(out) if out.exists() else None
+        process = subprocess.Popen(command(out), start_new_session=True, **quiet)
+        while process.poll() is None and (not out.exists() or checkpoint.latest(out) == before):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        if process.poll() is None:
+            hits += 1
+            _kill(process)
+    assert hits == KILLS  # a run that had ended would prove nothing
+    subprocess.run(command(out), check=True, timeout=300, **quiet)
+    assert equal(weights(whole), weights(out))
+    state = checkpoint.load(out)
+    assert state.step == 40 * 6 // world_size  # 26 samples in batches of 4 a rank
+    assert len(state.ranks) == world_size
+    json.dumps(state.config)
+
+
+def _kill(process):
+    """SIGKILL a run; torchrun's workers lead sessions of their own."""
+    workers = psutil.Process(process.pid).children(recursive=True)
+    for each in (process, *workers):
+        each.kill()
+    process.wait()
+    psutil.wait_procs(workers)
+
+
+@pytest.mark.slow
+def test_two_machines_with_rolling_attention_resume_to_the_bit(config):
+    command = _command(config, "--keep-checkpoints", "99", "--attention.every", "2")
+
+    def run():
+        finish(launch(command[1], *command[2:], "--out", str(config.out), machines=["a", "b"]))
+
+    run()
+    whole = checkpoint.load(config.out)
+    for path in sorted(config.out.glob("checkpoint-*.pt"))[4:]:
+        path.unlink()  # what is left ends in the middle of the second epoch
+    run()
+    resumed = checkpoint.load(config.out)
+    assert resumed.step == whole.step == 18
+    assert equal(resumed.model, whole.model)
+    assert equal(resumed.signals["attention"], whole.signals["attention"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_makes_a_run_checkpoint_and_leave_with_0(config, tmp_path, asked):
+    whole = [sys.executable, *_command(config, "--out", str(tmp_path / "whole"))]
+    subprocess.run(whole, check=True, capture_output=True)
+    stopped, out = [], tmp_path / "stopped"
+    for checkpoints in ("999", "999", None):
+        options = ["--checkpoint-minutes", checkpoints] if checkpoints else []
+        command = [sys.executable, *_command(config, "--out", str(out), *options)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        known = len(log_points(out))
+        while checkpoints and process.poll() is None and len(log_points(out)) < known + 3:
+            time.sleep(0.01)
+        if checkpoints:
+            process.send_signal(asked)
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+        stopped.append(checkpoint.load(out).step)
+    assert 3 <= stopped[0] < stopped[1] < stopped[2]
+    assert "stopped by a signal" in (out / "log.jsonl").read_text()
+    assert equal(weights(tmp_path / "whole"), weights(out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("machines", "sent", "rank"),
+    [
+        (["a", "a"], signal.SIGKILL, 0),
+        (["a", "a", "b", "b"], signal.SIGKILL, 2),
+        (["a", "a", "b", "b"], signal.SIGTERM, 3),
+    ],
+)
+def test_ranks_on_a_slow_disk_end_within_30_s_and_say_why(config, machines, sent, rank):
+    arguments = _command(config, "--out", str(config.out), "--epochs", "999")[2:]
+    program = program_file("pretrain_on_a_slow_disk")
+    processes = launch(program, *arguments, machines=machines)
+    while len(log_points(config.out)) < 3:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+    processes[rank].send_signal(sent)
+    started = time.monotonic()
+    try:
+        said = [process.communicate(timeout=30)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert time.monotonic() - started < 30
+    codes = [process.returncode for process in processes]
+    if sent == signal.SIGTERM:
+        assert codes == [0] * len(machines)
+        assert "stopped by a signal" in (config.out / "log.jsonl").read_text()
+        assert checkpoint.load(config.out).step == len(log_points(config.out))
+    else:
+        assert codes == [-9 if each == rank else 2 for each in range(len(machines))]
+        name = f"error: rank {rank} (process {processes[rank].pid} on "
+        assert all(name in text for each, text in enumerate(said) if each != rank)
