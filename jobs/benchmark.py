@@ -41,7 +41,7 @@ from jobs.benchmarks.quality import Quality
 from jobs.benchmarks.refresh import Refresh
 from jobs.benchmarks.scale import Scale
 from jobs.benchmarks.step import Step
-from train.program import run_program
+from train.program import called, run_program
 
 
 class Benchmark(Protocol):
@@ -71,7 +71,9 @@ def parse(arguments: list[str]) -> list[Benchmark]:
         for start, end in zip([0, *starts], [*starts, len(arguments)], strict=True)
     ]
     return [
-        tyro.extras.subcommand_cli_from_dict(BENCHMARKS, args=part, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict(
+            BENCHMARKS, prog=called(), args=part, description=__doc__
+        )
         for part in parts
     ]
 

@@ -35,7 +35,7 @@ from train import figures, pretrain, report
 from train.config import Pretrain, parse
 from train.evaluate.probe import Probe
 from train.evaluate.run import run as evaluate
-from train.program import run_program
+from train.program import called, run_program
 from train.signals.config import RefreshConfig
 
 
@@ -146,4 +146,4 @@ def _stage(name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Demo, description=__doc__))
+    run_program(main, tyro.cli(Demo, prog=called(), description=__doc__))

@@ -46,7 +46,7 @@ from pipeline.scores import ScoreSpec
 from train.config import Pretrain
 from train.distributed import join_ranks
 from train.pretrain import Run
-from train.program import run_program
+from train.program import called, run_program
 from train.signals.config import AttentionConfig, ContentConfig
 
 _SYNC = "called a synchronizing CUDA operation"
@@ -254,4 +254,4 @@ _PARTS: dict[str, Callable[[GpuCheck, list[str]], Iterator[str]]] = {
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(GpuCheck, description=__doc__))
+    run_program(main, tyro.cli(GpuCheck, prog=called(), description=__doc__))

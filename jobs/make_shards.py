@@ -34,7 +34,7 @@ from tqdm import tqdm
 from pipeline.options import Checked, Seed
 from pipeline.shards import NO_LABEL
 from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
-from train.program import run_program
+from train.program import called, run_program
 
 
 @dataclass(frozen=True)
@@ -106,4 +106,4 @@ def main(args: MakeShards) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(MakeShards, description=__doc__))
+    run_program(main, tyro.cli(MakeShards, prog=called(), description=__doc__))

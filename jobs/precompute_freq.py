@@ -43,7 +43,7 @@ from pipeline.packs import pack_loose
 from pipeline.precompute import ShardReport, precompute_shard, publish
 from pipeline.scores import ScoreSpec
 from pipeline.stale import look_up
-from train.program import run_program
+from train.program import called, run_program
 
 # What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
 _PASSING = (*storage.UNREACHABLE, CacheError, ray.exceptions.RayError)
@@ -256,4 +256,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(PrecomputeFreq, description=__doc__))
+    run_program(main, tyro.cli(PrecomputeFreq, prog=called(), description=__doc__))

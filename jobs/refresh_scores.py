@@ -46,7 +46,7 @@ from pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from pipeline.table import load_samples
 from train.checkpoint import Encoder, load_encoder
 from train.initial import build_initial_encoder
-from train.program import is_users, run_program
+from train.program import called, is_users, run_program
 from train.signals.config import ContentConfig
 from train.signals.due import due_encoders, failed_path, finished_path, write_failure
 
@@ -267,4 +267,4 @@ def _score_all(
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(RefreshScores, description=__doc__))
+    run_program(main, tyro.cli(RefreshScores, prog=called(), description=__doc__))

@@ -21,6 +21,7 @@ from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated
 from pipeline.scores import ScoreSpec
 from train import recipe
 from train.optimisation import OptimiserConfig
+from train.program import called
 from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig, RefreshConfig
 
 TIMM = "timm:"
@@ -230,7 +231,7 @@ def parse(
     unsaid = {each: tyro.MISSING for each, value in _UNSAID.items() if getattr(told, each) == value}
     default = dataclasses.replace(told, recipe=name, **unsaid)
     about = f"{description or ''}\nRecipes:\n\n{recipe.overview()}"
-    return tyro.cli(program, args=arguments, default=default, description=about)
+    return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
 
 
 def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:

@@ -37,7 +37,7 @@ from famt.masked import MaskedModel
 from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from train import checkpoint
-from train.program import run_program
+from train.program import called, run_program
 
 
 @dataclass(frozen=True)
@@ -236,4 +236,4 @@ def _write(out: Path, files: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Export, description=__doc__))
+    run_program(main, tyro.cli(Export, prog=called(), description=__doc__))

@@ -42,7 +42,7 @@ from pipeline.options import Checked, Seed
 from pipeline.scores import ScoreSpec, model_scores
 from pipeline.table import load_maps, load_samples
 from train.checkpoint import load, load_model
-from train.program import run_program
+from train.program import called, run_program
 from train.signals.config import ContentConfig
 from train.signals.weights import OFF, Scores, weigh
 
@@ -181,4 +181,4 @@ def _reconstruct(model: MaskedModel, patches: Tensor, batch: PatchBatch) -> Tens
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Figures, description=__doc__))
+    run_program(main, tyro.cli(Figures, prog=called(), description=__doc__))

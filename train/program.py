@@ -1,4 +1,4 @@
-"""How every program of this project ends: its exit code, and errors that a user can act on."""
+"""How every program is called, and how it ends: exit code, and errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ def is_users(error: BaseException) -> bool:
     if isinstance(error, (CacheError, FloatingPointError, RankError, *storage.UNREACHABLE)):
         return True
     return isinstance(error, ValueError) and _raised_here(error)
+
+
+def called() -> str:
+    """How the program that runs is called on a command line: `python -m train.report`, say."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:  # by its path
+        return f"python {sys.argv[0]}"
+    return f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:

@@ -30,7 +30,7 @@ from plotly.offline import get_plotlyjs
 
 from train import history
 from train.history import Found, History
-from train.program import run_program
+from train.program import called, run_program
 
 METRICS = {
     "k-NN, class token": {"monitor": "knn_cls", "knn": "top1_cls"},
@@ -364,4 +364,4 @@ def _template() -> Any:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Report, description=__doc__))
+    run_program(main, tyro.cli(Report, prog=called(), description=__doc__))

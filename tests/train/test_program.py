@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,3 +65,19 @@ def test_a_terminal_that_knows_ascii_alone_is_shown_escapes():
     command = [sys.executable, program_file("print_a_name")]
     result = subprocess.run(command, env=environment, capture_output=True)
     assert (result.returncode, result.stdout) == (0, b"\\xe4\n")
+
+
+@pytest.mark.parametrize(
+    ("program", "name"),
+    [
+        (["-m", "train.evaluate", "knn"], "python -m train.evaluate knn"),
+        (["jobs/cache.py", "ls"], "python jobs/cache.py ls"),
+    ],
+)
+def test_a_program_calls_itself_as_one_types_it(program, name):
+    root = Path(__file__).parents[2]
+    wrong = subprocess.run(
+        [sys.executable, *program, "--nonsense"], cwd=root, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2
+    assert f"{name} --help" in " ".join(wrong.stderr.replace("│", " ").split())

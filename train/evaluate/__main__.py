@@ -19,10 +19,12 @@ import tyro
 
 from train.evaluate.run import EVALUATORS, run
 from train.evaluate.trunk import Evaluation
-from train.program import run_program
+from train.program import called, run_program
 
 if __name__ == "__main__":
     commands: dict[str, Callable[..., Evaluation]] = {
         name: options for name, (options, _) in EVALUATORS.items()
     }
-    run_program(run, tyro.extras.subcommand_cli_from_dict(commands, description=__doc__))
+    run_program(
+        run, tyro.extras.subcommand_cli_from_dict(commands, prog=called(), description=__doc__)
+    )
