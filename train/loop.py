@@ -105,8 +105,11 @@ class Training(ABC, Generic[Batch]):
         """What a log point shows beside the loss; the main rank calls this."""
 
     @abstractmethod
-    def end_epoch(self, epoch: int) -> None:
-        """After the last step of an epoch."""
+    def end_epoch(self, epoch: int, stop: Stop) -> bool:
+        """After the last step of an epoch; False if the run was asked to stop meanwhile.
+
+        Then it is called again when the run goes on.
+        """
 
     @abstractmethod
     def close(self, *, finished: bool) -> None:
@@ -187,12 +190,13 @@ class Training(ABC, Generic[Batch]):
                 options=self.config.describe(),
                 **self.identity(),
             )
-        self._saved_at, self._saved_step = time.monotonic(), self.step
+        self._saved_at, self._saved = time.monotonic(), self._position
         self._recent: list[tuple[Tensor, Tensor]] = []  # losses and rows since a log point
         stopped = False
-        while self.step < self.last_step and not stopped:
+        # After the last step its epoch is still to be ended.
+        while (self.step < self.last_step or self.loader.step) and not stopped:
             stopped = not self._epoch(stop)
-        if self.step > self._saved_step:
+        if self._position != self._saved:
             self._save()
         self.close(finished=not stopped)
         if self.log:
@@ -224,21 +228,23 @@ class Training(ABC, Generic[Batch]):
                 if self.log:
                     self.log.point(self.step, epoch, {"loss": mean, **self.scalars()})
             if at_log_point:
-                # The last step's checkpoint follows what the epoch ends with, the monitor's look.
+                # The last checkpoint follows what the last epoch ends with, the monitor's look.
                 if self.step < self.last_step and self._save_or_stop(stop):
                     return False
                 ahead = self._next(crops, self.step)
             batch = ahead
-        self.end_epoch(epoch)
+        if not self.end_epoch(epoch, stop):
+            return False
+        next(crops, None)  # the loader goes on to its next epoch
         return True
 
     def _next(self, crops: Iterator[CropBatch], step: int) -> _Next[Batch] | None:
         """The epoch's next batch or None, on a GPU made beside what the main stream does."""
         with self.side_stream:
-            with self.clock.stage("data_wait", on_host=True):
-                found = next(crops, None)
-            if found is None:
+            if self.loader.step == self.loader.steps_per_epoch:
                 return None
+            with self.clock.stage("data_wait", on_host=True):
+                found = next(crops)
             if self.loader.step == 1:
                 self._first = found.first(_SHOWN)
             return _Next(self.prepare(found, step), found.rows)
@@ -254,7 +260,12 @@ class Training(ABC, Generic[Batch]):
 
     def _save(self) -> None:
         self.save()
-        self._saved_at, self._saved_step = time.monotonic(), self.step
+        self._saved_at, self._saved = time.monotonic(), self._position
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        """Epoch and batch in the data that a continuation begins with."""
+        return self.loader.epoch, self.loader.step
 
     def _mean_loss(self) -> float:
         """Mean over ranks and steps of the losses since the last log point.

@@ -184,15 +184,17 @@ class Run(Training[PatchBatch]):
             scalars |= signal.scalars()
         return scalars
 
-    def end_epoch(self, epoch: int) -> None:
+    def end_epoch(self, epoch: int, stop: Stop) -> bool:
         for signal in self.signals:
             signal.synchronise()
-        if self.config.monitor and self._monitor_is_due(epoch):
-            self.side_stream.join()
-            if self.monitor and self.log:
-                with self.clock.stage("monitor", on_host=True):
-                    self.monitor.look(self.model.encoder, self.step, self.log)
-            self.ranks.gather(None)  # gradients would wait ten minutes at most
+        if not self.config.monitor or not self._monitor_is_due(epoch):
+            return True
+        self.side_stream.join()
+        done = True
+        if self.monitor and self.log:
+            with self.clock.stage("monitor", on_host=True):
+                done = self.monitor.look(self.model.encoder, self.step, self.log, stop)
+        return all(self.ranks.gather(done))  # gradients would wait ten minutes at most
 
     def state_of_rank(self) -> dict[str, Any]:
         return {**super().state_of_rank(), "generator": self.generator.get_state()}

@@ -90,6 +90,10 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
+class Stopped(Exception):
+    """Work that takes long was left, because the run was asked to stop."""
+
+
 class Stop:
     """Notes SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) while it is open, and lives on.
 
@@ -120,6 +124,15 @@ class Stop:
             signal.signal(number, handler)  # type: ignore[arg-type]
         if self._before and self._lifeline is not None:
             signal.set_wakeup_fd(self._fd_before)
+
+    def check(self) -> None:
+        """Let work that takes long ask now and then.
+
+        Raises:
+            Stopped: the run was asked to stop.
+        """
+        if self.asked:
+            raise Stopped
 
     def _ask(self) -> None:
         self.asked = True

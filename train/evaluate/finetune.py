@@ -120,7 +120,9 @@ def finetune(
         run.train(stop)
         if run.step < run.last_step:
             return
-        found = run.test()
+        found = run.test(stop)
+        if found is None:
+            return
         if ranks.is_main:
             log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
         for name, share in found.items():
@@ -216,14 +218,20 @@ class Finetuning(Training[Mixed]):
     def scalars(self) -> dict[str, float]:
         return {"learning_rate": self.optimisation.present_learning_rate}
 
-    def end_epoch(self, epoch: int) -> None:
+    def end_epoch(self, epoch: int, stop: Stop) -> bool:
         if (epoch + 1) % self.config.val_epochs == 0 and self.step < self.last_step:
-            values = self.test()
+            values = self.test(stop)
+            if values is None:
+                return False
             if self.log:
                 self.log.found(self.step, "val", values)
+        return True
 
-    def test(self) -> dict[str, float]:
-        """Top-1 accuracy on all images of --val, every rank testing its share."""
+    def test(self, stop: Stop) -> dict[str, float] | None:
+        """Top-1 accuracy on all images of --val, every rank testing its share.
+
+        None if the run was asked to stop meanwhile.
+        """
         models: dict[str, nn.Module] = {"top1": self.model}
         if self.optimisation.ema:
             models["top1_ema"] = self.optimisation.ema
@@ -232,14 +240,18 @@ class Finetuning(Training[Mixed]):
             model.eval()
         with torch.inference_mode(), self.autocast():
             for crops in self.val.crops(own_share=True):
+                if stop.asked:
+                    break
                 images, labels = normalise_images(crops.images), self.val.table.labels[crops.rows]
                 count += len(labels)
                 for name, model in models.items():
                     right[name] += float((model(images).argmax(1).cpu() == labels).sum())
         self.model.train()
-        everywhere = self.ranks.gather((right, count))
-        tested = sum(count for _, count in everywhere)
-        return {name: sum(each[name] for each, _ in everywhere) / tested for name in models}
+        everywhere = self.ranks.gather((right, count, stop.asked))
+        if any(asked for *_, asked in everywhere):
+            return None
+        tested = sum(count for _, count, _ in everywhere)
+        return {name: sum(each[name] for each, *_ in everywhere) / tested for name in models}
 
     def close(self, *, finished: bool) -> None:
         pass

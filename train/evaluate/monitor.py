@@ -18,6 +18,7 @@ from train.evaluate.knn import predict
 from train.evaluate.probe import Probe, Setting, fit, part
 from train.evaluate.trunk import Features, Images, default_centre, require_labels, top1
 from train.log import Log
+from train.streams import Stop, Stopped
 
 _TESTED = 0.2  # share of the images that is tested; the others are neighbours, and train the probe
 
@@ -25,9 +26,10 @@ _TESTED = 0.2  # share of the images that is tested; the others are neighbours, 
 class Monitor:
     """Tells now and then what the encoder in training is worth, by curves beside the loss.
 
-    No step is taken meanwhile, so no look is left out, or lost to a stop; each line in the log
-    tells its seconds. It works on a copy of the weights and draws nothing from the generators of
-    the training, whose weights are the same with it and without.
+    No step is taken meanwhile, so no look is left out; one that a stop cuts off is made anew when
+    the run goes on. Each line in the log tells its seconds. It works on a copy of the weights and
+    draws nothing from the generators of the training, whose weights are the same with it and
+    without.
 
     Args:
         shards: labelled; a fifth of the images, drawn from every class, is tested.
@@ -65,16 +67,22 @@ class Monitor:
         with torch.random.fork_rng([]):  # the weights that are drawn here are never used
             self._encoder = sizes.encoder().to(ranks.device).eval()
 
-    def look(self, encoder: VisionTransformer, step: int, log: Log) -> None:
-        """Measure an encoder as it is; a failure is logged, and training goes on without."""
+    def look(self, encoder: VisionTransformer, step: int, log: Log, stop: Stop) -> bool:
+        """Measure an encoder as it is; False if the run was asked to stop meanwhile.
+
+        A failure is logged, and training goes on without.
+        """
         started = time.monotonic()
         self._encoder.load_state_dict(encoder.state_dict())
         try:
-            values = dict(self._values(self._images.features(self._encoder)))
+            values = dict(self._values(self._images.features(self._encoder, stop=stop)))
+        except Stopped:
+            return False
         except Exception as error:
             log.event(step, "monitor failed", tell=True, reason=repr(error))
-            return
+            return True
         log.found(step, "monitor", {**values, "seconds": time.monotonic() - started})
+        return True
 
     def _values(self, features: Features) -> Iterator[tuple[str, float]]:
         labels = features.labels

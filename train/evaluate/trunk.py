@@ -23,6 +23,7 @@ from pipeline.options import FREE, Checked, Seed
 from pipeline.stage import stage_shards
 from pipeline.table import SampleTable, load_samples
 from train.distributed import Ranks
+from train.streams import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
 
@@ -185,15 +186,19 @@ class Images:
                     yield crops
                     bar.update(len(crops.rows))
 
-    def features(self, encoder: VisionTransformer, *, tokens: bool = False) -> Features:
+    def features(
+        self, encoder: VisionTransformer, *, tokens: bool = False, stop: Stop | None = None
+    ) -> Features:
         """Run every image through an encoder, once, row by row as the table.
 
         Args:
             encoder: frozen, in eval mode, on the images' device.
             tokens: keep the patch tokens too: N x C x 2 bytes an image.
+            stop: of the run that waits for them.
 
         Raises:
             FloatingPointError: some are no numbers.
+            Stopped: the run was asked to stop.
         """
         count, width = len(self), encoder.embed_dim
         cls, mean = torch.empty(count, width), torch.empty(count, width)
@@ -202,6 +207,8 @@ class Images:
         )
         with torch.inference_mode():
             for crops in self.crops():
+                if stop:
+                    stop.check()
                 every = encoder.forward_features(normalise_images(crops.images)).float()
                 first = encoder.num_prefix_tokens
                 cls[crops.rows] = every[:, 0].cpu()

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from runs import equal, log_lines, log_points, weights
+from runs import equal, log_events, log_lines, log_points, weights
 from samples import encode, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +23,7 @@ from train.evaluate.finetune import Finetune, FinetuneOptimiser, Finetuning
 from train.evaluate.mixing import Mixing
 from train.evaluate.run import open_encoder
 from train.evaluate.run import run as evaluate
-from train.evaluate.trunk import open_images
+from train.evaluate.trunk import Images, open_images
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
@@ -101,6 +101,28 @@ def test_a_resumed_run_ends_with_the_same_weights(make):
     assert equal(a.model, b.model)
     assert equal(a.ema, b.ema)
     assert [line["step"] for line in log_points(out)] == list(range(1, 13))
+
+
+def test_a_stop_leaves_a_test_at_once_and_costs_none(make, monkeypatch):
+    whole = evaluate(make("whole", epochs=3))
+    stopped = make("stopped", epochs=3)
+    crops, begun = Images.crops, []
+
+    def interrupted(images, *arguments, **options):
+        if options.get("own_share"):
+            begun.append(images)
+            if len(begun) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return crops(images, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Images, "crops", interrupted)
+        assert not evaluate(stopped)
+    assert checkpoint.load(stopped.out).step == 12
+    assert evaluate(stopped) == whole
+    tests = [line["step"] for line in log_events(stopped.out, "evaluation")]
+    assert tests == [6, 12, 18]
+    assert equal(weights(stopped.out), weights(make("whole").out))
 
 
 def test_other_options_are_refused_and_another_batch_size_is_elastic(make):

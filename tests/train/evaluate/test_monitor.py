@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from runs import equal, log_events
+from runs import equal, log_events, weights
 from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -12,14 +12,13 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from pipeline.cache import ScoreCache
 from train import checkpoint
-from train.config import Pretrain
 from train.distributed import Ranks
 from train.evaluate.knn import predict
 from train.evaluate.monitor import Monitor
-from train.evaluate.trunk import Evaluation, open_images, top1
+from train.evaluate.trunk import Evaluation, Images, open_images, top1
 from train.log import Log
-from train.pretrain import Run
 from train.pretrain import main as pretrain
+from train.streams import Stop
 from train.timing import Clock
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
@@ -48,7 +47,7 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
     images = open_images(options(Evaluation, val=options(Evaluation).train), encoder, "val", RANKS)
     expected = images.features(encoder.eval())
     encoder.train()
-    monitor.look(encoder, 7, log)
+    assert monitor.look(encoder, 7, log, Stop())
     with torch.no_grad():
         for weights in encoder.parameters():
             weights.zero_()
@@ -73,13 +72,13 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
 def test_nothing_is_drawn_from_the_generator_of_the_training(scored, encoder, log):
     before = torch.get_rng_state()
     monitor = Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, RANKS)
-    monitor.look(encoder, 1, log)
+    assert monitor.look(encoder, 1, log, Stop())
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_look_that_fails_is_told_and_training_goes_on(monitor, encoder, log, tmp_path, scored):
     (scored.folder / "train-000001.tar").unlink()
-    monitor.look(encoder, 1, log)
+    assert monitor.look(encoder, 1, log, Stop())
     (line,) = log_events(tmp_path, "monitor failed")
     assert line["reason"]
 
@@ -104,34 +103,37 @@ def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, score
     pretrain(watched)  # it is over, and needs no look
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_neither_a_stop_nor_a_kill_at_the_end_costs_the_last_look(
-    scored, tmp_path, monkeypatch, killed
-):
-    config = Pretrain(
-        shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run", model="vit_nano",
-        epochs=1, batch_size=8, spec=scored.spec, device="cpu", threads=1, log_steps=1,
-        checkpoint_minutes=0.0, monitor=scored.shards,
-    )  # fmt: skip
-    update = Run.update
+@pytest.mark.parametrize("step", [3, 6, 9])
+@pytest.mark.parametrize("asked", [True, False])
+def test_neither_a_stop_nor_a_kill_costs_a_look(config, scored, tmp_path, monkeypatch, step, asked):
+    config = dataclasses.replace(
+        config, monitor=scored.shards, monitor_epochs=1, log_steps=2, checkpoint_minutes=0.0
+    )
+    whole = dataclasses.replace(config, out=tmp_path / "whole")
+    pretrain(whole)
+    features, begun = Images.features, []
 
-    def stopping(run):
-        update(run)
-        if run.step == run.last_step:
+    def interrupted(images, encoder, **options):
+        begun.append(images)
+        if len(begun) == step // 3:
+            if not asked:
+                raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
-
-    def dying(*_):
-        raise KeyboardInterrupt
+        return features(images, encoder, **options)
 
     with monkeypatch.context() as patch:
-        if killed:
-            patch.setattr(Monitor, "look", dying)
+        patch.setattr(Images, "features", interrupted)
+        if asked:
+            pretrain(config)
+            assert log_events(config.out, "stopped by a signal")
+            assert checkpoint.load(config.out).step == step
+        else:
             with pytest.raises(KeyboardInterrupt):
                 pretrain(config)
-        else:
-            patch.setattr(Run, "update", stopping)
-            pretrain(config)
-    if killed:
-        pretrain(config)
-    assert [line["step"] for line in log_events(config.out, "evaluation")] == [3]
+    looks = [line["step"] for line in log_events(config.out, "evaluation")]
+    assert looks == [each for each in (3, 6, 9) if each < step]
+    pretrain(config)
+    pretrain(config)  # it is over, and looks no more
+    assert [line["step"] for line in log_events(config.out, "evaluation")] == [3, 6, 9]
     assert log_events(config.out, "finished")
+    assert equal(weights(config.out), weights(whole.out))
