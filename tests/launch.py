@@ -1,10 +1,16 @@
 """Runs of several ranks on machines that are pretended, as a launcher would start them."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
+
+from train import checkpoint
 
 _TESTS = Path(__file__).parent
 
@@ -52,3 +58,27 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> None:
     finally:
         for process in ranks:
             process.kill()
+
+
+def kill_at_random(command: list[str], out: Path, times: int, environment: dict[str, str]) -> None:
+    """Start a run again and again, and SIGKILL it soon after its first new checkpoint."""
+    moments = random.Random(0)
+    for _ in range(times):
+        before = checkpoint.latest(out) if out.exists() else None
+        process = subprocess.Popen(
+            command,
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        while process.poll() is None and (not out.exists() or checkpoint.latest(out) == before):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.3))
+        assert process.poll() is None  # a run that had ended would prove nothing
+        # torchrun's workers lead sessions of their own.
+        workers = psutil.Process(process.pid).children(recursive=True)
+        for each in (process, *workers):
+            each.kill()
+        process.wait()
+        psutil.wait_procs(workers)

@@ -1,16 +1,14 @@
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
-from launch import finish, launch, program_file
+from launch import finish, kill_at_random, launch, program_file
 from runs import equal, log_events, log_points, weights
 
 from train import checkpoint
@@ -257,32 +255,13 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size
 
     whole, out = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), check=True, timeout=300, **quiet)
-    moments, hits = random.Random(0), 0
-    for _ in range(KILLS):
-        before = checkpoint.latest(out) if out.exists() else None
-        process = subprocess.Popen(command(out), start_new_session=True, **quiet)
-        while process.poll() is None and (not out.exists() or checkpoint.latest(out) == before):
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.3))
-        if process.poll() is None:
-            hits += 1
-            _kill(process)
-    assert hits == KILLS  # a run that had ended would prove nothing
+    kill_at_random(command(out), out, KILLS, quiet["env"])
     subprocess.run(command(out), check=True, timeout=300, **quiet)
     assert equal(weights(whole), weights(out))
     state = checkpoint.load(out)
     assert state.step == 40 * 6 // world_size  # 26 samples in batches of 4 a rank
     assert len(state.ranks) == world_size
     json.dumps(state.config)
-
-
-def _kill(process):
-    """SIGKILL a run; torchrun's workers lead sessions of their own."""
-    workers = psutil.Process(process.pid).children(recursive=True)
-    for each in (process, *workers):
-        each.kill()
-    process.wait()
-    psutil.wait_procs(workers)
 
 
 @pytest.mark.slow

@@ -1,16 +1,14 @@
 import dataclasses
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
+from launch import kill_at_random
 from runs import equal, log_events, log_lines, log_points, weights
 from samples import encode, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -186,16 +184,7 @@ def test_a_run_killed_at_random_ends_with_the_same_weights(make, tmp_path, world
 
     whole, out = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), check=True, timeout=300, **quiet)
-    moments, hits = random.Random(0), 0
-    for _ in range(KILLS):
-        before = checkpoint.latest(out) if out.exists() else None
-        process = subprocess.Popen(command(out), start_new_session=True, **quiet)
-        while process.poll() is None and (not out.exists() or checkpoint.latest(out) == before):
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.3))
-        hits += process.poll() is None
-        _kill(process, out)
-    assert hits == KILLS  # a run that had ended would prove nothing
+    kill_at_random(command(out), out, KILLS, quiet["env"])
     done = subprocess.run(command(out), check=True, timeout=300, capture_output=True,
                           env=quiet["env"], text=True)  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1])["val_images"] == 9
@@ -203,13 +192,3 @@ def test_a_run_killed_at_random_ends_with_the_same_weights(make, tmp_path, world
     assert a.step == b.step == 48 // world_size
     assert equal(a.model, b.model)
     assert equal(a.ema, b.ema)
-
-
-def _kill(process, out):
-    """SIGKILL a run; torchrun's workers lead sessions of their own."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for worker in psutil.process_iter(["cmdline"]):
-        if str(out) in " ".join(worker.info["cmdline"] or []):
-            worker.kill()
-            worker.wait()
