@@ -1,4 +1,4 @@
-"""Runs of several ranks on machines that are pretended, as a launcher would start them."""
+"""Runs as processes: of several ranks on machines that are pretended, and such as are killed."""
 
 import os
 import random
@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 
 from train import checkpoint
+
+KILLS = int(os.environ.get("FAMT_KILLS", "3"))
 
 _TESTS = Path(__file__).parent
 
@@ -60,10 +62,10 @@ def finish(ranks: list[subprocess.Popen[str]], timeout: float = 120) -> None:
             process.kill()
 
 
-def kill_at_random(command: list[str], out: Path, times: int, environment: dict[str, str]) -> None:
-    """Start a run again and again, and SIGKILL it soon after its first new checkpoint."""
+def kill_at_random(command: list[str], out: Path, environment: dict[str, str]) -> None:
+    """Start a run `KILLS` times, and SIGKILL it soon after its first new checkpoint."""
     moments = random.Random(0)
-    for _ in range(times):
+    for _ in range(KILLS):
         before = checkpoint.latest(out) if out.exists() else None
         process = subprocess.Popen(
             command,

@@ -197,6 +197,8 @@ class Training(ABC, Generic[Batch]):
         while (self.step < self.last_step or self.loader.step) and not stopped:
             stopped = not self._epoch(stop)
         if self._position != self._saved:
+            if self._recent:  # at the end of an epoch that is no log point
+                self._log_point()
             self._save()
         self.close(finished=not stopped)
         if self.log:
@@ -224,9 +226,7 @@ class Training(ABC, Generic[Batch]):
             if self.log:
                 self.log.step()
             if at_log_point or self.step == self.last_step:
-                mean = self._mean_loss()
-                if self.log:
-                    self.log.point(self.step, epoch, {"loss": mean, **self.scalars()})
+                self._log_point()
             if at_log_point:
                 # The last checkpoint follows what the last epoch ends with, the monitor's look.
                 if self.step < self.last_step and self._save_or_stop(stop):
@@ -266,6 +266,13 @@ class Training(ABC, Generic[Batch]):
     def _position(self) -> tuple[int, int]:
         """Epoch and batch in the data that a continuation begins with."""
         return self.loader.epoch, self.loader.step
+
+    def _log_point(self) -> None:
+        """Log the steps since the last log point; nothing is saved whose losses were not seen."""
+        mean = self._mean_loss()
+        if self.log:
+            epoch = self.loader.epoch if self.loader.step else self.loader.epoch - 1
+            self.log.point(self.step, epoch, {"loss": mean, **self.scalars()})
 
     def _mean_loss(self) -> float:
         """Mean over ranks and steps of the losses since the last log point.

@@ -6,13 +6,14 @@ import time
 from train import pretrain
 from train.config import parse
 from train.program import run_program
+from train.streams import Stop
 
 
 class Leisurely(pretrain.Run):
-    def end_epoch(self, epoch: int) -> None:
-        super().end_epoch(epoch)
+    def end_epoch(self, epoch: int, stop: Stop) -> bool:
         if self.context.followed.current is None:
             time.sleep(1)
+        return super().end_epoch(epoch, stop)
 
 
 pretrain.Run = Leisurely

@@ -1,5 +1,4 @@
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
@@ -17,9 +16,6 @@ from train.distributed import join_ranks
 from train.optimisation import OptimiserConfig
 from train.pretrain import Run, main
 from train.signals.config import AttentionConfig, ContentConfig
-
-KILLS = int(os.environ.get("FAMT_KILLS", "3"))
-
 
 OFF = {"content": ContentConfig("off"), "attention": AttentionConfig("off")}
 

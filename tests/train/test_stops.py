@@ -17,8 +17,6 @@ from train.pretrain import Run, main
 from train.resume import own_folder
 from train.signals.config import AttentionConfig
 
-KILLS = int(os.environ.get("FAMT_KILLS", "3"))
-
 
 def test_a_resumed_run_leaves_one_story_in_its_log(config):
     main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
@@ -255,7 +253,7 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size
 
     whole, out = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), check=True, timeout=300, **quiet)
-    kill_at_random(command(out), out, KILLS, quiet["env"])
+    kill_at_random(command(out), out, quiet["env"])
     subprocess.run(command(out), check=True, timeout=300, **quiet)
     assert equal(weights(whole), weights(out))
     state = checkpoint.load(out)
@@ -280,6 +278,25 @@ def test_two_machines_with_rolling_attention_resume_to_the_bit(config):
     assert resumed.step == whole.step == 18
     assert equal(resumed.model, whole.model)
     assert equal(resumed.signals["attention"], whole.signals["attention"])
+
+
+@pytest.mark.slow
+def test_ranks_leave_a_look_of_the_monitor_together(config):
+    command = _command(config, "--monitor", *config.shards, "--monitor-epochs", "1")
+    whole, stopped = config.out / "whole", config.out / "stopped"
+
+    def run(number, out):
+        program = [program_file("stop_while_testing"), str(number), *command[1:]]
+        finish(launch(*program, "--out", str(out), machines=["a", "a"]))
+
+    run(99, whole)
+    run(3, stopped)
+    assert log_events(stopped, "stopped by a signal")
+    assert checkpoint.load(stopped).step == 9
+    run(99, stopped)
+    looks = [line["step"] for line in log_events(stopped, "evaluation")]
+    assert looks == [3, 6, 9, 12, 15, 18]
+    assert equal(weights(stopped), weights(whole))
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import sys
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ class Finetune(Evaluation):
     keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
     """how many of the last checkpoints stay"""
     log_steps: Annotated[int, Ge(1), ELASTIC] = 20
-    """steps between log points, and between the moments at which a run can be checkpointed"""
+    """steps between log points, at which a run can be checkpointed, as at the end of an epoch"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,6 +123,9 @@ def finetune(
             return
         found = run.test(stop)
         if found is None:
+            if ranks.is_main:
+                told = "stopped before the last test was done; the same command makes it anew"
+                print(told, file=sys.stderr)
             return
         if ranks.is_main:
             log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
@@ -235,20 +239,21 @@ class Finetuning(Training[Mixed]):
         models: dict[str, nn.Module] = {"top1": self.model}
         if self.optimisation.ema:
             models["top1_ema"] = self.optimisation.ema
-        right, count = dict.fromkeys(models, 0.0), 0
+        right, count, left = dict.fromkeys(models, 0.0), 0, False
         for model in models.values():
             model.eval()
         with torch.inference_mode(), self.autocast():
             for crops in self.val.crops(own_share=True):
                 if stop.asked:
+                    left = True
                     break
                 images, labels = normalise_images(crops.images), self.val.table.labels[crops.rows]
                 count += len(labels)
                 for name, model in models.items():
                     right[name] += float((model(images).argmax(1).cpu() == labels).sum())
         self.model.train()
-        everywhere = self.ranks.gather((right, count, stop.asked))
-        if any(asked for *_, asked in everywhere):
+        everywhere = self.ranks.gather((right, count, left))
+        if any(left for *_, left in everywhere):
             return None
         tested = sum(count for _, count, _ in everywhere)
         return {name: sum(each[name] for each, *_ in everywhere) / tested for name in models}

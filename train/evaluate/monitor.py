@@ -27,7 +27,8 @@ class Monitor:
     """Tells now and then what the encoder in training is worth, by curves beside the loss.
 
     No step is taken meanwhile, so no look is left out; one that a stop cuts off is made anew when
-    the run goes on. Each line in the log tells its seconds. It works on a copy of the weights and
+    the run goes on, but for an `--elastic` run with other options, which begins at the next epoch.
+    Each line in the log tells its seconds. It works on a copy of the weights and
     draws nothing from the generators of the training, whose weights are the same with it and
     without.
 
@@ -75,7 +76,8 @@ class Monitor:
         started = time.monotonic()
         self._encoder.load_state_dict(encoder.state_dict())
         try:
-            values = dict(self._values(self._images.features(self._encoder, stop=stop)))
+            features = self._images.features(self._encoder, stop=stop)
+            values = dict(self._values(features, stop))
         except Stopped:
             return False
         except Exception as error:
@@ -84,15 +86,17 @@ class Monitor:
         log.found(step, "monitor", {**values, "seconds": time.monotonic() - started})
         return True
 
-    def _values(self, features: Features) -> Iterator[tuple[str, float]]:
+    def _values(self, features: Features, stop: Stop) -> Iterator[tuple[str, float]]:
         labels = features.labels
         classes, device = self._images.classes, self._images.device
         for pooling in ("cls", "mean"):
             every = getattr(features, pooling).to(device)
             known = labels[self._known].to(device)
+            stop.check()
             found = predict(every[self._known], known, every[self._tested]).cpu()
             yield f"knn_{pooling}", top1(found, labels[self._tested], classes)
         settings = [Setting("cls", 3e-2, 10.0), Setting("mean", 3e-2, 10.0)]
+        stop.check()
         quick = Probe(checkpoint="", cache="", train=[], val=[], epochs=1, steps=200)
         classifiers = fit(
             features, self._known, settings, quick, classes, 1, device, progress=False

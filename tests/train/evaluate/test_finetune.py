@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from launch import kill_at_random
+from launch import finish, kill_at_random, launch, program_file
 from runs import equal, log_events, log_lines, log_points, weights
 from samples import encode, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +24,6 @@ from train.evaluate.run import run as evaluate
 from train.evaluate.trunk import Images, open_images
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
-KILLS = int(os.environ.get("FAMT_KILLS", "3"))
 PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)
 
 
@@ -101,22 +100,26 @@ def test_a_resumed_run_ends_with_the_same_weights(make):
     assert [line["step"] for line in log_points(out)] == list(range(1, 13))
 
 
-def test_a_stop_leaves_a_test_at_once_and_costs_none(make, monkeypatch):
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_stop_leaves_a_test_at_once_and_costs_none(make, monkeypatch, capsys, number):
     whole = evaluate(make("whole", epochs=3))
     stopped = make("stopped", epochs=3)
-    crops, begun = Images.crops, []
+    crops, begun, taken = Images.crops, [], []
 
     def interrupted(images, *arguments, **options):
-        if options.get("own_share"):
-            begun.append(images)
-            if len(begun) == 2:
+        begun.append(images)
+        for batch in crops(images, *arguments, **options):
+            if len(begun) == number:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return crops(images, *arguments, **options)
+                taken.append(batch)
+            yield batch
 
     with monkeypatch.context() as patch:
         patch.setattr(Images, "crops", interrupted)
         assert not evaluate(stopped)
-    assert checkpoint.load(stopped.out).step == 12
+    assert len(taken) == 1  # of three
+    assert checkpoint.load(stopped.out).step == 6 * number
+    assert ("the last test" in capsys.readouterr().err) == (number == 3)
     assert evaluate(stopped) == whole
     tests = [line["step"] for line in log_events(stopped.out, "evaluation")]
     assert tests == [6, 12, 18]
@@ -171,6 +174,23 @@ def _command(options, out):
 
 
 @pytest.mark.slow
+def test_ranks_leave_a_test_together(make, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+
+    def run(number, out):
+        program = [program_file("stop_while_testing"), str(number), *_command(make(), out)[1:]]
+        finish(launch(*program, machines=["a", "a"]))
+
+    run(99, whole)
+    run(2, stopped)
+    assert checkpoint.load(stopped).step == 12
+    run(99, stopped)
+    tests = [line["step"] for line in log_events(stopped, "evaluation")]
+    assert tests == [6, 12, 18, 24]
+    assert equal(weights(stopped), weights(whole))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_killed_at_random_ends_with_the_same_weights(make, tmp_path, world_size):
     launcher = [sys.executable]
@@ -184,7 +204,7 @@ def test_a_run_killed_at_random_ends_with_the_same_weights(make, tmp_path, world
 
     whole, out = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(whole), check=True, timeout=300, **quiet)
-    kill_at_random(command(out), out, KILLS, quiet["env"])
+    kill_at_random(command(out), out, quiet["env"])
     done = subprocess.run(command(out), check=True, timeout=300, capture_output=True,
                           env=quiet["env"], text=True)  # fmt: skip
     assert json.loads(done.stdout.splitlines()[-1])["val_images"] == 9

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from runs import equal, log_events, weights
+from runs import equal, log_events, log_points, weights
 from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -111,22 +111,26 @@ def test_neither_a_stop_nor_a_kill_costs_a_look(config, scored, tmp_path, monkey
     )
     whole = dataclasses.replace(config, out=tmp_path / "whole")
     pretrain(whole)
-    features, begun = Images.features, []
+    crops, begun, taken = Images.crops, [], []
 
-    def interrupted(images, encoder, **options):
+    def interrupted(images, **options):
         begun.append(images)
-        if len(begun) == step // 3:
-            if not asked:
-                raise KeyboardInterrupt
-            os.kill(os.getpid(), signal.SIGTERM)
-        return features(images, encoder, **options)
+        for batch in crops(dataclasses.replace(images, batch_size=4), **options):
+            if len(begun) == step // 3:
+                if not asked:
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGTERM)
+                taken.append(batch)
+            yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(Images, "features", interrupted)
+        patch.setattr(Images, "crops", interrupted)
         if asked:
             pretrain(config)
             assert log_events(config.out, "stopped by a signal")
+            assert len(taken) == 1  # of seven
             assert checkpoint.load(config.out).step == step
+            assert log_points(config.out)[-1]["step"] == step  # no loss is saved unseen
         else:
             with pytest.raises(KeyboardInterrupt):
                 pretrain(config)
