@@ -37,7 +37,7 @@ format: .venv/installed
 bench: .venv/installed  ## figures beside their bounds, as JSON lines
 	$(BIN)/python -m jobs.benchmark precompute loader step attention refresh
 
-gpu: .venv/installed  ## all that a GPU does, tried before a long run; a page of results in gpu.md
+gpu: .venv/installed  ## what only a GPU can show, before a long run; a page of results in gpu.md
 	$(BIN)/python -m jobs.gpu_check
 
 clean:

@@ -1,4 +1,4 @@
-"""Try all that a GPU does before a long run: a page of results, and exit code 0 if all is well.
+"""Try on one GPU what only a GPU can show: a page of results, and exit code 0 if all is well.
 
     make gpu
     python -m jobs.gpu_check --out gpu.md

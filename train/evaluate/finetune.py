@@ -82,7 +82,8 @@ class Finetune(Evaluation):
     keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
     """how many of the last checkpoints stay"""
     log_steps: Annotated[int, Ge(1), ELASTIC] = 20
-    """steps between log points, at which a run can be checkpointed, as at the end of an epoch"""
+    """steps between log points, and between the moments at which a run looks whether it is to write
+    a checkpoint; what lasts between epochs looks as well"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

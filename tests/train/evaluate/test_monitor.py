@@ -1,6 +1,7 @@
 import dataclasses
 import os
 import signal
+from itertools import product
 
 import pytest
 import torch
@@ -103,32 +104,43 @@ def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, score
     pretrain(watched)  # it is over, and needs no look
 
 
-@pytest.mark.parametrize("step", [3, 6, 9])
-@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize(
+    ("step", "asked"),
+    [*product([3, 6, 9], ["in features", ""]), (6, "in k-NN")],
+)
 def test_neither_a_stop_nor_a_kill_costs_a_look(config, scored, tmp_path, monkeypatch, step, asked):
     config = dataclasses.replace(
         config, monitor=scored.shards, monitor_epochs=1, log_steps=2, checkpoint_minutes=0.0
     )
     whole = dataclasses.replace(config, out=tmp_path / "whole")
     pretrain(whole)
-    crops, begun, taken = Images.crops, [], []
+    crops, looks, batches, searches = Images.crops, [], [], []
 
-    def interrupted(images, **options):
-        begun.append(images)
+    def crops_of_a_look(images, **options):
+        looks.append(images)
         for batch in crops(dataclasses.replace(images, batch_size=4), **options):
-            if len(begun) == step // 3:
+            if len(looks) == step // 3:
                 if not asked:
                     raise KeyboardInterrupt
-                os.kill(os.getpid(), signal.SIGTERM)
-                taken.append(batch)
+                if asked == "in features":
+                    os.kill(os.getpid(), signal.SIGTERM)
+                batches.append(batch)
             yield batch
 
+    def search(*arguments):
+        if len(looks) == step // 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            searches.append(arguments)
+        return predict(*arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Images, "crops", interrupted)
+        patch.setattr(Images, "crops", crops_of_a_look)
+        patch.setattr("train.evaluate.monitor.predict", search)
         if asked:
             pretrain(config)
             assert log_events(config.out, "stopped by a signal")
-            assert len(taken) == 1  # of seven
+            # The first of seven batches, or of two searches.
+            assert len(batches if asked == "in features" else searches) == 1
             assert checkpoint.load(config.out).step == step
             assert log_points(config.out)[-1]["step"] == step  # no loss is saved unseen
         else:

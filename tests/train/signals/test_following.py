@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import log_events
+from runs import log_events, log_points
 from samples import photo_members, tar_bytes
 
 from famt.geometry import crop_maps
@@ -229,7 +229,9 @@ def _ask_when(stop, condition):
 
 
 def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
-    config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True), epochs=3)
+    config = dataclasses.replace(
+        config, refresh=RefreshConfig(every=2, wait=True), epochs=3, log_steps=4
+    )
     stop = Stop()
     _ask_when(stop, lambda: bool(log_events(config.out, "refresh due")))
     with join_ranks("cpu") as ranks:
@@ -237,6 +239,8 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
     state = checkpoint.load(config.out)
     assert (state.step, state.epoch) == (3, 1)
     assert state.signals == {"content": {"generation": None}}
+    # The losses of the first epoch are logged before they are saved.
+    assert [(line["step"], line["epoch"]) for line in log_points(config.out)] == [(3, 0)]
     assert not finished_path(config.out).exists()
 
 
