@@ -81,9 +81,9 @@ class Scale(Checked):
                     "from each shard's entry",
                     entries_alone.total,
                 ),
-                "seconds": packed.seconds,
-                "seconds_from_entries": entries_alone.seconds,
-                **{name: round(each, 2) for name, each in seconds.items()},
+                "seconds": _rounded(packed.seconds),
+                "seconds_from_entries": _rounded(entries_alone.seconds),
+                **_rounded(seconds),
                 "second_precompute_exit_code": done,
             }
             yield {
@@ -145,8 +145,12 @@ def _start(shards: str, cache: ScoreCache, spec: ScoreSpec) -> _Started:
         samples.write_indices(Path(folder), range(len(samples)))
         times.append(time.perf_counter())
     parts = ("rows", "maps", "index")
-    taken = (round(after - before, 2) for before, after in itertools.pairwise(times))
+    taken = (after - before for before, after in itertools.pairwise(times))
     return _Started(samples, maps, dict(zip(parts, taken, strict=True)))
+
+
+def _rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {name: round(each, 2) for name, each in seconds.items()}
 
 
 def _index_bytes(folder: Path) -> tuple[int, float]:
