@@ -38,6 +38,7 @@ from pipeline.packs import useful_packs
 from pipeline.scores import is_generation
 
 _BATCH = 500  # entries a notice speaks of; they go within seconds
+_PUT = timedelta(minutes=10)  # a staging file is written to no longer, claim or no claim
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Collection:
     """Which things to collect.
 
     Attributes:
-        older_than: leave what is younger, in case a job is at work on it.
+        older_than: leave what is younger, in case a job is at work on it. Of staging files those of
+            ten minutes stay whatever it is: a live writer may be about to give them their names.
         drop_runs: training runs that are over for good: their generations go, and what they need of
             others' as well.
         dry_run: remove nothing, only say what would go.
@@ -106,8 +108,9 @@ def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
     """
     cache.objects.refuse_foreign()
     limit = datetime.now(UTC) - options.older_than
+    abandoned = min(limit, datetime.now(UTC) - _PUT)
     for file in cache.objects.staging_files():  # first: a full disk takes no notice
-        if file.modified <= limit:
+        if file.modified <= abandoned:
             yield Removed(file.path, "a staging file", file.bytes)
             if not options.dry_run:
                 cache.objects.delete_staging(file)

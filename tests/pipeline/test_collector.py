@@ -239,6 +239,18 @@ def test_a_damaged_pack_keeps_nothing_from_being_collected(cache):
     assert not [path for path in Path(cache.url).rglob("*") if path.is_file()]
 
 
+def test_a_staging_file_of_a_live_writer_stays_without_an_age_limit_too(cache):
+    cache.write(_id(1), table(), PIXELS, maps())
+    new, old = (Path(cache.url, "shards", _id(1), f"zarr.json#{number}") for number in (1, 2))
+    for each in (new, old):
+        each.touch()
+    ago = time.time() - 660
+    os.utime(old, (ago, ago))
+    assert "a staging file" in {each.reason for each in collect(cache, NOW)}
+    assert new.exists()
+    assert not old.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_thirty_jobs_beside_collections_without_an_age_limit_lose_nothing(tmp_path, seed):
