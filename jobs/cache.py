@@ -138,7 +138,8 @@ class Gc(Checked):
     cache: str
     """folder or object-store URL of the score cache"""
     older_than_hours: Annotated[float, Ge(0), Le(1e6)] = 24.0
-    """leave newer ones: a job in progress has entries that no manifest names yet"""
+    """leave newer ones: a job in progress has entries that no manifest names yet; staging files of
+    the last ten minutes stay in any case"""
     drop_runs: list[str] = field(default_factory=list)
     """training runs whose generations all go, the newest too"""
     dry_run: bool = False

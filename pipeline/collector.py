@@ -38,7 +38,7 @@ from pipeline.packs import useful_packs
 from pipeline.scores import is_generation
 
 _BATCH = 500  # entries a notice speaks of; they go within seconds
-_PUT = timedelta(minutes=10)  # a staging file is written to no longer, claim or no claim
+_PUT = timedelta(minutes=10)  # a put takes seconds; an older staging file is a killed writer's
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
             nothing more is removed then.
     """
     cache.objects.refuse_foreign()
-    limit = datetime.now(UTC) - options.older_than
-    abandoned = min(limit, datetime.now(UTC) - _PUT)
+    now = datetime.now(UTC)
+    limit, abandoned = now - options.older_than, now - max(options.older_than, _PUT)
     for file in cache.objects.staging_files():  # first: a full disk takes no notice
         if file.modified <= abandoned:
             yield Removed(file.path, "a staging file", file.bytes)

@@ -28,9 +28,8 @@ class Monitor:
 
     No step is taken meanwhile, so no look is left out; one that a stop cuts off is made anew when
     the run goes on, but for an `--elastic` run with other options, which begins at the next epoch.
-    Each line in the log tells its seconds. It works on a copy of the weights and
-    draws nothing from the generators of the training, whose weights are the same with it and
-    without.
+    Each line in the log tells its seconds. It works on a copy of the weights and draws nothing from
+    the generators of the training, whose weights are the same with it and without.
 
     Args:
         shards: labelled; a fifth of the images, drawn from every class, is tested.
