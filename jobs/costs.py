@@ -26,11 +26,11 @@ from jobs.benchmarks.training import Training, training
 from pipeline.scores import model_scores
 from train.config import Pretrain
 from train.files import written_whole
-from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
 _ROUNDS = 15
 _OFF: dict[str, Any] = {
-    "content": ContentConfig(source="off"),
+    "frequency": FrequencyConfig(source="off"),
     "attention": AttentionConfig(source="off"),
     "hardness": HardnessConfig(source="off"),
 }

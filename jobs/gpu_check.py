@@ -47,7 +47,7 @@ from train.config import Pretrain
 from train.distributed import join_ranks
 from train.pretrain import Run
 from train.program import called, run_program
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 
 _SYNC = "called a synchronizing CUDA operation"
 _CLOSE = 3.0  # of 255, mean over an image: another decoder and another resampling kernel
@@ -195,7 +195,7 @@ def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
             out=Path(out),
             model=check.model,
             batch_size=check.batch_size,
-            content=ContentConfig(source="cached"),
+            frequency=FrequencyConfig(source="cached"),
             attention=AttentionConfig(source="rolling"),
             precision="bf16",
             device=check.device,

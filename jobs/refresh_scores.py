@@ -47,7 +47,7 @@ from pipeline.table import load_samples
 from train.checkpoint import Encoder, load_encoder
 from train.initial import build_initial_encoder
 from train.program import called, is_users, run_program
-from train.signals.config import ContentConfig
+from train.signals.config import FrequencyConfig
 from train.signals.due import due_encoders, failed_path, finished_path, write_failure
 
 _POLL = 2.0  # seconds
@@ -113,7 +113,7 @@ def initial_encoder(args: RefreshScores) -> Encoder:
         sizes=dataclasses.asdict(ModelConfig.of(encoder)),
         weights=weights,
         config={"precision": "fp32"},
-        kinds=[ContentConfig().kind],
+        kinds=[FrequencyConfig().kind],
     )
 
 

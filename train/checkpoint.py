@@ -19,7 +19,7 @@ from famt.methods import METHODS
 from famt.models import ModelConfig
 from pipeline.storage import reason
 from train.files import written_whole
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 
@@ -131,8 +131,8 @@ def load_encoder(path: Path) -> Encoder:
             for name, value in state.model.items()
             if name.startswith(prefix)
         }
-        content, attention = state.config["content"], state.config["attention"]
-        slots = ContentConfig(**content), AttentionConfig(**attention)
+        frequency, attention = state.config["frequency"], state.config["attention"]
+        slots = FrequencyConfig(**frequency), AttentionConfig(**attention)
         kinds = [each.kind for each in slots if each.is_refreshed]
         return Encoder(state.run, state.step, state.sizes, weights, state.config, kinds)
     try:

@@ -22,7 +22,7 @@ from pipeline.scores import ScoreSpec
 from train import recipe
 from train.optimisation import OptimiserConfig
 from train.program import called
-from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig, RefreshConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig, RefreshConfig
 
 TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""
@@ -86,7 +86,7 @@ class Pretrain(Checked):
     plain_epochs: Annotated[int, Ge(0)] = 0
     """epochs of plain MAE (75 % masked at random) or SimMIM (60 %) before weights and throwing
     begin"""
-    content: ContentConfig = field(default_factory=ContentConfig)
+    frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     hardness: HardnessConfig = field(default_factory=HardnessConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
@@ -151,13 +151,13 @@ class Pretrain(Checked):
     @property
     def refreshed_kinds(self) -> list[str]:
         """Model scores that a job beside the training makes anew, each once."""
-        slots = (self.content, self.attention)
+        slots = (self.frequency, self.attention)
         return list(dict.fromkeys(each.kind for each in slots if each.is_refreshed))
 
     @property
     def cached_score(self) -> ScoreSpec | None:
         """The pixel score that all images must have, if one is read."""
-        return self.spec if self.content.is_cached else None
+        return self.spec if self.frequency.is_cached else None
 
     @property
     def sizes(self) -> ModelConfig:

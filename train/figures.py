@@ -43,7 +43,7 @@ from pipeline.scores import ScoreSpec, model_scores
 from pipeline.table import load_maps, load_samples
 from train.checkpoint import load, load_model
 from train.program import called, run_program
-from train.signals.config import ContentConfig
+from train.signals.config import FrequencyConfig
 from train.signals.weights import OFF, Scores, weigh
 
 
@@ -86,10 +86,10 @@ def main(config: Figures) -> Path:
     )
     crops = next(iter(loader))
     scores: Scores = {}
-    for name in ("content", "attention"):
+    for name in ("frequency", "attention"):
         slot = run.config[name]
         refreshed = run.signals.get(name, {}).get("generation") is not None
-        if name == "content" and ContentConfig(**slot).is_cached and not refreshed:
+        if name == "frequency" and FrequencyConfig(**slot).is_cached and not refreshed:
             maps = load_maps(samples, cache, ScoreSpec(**run.config["spec"]))
             found = crop_scores(maps, crops, model.config.grid)
             scores[name] = (found, slot["cached_exponent"])

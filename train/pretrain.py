@@ -260,7 +260,7 @@ class Run(Training[PatchBatch]):
         if self.signals:
             return []
         names = (
-            "spec.", "content.", "attention.", "hardness.", "refresh.",
+            "spec.", "frequency.", "attention.", "hardness.", "refresh.",
             "join.visible", "join.thrown", "join.blend", "join.loss_exponent",
         )  # fmt: skip
         return [

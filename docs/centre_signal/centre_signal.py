@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from pipeline.loader import CropBatch
-from train.signals.config import ContentConfig
+from train.signals.config import FrequencyConfig
 from train.signals.signal import Context, Signal
 
 
 class Centre(Signal):
     """A Gaussian around the centre of the image, wherever the crop was cut."""
 
-    def __init__(self, slot: ContentConfig, context: Context) -> None:
+    def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.exponent, context.grid
         self._read = 0
 

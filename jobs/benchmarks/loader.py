@@ -127,7 +127,7 @@ class Loader(Checked):
             for _ in range(epochs):
                 for crops in loader:
                     weights = patch_weights(
-                        {"content": crop_scores(maps, crops, 14)}, {"content": 0.25}
+                        {"frequency": crop_scores(maps, crops, 14)}, {"frequency": 0.25}
                     )
                     batch = split_crops(crops, weights, MODELS["vit_base"], join)
                     normalise(batch.visible)

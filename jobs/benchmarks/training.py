@@ -17,7 +17,7 @@ from pipeline.loader import CropBatch
 from train.config import Pretrain
 from train.distributed import join_ranks
 from train.pretrain import Run
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 from train.signals.signal import Signal
 from train.signals.weights import build_signals
 
@@ -75,7 +75,7 @@ def unweighed(
         out=Path(),
         model=model,
         batch_size=batch_size,
-        content=ContentConfig(source="off"),
+        frequency=FrequencyConfig(source="off"),
         attention=AttentionConfig(source="off"),
         threads=threads,
         device=device,

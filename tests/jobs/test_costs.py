@@ -6,7 +6,7 @@ import pytest
 from jobs.costs import StepCost, measured
 from train.config import Pretrain, parse
 from train.optimisation import OptimiserConfig
-from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 
 
 def options(*arguments: str) -> Pretrain:
@@ -17,7 +17,7 @@ def options(*arguments: str) -> Pretrain:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--content.source", "cached"], 0.5),
+        (["--frequency.source", "cached"], 0.5),
         # token frequency is refreshed at 4 and 8
         (["--refresh.every", "4"], 0.5 + 2 * 0.3 / 10),
         # refreshed at 4, where the plain epochs end, at 7, not at 10
@@ -42,7 +42,7 @@ def runs(scored, tmp_path):
     return {
         "famt": base,
         "small": dataclasses.replace(
-            base, **tiny, plain_epochs=1, content=ContentConfig("off"), attention=amt
+            base, **tiny, plain_epochs=1, frequency=FrequencyConfig("off"), attention=amt
         ),
     }
 

@@ -26,11 +26,11 @@ options = "--recipe mae"
 
 [[row]]
 name = "famt"
-options = "--content.source cached"
+options = "--frequency.source cached"
 
 [[row]]
 name = "longer"
-options = "--content.source off"
+options = "--frequency.source off"
 cost = 1.0
 
 [[row]]
@@ -100,7 +100,7 @@ def test_a_share_of_the_cost_is_spent_on_as_many_epochs_as_it_pays(path):
 def test_a_share_of_the_cost_minds_how_many_steps_an_epoch_has_and_what_each_costs(
     path, options, epochs
 ):
-    path.write_text(path.read_text().replace("--content.source off", options))
+    path.write_text(path.read_text().replace("--frequency.source off", options))
     costs = {**COSTS, "longer": StepCost(0.5, plain=1.0)}
     found = grid.load(path, lambda file, runs, reference: costs)
     assert found.rows[2].epochs == epochs
@@ -155,7 +155,7 @@ def test_only_a_row_that_trains_differently_has_other_folders(path):
 
 def test_a_recipe_file_that_changes_what_is_trained_gives_other_folders(path, tmp_path):
     recipe = tmp_path / "mine.toml"
-    path.write_text(path.read_text().replace("--content.source off", f"--recipe {recipe}"))
+    path.write_text(path.read_text().replace("--frequency.source off", f"--recipe {recipe}"))
     folders = []
     for options in ("--fused 0", "--fused 0  # a comment", "--fused 1"):
         recipe.write_text(f'options = "{options}"')
@@ -177,7 +177,11 @@ def test_a_recipe_file_that_changes_what_is_trained_gives_other_folders(path, tm
         ("seeds = [0, 1, 2]", "seeds = [0, 0, 1]", "one stands twice"),
         ('probe = ""', 'prbe = ""', "evaluation 'prbe': there are knn, probe"),
         ('probe = ""', 'probe = "--pooling cls"', "evaluation 'probe': its options are wrong"),
-        ("--content.source off", "--contents.source off", "row 'longer': its options are wrong"),
+        (
+            "--frequency.source off",
+            "--frequencys.source off",
+            "row 'longer': its options are wrong",
+        ),
         ("cost = 1.0", "cost = 0.02", "row 'longer': a cost of 0.02 pays for no epoch"),
     ],
 )

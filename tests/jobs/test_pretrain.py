@@ -12,7 +12,7 @@ from runs import equal, log_events
 from jobs.pretrain import RayPretrain, worker_resources
 from jobs.refresh_workers import RefreshWorkers
 from train import checkpoint
-from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 
 
 def _workers(job):
@@ -72,9 +72,9 @@ def _machine(cpus, gpus=0, alive=True):
     return {"Alive": alive, "Resources": {"CPU": cpus} | ({"GPU": gpus} if gpus else {})}
 
 
-def _held(nodes, content="off", **options):
+def _held(nodes, frequency="off", **options):
     """What a worker holds of a cluster, as (CPUs, GPUs)."""
-    signals = {"content": ContentConfig(content), "attention": AttentionConfig("off")}
+    signals = {"frequency": FrequencyConfig(frequency), "attention": AttentionConfig("off")}
     args = RayPretrain(shards=["x"], cache="x", out=Path("x"), **signals, **options)
     held = worker_resources(args, nodes)
     return held["CPU"], held.get("GPU", 0)

@@ -59,7 +59,7 @@ def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_pat
     trained = subprocess.run(
         [sys.executable, "-m", "train.pretrain", "--shards", *scored.shards,
          "--cache", scored.cache.url, "--out", str(tmp_path / "run"), "--model", "vit_nano",
-         "--content.source", "refreshed", "--attention.source", "off",
+         "--frequency.source", "refreshed", "--attention.source", "off",
          "--refresh.pin", summary["pin"], "--init", str(source), "--epochs", "1",
          "--batch-size", "8", "--device", "cpu", "--threads", "1"],
         capture_output=True, text=True, timeout=300,

@@ -107,7 +107,7 @@ def test_equal_runs_in_one_cache_whose_jobs_are_killed_end_as_one_without(scored
     epochs = {str(epoch): [3 * epoch, step] for epoch, step in enumerate(taken)}
     for out in (undisturbed, *outs):
         state = checkpoint.load(out)
-        assert (state.step, state.signals) == (24, {"content": {"generation": 21}})
+        assert (state.step, state.signals) == (24, {"frequency": {"generation": 21}})
         assert equal(state.model, weights(undisturbed))
         assert json.loads((out / "generations.json").read_text())["epochs"] == epochs
         for generation in scored.cache.generations.of(state.run):
@@ -134,7 +134,7 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
     events = log_events(out, "generation")
     assert events
     assert all(each["coverage"] == 1 and each["age_steps"] >= 0 for each in events)
-    used = checkpoint.load(out).signals["content"]["generation"]
+    used = checkpoint.load(out).signals["frequency"]["generation"]
     assert used == events[-1]["generation"]
 
     cache_main(Ls(scored.cache.url))

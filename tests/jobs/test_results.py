@@ -28,7 +28,7 @@ reference = "mae"
 seeds = [0]
 epochs = 2
 options = \"\"\"--model vit_nano --batch-size 4 --log-steps 1 --device cpu --threads 1
---monitor-epochs 1 --spec.grid 7 --attention.source off --content.source off\"\"\"
+--monitor-epochs 1 --spec.grid 7 --attention.source off --frequency.source off\"\"\"
 
 [evaluations]
 knn = "--device cpu"

@@ -12,7 +12,7 @@ from train.config import Pretrain
 from train.distributed import join_ranks
 from train.optimisation import OptimiserConfig
 from train.pretrain import Run
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 
 VIEWS = Views(torch.arange(8), torch.ones(8, 4), torch.zeros(8, dtype=torch.bool))
 
@@ -27,7 +27,7 @@ with join_ranks("cpu") as ranks:
             model="vit_nano",
             batch_size=8 // ranks.world_size,
             device="cpu",
-            content=ContentConfig("off"),
+            frequency=FrequencyConfig("off"),
             attention=AttentionConfig("off"),
             accumulate=options["accumulate"] // ranks.world_size,
             optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=0),

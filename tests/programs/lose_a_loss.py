@@ -8,7 +8,7 @@ import torch
 from train.config import Pretrain
 from train.distributed import join_ranks
 from train.pretrain import Run
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 from train.streams import Stop
 
 
@@ -31,7 +31,7 @@ with join_ranks("cpu") as ranks:
             model="vit_nano",
             batch_size=4,
             device="cpu",
-            content=ContentConfig("off"),
+            frequency=FrequencyConfig("off"),
             attention=AttentionConfig("off"),
             threads=1,
             log_steps=1,

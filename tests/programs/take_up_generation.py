@@ -16,7 +16,7 @@ from pipeline.scores import ModelScoreSpec, encoder_digest
 from pipeline.table import load_samples
 from train.config import Pretrain
 from train.distributed import join_ranks
-from train.signals.config import ContentConfig, RefreshConfig
+from train.signals.config import FrequencyConfig, RefreshConfig
 from train.signals.following import FollowedMaps
 from train.streams import Stop
 
@@ -28,7 +28,7 @@ with join_ranks("cpu") as ranks:
         cache=options["cache"],
         out=folder,
         model="vit_nano",
-        content=ContentConfig("refreshed"),
+        frequency=FrequencyConfig("refreshed"),
         refresh=RefreshConfig(every=9),
     )
     cache = ScoreCache(config.cache)

@@ -15,9 +15,9 @@ from train.config import Pretrain, parse
 from train.distributed import join_ranks
 from train.optimisation import OptimiserConfig
 from train.pretrain import Run, main
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 
-OFF = {"content": ContentConfig("off"), "attention": AttentionConfig("off")}
+OFF = {"frequency": FrequencyConfig("off"), "attention": AttentionConfig("off")}
 
 
 def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
@@ -146,7 +146,7 @@ def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
     [
         ({"plain_epochs": -1}, "--plain-epochs -1"),
         ({"threads": 0}, "--threads 0"),
-        ({"content": ContentConfig(exponent=float("nan"))}, "--content.exponent nan"),
+        ({"frequency": FrequencyConfig(exponent=float("nan"))}, "--frequency.exponent nan"),
         ({"optimiser": OptimiserConfig(ema_decay=1.5)}, "--optimiser.ema-decay 1.5"),
         ({"attention": AttentionConfig(image_size=30)}, "--attention.image-size 30 must be a mult"),
         ({"batch_size": 9, "accumulate": 2}, "does not divide"),
@@ -171,7 +171,7 @@ def test_plain_mae_needs_no_score_maps(config, scored, tmp_path):
     arguments = ["--recipe", "mae", "--shards", *scored.shards, "--cache", "c", "--out", "o"]
     parsed = parse(arguments, None)
     assert parsed.join == JoinConfig(0.75, 0.0)
-    assert (parsed.content.source, parsed.attention.source) == ("off", "off")
+    assert (parsed.frequency.source, parsed.attention.source) == ("off", "off")
     config = dataclasses.replace(
         config, join=parsed.join, cache=str(tmp_path / "unscored"), epochs=1, **OFF
     )
@@ -212,7 +212,7 @@ def test_a_size_on_the_command_line_overrides_the_models():
 )
 def test_simmim_learns_and_is_drawn(config, recipe, patches, capsys):
     told = parse(["--recipe", recipe, "--shards", "a", "--cache", "c", "--out", "o"], None)
-    names = ("method", "join", "content", "attention")
+    names = ("method", "join", "frequency", "attention")
     options = {name: getattr(told, name) for name in names}
     main(dataclasses.replace(config, epochs=8, low_pass=8.0, fused=(1, 3), **options))
     assert f"64 = {patches}" in capsys.readouterr().out
@@ -236,7 +236,10 @@ def test_weights_count_more_as_the_run_goes_on(config):
         join = JoinConfig(blend=(0.0, 1.0))
         run = Run(
             dataclasses.replace(
-                config, attention=AttentionConfig("live"), join=join, content=ContentConfig("off")
+                config,
+                attention=AttentionConfig("live"),
+                join=join,
+                frequency=FrequencyConfig("off"),
             ),
             ranks,
         )

@@ -17,7 +17,7 @@ from train.config import Pretrain, parse
 from train.evaluate.run import EVALUATORS
 from train.export import Export
 from train.program import run_program
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 
 ON = ["--shards", "a", "--cache", "c", "--out", "o"]
 
@@ -48,7 +48,7 @@ def test_a_run_that_names_no_recipe_has_the_default_one():
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "masked", "thrown", "content", "attention", "plain_epochs"),
+    ("name", "method", "masked", "thrown", "frequency", "attention", "plain_epochs"),
     [
         ("mae", "mae", 0.75, 0.0, "off", "off", 0),
         ("famt", "mae", 0.45, 0.40, "cached-then-refreshed", "rolling", 0),
@@ -59,16 +59,16 @@ def test_a_run_that_names_no_recipe_has_the_default_one():
     ],
 )
 def test_the_published_methods_are_as_published(
-    name, method, masked, thrown, content, attention, plain_epochs
+    name, method, masked, thrown, frequency, attention, plain_epochs
 ):
     config = _parse(name)
     assert (config.method, config.plain_epochs) == (method, plain_epochs)
     assert config.join == JoinConfig(masked, thrown)
     assert config.decoder == "self"
-    assert (config.content.source, config.attention.source) == (content, attention)
+    assert (config.frequency.source, config.attention.source) == (frequency, attention)
     kinds = {"famt-paper": "frequency_attention", "amt": "cls_attention"}
     assert config.refreshed_kinds == [
-        kinds.get(name, "token_frequency") for slot in (content, attention) if "refreshed" in slot
+        kinds.get(name, "token_frequency") for slot in (frequency, attention) if "refreshed" in slot
     ]
     assert config.refresh.every == 40
 
@@ -83,7 +83,7 @@ def test_a_file_of_ones_own_builds_on_ours_and_on_files_beside_it(tmp_path, monk
     assert config.join == JoinConfig(0.75, 0.0)
     assert (config.recipe, config.model, config.epochs) == (str(own), "vit_nano", 9)
     assert config.fused == (1,)
-    assert config.content == ContentConfig(source="off")
+    assert config.frequency == FrequencyConfig(source="off")
     assert config.attention == AttentionConfig(source="off")
     monkeypatch.chdir(tmp_path)
     relative = parse(["--recipe=own.toml", *ON], None)

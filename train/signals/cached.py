@@ -10,14 +10,14 @@ from torch import Tensor
 from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
 from pipeline.table import load_maps
-from train.signals.config import ContentConfig
+from train.signals.config import FrequencyConfig
 from train.signals.signal import Context, Signal
 
 
 class Cached(Signal):
     """Maps of `--spec`, once in the RAM of each machine."""
 
-    def __init__(self, slot: ContentConfig, context: Context) -> None:
+    def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.cached_exponent, context.grid
         self._spec = context.config.spec
         self._maps = context.ranks.share(
@@ -37,7 +37,7 @@ class CachedOfOthers(Cached):
     What this reaches as well as `Cached` is not due to what the maps say of the images.
     """
 
-    def __init__(self, slot: ContentConfig, context: Context) -> None:
+    def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         super().__init__(slot, context)
         generator = torch.Generator().manual_seed(context.config.seed)
         circle = torch.randperm(len(context.samples), generator=generator)

@@ -25,7 +25,7 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class ContentConfig(_Slot):
+class FrequencyConfig(_Slot):
     """What a patch shows: a score of the image's pixels, or of the encoder's tokens."""
 
     source: str = "cached-then-refreshed"
@@ -50,12 +50,12 @@ class AttentionConfig(_Slot):
     source: str = "rolling"
     """off; live (a forward pass on every whole crop); rolling (maps of which a part is refreshed
     each step by such a pass); seen (maps of what the step's own pass pays to the visible patches:
-    no pass of its own); refreshed (of whole images, as for --content); or one of a package"""
+    no pass of its own); refreshed (of whole images, as for --frequency); or one of a package"""
     exponent: Annotated[float, Ge(0)] = 1.0
     """its power in the weight"""
     kind: str = "attention"
     """attention (FAMT's formula), cls_attention (AMT's); a live, rolling or refreshed source takes
-    any model score, as --content.kind does"""
+    any model score, as --frequency.kind does"""
     every: Annotated[int, Ge(1)] = 8
     """rolling: a forward pass refreshes 1/every of each batch, the longest unseen first"""
     image_size: Annotated[int | None, Ge(1)] = None

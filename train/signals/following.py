@@ -333,7 +333,7 @@ class FollowedMaps:
                 log.event(step, "refresh failed", tell=True, reason=reason)
         if not self._told and since % self._config.refresh.every and due and not self.current:
             self._told = True
-            others = self._config.content.source == "cached-then-refreshed"
+            others = self._config.frequency.source == "cached-then-refreshed"
             goes_on = "the cached score" if others else "what other signals say, or plain MAE"
             log.event(
                 step,

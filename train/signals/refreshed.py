@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.loader import CropBatch
 from train.log import Log
 from train.signals.cached import Cached
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 from train.signals.signal import Context, Signal
 from train.streams import Stop
 
@@ -17,7 +17,7 @@ from train.streams import Stop
 class Refreshed(Signal):
     """Maps of one kind from the newest generation; nothing before the first."""
 
-    def __init__(self, slot: ContentConfig | AttentionConfig, context: Context) -> None:
+    def __init__(self, slot: FrequencyConfig | AttentionConfig, context: Context) -> None:
         assert context.followed is not None
         self.exponent, self._kind, self._followed = slot.exponent, slot.kind, context.followed
 
@@ -55,7 +55,7 @@ class Refreshed(Signal):
 class CachedThenRefreshed(Refreshed):
     """The pixel score until there is a generation of the model's own."""
 
-    def __init__(self, slot: ContentConfig, context: Context) -> None:
+    def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self._cached = Cached(slot, context)
         super().__init__(slot, context)
         self._own_exponent = slot.exponent

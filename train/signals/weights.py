@@ -27,7 +27,7 @@ OFF = "off"
 # Slot -> source -> of the slot's options and the context, a signal. Packages add sources for any
 # slot by entry points in "famt.signals".
 SOURCES: dict[str, dict[str, Callable[[Any, Context], Signal]]] = {
-    "content": {
+    "frequency": {
         "cached": Cached,
         "cached-of-others": CachedOfOthers,
         "refreshed": Refreshed,

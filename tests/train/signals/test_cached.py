@@ -6,11 +6,11 @@ from pipeline.join import crop_scores
 from pipeline.table import load_maps
 from train.distributed import join_ranks
 from train.pretrain import Run
-from train.signals.config import ContentConfig
+from train.signals.config import FrequencyConfig
 
 
 def test_a_cached_score_is_that_of_the_crops_own_window(config):
-    config = dataclasses.replace(config, content=ContentConfig("cached"))
+    config = dataclasses.replace(config, frequency=FrequencyConfig("cached"))
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
@@ -19,7 +19,7 @@ def test_a_cached_score_is_that_of_the_crops_own_window(config):
 
 
 def test_the_control_gives_every_image_the_map_of_another_always_the_same(config):
-    config = dataclasses.replace(config, content=ContentConfig("cached-of-others"))
+    config = dataclasses.replace(config, frequency=FrequencyConfig("cached-of-others"))
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))

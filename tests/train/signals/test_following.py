@@ -23,7 +23,7 @@ from train import checkpoint
 from train.distributed import join_ranks
 from train.log import Log
 from train.pretrain import Run, main
-from train.signals.config import AttentionConfig, ContentConfig, RefreshConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from train.signals.due import encoder_path, finished_path, write_failure
 from train.signals.following import FollowedMaps
 from train.streams import Stop
@@ -36,7 +36,7 @@ KIND = "frequency_attention"
 def config(config):
     return dataclasses.replace(
         config,
-        content=ContentConfig("refreshed", kind=KIND),
+        frequency=FrequencyConfig("refreshed", kind=KIND),
         attention=AttentionConfig("off"),
         refresh=RefreshConfig(every=2),
         plain_epochs=1,
@@ -174,7 +174,7 @@ def test_a_pinned_generation_serves_another_run_and_stays_while_it_does(config, 
     assert scored.cache.generations.superseded("run-a") == []
     with pytest.raises(CacheError, match=r"generation run-a/5 of these shards, .* is not in"):
         _followed(dataclasses.replace(config, refresh=RefreshConfig(pin="run-a/5")), scored)
-    nonsense = dataclasses.replace(config, content=ContentConfig("refreshed", kind="nonsense"))
+    nonsense = dataclasses.replace(config, frequency=FrequencyConfig("refreshed", kind="nonsense"))
     with pytest.raises(ValueError, match="no score of kind 'nonsense'"):
         _followed(nonsense, scored)
     with pytest.raises(ValueError, match="must be <run>/<step>"):
@@ -184,7 +184,7 @@ def test_a_pinned_generation_serves_another_run_and_stays_while_it_does(config, 
 def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config):
     main(config)
     state = checkpoint.load(config.out)
-    assert (state.step, state.signals) == (9, {"content": {"generation": None}})
+    assert (state.step, state.signals) == (9, {"frequency": {"generation": None}})
     assert finished_path(config.out).exists()
 
 
@@ -198,7 +198,7 @@ def test_a_run_says_once_what_it_goes_on_with(config, capfd):
 def test_the_pixel_score_weighs_until_there_is_a_generation(config, scored):
     config = dataclasses.replace(
         config,
-        content=ContentConfig("cached-then-refreshed", kind="token_frequency"),
+        frequency=FrequencyConfig("cached-then-refreshed", kind="token_frequency"),
         plain_epochs=0,
     )
     with join_ranks("cpu") as ranks:
@@ -238,7 +238,7 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
         Run(config, ranks).train(stop)
     state = checkpoint.load(config.out)
     assert (state.step, state.epoch) == (3, 1)
-    assert state.signals == {"content": {"generation": None}}
+    assert state.signals == {"frequency": {"generation": None}}
     # The losses of the first epoch are logged before they are saved.
     assert [(line["step"], line["epoch"]) for line in log_points(config.out)] == [(3, 0)]
     assert not finished_path(config.out).exists()
@@ -320,7 +320,7 @@ def test_an_elastic_restart_begins_with_the_newest_generation(config, scored):
 def test_one_pass_of_the_encoder_makes_the_maps_of_all_signals(config, scored):
     config = dataclasses.replace(
         config,
-        content=ContentConfig("refreshed", kind="token_frequency"),
+        frequency=FrequencyConfig("refreshed", kind="token_frequency"),
         attention=AttentionConfig("refreshed"),
     )
     with join_ranks("cpu") as ranks:

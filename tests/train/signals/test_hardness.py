@@ -7,14 +7,14 @@ from famt.patches import normalise
 from pipeline.join import JoinConfig
 from train.distributed import join_ranks
 from train.pretrain import Run
-from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_a_step_writes_the_ranks_of_its_errors_at_the_cells_of_the_masked_patches(config, share):
     config = dataclasses.replace(
         config,
-        content=ContentConfig("off"),
+        frequency=FrequencyConfig("off"),
         attention=AttentionConfig("off"),
         hardness=HardnessConfig("errors"),
         join=JoinConfig(predicted_share=share),

@@ -7,13 +7,13 @@ from famt.patches import normalise
 from pipeline.join import JoinConfig
 from train.distributed import join_ranks
 from train.pretrain import Run
-from train.signals.config import AttentionConfig, ContentConfig
+from train.signals.config import AttentionConfig, FrequencyConfig
 
 
 @pytest.fixture
 def run(config):
     config = dataclasses.replace(
-        config, content=ContentConfig("off"), attention=AttentionConfig("seen"), accumulate=2
+        config, frequency=FrequencyConfig("off"), attention=AttentionConfig("seen"), accumulate=2
     )
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
@@ -78,7 +78,7 @@ def test_a_method_whose_encoder_sees_more_is_refused(config):
     simmim = dataclasses.replace(
         config,
         method="simmim",
-        content=ContentConfig("off"),
+        frequency=FrequencyConfig("off"),
         attention=AttentionConfig("seen"),
         join=JoinConfig(mask_ratio=0.6, throw_ratio=0.0),
     )

@@ -7,37 +7,37 @@ import torch
 from train.distributed import join_ranks
 from train.pretrain import Run
 from train.signals import weights
-from train.signals.config import AttentionConfig, ContentConfig, HardnessConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 from train.signals.weights import read_signals, weigh
 
 
 def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
     config = dataclasses.replace(
         config,
-        content=ContentConfig("cached", cached_exponent=0.5),
+        frequency=FrequencyConfig("cached", cached_exponent=0.5),
         attention=AttentionConfig("live", exponent=2.0),
     )
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
-        content, attention = (each.read(crops, 0) for each in run.signals)
+        frequency, attention = (each.read(crops, 0) for each in run.signals)
         found = weigh(read_signals(run.signals, crops, 0), crops, 8)
     for b in range(8):
         for n in range(64):
-            relative = content[b, n] / content[b].mean(), attention[b, n] / attention[b].mean()
+            relative = frequency[b, n] / frequency[b].mean(), attention[b, n] / attention[b].mean()
             expected = float(relative[0] ** 0.5 * relative[1] ** 2)
             assert found[b, n].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_without_signals_weights_are_uniform(config):
     with join_ranks("cpu") as ranks:
-        run = Run(dataclasses.replace(config, content=ContentConfig("off")), ranks)
+        run = Run(dataclasses.replace(config, frequency=FrequencyConfig("off")), ranks)
         crops = next(iter(run.loader))
         assert torch.equal(weigh({}, crops, 8), torch.ones(8, 64))
 
 
 def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(config):
-    config = dataclasses.replace(config, content=ContentConfig("refreshed"))
+    config = dataclasses.replace(config, frequency=FrequencyConfig("refreshed"))
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
@@ -61,8 +61,8 @@ def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(c
             r"--attention\.source cached: there are off, li",
         ),
         (
-            {"content": ContentConfig("rolling")},
-            r"--content\.source rolling: there are off, cached",
+            {"frequency": FrequencyConfig("rolling")},
+            r"--frequency\.source rolling: there are off, cached",
         ),
     ],
 )
@@ -76,13 +76,13 @@ def test_a_packages_own_signal_weighs_patches(config, monkeypatch):
     added = EntryPoint("centre", "centre_signal:Centre", "famt.signals")
     monkeypatch.syspath_prepend("docs/centre_signal")
     monkeypatch.setattr(weights, "_added", lambda: {"centre": added})
-    config = dataclasses.replace(config, content=ContentConfig("centre", exponent=1.0))
+    config = dataclasses.replace(config, frequency=FrequencyConfig("centre", exponent=1.0))
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
-        (scores, exponent) = read_signals(run.signals, crops, 0)["content"]
+        (scores, exponent) = read_signals(run.signals, crops, 0)["frequency"]
         assert exponent == 1.0
-        assert run.signals[0].scalars()["content_crops_read"] == 8
+        assert run.signals[0].scalars()["frequency_crops_read"] == 8
         cells = scores.view(8, 8, 8)
         for b in range(8):
             top, left, height, width = crops.windows[b].tolist()
