@@ -144,7 +144,8 @@ class CropBatch:
     """Crops and where they come from.
 
     Attributes:
-        images: `[B, S, S, 3]` uint8 on the training device.
+        images: `[B, S, S, 3]` uint8 on the training device. On a GPU they are read in the stream
+            that was current when the batch was taken; another one needs a copy.
         rows: `[B]` int64 on the CPU, the image's row in the `SampleTable`; several crops of one
             image follow one another.
         windows: `[B, 4]` float32 on the CPU: top, left, height, width of the crop in fractions of
@@ -301,8 +302,13 @@ class CropLoader:
         )
 
     def _run_graph(self) -> tuple:
+        # Given a stream, DALI orders the reuse of a batch's memory behind that stream's work, so
+        # pixels survive until what was queued there has read them. Without one it reuses memory as
+        # soon as Python drops the batch.
+        on_gpu = self.device.type == "cuda"
+        stream = torch.cuda.current_stream(self.device) if on_gpu else None
         try:
-            return self._pipeline.run()
+            return self._pipeline.run(stream)
         except RuntimeError as error:
             # Of a failed decode DALI says `<tar>:<offset>:<row>`, of headers nothing.
             decoding = re.search(r"Failed to decode sample #\d+ : .*:(\d+)$", str(error), re.M)
@@ -350,6 +356,7 @@ def _crop_graph(
     if on_gpu and config.decode.on == "gpu":
         decoder |= {
             "device": "mixed",
+            "jpeg_fancy_upsampling": True,  # as libjpeg-turbo does, which scored the maps
             "hw_decoder_load": config.decode.hardware_share,
             "preallocate_width_hint": config.decode.preallocate,
             "preallocate_height_hint": config.decode.preallocate,

@@ -7,7 +7,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -246,7 +246,8 @@ class Training(ABC, Generic[Batch]):
             with self.clock.stage("data_wait", on_host=True):
                 found = next(crops)
             if self.loader.step == 1:
-                self._first = found.first(_SHOWN)
+                first = found.first(_SHOWN)
+                self._first = replace(first, images=first.images.clone())
             return _Next(self.prepare(found, step), found.rows)
 
     def _save_or_stop(self, stop: Stop) -> bool:
