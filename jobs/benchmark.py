@@ -5,6 +5,7 @@
     python -m jobs.benchmark step --model vit_base
     python -m jobs.benchmark attention --model vit_base
     python -m jobs.benchmark refresh --model vit_base
+    python -m jobs.benchmark runs --model vit_small --batch-size 64
     python -m jobs.benchmark quality --photos human-seg/images --masks human-seg/masks
     python -m jobs.benchmark scale --shards 20000
     python -m jobs.benchmark precompute loader --threads 2 step    # one after another
@@ -16,6 +17,7 @@
     attention   time of a step with rolling and live attention, and of the join, beside one without
     refresh     images/s of making maps anew with an encoder, beside its bare forward, and what
                 that costs beside an epoch of training
+    runs        crops/s of whole trainings by recipe, beside MAE's, and what they wait for
     quality     how well each kind of map tells objects from background
     scale       time and memory to start with many shards
 
@@ -39,6 +41,7 @@ from jobs.benchmarks.measure import Report
 from jobs.benchmarks.precompute import Precompute
 from jobs.benchmarks.quality import Quality
 from jobs.benchmarks.refresh import Refresh
+from jobs.benchmarks.runs import Runs
 from jobs.benchmarks.scale import Scale
 from jobs.benchmarks.step import Step
 from train.program import called, run_program
@@ -58,6 +61,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
     "step": Step,
     "attention": Attention,
     "refresh": Refresh,
+    "runs": Runs,
     "quality": Quality,
     "scale": Scale,
 }

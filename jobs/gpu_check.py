@@ -1,15 +1,20 @@
 """Try on one GPU what only a GPU can show: a page of results, and exit code 0 if all is well.
 
     make gpu
-    python -m jobs.gpu_check --out gpu.md
+    python -m jobs.gpu_check --out gpu.md --minutes 10
 
     tests       those that need a GPU
     parity      crops of the GPU's loader, image by image, beside the CPU's, while training runs
     waits       50 steps of training under torch.cuda.set_sync_debug_mode("warn"): what made the
-                host wait for the GPU, and the peak of its memory
-    benchmarks  loader, step, attention and refresh, on the GPU and in bf16
+                host wait for the GPU
+    runs        crops/s of whole trainings, loader included, with peak memory
+    compiled    the same with --compile
+    step, loader, refresh, attention
+                the benchmarks of these names, on the GPU and in bf16
 
-Where there is no GPU each part is skipped with the reason. `--device cpu` runs all code on a CPU.
+The most telling parts come first. The page is written after each part; none begins once
+`--minutes` are over. Where there is no GPU each part is skipped with the reason. `--device cpu`
+runs all code on a CPU.
 """
 
 from __future__ import annotations
@@ -25,22 +30,24 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.attention import Attention
 from jobs.benchmarks.loader import Loader
 from jobs.benchmarks.refresh import Refresh
+from jobs.benchmarks.runs import Runs
 from jobs.benchmarks.step import Step
-from pipeline.join import PatchBatch
-from pipeline.loader import CropBatch, CropLoader
+from jobs.benchmarks.training import take_steps
+from pipeline.loader import CropLoader, own_cores
 from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
 from train.config import Pretrain
@@ -50,7 +57,8 @@ from train.program import called, run_program
 from train.signals.config import AttentionConfig, FrequencyConfig
 
 _SYNC = "called a synchronizing CUDA operation"
-_CLOSE = 3.0  # of 255, mean over an image: another decoder and another resampling kernel
+_CLOSE = 0.5  # of 255, mean over an image: another decoder and another resampling kernel
+_MARK = "mark." + "gpu"
 
 
 @dataclass(frozen=True)
@@ -63,13 +71,17 @@ class GpuCheck(Checked):
     """what to try"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
     """which model"""
-    batch_size: Annotated[int, Ge(2)] = 128
+    minutes: Annotated[float, Gt(0)] = 4.0
+    """no part begins after so many; the first of a machine takes a minute to start"""
+    shards: list[str] = field(default_factory=list)
+    """tars of photos to train on; a shard is made up if left out"""
+    batch_size: Annotated[int, Ge(2)] = 256
     """images a step"""
-    photos: Annotated[int, Ge(2)] = 512
-    """made-up photos to train on"""
+    photos: Annotated[int, Ge(2)] = 1024
+    """photos of the made-up shard"""
     steps: Annotated[int, Ge(1)] = 50
-    """of training under the eye that looks for waits, and as many before it"""
-    parity_batches: Annotated[int, Ge(1)] = 200
+    """of a training that is timed or watched"""
+    parity_batches: Annotated[int, Ge(1)] = 20
     """batches that are compared with the CPU's"""
     rounds: Annotated[int, Ge(1)] = 5
     """of each benchmark"""
@@ -81,21 +93,23 @@ def main(check: GpuCheck) -> int:
     """Try part after part; returns 1 if one failed, 0 if all passed or were skipped."""
     missing = None if check.device == "cpu" else _why_no_gpu()
     page = [f"# {_device_name(check.device)}", "", f"torch {torch.__version__}, {check}", ""]
-    failed = False
+    failed, began = False, time.monotonic()
     with contextlib.ExitStack() as opened:
-        urls = [] if missing else opened.enter_context(measure.shards([], check.photos))
+        urls = [] if missing else opened.enter_context(measure.shards(check.shards, check.photos))
         for name, part in _PARTS.items():
             started = time.monotonic()
+            late = started - began > 60 * check.minutes
+            skipped = missing or (f"{check.minutes:g} minutes are over" if late else None)
             page += [f"## {name}", ""]
-            verdict = f"skipped: {missing}" if missing else "passed"
+            verdict = f"skipped: {skipped}" if skipped else "passed"
             try:
-                for line in [] if missing else part(check, urls):
+                for line in [] if skipped else part(check, urls):
                     page.append(f"    {line}")
             except (AssertionError, OSError, RuntimeError, ValueError) as error:
                 failed, verdict = True, f"FAILED: {type(error).__name__}: {error}"
             page += ["", f"{verdict}, {time.monotonic() - started:.0f} s", ""]
             print(f"{name}: {verdict}", flush=True)
-    check.out.write_text("\n".join(page))
+            check.out.write_text("\n".join(page))
     print(f"results are in {check.out}")
     return int(failed)
 
@@ -118,7 +132,9 @@ def _tests(check: GpuCheck, urls: list[str]) -> Iterator[str]:
         yield "not asked for"
         return
     tests = Path(__file__).parents[1] / "tests"
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(tests)]
+    # The others may need packages that a GPU machine lacks.
+    files = [str(each) for each in sorted(tests.rglob("test_*.py")) if _MARK in each.read_text()]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent, check=False)
     yield from done.stdout.splitlines()[-20:]
     if done.returncode:
@@ -150,25 +166,17 @@ def _parity(check: GpuCheck, urls: list[str]) -> Iterator[str]:
 
 def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
     with _run(check, urls) as run:
-        _take_steps(run, check.steps)  # what is compiled or allocated once, is by now
+        take_steps(run, check.steps)  # what is compiled or allocated once, is by now
         on_gpu = check.device == "cuda"
         if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
             torch.cuda.set_sync_debug_mode("warn")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            started = time.monotonic()
             try:
-                _take_steps(run, check.steps)
+                take_steps(run, check.steps)
             finally:
                 if on_gpu:
                     torch.cuda.set_sync_debug_mode("default")
-        if on_gpu:
-            torch.cuda.synchronize()
-            peak = torch.cuda.max_memory_allocated() / 1e9
-            yield f"peak memory {peak:.2f} GB at batch {check.batch_size}"
-        rate = check.steps * check.batch_size / (time.monotonic() - started)
-        yield f"{check.steps} steps, {rate:.0f} images/s with the loader"
         waits = Counter(
             f"{Path(each.filename).name}:{each.lineno}"
             for each in caught
@@ -204,52 +212,66 @@ def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
         yield Run(config, ranks)
 
 
-def _take_steps(run: Run, count: int) -> None:
-    """As the loop of a training does, the next batch ahead in the side stream."""
-    crops: Iterator[CropBatch] = iter(())
-    ahead: PatchBatch | None = None
-    for _ in range(count + 1):
-        now = ahead
-        if now is not None:
-            run.forward_backward(now)
-        with run.side_stream:
-            found = next(crops, None)
-            while found is None:  # what is left of an epoch may be nothing
-                crops = iter(run.loader)
-                found = next(crops, None)
-            ahead = run.prepare(found, run.step + 1)
-        if now is not None:
-            run.update()
+def _runs(check: GpuCheck, urls: list[str], options: str = "") -> Iterator[str]:
+    benchmark = Runs(
+        urls,
+        options=options,
+        model=check.model,
+        batch_size=check.batch_size,
+        steps=check.steps,
+        precision="bf16",
+        device=check.device,
+    )
+    yield from map(json.dumps, benchmark.run())
 
 
-def _benchmarks(check: GpuCheck, urls: list[str]) -> Iterator[str]:
-    model: dict[str, Any] = {
+def _step(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    yield from map(json.dumps, Step(batch_size=check.batch_size, **_options(check)).run())
+
+
+def _loader(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    benchmark = Loader(
+        urls,
+        batch_size=check.batch_size,
+        images=4 * check.photos,
+        rounds=check.rounds,
+        device=check.device,
+    )
+    yield from map(json.dumps, benchmark.run())
+
+
+def _refresh(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    benchmark = Refresh(
+        urls, batch_size=check.batch_size, step_batch_size=check.batch_size, **_options(check)
+    )
+    yield from map(json.dumps, benchmark.run())
+
+
+def _attention(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+    benchmark = Attention(urls, batch_size=check.batch_size, **_options(check))
+    yield from map(json.dumps, benchmark.run())
+
+
+def _options(check: GpuCheck) -> dict[str, Any]:
+    return {
         "model": check.model,
         "precision": "bf16",
         "rounds": check.rounds,
+        "threads": own_cores(),
         "device": check.device,
     }
-    for benchmark in (
-        Loader(
-            urls,
-            batch_size=check.batch_size,
-            images=4 * check.photos,
-            rounds=check.rounds,
-            device=check.device,
-        ),
-        Step(batch_size=check.batch_size, **model),
-        Attention(urls, batch_size=check.batch_size, **model),
-        Refresh(urls, step_batch_size=check.batch_size, **model),
-    ):
-        for line in benchmark.run():
-            yield json.dumps(line)
 
 
 _PARTS: dict[str, Callable[[GpuCheck, list[str]], Iterator[str]]] = {
     "tests": _tests,
     "parity": _parity,
     "waits": _waits,
-    "benchmarks": _benchmarks,
+    "runs": _runs,
+    "compiled": partial(_runs, options="--compile"),
+    "step": _step,
+    "loader": _loader,
+    "refresh": _refresh,
+    "attention": _attention,
 }
 
 

@@ -57,7 +57,8 @@ class Step(Checked):
 
     def run(self) -> Iterator[Report]:
         names = ["uniform", "famt self", "famt cross", "famt simmim"]
-        # A process each, and before this one holds a model: what one rival frees helps no other.
+        # On a CPU a process each, and before this one holds a model: what one rival frees helps no
+        # other. A GPU's peak is counted in tensors.
         memory = {
             name: self._memory(name) for name in tqdm([*names, "mae self", "simmim"], desc="memory")
         }
@@ -113,6 +114,8 @@ class Step(Checked):
         )
 
     def _memory(self, name: str) -> _Memory:
+        if self.device == "cuda":
+            return _step_memory(name, self)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as fresh_process:
             return fresh_process.submit(_step_memory, name, self).result()
@@ -214,10 +217,11 @@ class _Memory:
 
 
 def _step_memory(name: str, options: Step) -> _Memory:
-    """Runs in a process of its own."""
-    # glibc then maps each tensor by itself, so that memory which is freed counts no more.
-    map_from_bytes = -3  # M_MMAP_THRESHOLD of <malloc.h>
-    ctypes.CDLL(None).mallopt(map_from_bytes, 1 << 16)
+    """On a CPU this runs in a process of its own."""
+    if options.device == "cpu":
+        # glibc then maps each tensor by itself, so that memory which is freed counts no more.
+        map_from_bytes = -3  # M_MMAP_THRESHOLD of <malloc.h>
+        ctypes.CDLL(None).mallopt(map_from_bytes, 1 << 16)
     torch.set_num_threads(options.threads)
     rival = _Rival(name, options)
     peak = _peak_of_cuda if options.device == "cuda" else _peak_of_process

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 
 from pipeline.cache import ScoreCache
+from pipeline.join import PatchBatch
 from pipeline.loader import CropBatch
 from train.config import Pretrain
 from train.distributed import join_ranks
@@ -45,6 +46,26 @@ class Training:
         self.run.update()
         if self.run.ranks.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def take_steps(run: Run, count: int) -> None:
+    """Train for so many steps as the loop does, the next batch ahead in the side stream."""
+    run.model.train()
+    crops: Iterator[CropBatch] = iter(())
+    ahead: PatchBatch | None = None
+    for _ in range(count + 1):
+        now = ahead
+        if now is not None:
+            run.forward_backward(now)
+        with run.side_stream:
+            with run.clock.stage("data_wait", on_host=True):
+                found = next(crops, None)
+                while found is None:  # what is left of an epoch may be nothing
+                    crops = iter(run.loader)
+                    found = next(crops, None)
+            ahead = run.prepare(found, run.step + 1)
+        if now is not None:
+            run.update()
 
 
 @contextmanager

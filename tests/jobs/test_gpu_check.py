@@ -20,11 +20,12 @@ def test_every_part_runs_on_a_cpu(tmp_path, capsys):
         steps=2,
         parity_batches=2,
         rounds=1,
+        minutes=60,
         tests=False,
     )
     assert main(check) == 0
     page = check.out.read_text()
-    assert page.count("passed") == 4
+    assert page.count("passed") == 9
     assert "mean difference 0.000 of 255, worst image 0.000" in page
     assert page.count('"benchmark": "') > 10
 
@@ -34,4 +35,4 @@ def test_without_a_gpu_every_part_is_skipped_with_the_reason(tmp_path):
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden})
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "gpu.md").read_text().count("skipped: no GPU that torch can use") == 4
+    assert (tmp_path / "gpu.md").read_text().count("skipped: no GPU that torch can use") == 9

@@ -8,7 +8,6 @@ from runs import equal, log_lines, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.models import MODELS
-from jobs.refresh_scores import RefreshScores, follow
 from pipeline.join import JoinConfig
 from train import checkpoint
 from train.config import Pretrain, parse
@@ -47,6 +46,8 @@ def test_without_signals_options_of_weights_are_told_to_have_no_effect(config, c
         assert option in told
     assert "throw-ratio" not in told
     # Nor has a job that follows the run anything to wait for.
+    from jobs.refresh_scores import RefreshScores, follow  # needs Ray
+
     assert follow(config.out, RefreshScores(follow=config.out)) == 0
 
 
