@@ -24,6 +24,7 @@ from annotated_types import Ge, Gt, Le
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -111,6 +112,8 @@ class LoaderConfig(Checked):
     """crops of each image that is decoded, all in one batch; an epoch is one decode of each image,
     so it has as many times the steps"""
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    resident: bool = False
+    """the images are held decoded and cut there; see `ResidentLoader`"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -197,6 +200,12 @@ class CropLoader:
         first_epoch: epochs that are counted as done; each has another shuffle and other crops.
         state: of an earlier loader (`state()`); goes on with the very next batch.
 
+    Attributes:
+        rows: of the table, those that this rank reads.
+        steps_per_epoch: batches that it yields an epoch.
+        remainder: samples of all ranks that an epoch skips.
+        epoch, step: epochs that are done, and batches of the present one.
+
     Raises:
         ValueError: fewer samples than one batch on every rank, or a state of another set-up.
     """
@@ -224,7 +233,7 @@ class CropLoader:
                 f"{len(table)} samples over {world_size} ranks make no batch of "
                 f"{images}; lower the batch size"
             )
-        share = own_share(len(table), rank, world_size)
+        self.rows = share = own_share(len(table), rank, world_size)
         self._share = len(share)
         self._runs = -(-self._share // images)
         self.steps_per_epoch = least // images if drop_last else self._runs
@@ -287,19 +296,22 @@ class CropLoader:
         }
 
     def _run(self) -> CropBatch:
-        images, source, anchor, shape, extent, flip = self._run_graph()
+        source, anchor, shape, extent, flip, *pixels = self._run_graph()
         crops = self.config.crops_per_image
-        rows = [int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source]
         # All but the rows: a line an image, a column a crop.
         size = torch.from_numpy(extent.as_array()).double()[:, None]
         top_left = torch.from_numpy(anchor.as_array()).double() / size
         height_width = torch.from_numpy(shape.as_array()).double() / size
-        return CropBatch(
-            images=from_dlpack(images.as_tensor()).flatten(0, 1),
-            rows=torch.tensor(rows).repeat_interleave(crops),
+        views = Views(
+            rows=rows_of(source).repeat_interleave(crops),
             windows=torch.cat([top_left, height_width], dim=2).flatten(0, 1).float(),
             flips=torch.from_numpy(flip.as_array().astype(bool)).flatten(),
         )
+        return CropBatch(self._pixels(views, *pixels), **vars(views))
+
+    def _pixels(self, views: Views, decoded: TensorListCPU | TensorListGPU) -> Tensor:
+        """Crops `[B, S, S, 3]` uint8 on the device."""
+        return from_dlpack(decoded.as_tensor()).flatten(0, 1)
 
     def _run_graph(self) -> tuple:
         # Given a stream, DALI orders the reuse of a batch's memory behind that stream's work, so
@@ -329,7 +341,13 @@ class CropLoader:
             f"view={config.view} interpolation={config.interpolation} "
             f"shuffle={config.shuffle_buffer} drop_last={self.drop_last} seed={seed} "
             f"rank={self.rank}/{self.world_size} crops={config.crops_per_image}"
+            + (" resident" if config.resident else "")
         )
+
+
+def rows_of(source: TensorListCPU) -> Tensor:
+    """The rows `[B]` int64 that an index carries in each sample's `source_info`."""
+    return torch.tensor([int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source])
 
 
 @pipeline_def(exec_dynamic=True)
@@ -339,6 +357,7 @@ def _crop_graph(
     config: LoaderConfig,
     on_gpu: bool,
 ) -> tuple[DataNode, ...]:
+    """Crops' pixels if they are decoded each time, and which parts of which images they are."""
     encoded = fn.readers.webdataset(
         paths=paths,
         index_paths=index_paths,
@@ -352,6 +371,14 @@ def _crop_graph(
     )
     extent = fn.peek_image_shape(encoded)[:2]
     cuts = [_cut(extent, config.view) for _ in range(config.crops_per_image)]
+    pixels = () if config.resident else (_pixels(encoded, cuts, config, on_gpu),)
+    source = fn.get_property(encoded, key="source_info")
+    anchor, shape, flip = (fn.stack(*each) for each in zip(*cuts, strict=True))
+    return source, anchor, shape, extent, flip, *pixels
+
+
+def _pixels(encoded: DataNode, cuts: list[_Cut], config: LoaderConfig, on_gpu: bool) -> DataNode:
+    """Decode, cut and resize: of each image `[crops, S, S, 3]` uint8."""
     decoder: dict[str, Any] = {"output_type": types.RGB, "device": "cpu"}
     if on_gpu and config.decode.on == "gpu":
         decoder |= {
@@ -384,12 +411,9 @@ def _crop_graph(
             )
             for cut in cuts
         ]
-    images = fn.stack(
+    return fn.stack(
         *(fn.flip(crop, horizontal=cut.flip) for crop, cut in zip(crops, cuts, strict=True))
     )
-    source = fn.get_property(encoded, key="source_info")
-    anchor, shape, flip = (fn.stack(*each) for each in zip(*cuts, strict=True))
-    return images, source, anchor, shape, extent, flip
 
 
 class _Cut(NamedTuple):

@@ -106,6 +106,9 @@ class Pretrain(Checked):
     """what to train on"""
     threads: Annotated[int | None, Ge(1), FREE] = None
     """CPU threads that decode, on each rank; its share of the machine's cores if left out"""
+    resident: bool = False
+    """decode each image once and hold it in the device's memory, where crops are cut from it: for
+    small sets, 3 bytes a pixel"""
     decode: Annotated[DecodeConfig, FREE] = field(default_factory=DecodeConfig)
     resume: Annotated[Literal["auto", "never"], FREE] = "auto"
     """go on from the last checkpoint in --out, or refuse a folder that holds one"""

@@ -30,6 +30,7 @@ from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, own_share
+from pipeline.resident import ResidentLoader
 from pipeline.stage import stage_shards
 from pipeline.table import load_samples
 from train import figures
@@ -89,7 +90,7 @@ class Run(Training[PatchBatch]):
         count, size = len(self.samples), ranks.world_size
         parts = [own_share(count, rank, size) for rank in ranks.of_machine()]
         self.samples = stage_shards(self.samples, cache, config.stage, parts, show=ranks.is_main)
-        self.loader = CropLoader(
+        self.loader = (ResidentLoader if config.resident else CropLoader)(
             self.samples,
             LoaderConfig(
                 batch_size=config.batch_size,
@@ -100,6 +101,7 @@ class Run(Training[PatchBatch]):
                 threads=config.threads,
                 crops_per_image=config.crops_per_image,
                 decode=config.decode,
+                resident=config.resident,
             ),
             drop_last=True,
             rank=ranks.rank,

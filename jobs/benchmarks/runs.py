@@ -58,7 +58,8 @@ class Runs(Checked):
             for recipe in self.recipes:
                 arguments = [
                     "--recipe", recipe, "--shards", *urls, "--cache", cache.url,
-                    "--model", self.model, "--batch-size", str(self.batch_size), "--threads", str(self.threads),
+                    "--model", self.model, "--batch-size", str(self.batch_size),
+                    "--threads", str(self.threads),
                     "--precision", self.precision, "--device", self.device, "--picture-epochs", "0",
                     *self.options.split(),
                 ]  # fmt: skip

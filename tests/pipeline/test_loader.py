@@ -349,14 +349,6 @@ def test_the_joined_map_says_where_the_crop_was_cut(tmp_path, crops_per_image):
     assert len(seen) == 16  # every orientation, flipped and not
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_batches_that_are_kept_stay_as_they_were(table, device):
-    """A batch owns its pixels: later batches are decoded into other memory."""
-    loader = CropLoader(table, SMALL, drop_last=True, device=device, seed=7)
-    kept = [(batch, batch.images.clone()) for batch in loader for _ in range(2)]
-    assert all(torch.equal(batch.images, copy) for batch, copy in kept)
-
-
 @pytest.mark.gpu
 def test_pixels_survive_until_a_stream_that_lags_has_read_them(table):
     stream, sums = torch.cuda.Stream(), {}
