@@ -52,6 +52,7 @@ class FollowedMaps:
 
     Attributes:
         current: the generation in use, or None before the first.
+        grid: cells a side of the maps.
     """
 
     def __init__(
@@ -66,12 +67,12 @@ class FollowedMaps:
         check_model_kinds(config.refreshed_kinds)
         self.current: Generation | None = None
         self._run, self._config, self._samples, self._cache = run, config, samples, cache
-        self._encoder, self._ranks, self._grid = encoder, ranks, config.sizes.grid
+        self._encoder, self._ranks, self.grid = encoder, ranks, config.sizes.grid
         self._kinds = config.refreshed_kinds
         self._source, self._pinned = run, None
         if config.refresh.pin:
             self._source, self._pinned = _parse_pin(config.refresh.pin)
-        shape = (len(samples), self._grid, self._grid)
+        shape = (len(samples), self.grid, self.grid)
         self._maps = {
             kind: ranks.share(lambda: torch.ones(shape, dtype=torch.float16))
             for kind in self._kinds
@@ -93,7 +94,7 @@ class FollowedMaps:
 
     def read(self, kind: str, crops: CropBatch) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
-        return crop_scores(self._maps[kind], crops, self._grid) if self.current else None
+        return crop_scores(self._maps[kind], crops, self.grid) if self.current else None
 
     def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
         """Leave the encoder if a generation is due, and take up a new one; every rank calls this.
@@ -274,7 +275,7 @@ class FollowedMaps:
             for each in self._cache.generations.of(self._source)
             if each.data == self._samples.digest
             and set(self._kinds) <= {spec.kind for spec in each.specs}
-            and all(spec.grid == self._grid for spec in each.specs)
+            and all(spec.grid == self.grid for spec in each.specs)
         ]
 
     def _newest(self) -> Generation | None:
