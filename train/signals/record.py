@@ -42,8 +42,8 @@ class Record:
         return (True, known[1]) if known else (False, None)
 
     def since(self, step: int) -> set[int | None]:
-        """Generations of the epoch that a step is in, and of later ones."""
-        begun = [at for at, _ in self._epochs.values() if at <= step]
+        """Generations of the epoch that ends with a step or is in it, and of later ones."""
+        begun = [at for at, _ in self._epochs.values() if at < step]
         first = max(begun, default=0)
         return {generation for at, generation in self._epochs.values() if at >= first}
 
