@@ -43,7 +43,7 @@ from train.optimisation import Optimisation
 from train.program import run_program
 from train.resume import own_folder, resume
 from train.signals.due import write_finished
-from train.signals.following import FollowedMaps
+from train.signals.following import FollowedMaps, lost_generations
 from train.signals.signal import Context, Signal, Taken
 from train.signals.weights import Scores, build_signals, read_signals, weigh
 from train.streams import Stop
@@ -72,7 +72,12 @@ class Run(Training[PatchBatch]):
         super().__init__(
             config, ranks.share(lambda: load_samples(config.shards, cache, scored)), ranks
         )
-        resumed, exact = resume(config, self.identity(), ranks)
+        resumed, exact = resume(
+            config,
+            self.identity(),
+            ranks,
+            lambda found: lost_generations(found, config, self.samples, cache),
+        )
         self.id: str = resumed.run if resumed else ranks.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
