@@ -14,9 +14,12 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
-from typing import Annotated, Any, cast, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+Options = TypeVar("Options")
 
 FREE = "may differ on resume"
 """note beside an option of a run: nothing that is learned depends on it"""
@@ -98,6 +101,26 @@ def flat(options: dict[str, Any], above: str = "") -> dict[str, Any]:
             flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
         )
     return found
+
+
+def restored(kind: type[Options], plain: dict[str, Any]) -> Options:
+    """A dataclass of options out of plain data as JSON keeps it.
+
+    Options that are not there are as by default; what is there besides is passed over.
+    """
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        if name in plain:
+            value = plain[name]
+            kinds = {get_origin(each) or each for each in (hint, *get_args(hint))}
+            if dataclasses.is_dataclass(hint):
+                value = restored(cast(type, hint), value)
+            elif isinstance(value, list) and tuple in kinds:
+                value = tuple(value)
+            elif isinstance(value, str) and Path in kinds:
+                value = Path(value)
+            values[name] = value
+    return kind(**values)
 
 
 @cache

@@ -17,7 +17,7 @@ from famt.models import MODELS, Decoder, ModelConfig
 from pipeline import storage
 from pipeline.join import JoinConfig
 from pipeline.loader import DecodeConfig, RandomView
-from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated
+from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated, restored
 from pipeline.scores import ScoreSpec
 from train import recipe
 from train.optimisation import OptimiserConfig
@@ -149,6 +149,11 @@ class Pretrain(Checked):
             )
 
     @property
+    def weighs(self) -> bool:
+        """Whether a signal weighs patches."""
+        return not (self.frequency.is_off and self.attention.is_off and self.hardness.is_off)
+
+    @property
     def refreshed_kinds(self) -> list[str]:
         """Model scores that a job beside the training makes anew, each once."""
         slots = (self.frequency, self.attention)
@@ -190,6 +195,11 @@ class Pretrain(Checked):
         options = dataclasses.asdict(self.absolute())
         plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
         return plain
+
+    @classmethod
+    def from_description(cls, described: dict[str, Any]) -> Pretrain:
+        """The options that `describe` spelled out."""
+        return restored(cls, described)
 
     def absolute(self) -> Pretrain:
         """The same options with paths that hold in any working directory."""

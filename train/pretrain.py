@@ -28,7 +28,7 @@ from famt.models import ModelConfig
 from famt.patches import normalise
 from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch, split_crops
+from pipeline.join import JoinConfig, PatchBatch
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, own_share
 from pipeline.stage import stage_shards
 from pipeline.table import load_samples
@@ -45,7 +45,7 @@ from train.resume import own_folder, resume
 from train.signals.due import write_finished
 from train.signals.following import FollowedMaps, lost_generations
 from train.signals.signal import Context, Signal, Taken
-from train.signals.weights import Scores, build_signals, read_signals, weigh
+from train.signals.weights import Weighed, build_signals, weigh_crops
 from train.streams import Stop
 
 
@@ -152,13 +152,9 @@ class Run(Training[PatchBatch]):
     def prepare(self, crops: CropBatch, step: int) -> PatchBatch:
         """Weigh, sample and gather: from crops to what the model takes."""
         with self.clock.stage("signals"):
-            scores = {} if self._plain else read_signals(self.signals, crops, step)
+            weighed = self._weigh(crops, step)
         with self.clock.stage("join"):
-            join = self._join(scores)
-            weights = weigh(scores, crops, self.sizes.grid)
-            progress = self.optimisation.progress(step)
-            batch = split_crops(crops, weights, self.sizes, join, self.generator, progress)
-            return self.side_stream.hand_over(batch)
+            return self.side_stream.hand_over(weighed.split(self.sizes, self.generator))
 
     def forward_backward(self, batch: PatchBatch) -> Tensor:
         self.side_stream.join()
@@ -224,8 +220,7 @@ class Run(Training[PatchBatch]):
         if not every or epoch % every:
             return None
         self.side_stream.join()
-        scores = {} if self._plain else read_signals(self.signals, crops, self.step, look=True)
-        return figures.picture(self.model, crops, scores, self._join(scores))
+        return figures.picture(self.model, self._weigh(crops, self.step, look=True))
 
     def plan(self) -> str:
         config, sizes = self.config, self.sizes
@@ -274,18 +269,19 @@ class Run(Training[PatchBatch]):
             if name.startswith(names) and not name.endswith(".source")
         ]
 
-    def _join(self, scores: Scores) -> JoinConfig:
-        """Signals that have nothing to say yet leave the run what it is without weights."""
-        plain = self._plain or (self.signals and not scores)
-        return self.config.plain if plain else self.config.join
+    def _weigh(self, crops: CropBatch, step: int, *, look: bool = False) -> Weighed:
+        return weigh_crops(
+            self.config,
+            self.signals,
+            crops,
+            epoch=self.loader.epoch,
+            step=step,
+            progress=self.optimisation.progress(step),
+            look=look,
+        )
 
     def _monitor_is_due(self, epoch: int) -> bool:
         return (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
-
-    @property
-    def _plain(self) -> bool:
-        """Whether the epoch is one of those before the weights begin."""
-        return self.loader.epoch < self.config.plain_epochs
 
     def _restore(self, resumed: Checkpoint, exact: bool) -> None:
         self.model.load_state_dict(resumed.model)
