@@ -137,6 +137,11 @@ class Pretrain(Checked):
             raise ValueError(
                 f"--attention.image-size {size} must be a multiple of {patch} px, the patch size"
             )
+        mask, throw = self.join.mask_ratio, self.join.throw_ratio
+        if mask + throw >= 1:
+            raise ValueError(
+                f"--join.mask-ratio {mask} and --join.throw-ratio {throw} must together be below 1"
+            )
         if self.batch_size % self.crops_per_image:
             raise ValueError(
                 f"--batch-size {self.batch_size} crops are not made of images with "
@@ -173,9 +178,9 @@ class Pretrain(Checked):
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         changes = METHODS[self.method].defaults | given
-        return dataclasses.replace(
-            MODELS[self.model], decoder=self.decoder, fused=self.fused, **changes
-        )
+        if METHODS[self.method].has_decoder:
+            changes["decoder"] = self.decoder
+        return dataclasses.replace(MODELS[self.model], fused=self.fused, **changes)
 
     @property
     def plain(self) -> JoinConfig:
@@ -189,6 +194,67 @@ class Pretrain(Checked):
         for name, value, notes in annotated(self):
             if value != defaults[name]:
                 yield name, value, notes
+
+    def without_effect(self) -> list[str]:
+        """Options that were given and change nothing beside the others, each with the reason."""
+        slots = {
+            "frequency": self.frequency,
+            "attention": self.attention,
+            "hardness": self.hardness,
+        }
+        draws = "join.visible", "join.thrown", "join.blend", "join.loss_exponent"
+        of_weights = (*(f"{name}." for name in slots), "spec.", "refresh.", *draws)
+        first = self.plain_epochs or self.refresh.every
+        never_due = bool(self.refreshed_kinds) and not self.refresh.pin and first >= self.epochs
+        rules: list[tuple[bool, tuple[str, ...], str]] = [
+            (not self.weighs, of_weights, "no signal weighs patches"),
+            (
+                self.plain_epochs >= self.epochs,
+                (*of_weights, "join."),
+                f"all {self.epochs} epochs are of --plain-epochs",
+            ),
+            *((slot.is_off, (f"{name}.",), "its source is off") for name, slot in slots.items()),
+            (
+                not self.frequency.is_cached,
+                ("spec.", "frequency.cached_exponent"),
+                "none is cached",
+            ),
+            (
+                self.frequency.is_cached and not self.frequency.is_refreshed,
+                ("frequency.exponent", "frequency.kind"),
+                "none is refreshed",
+            ),
+            (
+                self.attention.source in ("live", "seen", "refreshed"),
+                ("attention.every", "attention.image_size"),
+                f"{self.attention.source} is not rolling",
+            ),
+            (not self.refreshed_kinds, ("refresh.",), "no score is refreshed"),
+            (bool(self.refresh.pin), ("refresh.every", "refresh.wait"), "a generation is pinned"),
+            (never_due, ("refresh.",), f"none is due in {self.epochs} epochs"),
+            (
+                self.join.visible == "uniform" or not self.join.throw_ratio,
+                ("join.thrown",),
+                "all others are visible or masked",
+            ),
+            (self.join.predicted_share == 1, ("join.predicted",), "all are predicted"),
+            (
+                not METHODS[self.method].has_decoder,
+                ("decoder", "decoder_width", "decoder_depth", "decoder_heads"),
+                f"{self.method} has no decoder",
+            ),
+            (not self.monitor, ("monitor_epochs",), "nothing is monitored"),
+        ]
+        given = {name for name, _, _ in self.differing() if not name.endswith(".source")}
+        if never_due:
+            given.add("refresh.every")
+        found = []
+        for name in sorted(given):
+            for holds, options, reason in rules:
+                if holds and (name in options or f"{name.split('.')[0]}." in options):
+                    found.append(f"--{name.replace('_', '-')} ({reason})")
+                    break
+        return found
 
     def describe(self) -> dict[str, Any]:
         """The options as plain data, as checkpoints keep them."""

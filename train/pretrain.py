@@ -232,7 +232,7 @@ class Run(Training[PatchBatch]):
             "run": f"{config.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
             f"{config.precision}",
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
-            f"{sizes.patch_size} px, {config.decoder} decoder: "
+            f"{sizes.patch_size} px, {config.decoder if self.model.has_decoder else 'no'} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches"
@@ -240,7 +240,7 @@ class Run(Training[PatchBatch]):
             **{each.name: each.describe() for each in self.signals},
             "patches": _counts(sizes, config.join)
             + ("" if self.signals else ", all of the same weight"),
-            **({"no effect": ", ".join(unused)} if (unused := self._unused()) else {}),
+            **({"no effect": ", ".join(unused)} if (unused := config.without_effect()) else {}),
             "batch": f"{self.optimisation.effective_batch} = {config.batch_size} x "
             f"{self.ranks.world_size} rank(s), in {config.accumulate} part(s)",
             **self.optimisation.describe(),
@@ -254,20 +254,6 @@ class Run(Training[PatchBatch]):
                 f"{config.plain_epochs} epochs of plain masking, {_counts(sizes, config.plain)}"
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
-
-    def _unused(self) -> list[str]:
-        """Options that were given, and only count where signals weigh patches."""
-        if self.signals:
-            return []
-        names = (
-            "spec.", "frequency.", "attention.", "hardness.", "refresh.",
-            "join.visible", "join.thrown", "join.blend", "join.loss_exponent",
-        )  # fmt: skip
-        return [
-            f"--{name.replace('_', '-')} (no signal weighs patches)"
-            for name, _, _ in self.config.differing()
-            if name.startswith(names) and not name.endswith(".source")
-        ]
 
     def _weigh(self, crops: CropBatch, step: int, *, look: bool = False) -> Weighed:
         return weigh_crops(
