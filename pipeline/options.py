@@ -19,6 +19,8 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from pipeline.errors import UserError
+
 Options = TypeVar("Options")
 
 FREE = "may differ on resume"
@@ -68,7 +70,7 @@ def check_bounds(options: Any) -> None:
         values = value if isinstance(value, tuple | list) else (value,)
         for note in notes:
             if isinstance(note, MinLen) and len(values) < note.min_length:
-                raise ValueError(f"{option} must have at least {note.min_length} value(s)")
+                raise UserError(f"{option} must have at least {note.min_length} value(s)")
         for each in values:
             if not isinstance(each, int | float) or isinstance(each, bool):
                 continue
@@ -77,7 +79,7 @@ def check_bounds(options: Any) -> None:
             held = (compare(each, getattr(note, key)) for (key, compare, _), note in bounds)
             if not math.isfinite(each) or not all(held):
                 must = " and ".join(wanted) or "finite"
-                raise ValueError(f"{option} {each} must be {must}")
+                raise UserError(f"{option} {each} must be {must}")
 
 
 def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:

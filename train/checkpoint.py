@@ -17,6 +17,7 @@ from torch import Tensor
 from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
+from pipeline.errors import UserError
 from pipeline.storage import reason
 from train.files import written_whole
 from train.signals.config import AttentionConfig, FrequencyConfig
@@ -30,11 +31,11 @@ CLASSIFIER = "classifier"
 """method of fine-tuning runs: an encoder with a classifier, no pre-training model"""
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A file whose bytes are not those that were written."""
 
 
-class FormatError(ValueError):
+class FormatError(UserError):
     """A file of another `FORMAT`."""
 
 
@@ -145,9 +146,7 @@ def load_encoder(path: Path) -> Encoder:
     try:
         return Encoder(**_read(path))
     except TypeError:
-        raise ValueError(
-            f"{path} is neither a checkpoint nor an encoder left for refresh"
-        ) from None
+        raise UserError(f"{path} is neither a checkpoint nor an encoder left for refresh") from None
 
 
 def latest(folder: Path) -> Path | None:
@@ -180,7 +179,7 @@ def load(path: Path, *, verified: bool = False) -> Checkpoint:
     except (TypeError, ValueError) as error:
         earlier = [each for each in files(path.parent) if each < path]
         remedy = f"; remove it to go on from {earlier[-1].name}" if earlier else ""
-        kind = DamagedError if isinstance(error, DamagedError) else ValueError
+        kind = DamagedError if isinstance(error, DamagedError) else UserError
         raise kind(f"{path} is no whole checkpoint of this program{remedy}") from error
 
 
@@ -195,7 +194,7 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
     model.load_state_dict(checkpoint.model)
     if ema:
         if checkpoint.ema is None:
-            raise ValueError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
+            raise UserError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
         model.encoder.load_state_dict(checkpoint.ema)
     return model.eval()
 
@@ -203,7 +202,7 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
 def _load_pretrained(path: Path) -> Checkpoint:
     checkpoint = load(path)
     if checkpoint.method not in METHODS:
-        raise ValueError(f"{path} is of fine-tuning; give the run that was pre-trained")
+        raise UserError(f"{path} is of fine-tuning; give the run that was pre-trained")
     return checkpoint
 
 
@@ -215,9 +214,9 @@ def _read(path: Path, *, verified: bool = False) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
-        raise ValueError(f"{path} is no whole file of this program: {reason(error)}") from error
+        raise UserError(f"{path} is no whole file of this program: {reason(error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no file of this program")
+        raise UserError(f"{path} is no file of this program")
     written = content.pop("format", 1)  # the first files did not name it
     if written != FORMAT:
         raise FormatError(

@@ -14,7 +14,9 @@ from annotated_types import Ge, Gt
 
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
+from famt.sampling import patch_counts
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.join import JoinConfig
 from pipeline.loader import DecodeConfig, RandomView
 from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated, restored
@@ -134,21 +136,18 @@ class Pretrain(Checked):
         super().__post_init__()
         patch, size = self.sizes.patch_size, self.attention.image_size
         if size is not None and (size < patch or size % patch):
-            raise ValueError(
+            raise UserError(
                 f"--attention.image-size {size} must be a multiple of {patch} px, the patch size"
             )
-        mask, throw = self.join.mask_ratio, self.join.throw_ratio
-        if mask + throw >= 1:
-            raise ValueError(
-                f"--join.mask-ratio {mask} and --join.throw-ratio {throw} must together be below 1"
-            )
+        units = (self.sizes.grid // self.sizes.unit) ** 2
+        patch_counts(units, self.join.mask_ratio, self.join.throw_ratio)
         if self.batch_size % self.crops_per_image:
-            raise ValueError(
+            raise UserError(
                 f"--batch-size {self.batch_size} crops are not made of images with "
                 f"--crops-per-image {self.crops_per_image}"
             )
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"--batch-size {self.batch_size} does not divide into --accumulate "
                 f"{self.accumulate} equal parts"
             )
@@ -317,4 +316,4 @@ def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
     try:
         return tyro.cli(program, args=each.options, default=default)
     except SystemExit:  # tyro has said on stderr which option, and why
-        raise ValueError(f"{each.path}: options of the recipe are wrong, as told above") from None
+        raise UserError(f"{each.path}: options of the recipe are wrong, as told above") from None

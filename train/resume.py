@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pipeline.errors import UserError
 from pipeline.options import ELASTIC, FREE, Since, annotated, flat
 from train import checkpoint
 from train.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ _SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one min
 _ELASTIC_CIRCUMSTANCES = ("data", "world_size")
 
 
-class BusyError(ValueError):
+class BusyError(UserError):
     """Another process trains in a run's folder; it may be about to end."""
 
 
@@ -52,7 +53,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise ValueError(f"--out {folder} is a file; give a folder") from None
+        raise UserError(f"--out {folder} is a file; give a folder") from None
     with open(folder / "lock", "a+") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,7 +102,7 @@ def resume(
     if found is None:
         return None, True
     if config.resume == "never":
-        raise ValueError(f"{found} is there; --resume never wants a folder without checkpoints")
+        raise UserError(f"{found} is there; --resume never wants a folder without checkpoints")
     resumed = checkpoint.load(found, verified=ranks.is_main)
     then, now = flat(resumed.config), flat({**config.describe(), **circumstances})
     notes = {name: beside for name, _, beside in annotated(config)}
@@ -118,7 +119,7 @@ def resume(
     if not changed:
         gone = ranks.from_main(lambda: lost(resumed))
         if gone and not config.elastic:
-            raise ValueError(
+            raise UserError(
                 f"{found} can't be gone on from exactly without {', '.join(gone)}; --elastic goes "
                 "on from the beginning of the epoch with what is there"
             )
@@ -127,7 +128,7 @@ def resume(
     remedy = "use the same, or another --out"
     if harmless:
         remedy += ", or --elastic to go on from the beginning of the epoch"
-    raise ValueError(f"{found} belongs to a run with other options ({differences}); {remedy}")
+    raise UserError(f"{found} belongs to a run with other options ({differences}); {remedy}")
 
 
 def _choose(folder: Path) -> Path | None:
@@ -169,7 +170,7 @@ def _wait_to_see(folder: Path, chosen: Path | None, ranks: Ranks) -> None:
         time.sleep(0.1)
     blind = sorted({node for node, sees in ranks.gather((ranks.node, same)) if not sees})
     if blind:
-        raise ValueError(
+        raise UserError(
             f"{files[-1]} was not seen on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out "
             "must be a folder on a file system that all machines of the run share"
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.errors import UserError
 from pipeline.generations import Generation
 from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
@@ -373,5 +374,5 @@ def _record_path(config: Pretrain) -> Path:
 def _parse_pin(pin: str) -> tuple[str, int]:
     run, _, step = pin.rpartition("/")
     if not run or not step.isdigit():
-        raise ValueError(f"--refresh.pin {pin}: must be <run>/<step>")
+        raise UserError(f"--refresh.pin {pin}: must be <run>/<step>")
     return run, int(step)

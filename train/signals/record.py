@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.errors import UserError
 from train.files import written_whole
 
 
@@ -32,7 +33,7 @@ class Record:
         except FileNotFoundError:
             self.new = True
         except (ValueError, LookupError, TypeError):
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged; remove it, and the run goes on with the newest generations"
             ) from None
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from famt.models import PatchConfig
 from famt.sampling import patch_weights
+from pipeline.errors import UserError
 from pipeline.join import JoinConfig, PatchBatch, split_crops
 from pipeline.loader import CropBatch
 from train.config import Pretrain
@@ -147,7 +148,7 @@ def _source(slot: str, name: str) -> Callable[[Any, Context], Signal]:
     if name in own:
         return own[name]
     if name not in added:
-        raise ValueError(
+        raise UserError(
             f"--{slot}.source {name}: there are {', '.join([OFF, *own, *added])}. Others come "
             "with packages that have an entry point in 'famt.signals'; is one missing here?"
         )
