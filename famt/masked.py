@@ -26,10 +26,12 @@ class MaskedModel(nn.Module):
             are timm's own.
         defaults: fields of the config that the method sets apart from MAE's.
         plain_mask_ratio: what the paper masks at random, with nothing thrown.
+        has_decoder: whether the config's decoder is built.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
     plain_mask_ratio: ClassVar[float] = 0.75
+    has_decoder: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -114,8 +114,8 @@ def sample_patches(
         thrown: "heaviest" are drawn right after the masked ones (FAMT), "lightest" are the last to
             be drawn, and the visible ones lie between. It makes no difference to uniform visible
             patches: the thrown ones are then all that is left.
-        blend: in [0, 1], how much the weights count: drawn is by `(1 - blend) + blend * w /
-            mean(w)`, so 0 is uniform, and nothing is certain below 1 but by infinite weights.
+        blend: in [0, 1], how much the weights count; see `blended_weights`. 0 is uniform, and
+            nothing is certain below 1 but by infinite weights.
 
     Returns:
         the split; within each group patches are in the order drawn.
@@ -129,7 +129,8 @@ def sample_patches(
     if not 0 <= blend <= 1:
         raise ValueError(f"blend {blend} must be in [0, 1]")
     n_masked, n_thrown, n_visible = patch_counts(weights.shape[1], mask_ratio, throw_ratio)
-    keys = _log_weights(weights.detach(), blend) + _gumbel(weights, generator)
+    drawn_by = blended_weights(weights.detach(), blend)
+    keys = drawn_by.log().clamp(_NEVER, _ALWAYS) + _gumbel(weights, generator)
     if visible == "uniform":
         hints = _gumbel(weights, generator).topk(n_visible, dim=1).indices
         keys = keys.scatter(1, hints, -torch.inf)
@@ -138,6 +139,32 @@ def sample_patches(
         masked, seen, lightest = order.split([n_masked, n_visible, n_thrown], dim=1)
         return PatchSplit(masked, lightest, seen)
     return PatchSplit(*order.split([n_masked, n_thrown, n_visible], dim=1))
+
+
+def blended_weights(weights: Tensor, blend: float) -> Tensor:
+    """What patches are drawn by: `(1 - blend) + blend * w / mean(w)`, or `w` where `blend` is 1.
+
+    Args:
+        weights: `[B, N]` float; see `sample_patches` for those that are no positive number.
+        blend: in [0, 1].
+
+    Returns:
+        `[B, N]` float64, >= 0.
+    """
+    weights = weights.double()
+    silent = weights.isnan() | (weights < 0)
+    finite = ~silent & weights.isfinite()
+    # The mean relative to the row's largest weight: a plain sum of huge weights could overflow.
+    peak = weights.where(finite, 0.0).amax(1, keepdim=True)
+    scaled = weights.where(finite, 0.0) / peak.masked_fill(peak == 0, 1.0)
+    mean = scaled.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp_min(1) * peak
+    filled = torch.where(silent, mean, weights)
+    if blend == 0:
+        return torch.ones_like(filled)
+    if blend < 1:
+        relative = torch.where(mean == 0, 1.0, filled / mean.masked_fill(mean == 0, 1.0))
+        filled = ((1 - blend) + blend * relative).where(filled.isfinite(), filled)
+    return filled
 
 
 def predict_some(
@@ -205,23 +232,6 @@ def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
     exponential = torch.empty(like.shape, dtype=torch.float64, device=like.device)
     exponential.exponential_(generator=generator).clamp_min_(torch.finfo(torch.float64).tiny)
     return -exponential.log()
-
-
-def _log_weights(weights: Tensor, blend: float) -> Tensor:
-    weights = weights.double()
-    silent = weights.isnan() | (weights < 0)
-    finite = ~silent & weights.isfinite()
-    # The mean relative to the row's largest weight: a plain sum of huge weights could overflow.
-    peak = weights.where(finite, 0.0).amax(1, keepdim=True)
-    scaled = weights.where(finite, 0.0) / peak.masked_fill(peak == 0, 1.0)
-    mean = scaled.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp_min(1) * peak
-    filled = torch.where(silent, mean, weights)
-    if blend == 0:
-        return torch.zeros_like(filled)
-    if blend < 1:
-        relative = torch.where(mean == 0, 1.0, filled / mean.masked_fill(mean == 0, 1.0))
-        filled = ((1 - blend) + blend * relative).where(filled.isfinite(), filled)
-    return filled.log().clamp(_NEVER, _ALWAYS)
 
 
 def _spread(masked: Tensor, grid: int, count: int, noise: Tensor) -> Tensor:

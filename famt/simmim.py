@@ -28,6 +28,7 @@ class SimMIM(MaskedModel):
 
     defaults: ClassVar[dict[str, Any]] = {"unit": 2, "normalise_targets": False}
     plain_mask_ratio: ClassVar[float] = 0.6
+    has_decoder: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -17,6 +17,7 @@ from typing import Any
 import tyro
 
 from jobs.costs import StepCost, measured
+from pipeline.errors import UserError
 from pipeline.options import FREE
 from train.config import Pretrain, parse
 from train.evaluate.run import EVALUATORS
@@ -77,7 +78,7 @@ class Grid:
         try:
             return parse([*self.arguments(row), "--out", str(self.out)], None)
         except SystemExit:  # tyro has said on stderr which option, and why
-            raise ValueError(f"row {row.name!r}: its options are wrong, as told above") from None
+            raise UserError(f"row {row.name!r}: its options are wrong, as told above") from None
 
     def evaluation(self, name: str, checkpoint: str = "") -> tuple[list[str], Evaluation]:
         """What `train.evaluate` is given for an evaluation, and what it makes of it.
@@ -86,7 +87,7 @@ class Grid:
             ValueError: there is no evaluation of this name, or its options are wrong.
         """
         if name not in _EVALUATIONS:
-            raise ValueError(f"evaluation {name!r}: there are {', '.join(_EVALUATIONS)}")
+            raise UserError(f"evaluation {name!r}: there are {', '.join(_EVALUATIONS)}")
         arguments = [
             "--checkpoint", checkpoint, "--cache", self.cache, "--train", *self.train,
             "--val", *self.val, *shlex.split(self.evaluations[name]),
@@ -94,7 +95,7 @@ class Grid:
         try:
             return arguments, tyro.cli(EVALUATORS[name][0], args=arguments)
         except SystemExit:
-            raise ValueError(f"evaluation {name!r}: its options are wrong, as told above") from None
+            raise UserError(f"evaluation {name!r}: its options are wrong, as told above") from None
 
     def judged(self, history: History) -> History:
         """A run with no other evaluations than the grid's own, made of its last step."""
@@ -153,9 +154,9 @@ def load(path: Path, measure: Measure = measured, out: Path | None = None) -> Gr
         _check(grid, declared)
         runs = {row.name: grid.config(row) for row in rows}
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: a key is missing or unknown: {error}") from None
+        raise UserError(f"{path}: a key is missing or unknown: {error}") from None
     costs = measure(grid.out / "costs.jsonl", runs, grid.reference)
     if grid.reference not in costs:
         return grid
@@ -167,7 +168,7 @@ def load(path: Path, measure: Measure = measured, out: Path | None = None) -> Gr
             run = runs[row.name]
             epochs = run.epochs if share is None else _epochs(cost, run, share * whole)
             if not epochs:
-                raise ValueError(f"{path}: row {row.name!r}: a cost of {share} pays for no epoch")
+                raise UserError(f"{path}: row {row.name!r}: a cost of {share} pays for no epoch")
             per_step = cost.of(replace(run, epochs=epochs)) / of_reference
             row = replace(row, epochs=epochs, cost=per_step)
         planned.append(row)
@@ -188,16 +189,16 @@ def _check(grid: Grid, declared: list[dict[str, Any]]) -> None:
             or not value
             or any(type(each) is not kind for each in value)
         ):
-            raise ValueError(f"{name} must be a list of {kind.__name__}, not {value!r}")
+            raise UserError(f"{name} must be a list of {kind.__name__}, not {value!r}")
     if len(set(grid.seeds)) < len(grid.seeds):
-        raise ValueError(f"seeds {grid.seeds}: one stands twice, and would count as two")
+        raise UserError(f"seeds {grid.seeds}: one stands twice, and would count as two")
     if len({row.name for row in grid.rows}) < len(grid.rows):
-        raise ValueError("two rows have one name")
+        raise UserError("two rows have one name")
     if grid.reference not in {row.name for row in grid.rows}:
-        raise ValueError(f"reference {grid.reference!r} is no row")
+        raise UserError(f"reference {grid.reference!r} is no row")
     for row in declared:
         if unknown := row.keys() - {"name", "options", "cost"}:
-            raise ValueError(f"unknown keys of a row: {sorted(unknown)}")
+            raise UserError(f"unknown keys of a row: {sorted(unknown)}")
     for name in grid.evaluations:
         grid.evaluation(name)
 

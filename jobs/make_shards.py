@@ -31,6 +31,7 @@ import tyro
 from annotated_types import Ge, Lt
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from pipeline.options import Checked, Seed
 from pipeline.shards import NO_LABEL
 from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
@@ -64,10 +65,10 @@ class MakeShards(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.holdout and self.split == "val":
-            raise ValueError('holdout makes a split "val" of its own; give this one another split')
+            raise UserError('holdout makes a split "val" of its own; give this one another split')
         # Shards are found by <split>-*.tar, and DALI must be able to read their names.
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.split):
-            raise ValueError(f"split {self.split!r} may hold letters, digits, _, . and - alone")
+            raise UserError(f"split {self.split!r} may hold letters, digits, _, . and - alone")
 
 
 def main(args: MakeShards) -> int:

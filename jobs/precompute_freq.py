@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.errors import UserError
 from pipeline.manifest import CacheError
 from pipeline.options import Checked
 from pipeline.packs import pack_loose
@@ -82,7 +83,7 @@ class PrecomputeFreq(Checked):
         if self.watch is not None:
             _seconds(self.watch)
             if self.retry_bad:
-                raise ValueError("retry_bad is for one run; it would judge all again at each look")
+                raise UserError("retry_bad is for one run; it would judge all again at each look")
 
 
 @ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError, obstore.exceptions.GenericError])
@@ -107,7 +108,7 @@ def main(args: PrecomputeFreq) -> int:
 def _seconds(duration: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", duration)
     if match is None:
-        raise ValueError(f"--watch {duration}: give a time such as 30s, 10m or 2h")
+        raise UserError(f"--watch {duration}: give a time such as 30s, 10m or 2h")
     return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 

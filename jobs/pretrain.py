@@ -32,6 +32,7 @@ from ray.train.torch import TorchTrainer
 from jobs import failures
 from jobs.refresh_scores import following
 from jobs.refresh_workers import GPU_SHARE, RefreshWorkers
+from pipeline.errors import UserError
 from train.config import Pretrain, parse
 from train.program import run_program
 
@@ -98,7 +99,7 @@ def main(args: RayPretrain) -> None:
         while isinstance(cause, ControllerError):
             cause = cause.controller_failure
         ray.shutdown()  # the last words of workers and controller come before ours
-        raise ValueError(str(cause)) from error
+        raise UserError(str(cause)) from error
 
 
 def worker_resources(args: RayPretrain, nodes: list[dict[str, Any]]) -> dict[str, float]:
@@ -125,7 +126,7 @@ def _cores_of_a_gpu(args: RayPretrain, nodes: list[dict[str, Any]]) -> int:
     machines = [node["Resources"] for node in nodes if node["Alive"]]
     shares = [each["CPU"] // each["GPU"] for each in machines if each.get("GPU")]
     if not shares:
-        raise ValueError(
+        raise UserError(
             "--gpu: no machine of the cluster has a GPU; give --cpus-per-worker if some will come"
         )
     left = min(shares) - (args.refresher.cpus_per_worker if args.follows else 0)

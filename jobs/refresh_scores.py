@@ -40,6 +40,7 @@ from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray, 
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.collector import collect_superseded
+from pipeline.errors import UserError
 from pipeline.generations import Generation
 from pipeline.options import Checked
 from pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
@@ -87,7 +88,7 @@ def main(args: RefreshScores) -> int:
         ValueError: none or several of --checkpoint, --follow and --init; no such kind.
     """
     if [args.checkpoint, args.follow, args.init].count(None) != 2:
-        raise ValueError("give one of --checkpoint, --follow and --init")
+        raise UserError("give one of --checkpoint, --follow and --init")
     if args.follow is None:
         encoder = load_encoder(args.checkpoint) if args.checkpoint else initial_encoder(args)
         start_ray()
@@ -104,7 +105,7 @@ def initial_encoder(args: RefreshScores) -> Encoder:
     """
     assert args.init is not None
     if not args.shards or not args.cache:
-        raise ValueError("--init needs --shards and --cache: there is no run to take them from")
+        raise UserError("--init needs --shards and --cache: there is no run to take them from")
     encoder = build_initial_encoder(args.init, args.image_size)
     weights = encoder.state_dict()
     return Encoder(
@@ -215,7 +216,7 @@ def _refresh(
         for kind in args.kinds or encoder.kinds
     ]
     if not specs:
-        raise ValueError(f"run {encoder.run} weighs by no refreshed score; say which by --kinds")
+        raise UserError(f"run {encoder.run} weighs by no refreshed score; say which by --kinds")
     check_model_kinds(spec.kind for spec in specs)
     samples = load_samples(urls, cache)
     started = time.perf_counter()

@@ -18,6 +18,7 @@ from annotated_types import Ge
 from tqdm import tqdm
 
 from pipeline.cache import ScoreCache
+from pipeline.errors import UserError
 from pipeline.refresh import refresh_shards
 from pipeline.scores import ModelScoreSpec
 from train.checkpoint import Encoder
@@ -85,7 +86,7 @@ class Place:
             gpus = GPU_SHARE if device == "cuda" and cluster.get("GPU") else 0.0
         place = cls(workers.cpus_per_worker, gpus)
         if not place.room(cluster):
-            raise ValueError(
+            raise UserError(
                 f"the cluster has no room for one worker of {place.cpus} CPUs and {gpus:g} GPUs; "
                 "lower --cpus-per-worker or --gpus-per-worker"
             )

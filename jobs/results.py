@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from jobs.costs import StepCost, known, measured
 from jobs.grid import Grid, Row, load, table
+from pipeline.errors import UserError
 from pipeline.options import Checked
 from train import report
 from train.config import Pretrain
@@ -89,7 +90,7 @@ def _start_ray(cpus: int, gpus: int) -> None:
         return
     lack = f"no machine has the {cpus} CPU core(s) and {gpus} GPU(s) of --cpus and --gpus"
     if len(nodes) == 1 and "RAY_ADDRESS" not in os.environ:
-        raise ValueError(lack)
+        raise UserError(lack)
     print(f"{lack} yet: the runs wait for one that joins the cluster", file=sys.stderr)
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
+from pipeline.errors import UserError
 from pipeline.generations import Generations
 from pipeline.manifest import Manifests
 from pipeline.notices import Claims, Notices
@@ -179,7 +180,7 @@ class ScoreCache:
         """
         if self.has_entry(shard_id, None):
             if self.read_table(shard_id).key != table.key:
-                raise ValueError(
+                raise UserError(
                     f"shard {shard_id}: these are other samples than {self.url} keeps of it"
                 )
             return
@@ -216,7 +217,7 @@ class ScoreCache:
                 f"got {maps.dtype} {list(maps.shape)}"
             )
         if not is_spec_id(spec.id):
-            raise ValueError(
+            raise UserError(
                 f"a score can't be named {spec.kind!r}: use letters, digits, _, . and - alone"
             )
 

@@ -30,6 +30,7 @@ from torch.utils.dlpack import from_dlpack
 
 from famt.transfer import send
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.limits import allow_open_files
 from pipeline.manifest import CacheError
 from pipeline.options import Checked
@@ -54,7 +55,7 @@ class RandomView:
         for name in ("area", "aspect_ratio"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name} {low} {high} must be the smaller end, then the larger")
+                raise UserError(f"{name} {low} {high} must be the smaller end, then the larger")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class LoaderConfig(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size % self.crops_per_image:
-            raise ValueError(
+            raise UserError(
                 f"a batch of {self.batch_size} crops is not made of images with "
                 f"{self.crops_per_image} crops each"
             )
@@ -229,7 +230,7 @@ class CropLoader:
         self._table = table
         images, least = config.images_per_batch, len(table) // world_size
         if least < (images if drop_last else 1):
-            raise ValueError(
+            raise UserError(
                 f"{len(table)} samples over {world_size} ranks make no batch of "
                 f"{images}; lower the batch size"
             )
@@ -243,7 +244,7 @@ class CropLoader:
         self._state_setup = self._setup(table, seed)
         if state is not None:
             if state["setup"] != self._state_setup:
-                raise ValueError(
+                raise UserError(
                     "the loader's state belongs to other shards, another batch size, view, seed "
                     f"or world size: {state['setup']} then, {self._state_setup} now"
                 )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from famt.geometry import crop_labels
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.shards import list_shard
 from pipeline.table import SampleTable
 
@@ -34,7 +35,7 @@ def read_masks(table: SampleTable) -> list[bytes]:
         for row, offset in enumerate(table.offsets(number), table.first_row[number]):
             place = places.get(offset)
             if place is None:
-                raise ValueError(
+                raise UserError(
                     f"{table.key(row)} has no mask; segmentation needs a <key>.mask.png beside "
                     "every image"
                 )
@@ -54,10 +55,10 @@ def decode_mask(png: bytes) -> Tensor:
     try:
         with Image.open(io.BytesIO(png)) as image:
             if image.mode not in _MODES:
-                raise ValueError(f"a mask of {image.mode} colours; it must hold class numbers")
+                raise UserError(f"a mask of {image.mode} colours; it must hold class numbers")
             return torch.from_numpy(np.array(image).astype(np.int64))
     except OSError as error:
-        raise ValueError(f"a mask that can't be decoded: {error}") from error
+        raise UserError(f"a mask that can't be decoded: {error}") from error
 
 
 def crop_masks(masks: Iterable[bytes], windows: Tensor, flips: Tensor, size: int) -> Tensor:

@@ -14,14 +14,31 @@ import math
 import operator
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
-from typing import Annotated, Any, cast, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
+
+from pipeline.errors import UserError
+
+Options = TypeVar("Options")
 
 FREE = "may differ on resume"
 """note beside an option of a run: nothing that is learned depends on it"""
 ELASTIC = "may differ on resume with --elastic"
 """note beside an option of a run: it may, from the beginning of an epoch"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Since:
+    """Note beside an option of a run that older checkpoints of the same format do not know.
+
+    Attributes:
+        before: value that stands for the behaviour there was before it, as JSON keeps it.
+    """
+
+    before: Any
+
 
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """seed of a generator, as every library here takes it"""
@@ -53,7 +70,7 @@ def check_bounds(options: Any) -> None:
         values = value if isinstance(value, tuple | list) else (value,)
         for note in notes:
             if isinstance(note, MinLen) and len(values) < note.min_length:
-                raise ValueError(f"{option} must have at least {note.min_length} value(s)")
+                raise UserError(f"{option} must have at least {note.min_length} value(s)")
         for each in values:
             if not isinstance(each, int | float) or isinstance(each, bool):
                 continue
@@ -62,7 +79,7 @@ def check_bounds(options: Any) -> None:
             held = (compare(each, getattr(note, key)) for (key, compare, _), note in bounds)
             if not math.isfinite(each) or not all(held):
                 must = " and ".join(wanted) or "finite"
-                raise ValueError(f"{option} {each} must be {must}")
+                raise UserError(f"{option} {each} must be {must}")
 
 
 def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -86,6 +103,26 @@ def flat(options: dict[str, Any], above: str = "") -> dict[str, Any]:
             flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
         )
     return found
+
+
+def restored(kind: type[Options], plain: dict[str, Any]) -> Options:
+    """A dataclass of options out of plain data as JSON keeps it.
+
+    Options that are not there are as by default; what is there besides is passed over.
+    """
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(kind).items():
+        if name in plain:
+            value = plain[name]
+            kinds = {get_origin(each) or each for each in (hint, *get_args(hint))}
+            if dataclasses.is_dataclass(hint):
+                value = restored(cast(type, hint), value)
+            elif isinstance(value, list) and tuple in kinds:
+                value = tuple(value)
+            elif isinstance(value, str) and Path in kinds:
+                value = Path(value)
+            values[name] = value
+    return kind(**values)
 
 
 @cache

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pipeline import storage
 from pipeline.cache import ScoreCache, ShardTable
 from pipeline.decode import BadImage, decode
+from pipeline.errors import UserError
 from pipeline.manifest import ShardRecord
 from pipeline.scores import ScoreSpec
 from pipeline.shards import Rejected, Sample, content_id, judgement_ids, list_shard
@@ -117,7 +118,7 @@ def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
         if not cache.has_entry(shard_id, None):
             return newest, shard_id
         newest = shard_id
-    raise ValueError(f"shard {content} was judged {len(later)} times; make another tar of it")
+    raise UserError(f"shard {content} was judged {len(later)} times; make another tar of it")
 
 
 def _same_rows(one: ShardTable, other: ShardTable) -> bool:
@@ -194,14 +195,14 @@ def judge_shard(
                 try:
                     on_kept(decode(_bytes(data, sample), size))
                 except BadImage as error:
-                    raise ValueError(
+                    raise UserError(
                         f"{name}: {sample.key} was kept before and does not decode now ({error}); "
                         "judge the shard again with jobs/precompute_freq.py --retry-bad"
                     ) from error
             return known
         listing = list_shard(data)
         if not listing.samples and not listing.rejected:
-            raise ValueError(f"{name}: no image in it ({listing.damage or 'the tar is whole'})")
+            raise UserError(f"{name}: no image in it ({listing.damage or 'the tar is whole'})")
         kept, rejected = [], list(listing.rejected)
         for sample in listing.samples:
             try:

@@ -31,6 +31,7 @@ from famt.frequency import (
     pixel_frequency,
     token_frequency,
 )
+from pipeline.errors import UserError
 from pipeline.options import Checked
 
 # Raise these with any change that alters the numbers of an existing kind.
@@ -63,11 +64,14 @@ class ScoreSpec(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.kind in PIXEL_KINDS:
-            check_pixel_score(self.grid, self.kind, self.band)
+            try:
+                check_pixel_score(self.grid, self.kind, self.band)
+            except ValueError as error:
+                raise UserError(str(error)) from None
         elif self.band is not None:
-            raise ValueError(f"band is for {', '.join(PIXEL_KINDS)}; {self.kind!r} takes none")
+            raise UserError(f"band is for {', '.join(PIXEL_KINDS)}; {self.kind!r} takes none")
         if self.size > _MAX_SIZE:
-            raise ValueError(
+            raise UserError(
                 f"grid x pixels_per_cell must be at most {_MAX_SIZE} px, got {self.size}"
             )
 
@@ -267,7 +271,7 @@ def _plugins(group: str, builtin: tuple[str, ...]) -> dict[str, EntryPoint]:
 def _named(group: str, builtin: tuple[str, ...], kind: str) -> EntryPoint:
     added = _plugins(group, tuple(builtin))
     if kind not in added:
-        raise ValueError(
+        raise UserError(
             f"no score of kind {kind!r}: there are {', '.join([*builtin, *added])}. Others come "
             f"with packages that have an entry point in {group!r}; is one missing here?"
         )
@@ -285,7 +289,7 @@ def _hash(described: dict[str, object]) -> str:
 def _unit_mean(scores: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
     """Scores over their image's mean; an image without any scores 1 everywhere."""
     if scores.shape != shape or not scores.isfinite().all() or (scores < 0).any():
-        raise ValueError(
+        raise UserError(
             f"scores of kind {kind!r} must be finite, >= 0 and {list(shape)}, "
             f"got {list(scores.shape)} from {scores.min()} to {scores.max()}"
         )

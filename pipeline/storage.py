@@ -23,6 +23,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
+from pipeline.errors import UserError
+
 _DALI_SCHEMES = ("s3", "gs")
 _AT_ONCE = 32  # questions to a file system or store
 _ODD = r"[^A-Za-z0-9/_.=+~@,-]"
@@ -115,7 +117,7 @@ def _expand_braces(pattern: str) -> list[str]:
     try:
         return list(braceexpand.braceexpand(pattern, escape=False))
     except ValueError as error:
-        raise ValueError(f"{pattern}: {error}; give names such as train-{{000..099}}.tar") from None
+        raise UserError(f"{pattern}: {error}; give names such as train-{{000..099}}.tar") from None
 
 
 def _check_name(url: str) -> None:
@@ -126,12 +128,12 @@ def _check_name(url: str) -> None:
     if is_remote(url):
         scheme, _, name = url.partition("://")
         if scheme not in _DALI_SCHEMES:
-            raise ValueError(
+            raise UserError(
                 f"{url}: DALI reads tars from local paths, {' and '.join(_DALI_SCHEMES)} alone; "
                 "copy them there (the score cache may stay)"
             )
         if odd := re.search(_ODD, name):
-            raise ValueError(
+            raise UserError(
                 f"{url}: DALI can't read a URL with {odd[0]!r}; rename it to letters, digits and "
                 "/ _ - . = + ~ @ , alone"
             )
@@ -139,7 +141,7 @@ def _check_name(url: str) -> None:
     try:
         url.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{url!r}: DALI can't read a name that is not UTF-8; rename it") from None
+        raise UserError(f"{url!r}: DALI can't read a name that is not UTF-8; rename it") from None
 
 
 def _matches(pattern: str) -> list[str]:

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.masks import decode_mask
 from pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL
 
@@ -83,7 +84,7 @@ def open_source(
     """
     if source == DIGITS:
         if split != "train":
-            raise ValueError(
+            raise UserError(
                 f"{DIGITS} has no split of its own; hold some of it out (--holdout 0.2)"
             )
         return _digits()
@@ -191,11 +192,11 @@ def check_dataset(out: str, classes: list[str]) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
-        raise ValueError(
+        raise UserError(
             f"{url} is damaged; restore or remove it: it only describes the shards to people"
         )
     if described["classes"] != classes:
-        raise ValueError(f"{out}/dataset.json has other classes; give each data set its own folder")
+        raise UserError(f"{out}/dataset.json has other classes; give each data set its own folder")
     return described
 
 

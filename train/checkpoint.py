@@ -17,9 +17,13 @@ from torch import Tensor
 from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
+from pipeline.errors import UserError
 from pipeline.storage import reason
 from train.files import written_whole
 from train.signals.config import AttentionConfig, FrequencyConfig
+
+FORMAT = 1
+"""version of the files here; raise it where one of before can't be gone on from exactly"""
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 
@@ -27,8 +31,12 @@ CLASSIFIER = "classifier"
 """method of fine-tuning runs: an encoder with a classifier, no pre-training model"""
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A file whose bytes are not those that were written."""
+
+
+class FormatError(UserError):
+    """A file of another `FORMAT`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     path = folder / f"checkpoint-{checkpoint.step:08d}.pt"
     with written_whole(path) as file:
-        torch.save(vars(checkpoint), file)
+        torch.save({"format": FORMAT, **vars(checkpoint)}, file)
     for old in files(folder)[:-keep]:
         old.unlink()
     return path
@@ -113,7 +121,7 @@ def save_encoder(path: Path, encoder: Encoder) -> None:
     """
     path.parent.mkdir(exist_ok=True)
     with written_whole(path) as file:
-        torch.save(vars(encoder), file)
+        torch.save({"format": FORMAT, **vars(encoder)}, file)
 
 
 def load_encoder(path: Path) -> Encoder:
@@ -121,10 +129,10 @@ def load_encoder(path: Path) -> Encoder:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is neither.
+        ValueError: the file is neither, or of fine-tuning.
     """
     if path.is_dir() or _NAME.fullmatch(path.name):
-        state = load(path)
+        state = _load_pretrained(path)
         prefix = "encoder."
         weights = {
             name.removeprefix(prefix): value
@@ -138,9 +146,7 @@ def load_encoder(path: Path) -> Encoder:
     try:
         return Encoder(**_read(path))
     except TypeError:
-        raise ValueError(
-            f"{path} is neither a checkpoint nor an encoder left for refresh"
-        ) from None
+        raise UserError(f"{path} is neither a checkpoint nor an encoder left for refresh") from None
 
 
 def latest(folder: Path) -> Path | None:
@@ -158,7 +164,8 @@ def load(path: Path, *, verified: bool = False) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is damaged (`DamagedError`), or no checkpoint of this program.
+        ValueError: the file is damaged (`DamagedError`), of another format (`FormatError`), or no
+            checkpoint of this program.
     """
     if path.is_dir():
         found = latest(path)
@@ -167,10 +174,12 @@ def load(path: Path, *, verified: bool = False) -> Checkpoint:
         path = found
     try:
         return Checkpoint(**_read(path, verified=verified))
+    except FormatError:
+        raise
     except (TypeError, ValueError) as error:
         earlier = [each for each in files(path.parent) if each < path]
         remedy = f"; remove it to go on from {earlier[-1].name}" if earlier else ""
-        kind = DamagedError if isinstance(error, DamagedError) else ValueError
+        kind = DamagedError if isinstance(error, DamagedError) else UserError
         raise kind(f"{path} is no whole checkpoint of this program{remedy}") from error
 
 
@@ -180,16 +189,21 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
     Args:
         ema: with the averaged weights of the encoder.
     """
-    checkpoint = load(path)
-    if checkpoint.method not in METHODS:
-        raise ValueError(f"{path} is of fine-tuning; give the run that was pre-trained")
+    checkpoint = _load_pretrained(path)
     model = METHODS[checkpoint.method](ModelConfig(**checkpoint.sizes))
     model.load_state_dict(checkpoint.model)
     if ema:
         if checkpoint.ema is None:
-            raise ValueError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
+            raise UserError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
         model.encoder.load_state_dict(checkpoint.ema)
     return model.eval()
+
+
+def _load_pretrained(path: Path) -> Checkpoint:
+    checkpoint = load(path)
+    if checkpoint.method not in METHODS:
+        raise UserError(f"{path} is of fine-tuning; give the run that was pre-trained")
+    return checkpoint
 
 
 def _read(path: Path, *, verified: bool = False) -> dict[str, Any]:
@@ -198,9 +212,18 @@ def _read(path: Path, *, verified: bool = False) -> dict[str, Any]:
     if not verified and (damage := damage_of(path)):
         raise DamagedError(f"{path} is damaged: {damage}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
-        raise ValueError(f"{path} is no whole file of this program: {reason(error)}") from error
+        raise UserError(f"{path} is no whole file of this program: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no file of this program")
+    written = content.pop("format", 1)  # the first files did not name it
+    if written != FORMAT:
+        raise FormatError(
+            f"{path} has format {written}, and this version of the program reads format {FORMAT}; "
+            "use it with the version that wrote it, or train anew in another --out"
+        )
+    return content
 
 
 def damage_of(path: Path) -> str | None:

@@ -14,10 +14,12 @@ from annotated_types import Ge, Gt
 
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
+from famt.sampling import patch_counts
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.join import JoinConfig
 from pipeline.loader import DecodeConfig, RandomView
-from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated
+from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated, restored
 from pipeline.scores import ScoreSpec
 from train import recipe
 from train.optimisation import OptimiserConfig
@@ -137,19 +139,26 @@ class Pretrain(Checked):
         super().__post_init__()
         patch, size = self.sizes.patch_size, self.attention.image_size
         if size is not None and (size < patch or size % patch):
-            raise ValueError(
+            raise UserError(
                 f"--attention.image-size {size} must be a multiple of {patch} px, the patch size"
             )
+        units = (self.sizes.grid // self.sizes.unit) ** 2
+        patch_counts(units, self.join.mask_ratio, self.join.throw_ratio)
         if self.batch_size % self.crops_per_image:
-            raise ValueError(
+            raise UserError(
                 f"--batch-size {self.batch_size} crops are not made of images with "
                 f"--crops-per-image {self.crops_per_image}"
             )
         if self.batch_size % self.accumulate:
-            raise ValueError(
+            raise UserError(
                 f"--batch-size {self.batch_size} does not divide into --accumulate "
                 f"{self.accumulate} equal parts"
             )
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a signal weighs patches."""
+        return not (self.frequency.is_off and self.attention.is_off and self.hardness.is_off)
 
     @property
     def refreshed_kinds(self) -> list[str]:
@@ -171,9 +180,9 @@ class Pretrain(Checked):
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         changes = METHODS[self.method].defaults | given
-        return dataclasses.replace(
-            MODELS[self.model], decoder=self.decoder, fused=self.fused, **changes
-        )
+        if METHODS[self.method].has_decoder:
+            changes["decoder"] = self.decoder
+        return dataclasses.replace(MODELS[self.model], fused=self.fused, **changes)
 
     @property
     def plain(self) -> JoinConfig:
@@ -188,11 +197,77 @@ class Pretrain(Checked):
             if value != defaults[name]:
                 yield name, value, notes
 
+    def without_effect(self) -> list[str]:
+        """Options that were given and change nothing beside the others, each with the reason."""
+        slots = {
+            "frequency": self.frequency,
+            "attention": self.attention,
+            "hardness": self.hardness,
+        }
+        draws = "join.visible", "join.thrown", "join.blend", "join.loss_exponent"
+        of_weights = (*(f"{name}." for name in slots), "spec.", "refresh.", *draws)
+        first = self.plain_epochs or self.refresh.every
+        never_due = bool(self.refreshed_kinds) and not self.refresh.pin and first >= self.epochs
+        rules: list[tuple[bool, tuple[str, ...], str]] = [
+            (not self.weighs, of_weights, "no signal weighs patches"),
+            (
+                self.plain_epochs >= self.epochs,
+                (*of_weights, "join."),
+                f"all {self.epochs} epochs are of --plain-epochs",
+            ),
+            *((slot.is_off, (f"{name}.",), "its source is off") for name, slot in slots.items()),
+            (
+                not self.frequency.is_cached,
+                ("spec.", "frequency.cached_exponent"),
+                "none is cached",
+            ),
+            (
+                self.frequency.is_cached and not self.frequency.is_refreshed,
+                ("frequency.exponent", "frequency.kind"),
+                "none is refreshed",
+            ),
+            (
+                self.attention.source in ("live", "seen", "refreshed"),
+                ("attention.every", "attention.image_size"),
+                f"{self.attention.source} is not rolling",
+            ),
+            (not self.refreshed_kinds, ("refresh.",), "no score is refreshed"),
+            (bool(self.refresh.pin), ("refresh.every", "refresh.wait"), "a generation is pinned"),
+            (never_due, ("refresh.",), f"none is due in {self.epochs} epochs"),
+            (
+                self.join.visible == "uniform" or not self.join.throw_ratio,
+                ("join.thrown",),
+                "all others are visible or masked",
+            ),
+            (self.join.predicted_share == 1, ("join.predicted",), "all are predicted"),
+            (
+                not METHODS[self.method].has_decoder,
+                ("decoder", "decoder_width", "decoder_depth", "decoder_heads"),
+                f"{self.method} has no decoder",
+            ),
+            (not self.monitor, ("monitor_epochs",), "nothing is monitored"),
+        ]
+        given = {name for name, _, _ in self.differing() if not name.endswith(".source")}
+        if never_due:
+            given.add("refresh.every")
+        found = []
+        for name in sorted(given):
+            for holds, options, reason in rules:
+                if holds and (name in options or f"{name.split('.')[0]}." in options):
+                    found.append(f"--{name.replace('_', '-')} ({reason})")
+                    break
+        return found
+
     def describe(self) -> dict[str, Any]:
         """The options as plain data, as checkpoints keep them."""
         options = dataclasses.asdict(self.absolute())
         plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
         return plain
+
+    @classmethod
+    def from_description(cls, described: dict[str, Any]) -> Pretrain:
+        """The options that `describe` spelled out."""
+        return restored(cls, described)
 
     def absolute(self) -> Pretrain:
         """The same options with paths that hold in any working directory."""
@@ -244,4 +319,4 @@ def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
     try:
         return tyro.cli(program, args=each.options, default=default)
     except SystemExit:  # tyro has said on stderr which option, and why
-        raise ValueError(f"{each.path}: options of the recipe are wrong, as told above") from None
+        raise UserError(f"{each.path}: options of the recipe are wrong, as told above") from None

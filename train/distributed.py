@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.errors import UserError
 from train.lifeline import Lifeline
 from train.shared_memory import Packed, drop_name, pack, unpack
 
@@ -144,7 +145,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         if device == "cpu":
             _warn_of_an_idle_gpu()
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
+        raise UserError("--device cuda: torch sees no GPU here")
     local = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":

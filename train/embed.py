@@ -33,6 +33,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
+from pipeline.errors import UserError
 from pipeline.options import Checked
 from pipeline.stage import stage_shards
 from pipeline.table import SampleTable, load_samples
@@ -79,9 +80,9 @@ def main(args: Embed) -> None:
         CacheError: a shard that can't be read.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("one process writes the features; start it without torchrun")
+        raise UserError("one process writes the features; start it without torchrun")
     if args.out.exists():
-        raise ValueError(f"--out {args.out} is there already; give a new name")
+        raise UserError(f"--out {args.out} is there already; give a new name")
     encoder = build_initial_encoder(args.checkpoint, ema=args.ema)
     cache = ScoreCache(args.cache, create=True)
     table = stage_shards(load_samples(args.shards, cache), cache, args.stage, show=True)

@@ -36,6 +36,7 @@ from famt.export import encoder_state, is_decoder, official_state, to_transforme
 from famt.masked import MaskedModel
 from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.errors import UserError
 from train import checkpoint
 from train.program import called, run_program
 
@@ -63,7 +64,7 @@ def main(args: Export) -> list[str]:
         ValueError: --out is there already, or --ema of a run that keeps no average.
     """
     if args.out.exists():
-        raise ValueError(f"--out {args.out} is there already; give a new folder")
+        raise UserError(f"--out {args.out} is there already; give a new folder")
     model = checkpoint.load_model(args.checkpoint, ema=args.ema)
     reason = None
     if model.unofficial:

@@ -3,10 +3,10 @@
     python -m train.figures --checkpoint runs/first --cache scores/ --shards 'shards/val-*.tar' \\
         --out picture.png
 
-A row an image: the crop, the signals, the weights as the run makes them, the split (masked patches
-dark, thrown ones struck out) and the reconstruction. What the run keeps of its own images in banks
-and generations is asked anew of the checkpoint's encoder, for these crops; hardness, which only
-training tells, is left out. The run's own pictures in TensorBoard have it.
+A row an image: the crop, the signals, the weights that the run draws by at that step, the split
+(masked patches dark, thrown ones struck out) and the reconstruction. Generations of maps are asked
+anew of the checkpoint's encoder, for these crops. What the run keeps in banks is shown of its own
+images; of others attention is asked anew, and nothing is known of hardness, which training tells.
 """
 
 from __future__ import annotations
@@ -34,17 +34,23 @@ from famt.patches import (
     patchify,
     unpatchify,
 )
-from famt.sampling import PatchSplit
+from famt.sampling import PatchSplit, blended_weights
 from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
-from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
+from pipeline.join import PatchBatch
+from pipeline.loader import CropLoader, LoaderConfig, RandomView
 from pipeline.options import Checked, Seed
-from pipeline.scores import ScoreSpec, model_scores
-from pipeline.table import load_maps, load_samples
-from train.checkpoint import load, load_model
+from pipeline.scores import model_scores
+from pipeline.table import load_samples
+from train.checkpoint import Checkpoint, load, load_model
+from train.config import Pretrain
+from train.distributed import Ranks
 from train.program import called, run_program
-from train.signals.config import FrequencyConfig
-from train.signals.weights import OFF, Scores, weigh
+from train.signals.attention import Live
+from train.signals.banked import Banked
+from train.signals.cached import Cached
+from train.signals.config import AttentionConfig
+from train.signals.signal import Context, Signal
+from train.signals.weights import SOURCES, Weighed, build_signal, weigh_crops
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ def main(config: Figures) -> Path:
     """Draw the picture; returns where it is."""
     model = load_model(config.checkpoint)
     run = load(config.checkpoint)
+    options = Pretrain.from_description(run.config)
     cache = ScoreCache(config.cache)
     samples = load_samples(config.shards, cache)
     loader = CropLoader(
@@ -85,47 +92,66 @@ def main(config: Figures) -> Path:
         seed=config.seed,
     )
     crops = next(iter(loader))
-    scores: Scores = {}
-    for name in ("frequency", "attention"):
-        slot = run.config[name]
-        refreshed = run.signals.get(name, {}).get("generation") is not None
-        if name == "frequency" and FrequencyConfig(**slot).is_cached and not refreshed:
-            maps = load_maps(samples, cache, ScoreSpec(**run.config["spec"]))
-            found = crop_scores(maps, crops, model.config.grid)
-            scores[name] = (found, slot["cached_exponent"])
-        elif slot["source"] != OFF:
-            kind = slot["kind"]
-            found = model_scores([kind], model.encoder, normalise_images(crops.images))[kind]
-            scores[name] = (found, slot["exponent"])
+    alone = Ranks(0, 1, "", torch.device("cpu"))
+    grid = model.config.grid
+    context = Context(run.run, options, samples, cache, grid, model.encoder, alone, None)
+    weighed = weigh_crops(
+        options,
+        _signals(run, context),
+        crops,
+        epoch=run.epoch,
+        step=run.step,
+        progress=run.epoch / options.epochs,
+        look=True,
+    )
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    join = JoinConfig(**run.config["join"])
-    picture(model, crops, scores, join, config.seed).save(config.out)
+    picture(model, weighed, config.seed).save(config.out)
     print(config.out)
     return config.out
 
 
+def _signals(run: Checkpoint, context: Context) -> list[Signal]:
+    """The signals of a run at a checkpoint, for images that may be others than its own."""
+    signals: list[Signal] = []
+    own = run.config["data"] == context.samples.digest
+    for name in SOURCES:
+        slot, state = getattr(context.config, name), run.signals.get(name, {})
+        signal: Signal | None = None
+        if slot.is_refreshed:
+            if state.get("generation") is not None:
+                signal = Live(slot, context)
+            elif slot.is_cached:
+                signal = Cached(slot, context)
+        elif not slot.is_off:
+            signal = build_signal(name, context)
+            if isinstance(signal, Banked) and isinstance(slot, AttentionConfig) and not own:
+                signal = Live(slot, context)
+            elif state:
+                signal.load_state(state, epoch=run.epoch, exact=True, same_rows=own)
+        if signal is not None:
+            signal.name = name
+            signals.append(signal)
+    return signals
+
+
 @torch.no_grad()
-def picture(
-    model: MaskedModel,
-    crops: CropBatch,
-    scores: Scores,
-    join: JoinConfig,
-    seed: int = 0,
-) -> Image.Image:
+def picture(model: MaskedModel, weighed: Weighed, seed: int = 0) -> Image.Image:
     """Draw crops as a run sees them, a row each.
 
+    Without a signal for attention the picture shows what the model attends to in these crops.
+
     Args:
-        scores: of each signal that weighs the patches; without one for attention the picture shows
-            what the model attends to in these crops.
+        seed: of the draw of the patches.
     """
     grid, patch_size = model.config.grid, model.config.patch_size
-    weights = weigh(scores, crops, grid)
-    shown = {name: found for name, (found, _) in scores.items()}
+    crops, blend = weighed.crops, weighed.join.blend_at(weighed.progress)
+    weights = blended_weights(weighed.weights, blend)
+    shown = {name: found for name, (found, _) in weighed.scores.items()}
     if "attention" not in shown:
         pixels = normalise_images(crops.images)
         shown |= model_scores(["attention"], model.encoder, pixels)
     generator = torch.Generator(crops.images.device).manual_seed(seed)
-    batch = split_crops(crops, weights, model.config, join, generator)
+    batch = weighed.split(model.config, generator)
     patches = patchify(crops.images, patch_size)
     columns = {
         "crop": crops.images,

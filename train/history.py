@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pipeline.errors import UserError
 from pipeline.options import flat
 
 NO_STAGE = "everything else"
@@ -88,13 +89,13 @@ def read(folder: Path) -> History:
     """
     path = folder / "log.jsonl"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{folder} is no run: there is no {path.name} in it; give the --out of a training"
         )
     lines = _lines(path)
     starts = [line for line in lines if line.get("event") == "start"]
     if not starts or any("options" not in line for line in starts):
-        raise ValueError(f"{path}: no start of a run with its options stands in it")
+        raise UserError(f"{path}: no start of a run with its options stands in it")
     clock = _Clock()
     points, found, spent = [], [], dict[str, float]()
     for line in lines:
@@ -112,7 +113,7 @@ def read(folder: Path) -> History:
         elif line.get("event") == "evaluation":
             found.append(_found(line, clock.epoch(line["step"])))
     if not points:
-        raise ValueError(f"{path}: the run has not reached its first log point")
+        raise UserError(f"{path}: the run has not reached its first log point")
     stages = {name: each / max(clock.seconds, 1e-9) for name, each in spent.items()}
     stages[NO_STAGE] = max(0.0, 1 - sum(stages.values()))
     return History(
@@ -172,7 +173,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue  # a line that a kill cut off
         if not isinstance(line, dict) or "step" not in line:
-            raise ValueError(f"{path}, line {number}: not a line of a run's log")
+            raise UserError(f"{path}, line {number}: not a line of a run's log")
         lines.append(line)
     return lines
 

@@ -29,7 +29,8 @@ from torch import Tensor
 from famt.export import from_transformers, is_decoder
 from famt.initial import Fit, encoder_sizes, load_encoder_weights, load_weights
 from famt.masked import MaskedModel
-from famt.models import MODELS, ModelConfig
+from famt.models import MODELS, ModelConfig, PatchConfig
+from pipeline.errors import UserError
 from pipeline.storage import reason
 from train import checkpoint
 from train.config import TIMM
@@ -80,12 +81,15 @@ def build_initial_encoder(
     initial = _from_run(Path(source), ema=True) if ema else read_initial(source)
     try:
         sizes = encoder_sizes(initial.weights)
+        patches = PatchConfig(
+            image_size=image_size or sizes.image_size, patch_size=sizes.patch_size
+        )
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {error}") from None
     known = {(each.width, each.depth): each.heads for each in MODELS.values()}
     heads = initial.heads or known.get((sizes.width, sizes.depth))
     if heads is None:
-        raise ValueError(
+        raise UserError(
             f"{source} does not tell how many attention heads its width of {sizes.width} is parted "
             "into; give a folder with its config.json"
         )
@@ -93,8 +97,8 @@ def build_initial_encoder(
         width=sizes.width,
         depth=sizes.depth,
         heads=heads,
-        image_size=image_size or sizes.image_size,
-        patch_size=sizes.patch_size,
+        image_size=patches.image_size,
+        patch_size=patches.patch_size,
     ).encoder()
     # A decoder, whose absence goes without saying, is left out of the report.
     weights = {name: each for name, each in initial.weights.items() if not is_decoder(name)}
@@ -125,7 +129,7 @@ def read_initial(source: str) -> Initial:
         return _from_timm(source, f"local-dir:{path}")
     if "model_type" in config:
         return _from_transformers(path, config)
-    raise ValueError(
+    raise UserError(
         f"{source} holds neither a checkpoint-*.pt nor a config.json of timm or transformers; "
         f"give {_KINDS}"
     )
@@ -134,14 +138,14 @@ def read_initial(source: str) -> Initial:
 def _load(initial: Initial, encoder: VisionTransformer, load: Any) -> Fit:
     heads = encoder.blocks[0].attn.num_heads
     if initial.heads not in (None, heads):
-        raise ValueError(
+        raise UserError(
             f"{initial.source}: its encoder has {initial.heads} attention heads, and this model's "
             f"has {heads}"
         )
     try:
         return load()
     except ValueError as error:
-        raise ValueError(f"{initial.source}: {error}") from None
+        raise UserError(f"{initial.source}: {error}") from None
 
 
 def _from_run(path: Path, *, ema: bool = False) -> Initial:
@@ -165,15 +169,15 @@ def _from_timm(source: str, name: str) -> Initial:
     try:
         model = timm.create_model(name, pretrained=True)
     except (RuntimeError, OSError, AssertionError) as error:
-        raise ValueError(f"{source}: timm can't load it: {reason(error)}") from error
+        raise UserError(f"{source}: timm can't load it: {reason(error)}") from error
     if not isinstance(model, VisionTransformer):
-        raise ValueError(f"{source} is a {type(model).__name__}; a plain vision transformer fits")
+        raise UserError(f"{source} is a {type(model).__name__}; a plain vision transformer fits")
     return Initial(source, dict(model.state_dict()), model.blocks[0].attn.num_heads)
 
 
 def _from_transformers(path: Path, config: Mapping[str, Any]) -> Initial:
     if config["model_type"] not in ("vit", "vit_mae") or config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(
+        raise UserError(
             f"{path} is a {config['model_type']} with {config.get('hidden_act', 'gelu')}; a vit or "
             "vit_mae with gelu fits"
         )
@@ -199,7 +203,7 @@ def _read(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, LookupError, UnpicklingError, SafetensorError) as error:
-        raise ValueError(f"{path} can't be read as weights: {reason(error)}") from error
+        raise UserError(f"{path} can't be read as weights: {reason(error)}") from error
     return content if isinstance(content, dict) else {}
 
 

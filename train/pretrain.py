@@ -28,7 +28,7 @@ from famt.models import ModelConfig
 from famt.patches import normalise
 from famt.sampling import patch_counts
 from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch, split_crops
+from pipeline.join import JoinConfig, PatchBatch
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, own_share
 from pipeline.resident import ResidentLoader
 from pipeline.stage import stage_shards
@@ -44,9 +44,9 @@ from train.optimisation import Optimisation
 from train.program import run_program
 from train.resume import own_folder, resume
 from train.signals.due import write_finished
-from train.signals.following import FollowedMaps
+from train.signals.following import FollowedMaps, lost_generations
 from train.signals.signal import Context, Signal, Taken
-from train.signals.weights import Scores, build_signals, read_signals, weigh
+from train.signals.weights import Weighed, build_signals, weigh_crops
 from train.streams import Stop
 
 
@@ -73,7 +73,12 @@ class Run(Training[PatchBatch]):
         super().__init__(
             config, ranks.share(lambda: load_samples(config.shards, cache, scored)), ranks
         )
-        resumed, exact = resume(config, self.identity(), ranks)
+        resumed, exact = resume(
+            config,
+            self.identity(),
+            ranks,
+            lambda found: lost_generations(found, config, self.samples, cache),
+        )
         self.id: str = resumed.run if resumed else ranks.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
         torch.manual_seed(config.seed)
@@ -149,13 +154,9 @@ class Run(Training[PatchBatch]):
     def prepare(self, crops: CropBatch, step: int) -> PatchBatch:
         """Weigh, sample and gather: from crops to what the model takes."""
         with self.clock.stage("signals"):
-            scores = {} if self._plain else read_signals(self.signals, crops, step)
+            weighed = self._weigh(crops, step)
         with self.clock.stage("join"):
-            join = self._join(scores)
-            weights = weigh(scores, crops, self.sizes.grid)
-            progress = self.optimisation.progress(step)
-            batch = split_crops(crops, weights, self.sizes, join, self.generator, progress)
-            return self.side_stream.hand_over(batch)
+            return self.side_stream.hand_over(weighed.split(self.sizes, self.generator))
 
     def forward_backward(self, batch: PatchBatch) -> Tensor:
         self.side_stream.join()
@@ -221,8 +222,7 @@ class Run(Training[PatchBatch]):
         if not every or epoch % every:
             return None
         self.side_stream.join()
-        scores = {} if self._plain else read_signals(self.signals, crops, self.step, look=True)
-        return figures.picture(self.model, crops, scores, self._join(scores))
+        return figures.picture(self.model, self._weigh(crops, self.step, look=True))
 
     def plan(self) -> str:
         config, sizes = self.config, self.sizes
@@ -234,7 +234,7 @@ class Run(Training[PatchBatch]):
             "run": f"{config.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
             f"{config.precision}",
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
-            f"{sizes.patch_size} px, {config.decoder} decoder: "
+            f"{sizes.patch_size} px, {config.decoder if self.model.has_decoder else 'no'} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches"
@@ -242,7 +242,7 @@ class Run(Training[PatchBatch]):
             **{each.name: each.describe() for each in self.signals},
             "patches": _counts(sizes, config.join)
             + ("" if self.signals else ", all of the same weight"),
-            **({"no effect": ", ".join(unused)} if (unused := self._unused()) else {}),
+            **({"no effect": ", ".join(unused)} if (unused := config.without_effect()) else {}),
             "batch": f"{self.optimisation.effective_batch} = {config.batch_size} x "
             f"{self.ranks.world_size} rank(s), in {config.accumulate} part(s)",
             **self.optimisation.describe(),
@@ -257,32 +257,19 @@ class Run(Training[PatchBatch]):
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
 
-    def _unused(self) -> list[str]:
-        """Options that were given, and only count where signals weigh patches."""
-        if self.signals:
-            return []
-        names = (
-            "spec.", "frequency.", "attention.", "hardness.", "refresh.",
-            "join.visible", "join.thrown", "join.blend", "join.loss_exponent",
-        )  # fmt: skip
-        return [
-            f"--{name.replace('_', '-')} (no signal weighs patches)"
-            for name, _, _ in self.config.differing()
-            if name.startswith(names) and not name.endswith(".source")
-        ]
-
-    def _join(self, scores: Scores) -> JoinConfig:
-        """Signals that have nothing to say yet leave the run what it is without weights."""
-        plain = self._plain or (self.signals and not scores)
-        return self.config.plain if plain else self.config.join
+    def _weigh(self, crops: CropBatch, step: int, *, look: bool = False) -> Weighed:
+        return weigh_crops(
+            self.config,
+            self.signals,
+            crops,
+            epoch=self.loader.epoch,
+            step=step,
+            progress=self.optimisation.progress(step),
+            look=look,
+        )
 
     def _monitor_is_due(self, epoch: int) -> bool:
         return (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
-
-    @property
-    def _plain(self) -> bool:
-        """Whether the epoch is one of those before the weights begin."""
-        return self.loader.epoch < self.config.plain_epochs
 
     def _restore(self, resumed: Checkpoint, exact: bool) -> None:
         self.model.load_state_dict(resumed.model)

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import io
 import sys
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.manifest import CacheError
 from train.lifeline import RankError
 
 Config = TypeVar("Config")
 
-_ROOT = Path(__file__).parents[1]
-_ROOMS = tuple(_ROOT / room for room in ("famt", "pipeline", "train", "jobs"))
-
 
 def is_users(error: BaseException) -> bool:
     """Whether a message says what is wrong with the input; anything else is a defect of a program.
 
-    A ValueError is meant for users where a `raise` of this project's own made it. Libraries raise
-    the same kind at wrong arguments, and so does Python (`int("x")`, an unpacking of too few).
+    Plain ValueErrors are defects: contracts of functions, and what libraries and Python raise.
     """
-    if isinstance(error, (CacheError, FloatingPointError, RankError, *storage.UNREACHABLE)):
-        return True
-    return isinstance(error, ValueError) and _raised_here(error)
+    kinds = (UserError, CacheError, FloatingPointError, RankError, *storage.UNREACHABLE)
+    return isinstance(error, kinds)
 
 
 def called() -> str:
@@ -54,11 +48,3 @@ def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
         print(f"error: {storage.reason(error)}", file=sys.stderr)
         sys.exit(2)
     sys.exit(result if type(result) is int else 0)
-
-
-def _raised_here(error: BaseException) -> bool:
-    steps = traceback.extract_tb(error.__traceback__)
-    if not steps:
-        return False
-    file, line = Path(steps[-1].filename), steps[-1].line or ""
-    return line.startswith("raise ") and any(file.is_relative_to(room) for room in _ROOMS)

@@ -18,6 +18,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.errors import UserError
+
 DEFAULT = "uniform"
 """The recipe of a run that names none."""
 
@@ -72,7 +74,7 @@ def _find(recipe: str, beside: Path, asked_by: str) -> Path:
     path = beside / recipe
     if path.suffix == ".toml" and path.is_file():
         return path
-    raise ValueError(
+    raise UserError(
         f"{asked_by} {recipe}: no such recipe; give the path of a .toml file, or one of "
         f"{', '.join(names())}"
     )
@@ -83,27 +85,27 @@ def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
     try:
         told = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if unknown := sorted(told.keys() - {"extends", *_TEXTS}):
-        raise ValueError(
+        raise UserError(
             f"{path}: unknown key {unknown[0]!r}; a recipe has {', '.join(('extends', *_TEXTS))}"
         )
     for key, value in told.items():
         if not isinstance(value, str):
-            raise ValueError(f"{path}: {key} must be a text in quotes")
+            raise UserError(f"{path}: {key} must be a text in quotes")
     texts = {key: told.get(key, "").strip() for key in _TEXTS}
     try:
         options = shlex.split(texts.pop("options"), comments=True)
     except ValueError as error:
-        raise ValueError(f"{path}: options: {error}") from None
+        raise UserError(f"{path}: options: {error}") from None
     if any(each.partition("=")[0] == "--recipe" for each in options):
-        raise ValueError(f"{path}: options: say extends = ... in place of --recipe")
+        raise UserError(f"{path}: options: say extends = ... in place of --recipe")
     base = None
     if "extends" in told or not path.samefile(_FOLDER / f"{DEFAULT}.toml"):
         extends = told.get("extends", DEFAULT)
         found = _find(extends, path.parent, f"{path}: extends")
         above = (*above, path.resolve())
         if found.resolve() in above:
-            raise ValueError(f"{path}: extends {extends}, which builds on this one")
+            raise UserError(f"{path}: extends {extends}, which builds on this one")
         base = _read(found, above)
     return Recipe(path, base, options, **texts)

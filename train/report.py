@@ -28,6 +28,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
+from pipeline.errors import UserError
 from train import history
 from train.history import Found, History
 from train.program import called, run_program
@@ -95,7 +96,7 @@ def main(report: Report) -> Path:
         ValueError: no folder is given, or one holds no run that has begun.
     """
     if not report.runs:
-        raise ValueError("give the folder of a run, or several")
+        raise UserError("give the folder of a run, or several")
     runs = [history.read(folder) for folder in dict.fromkeys(report.runs)]
     write(report.out, gather(runs), "What the runs reached")
     print(f"{report.out}: {report.out.stat().st_size / 1e6:.1f} MB")

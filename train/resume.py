@@ -7,12 +7,13 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pipeline.options import ELASTIC, FREE, annotated, flat
+from pipeline.errors import UserError
+from pipeline.options import ELASTIC, FREE, Since, annotated, flat
 from train import checkpoint
 from train.checkpoint import Checkpoint
 from train.distributed import Ranks
@@ -24,7 +25,7 @@ _SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one min
 _ELASTIC_CIRCUMSTANCES = ("data", "world_size")
 
 
-class BusyError(ValueError):
+class BusyError(UserError):
     """Another process trains in a run's folder; it may be about to end."""
 
 
@@ -52,7 +53,7 @@ def own_folder(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
-        raise ValueError(f"--out {folder} is a file; give a folder") from None
+        raise UserError(f"--out {folder} is a file; give a folder") from None
     with open(folder / "lock", "a+") as held:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -72,7 +73,10 @@ def own_folder(folder: Path) -> Iterator[None]:
 
 
 def resume(
-    config: Options, circumstances: dict[str, object], ranks: Ranks
+    config: Options,
+    circumstances: dict[str, object],
+    ranks: Ranks,
+    lost: Callable[[Checkpoint], list[str]] = lambda _: [],
 ) -> tuple[Checkpoint | None, bool]:
     """The checkpoint that a run goes on from, if there is one, and whether with the next batch.
 
@@ -83,6 +87,8 @@ def resume(
         config: of the run now.
         circumstances: what else must be as it was: device, world size, data.
         ranks: this rank among those of the run.
+        lost: names what an exact continuation of a checkpoint needs and does not find any more; the
+            main rank alone calls it.
 
     Returns:
         the checkpoint or None, and False if it must go back to the beginning of the epoch.
@@ -96,21 +102,33 @@ def resume(
     if found is None:
         return None, True
     if config.resume == "never":
-        raise ValueError(f"{found} is there; --resume never wants a folder without checkpoints")
+        raise UserError(f"{found} is there; --resume never wants a folder without checkpoints")
     resumed = checkpoint.load(found, verified=ranks.is_main)
     then, now = flat(resumed.config), flat({**config.describe(), **circumstances})
     notes = {name: beside for name, _, beside in annotated(config)}
+    for name, beside in notes.items():
+        for note in beside:
+            if isinstance(note, Since):
+                then.setdefault(name, note.before)
     notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
     differing = sorted(name for name in now if then.get(name) != now[name])
     changed = [name for name in differing if FREE not in notes.get(name, ())]
     harmless = all(ELASTIC in notes.get(name, ()) for name in changed)
-    if not changed or (config.elastic and harmless):
-        return resumed, not changed
+    if config.elastic and changed and harmless:
+        return resumed, False
+    if not changed:
+        gone = ranks.from_main(lambda: lost(resumed))
+        if gone and not config.elastic:
+            raise UserError(
+                f"{found} can't be gone on from exactly without {', '.join(gone)}; --elastic goes "
+                "on from the beginning of the epoch with what is there"
+            )
+        return resumed, not gone
     differences = "; ".join(f"{each}: {then.get(each)} -> {now[each]}" for each in changed)
     remedy = "use the same, or another --out"
     if harmless:
         remedy += ", or --elastic to go on from the beginning of the epoch"
-    raise ValueError(f"{found} belongs to a run with other options ({differences}); {remedy}")
+    raise UserError(f"{found} belongs to a run with other options ({differences}); {remedy}")
 
 
 def _choose(folder: Path) -> Path | None:
@@ -152,7 +170,7 @@ def _wait_to_see(folder: Path, chosen: Path | None, ranks: Ranks) -> None:
         time.sleep(0.1)
     blind = sorted({node for node, sees in ranks.gather((ranks.node, same)) if not sees})
     if blind:
-        raise ValueError(
+        raise UserError(
             f"{files[-1]} was not seen on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out "
             "must be a folder on a file system that all machines of the run share"
         )

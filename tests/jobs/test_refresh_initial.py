@@ -10,6 +10,7 @@ import torch
 
 from famt.models import MODELS, ModelConfig
 from jobs.refresh_scores import RefreshScores, initial_encoder, main
+from pipeline.errors import UserError
 from pipeline.scores import encoder_digest
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
@@ -67,3 +68,9 @@ def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_pat
     assert trained.returncode == 0, trained.stderr
     assert f"from generation {summary['pin']}" in trained.stdout
     assert "begins with" in trained.stdout
+
+
+def test_a_size_that_does_not_divide_into_patches_is_refused_by_the_source(source):
+    args = RefreshScores(init=str(source), shards=["x.tar"], cache="scores", image_size=55)
+    with pytest.raises(UserError, match=f"{source}: image size 55 is no multiple of patch size"):
+        initial_encoder(args)

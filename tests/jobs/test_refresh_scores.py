@@ -21,6 +21,7 @@ from jobs.refresh_scores import main as refresh
 from pipeline.scores import is_generation
 from pipeline.table import load_samples
 from train import checkpoint
+from train.checkpoint import CLASSIFIER, Checkpoint
 from train.signals.due import encoder_path, failed_path, finished_path
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
@@ -260,6 +261,16 @@ def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
         refresh(RefreshScores(checkpoint=tmp_path / "other.pt"))
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
         refresh(RefreshScores(checkpoint=tmp_path / "none.pt"))
+
+
+def test_a_run_of_fine_tuning_is_refused_by_name(tmp_path):
+    state = Checkpoint(
+        run="run-a", step=1, schedule_start=0, epoch=0, method=CLASSIFIER, sizes={}, model={},
+        ema=None, optimizer={}, signals={}, ranks=[], config={},
+    )  # fmt: skip
+    checkpoint.save(tmp_path, state, keep=1)
+    with pytest.raises(ValueError, match="is of fine-tuning; give the run that was pre-trained"):
+        refresh(RefreshScores(checkpoint=tmp_path))
 
 
 def test_neither_or_both_ways_to_name_an_encoder_are_refused(tmp_path):

@@ -77,6 +77,17 @@ def test_another_file_is_refused_by_name(tmp_path):
             checkpoint.load(tmp_path)
 
 
+def test_another_format_is_refused_and_the_first_files_did_not_name_theirs(tmp_path):
+    path = checkpoint.save(tmp_path, _state(1), keep=2)
+    state = torch.load(path)
+    torch.save({**state, "format": 99}, path)
+    with pytest.raises(checkpoint.FormatError, match=r"00000001\.pt has format 99.*; use it with"):
+        checkpoint.load(tmp_path)
+    del state["format"]
+    torch.save(state, path)
+    assert checkpoint.load(tmp_path).step == 1
+
+
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
     small = dataclasses.replace(_state(1), model={"w": torch.rand(600)})
     path = checkpoint.save(tmp_path, small, keep=2)

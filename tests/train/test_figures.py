@@ -1,10 +1,61 @@
 import dataclasses
+from importlib.metadata import EntryPoint
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
+from pipeline.join import JoinConfig, crop_scores
+from pipeline.loader import CropLoader, LoaderConfig, RandomView
+from pipeline.table import load_maps, load_samples
+from train import checkpoint, figures
+from train.config import Pretrain
+from train.distributed import join_ranks
 from train.figures import Figures, main
+from train.pretrain import Run
 from train.pretrain import main as pretrain
+from train.signals import weights
+from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
+
+VIEW = RandomView(area=(0.6, 1.0))
+OFF = AttentionConfig("off")
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The columns of the last picture that was drawn, by their titles."""
+    columns = {}
+
+    def draw(given):
+        columns.clear()
+        columns.update(given)
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(figures, "draw", draw)
+    return columns
+
+
+def _figures(config, scored):
+    return Figures(
+        checkpoint=config.out, cache=scored.cache.url, shards=scored.shards,
+        out=config.out / "picture.png", images=3, view=VIEW,
+    )  # fmt: skip
+
+
+def _crops(scored):
+    """Those that the picture is of."""
+    table = load_samples(scored.shards, scored.cache)
+    options = LoaderConfig(3, image_size=32, view=VIEW, threads=1)
+    return next(iter(CropLoader(table, options, drop_last=True)))
+
+
+def _maps(scored):
+    return load_maps(load_samples(scored.shards, scored.cache), scored.cache, scored.spec)
+
+
+def _same(shown, expected):
+    np.testing.assert_allclose(shown, expected.view(-1, 8, 8), rtol=1e-5)
 
 
 def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_path):
@@ -21,3 +72,114 @@ def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_p
     cells = [part for row in np.array_split(picture[40:], 3) for part in np.array_split(
         row, 6, axis=1)]  # fmt: skip
     assert all(cell.std() > 1 for cell in cells)  # nothing is left blank
+
+
+def test_a_packages_signal_is_drawn_as_itself(config, scored, monkeypatch, drawn):
+    added = EntryPoint("centre", "centre_signal:Centre", "famt.signals")
+    monkeypatch.syspath_prepend("docs/centre_signal")
+    monkeypatch.setattr(weights, "_added", lambda: {"centre": added})
+    slot = FrequencyConfig("centre")
+    pretrain(dataclasses.replace(config, epochs=1, frequency=slot, attention=OFF))
+    main(_figures(config, scored))
+    crops = _crops(scored)
+    heaviest = drawn["frequency"].reshape(3, -1).argmax(1)
+    for row in range(3):
+        top, left, height, width = crops.windows[row].tolist()
+        y = top + (heaviest[row] // 8 + 0.5) / 8 * height
+        across = 7 - heaviest[row] % 8 if crops.flips[row] else heaviest[row] % 8
+        x = left + (across + 0.5) / 8 * width
+        assert abs(y - 0.5) <= height / 8
+        assert abs(x - 0.5) <= width / 8
+
+
+def test_the_control_is_drawn_by_the_maps_of_other_images(config, scored, drawn):
+    slot = FrequencyConfig("cached-of-others")
+    pretrain(dataclasses.replace(config, epochs=1, frequency=slot, attention=OFF))
+    main(_figures(config, scored))
+    crops, maps = _crops(scored), _maps(scored)
+    for row in range(3):
+        fits = []
+        for other in range(len(maps)):
+            rows = torch.full((3,), other)
+            found = crop_scores(maps, dataclasses.replace(crops, rows=rows), 8)[row]
+            if np.allclose(found.view(8, 8), drawn["frequency"][row], rtol=1e-5):
+                fits.append(other)
+        assert len(fits) == 1
+        assert fits[0] != crops.rows[row]
+
+
+def test_a_refreshed_signal_without_a_generation_is_drawn_as_the_plain_run_it_is(
+    config, scored, drawn
+):
+    pretrain(
+        dataclasses.replace(config, epochs=1, frequency=FrequencyConfig("refreshed"), attention=OFF)
+    )
+    main(_figures(config, scored))
+    assert "frequency" not in drawn
+    _same(drawn["weights"], torch.ones(3, 64))
+    dark = (drawn["split"] != drawn["crop"]).any(-1)  # masked: three quarters, as MAE's
+    assert dark.mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_a_cached_score_is_drawn_until_there_is_a_generation_then_the_encoders(
+    config, scored, drawn
+):
+    slot = FrequencyConfig("cached-then-refreshed")
+    pretrain(dataclasses.replace(config, epochs=1, frequency=slot, attention=OFF))
+    main(_figures(config, scored))
+    _same(drawn["frequency"], crop_scores(_maps(scored), _crops(scored), 8))
+    state = checkpoint.load(config.out)
+    state.signals["frequency"]["generation"] = 3
+    checkpoint.save(config.out, state, keep=1)
+    before = drawn["frequency"]
+    main(_figures(config, scored))
+    assert not np.allclose(drawn["frequency"], before)
+
+
+def test_the_runs_own_images_are_drawn_by_what_its_banks_hold(config, scored, drawn, tmp_path):
+    signals = {"attention": AttentionConfig("rolling"), "hardness": HardnessConfig("errors")}
+    config = dataclasses.replace(config, epochs=2, frequency=FrequencyConfig("off"), **signals)
+    pretrain(config)
+    main(_figures(config, scored))
+    crops = _crops(scored)
+    for name in signals:
+        maps = checkpoint.load(config.out).signals[name]["maps"]
+        _same(drawn[name], crop_scores(maps, crops, 8))
+    others = dataclasses.replace(_figures(config, scored), shards=scored.shards[:1])
+    main(others)
+    _same(drawn["hardness"], torch.ones(3, 64))
+
+
+def test_weights_are_blended_as_at_that_step(config, scored, drawn):
+    config = dataclasses.replace(
+        config,
+        epochs=2,
+        frequency=FrequencyConfig("cached", cached_exponent=1.0),
+        attention=OFF,
+        join=JoinConfig(blend=(0.0, 1.0)),
+        checkpoint_minutes=0.0,
+        keep_checkpoints=9,
+    )
+    pretrain(config)
+    scores = crop_scores(_maps(scored), _crops(scored), 8)
+    relative = scores / scores.mean(1, keepdim=True)
+    for step, blend in ((1, 0.0), (3, 0.5), (6, 1.0)):
+        path = config.out / f"checkpoint-{step:08d}.pt"
+        main(dataclasses.replace(_figures(config, scored), checkpoint=path))
+        expected = (1 - blend) + blend * relative
+        _same(drawn["weights"] / drawn["weights"].mean((1, 2), keepdims=True), expected)
+
+
+def test_a_runs_own_picture_is_drawn_by_the_weights_of_its_step(config, drawn):
+    config = dataclasses.replace(
+        config, frequency=FrequencyConfig("cached"), attention=OFF, join=JoinConfig(blend=(0.0, 1))
+    )
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
+        run.picture(next(iter(run.loader)), 0)
+    _same(drawn["weights"], torch.ones(8, 64))
+
+
+def test_options_come_back_from_what_a_checkpoint_keeps_of_them(config):
+    config = dataclasses.replace(config, fused=(0, 1), stage=config.out / "disk")
+    assert Pretrain.from_description({**config.describe(), "data": "x"}) == config.absolute()

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from launch import program_file
 
+from famt.patches import unpatchify
 from pipeline import storage
 from pipeline.loader import RandomView
 from pipeline.manifest import CacheError
@@ -53,6 +55,7 @@ def test_a_wrong_value_is_a_message_where_this_project_refuses_it(capsys):
         lambda _: int("x"),
         lambda _: np.zeros(3).reshape(2, 2),
         lambda _: RandomView(area=(0.1, 0.2, 0.3)),  # in a file of this project, unpacking
+        lambda _: unpatchify(torch.ones(1, 3, 12), 2),  # a contract of this project's own
     ],
 )
 def test_a_wrong_value_of_the_programs_own_shows_where_it_is(defect):

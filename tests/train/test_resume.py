@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,12 @@ import pytest
 import torch
 from launch import finish, launch, program_file
 
-from pipeline.options import ELASTIC, FREE, Checked
+from pipeline.options import ELASTIC, FREE, Checked, Since, annotated
 from train import checkpoint
 from train.checkpoint import Checkpoint
+from train.config import Pretrain
 from train.distributed import Ranks
+from train.evaluate.finetune import Finetune
 from train.resume import BusyError, own_folder, resume
 
 RANKS = Ranks(0, 1, "a", torch.device("cpu"))
@@ -111,6 +114,53 @@ def test_another_run_is_refused_even_if_elastic(options, other, circumstances, n
         ValueError, match=rf"other options \({named}\); use the same, or anot[^;]*$"
     ):
         _resume(dataclasses.replace(options, elastic=True, **other), **circumstances)
+
+
+def test_an_option_that_is_new_counts_as_what_there_was_before_it(options):
+    @dataclass(frozen=True)
+    class Newer(Options):
+        added: Annotated[int, Since(before=0)] = 7
+        undeclared: int = 0
+
+    newer = Newer(options.out, added=0)
+    path = _save(options)
+    with pytest.raises(ValueError, match=r"other options \(undeclared: None -> 0\)"):
+        _resume(newer)
+    state = torch.load(path)
+    state["config"]["undeclared"] = 0
+    torch.save(state, path)
+    assert _resume(newer)[1]
+    with pytest.raises(ValueError, match=r"other options \(added: 0 -> 7\)"):
+        _resume(dataclasses.replace(newer, added=7))
+
+
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        (Pretrain(shards=[], cache="", out=Path()), "12c6490f8cd2"),
+        (Finetune(checkpoint=Path(), train=[], val=[], cache="", out=Path()), "4b75721feba0"),
+    ],
+    ids=["pretrain", "finetune"],
+)
+def test_no_option_is_added_without_saying_what_there_was_before_it(options, digest):
+    names = [
+        name
+        for name, _, notes in annotated(options)
+        if FREE not in notes and not any(isinstance(note, Since) for note in notes)
+    ]
+    found = hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:12]
+    assert (checkpoint.FORMAT, found) == (1, digest), (
+        "a new option takes a note Since(before=...); to rename or remove one, raise FORMAT"
+    )
+
+
+def test_what_an_exact_continuation_needs_must_be_there(options):
+    _save(options)
+    with pytest.raises(ValueError, match=r"exactly without the maps; --elastic goes on"):
+        resume(options, CIRCUMSTANCES, RANKS, lambda _: ["the maps"])
+    elastic = dataclasses.replace(options, elastic=True)
+    assert not resume(elastic, CIRCUMSTANCES, RANKS, lambda _: ["the maps"])[1]
+    assert resume(elastic, CIRCUMSTANCES, RANKS, lambda _: [])[1]
 
 
 def test_never_resuming_refuses_a_folder_with_checkpoints(options):

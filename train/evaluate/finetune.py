@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from famt.models import ModelConfig
 from famt.patches import normalise_images
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
 from pipeline.options import ELASTIC, FREE
 from train.checkpoint import CLASSIFIER
@@ -88,7 +89,7 @@ class Finetune(Evaluation):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.mixing.mixup or self.mixing.cutmix) and self.batch_size % 2:
-            raise ValueError(
+            raise UserError(
                 f"--batch-size {self.batch_size} must be even, as mixup and CutMix take pairs"
             )
 

@@ -20,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from pipeline.errors import UserError
 from train.evaluate.trunk import (
     Evaluation,
     Features,
@@ -140,7 +141,7 @@ def part(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     shares = (torch.arange(len(labels) + 1, dtype=torch.float64) * share).floor()
     is_held_out = shares[1:] > shares[:-1]
     if is_held_out.sum() in (0, len(labels)):
-        raise ValueError(
+        raise UserError(
             f"{len(labels)} labelled images are too few to hold {share:.0%} of them out"
         )
     return by_class[~is_held_out], by_class[is_held_out]

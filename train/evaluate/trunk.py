@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
+from pipeline.errors import UserError
 from pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
 from pipeline.options import FREE, Checked, Seed
 from pipeline.stage import stage_shards
@@ -255,19 +256,19 @@ def require_labels(*sets: Images) -> None:
     for images in sets:
         missing = (images.table.labels < 0).nonzero()
         if len(missing):
-            raise ValueError(
+            raise UserError(
                 f"{images.table.key(int(missing[0]))} and {len(missing) - 1} more samples have no "
                 "class; this evaluation needs a <key>.cls beside every image"
             )
         highest = int(images.table.labels.argmax())
         if images.classes > _MOST_CLASSES:
-            raise ValueError(
+            raise UserError(
                 f"{images.table.key(highest)} is of class {images.classes - 1}; classes are "
                 f"numbered from 0 to {_MOST_CLASSES - 1} at most, without gaps as far as possible"
             )
     present = torch.cat([images.table.labels for images in sets]).unique()
     if len(present) == 1:
-        raise ValueError(
+        raise UserError(
             f"{sets[0].table.key(0)} and all other samples are of class {int(present)}: an "
             "evaluation needs images of two classes at least"
         )

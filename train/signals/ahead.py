@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Callable
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from pipeline.generations import Generation
 from pipeline.manifest import CacheError
 
 _POLL = 2.0  # seconds
+_RETRY = 60.0  # seconds
 
 
 class ReadAhead(threading.Thread):
@@ -36,22 +38,31 @@ class ReadAhead(threading.Thread):
         self._newest, self._load = newest, load
         self._stopped = threading.Event()
         self._seen = -1
+        self._changing = threading.Lock()  # `ready` and `_seen`
 
     def run(self) -> None:
-        while not self._stopped.wait(_POLL):
+        pause = _POLL
+        while not self._stopped.wait(pause):
+            pause = _POLL
             try:
                 newest = self._newest()
                 if newest is not None and newest.step > self._seen:
-                    self.ready = (newest, self._load(newest))
-                    self._seen = newest.step
+                    maps = self._load(newest)
+                    with self._changing:
+                        if newest.step > self._seen:
+                            self.ready, self._seen = (newest, maps), newest.step
             except (*storage.UNREACHABLE, CacheError):
                 continue  # a store out of reach, or maps that were just collected: look again later
+            except Exception:  # a defect; the training goes on with the maps that it has
+                traceback.print_exc()
+                pause = _RETRY
 
     def forget(self, step: int) -> None:
         """Give the memory of a generation free that was taken up."""
-        if self.ready and self.ready[0].step <= step:
-            self.ready = None
-        self._seen = max(self._seen, step)
+        with self._changing:
+            if self.ready and self.ready[0].step <= step:
+                self.ready = None
+            self._seen = max(self._seen, step)
 
     def stop(self) -> None:
         self._stopped.set()

@@ -9,9 +9,16 @@ from annotated_types import Ge
 
 from pipeline.options import FREE
 
+OFF = "off"
+
 
 class _Slot:
     source: str
+
+    @property
+    def is_off(self) -> bool:
+        """Whether there is no signal in the slot."""
+        return self.source == OFF
 
     @property
     def is_cached(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.errors import UserError
 from pipeline.generations import Generation
 from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
@@ -24,7 +26,7 @@ from pipeline.packs import Packed
 from pipeline.scores import check_model_kinds
 from pipeline.table import SampleTable
 from train import checkpoint
-from train.checkpoint import Encoder
+from train.checkpoint import Checkpoint, Encoder
 from train.config import Pretrain
 from train.distributed import Ranks
 from train.log import Log
@@ -81,7 +83,7 @@ class FollowedMaps:
         self._begun, self._told = -1, False
         self._read_ahead: int | None = None
         self._ahead = ReadAhead(self._newest, self._load_ahead)
-        self._record = Record(config.out / "generations.json", run)
+        self._record = Record(_record_path(config), run)
         if ranks.is_main:
             if self._record.new:  # what an earlier run left that wrote no checkpoint
                 remove_encoders(self._config.out)
@@ -269,14 +271,7 @@ class FollowedMaps:
             self._cache.generations.need(self._source, known, by=self._run)
 
     def _generations(self) -> list[Generation]:
-        """Those that this run can take up, oldest first."""
-        return [
-            each
-            for each in self._cache.generations.of(self._source)
-            if each.data == self._samples.digest
-            and set(self._kinds) <= {spec.kind for spec in each.specs}
-            and all(spec.grid == self.grid for spec in each.specs)
-        ]
+        return _usable(self._source, self._config, self._samples, self._cache)
 
     def _newest(self) -> Generation | None:
         found = self._generations()
@@ -345,8 +340,40 @@ class FollowedMaps:
             )
 
 
+def lost_generations(
+    resumed: Checkpoint, config: Pretrain, samples: SampleTable, cache: ScoreCache
+) -> list[str]:
+    """Generations that a run takes up again when it goes on exactly, and that are gone."""
+    if not config.refreshed_kinds or config.refresh.pin:
+        return []
+    needed = Record(_record_path(config), resumed.run).since(resumed.step)
+    needed |= {state.get("generation") for state in resumed.signals.values()}
+    there = {each.step for each in _usable(resumed.run, config, samples, cache)}
+    return [
+        f"generation {resumed.run}/{step} of score maps"
+        for step in sorted(each for each in needed if each is not None and each not in there)
+    ]
+
+
+def _usable(
+    run: str, config: Pretrain, samples: SampleTable, cache: ScoreCache
+) -> list[Generation]:
+    """Generations of a run that one with these options can take up, oldest first."""
+    return [
+        each
+        for each in cache.generations.of(run)
+        if each.data == samples.digest
+        and set(config.refreshed_kinds) <= {spec.kind for spec in each.specs}
+        and all(spec.grid == config.sizes.grid for spec in each.specs)
+    ]
+
+
+def _record_path(config: Pretrain) -> Path:
+    return config.out / "generations.json"
+
+
 def _parse_pin(pin: str) -> tuple[str, int]:
     run, _, step = pin.rpartition("/")
     if not run or not step.isdigit():
-        raise ValueError(f"--refresh.pin {pin}: must be <run>/<step>")
+        raise UserError(f"--refresh.pin {pin}: must be <run>/<step>")
     return run, int(step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from pipeline.errors import UserError
 from train.files import written_whole
 
 
@@ -32,7 +33,7 @@ class Record:
         except FileNotFoundError:
             self.new = True
         except (ValueError, LookupError, TypeError):
-            raise ValueError(
+            raise UserError(
                 f"{path} is damaged; remove it, and the run goes on with the newest generations"
             ) from None
 
@@ -42,8 +43,8 @@ class Record:
         return (True, known[1]) if known else (False, None)
 
     def since(self, step: int) -> set[int | None]:
-        """Generations of the epoch that a step is in, and of later ones."""
-        begun = [at for at, _ in self._epochs.values() if at <= step]
+        """Generations of the epoch that ends with a step or is in it, and of later ones."""
+        begun = [at for at, _ in self._epochs.values() if at < step]
         first = max(begun, default=0)
         return {generation for at, generation in self._epochs.values() if at >= first}
 

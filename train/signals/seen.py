@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from famt.attention import attention_of, attention_scores, cls_attention
+from pipeline.errors import UserError
 from train.signals.banked import Banked
 from train.signals.config import AttentionConfig
 from train.signals.signal import Context, Taken
@@ -24,7 +25,7 @@ class Seen(Banked):
 
     def __init__(self, slot: AttentionConfig, context: Context) -> None:
         if slot.kind not in _FORMULAS:
-            raise ValueError(
+            raise UserError(
                 f"--attention.kind {slot.kind}: what a step sees is read by "
                 f"{' or '.join(_FORMULAS)} alone"
             )
@@ -40,7 +41,7 @@ class Seen(Banked):
         scores = torch.cat(parts)
         self._seen.clear()
         if scores.shape[1] != taken.split.visible.shape[1]:
-            raise ValueError(
+            raise UserError(
                 "--attention.source seen: the encoder of this method sees more than the visible "
                 "patches; use rolling"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from famt.models import PatchConfig
 from famt.sampling import patch_weights
+from pipeline.errors import UserError
+from pipeline.join import JoinConfig, PatchBatch, split_crops
 from pipeline.loader import CropBatch
+from train.config import Pretrain
 from train.signals.attention import Live, Rolling
 from train.signals.cached import Cached, CachedOfOthers
+from train.signals.config import OFF
 from train.signals.hardness import Errors
 from train.signals.refreshed import CachedThenRefreshed, Refreshed
 from train.signals.seen import Seen
@@ -21,8 +27,6 @@ from train.signals.signal import Context, Signal
 
 Scores = dict[str, tuple[Tensor, float]]
 """of each signal, by its slot: scores `[B, N]` of patches, and their power in the weight"""
-
-OFF = "off"
 
 # Slot -> source -> of the slot's options and the context, a signal. Packages add sources for any
 # slot by entry points in "famt.signals".
@@ -44,14 +48,69 @@ def build_signals(context: Context) -> list[Signal]:
     Raises:
         ValueError: no such source.
     """
-    signals = []
-    for name in SOURCES:
-        slot = getattr(context.config, name)
-        if slot.source != OFF:
-            signal = _source(name, slot.source)(slot, context)
-            signal.name = name
-            signals.append(signal)
-    return signals
+    return [
+        build_signal(name, context) for name in SOURCES if not getattr(context.config, name).is_off
+    ]
+
+
+def build_signal(name: str, context: Context) -> Signal:
+    """The signal of a slot that is not off.
+
+    Raises:
+        ValueError: no such source.
+    """
+    slot = getattr(context.config, name)
+    signal = _source(name, slot.source)(slot, context)
+    signal.name = name
+    return signal
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Crops whose patches are ready to be drawn.
+
+    Attributes:
+        crops: `[B]`.
+        scores: of the signals that have something to say.
+        weights: `[B, N]` float32.
+        join: how they are drawn; plain where no signal has anything to say yet.
+        progress: share of the run's steps that are done, in [0, 1].
+    """
+
+    crops: CropBatch
+    scores: Scores
+    weights: Tensor
+    join: JoinConfig
+    progress: float
+
+    def split(self, sizes: PatchConfig, generator: torch.Generator) -> PatchBatch:
+        """Draw the patches, and gather those that are needed."""
+        return split_crops(self.crops, self.weights, sizes, self.join, generator, self.progress)
+
+
+def weigh_crops(
+    config: Pretrain,
+    signals: Sequence[Signal],
+    crops: CropBatch,
+    *,
+    epoch: int,
+    step: int,
+    progress: float,
+    look: bool = False,
+) -> Weighed:
+    """Weigh the patches of crops, for a step of a run or for a picture of it.
+
+    Args:
+        config: of the run.
+        signals: its signals.
+        epoch, step, progress: where it is.
+        look: for a picture, see `Signal.look`.
+    """
+    plain = epoch < config.plain_epochs
+    scores = {} if plain else read_signals(signals, crops, step, look=look)
+    # Signals that have nothing to say yet leave the run what it is without weights.
+    join = config.plain if plain or (config.weighs and not scores) else config.join
+    return Weighed(crops, scores, weigh(scores, crops, config.sizes.grid), join, progress)
 
 
 def read_signals(
@@ -89,7 +148,7 @@ def _source(slot: str, name: str) -> Callable[[Any, Context], Signal]:
     if name in own:
         return own[name]
     if name not in added:
-        raise ValueError(
+        raise UserError(
             f"--{slot}.source {name}: there are {', '.join([OFF, *own, *added])}. Others come "
             "with packages that have an entry point in 'famt.signals'; is one missing here?"
         )

@@ -2,6 +2,7 @@ import dataclasses
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from samples import photo_members, tar_bytes
 from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.collector import collect_superseded
+from pipeline.collector import Collection, collect, collect_superseded
 from pipeline.generations import Generation
 from pipeline.join import crop_scores
 from pipeline.loader import CropLoader, LoaderConfig
@@ -25,7 +26,7 @@ from train.log import Log
 from train.pretrain import Run, main
 from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from train.signals.due import encoder_path, finished_path, write_failure
-from train.signals.following import FollowedMaps
+from train.signals.following import FollowedMaps, lost_generations
 from train.streams import Stop
 from train.timing import Clock
 
@@ -304,6 +305,46 @@ def test_a_resumed_run_keeps_the_generations_that_it_may_have_to_repeat(config, 
     again.begin_epoch(4, 12, Stop(), None)
     assert again.current.step == 9
     again.close(finished=False)
+
+
+def test_a_run_whose_generations_are_gone_goes_on_only_if_elastic(config, scored):
+    config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True), epochs=4)
+    stop = Stop()
+    first, second = (encoder_path(config.out, step) for step in (3, 9))
+
+    def refresh_once_and_stop():
+        _until(first.exists)
+        _refresh(scored, first)
+        _until(second.exists)
+        stop.asked = True
+
+    threading.Thread(target=refresh_once_and_stop, daemon=True).start()
+    with join_ranks("cpu") as ranks:
+        Run(config, ranks).train(stop)
+    left = checkpoint.load(config.out)
+    assert (left.step, left.signals) == (9, {"frequency": {"generation": 3}})
+
+    list(collect(scored.cache, Collection(drop_runs=(left.run,))))
+    config = dataclasses.replace(config, refresh=RefreshConfig(every=2))
+    with pytest.raises(ValueError, match=rf"without generation {left.run}/3 .*--elastic goes on"):
+        main(config)
+    main(dataclasses.replace(config, elastic=True))
+    assert checkpoint.load(config.out).step == 12
+
+
+def test_generations_of_epochs_after_a_checkpoint_are_needed_to_repeat_them(config, scored):
+    followed, table = _followed(config, scored)
+    for epoch, step in ((1, 3), (2, 6), (3, 9)):
+        followed.begin_epoch(epoch, step, Stop(), None)
+        if epoch == 1:
+            _refresh(scored, encoder_path(config.out, step))
+            _until(lambda: followed._ahead.ready)
+    followed.close(finished=False)
+    state = SimpleNamespace(run="run-a", step=3, signals={"frequency": {"generation": None}})
+    assert lost_generations(state, config, table, scored.cache) == []
+    list(collect(scored.cache, Collection(drop_runs=("run-a",))))
+    (lost,) = lost_generations(state, config, table, scored.cache)
+    assert lost.startswith("generation run-a/3 ")
 
 
 def test_an_elastic_restart_begins_with_the_newest_generation(config, scored):

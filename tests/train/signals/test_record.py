@@ -32,7 +32,7 @@ def test_another_run_in_the_folder_begins_anew(path):
 
 @pytest.mark.parametrize(
     ("step", "needed"),
-    [(0, {None, 10, 20}), (9, {None, 10, 20}), (10, {10, 20}), (29, {10, 20}), (30, {20})],
+    [(0, {None, 10, 20}), (10, {None, 10, 20}), (11, {10, 20}), (30, {10, 20}), (31, {20})],
 )
 def test_generations_since_a_checkpoint_are_those_that_a_resume_repeats(path, step, needed):
     assert Record(path, "run-a").since(step) == needed

@@ -1,0 +1,10 @@
+"""The error that a user can act on."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Wrong input; the message says what is wrong with it, and what to do.
+
+    Programs show it in one line. Any other `ValueError` is a defect, and shows its traceback.
+    """
