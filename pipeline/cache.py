@@ -9,9 +9,11 @@
     <cache>/packs/<pack id>/                  copies of many entries together; see pipeline.packs
 
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an entry
-never changes and whoever writes it writes the same bytes. An object is put whole, data before
-metadata: an array or group whose `zarr.json` exists is complete, and two writers can't harm each
-other. Nothing here deletes; `pipeline.collector` does.
+never changes and whoever writes it writes the same bytes. (Machines that round otherwise write
+others. If two of them put the same maps in the same milliseconds, chunk and checksum may be of
+different writers: that is found as damage, never believed.) An object is put whole, data before
+metadata: an array or group whose `zarr.json` exists is complete. Nothing here deletes;
+`pipeline.collector` does.
 """
 
 from __future__ import annotations
@@ -191,8 +193,8 @@ class ScoreCache:
             "quarantined": [asdict(bad) for bad in table.rejected],
         }
         samples = np.stack([table.offset, table.size, table.label], axis=1)
-        for name, data in table_objects(attributes, samples, table.key):
-            self.objects.put(f"shards/{shard_id}/{name}", data)
+        for path, data in table_objects(f"shards/{shard_id}", attributes, samples, table.key):
+            self.objects.put(path, data)
 
     def write_maps(self, shard_id: str, spec: Spec, maps: NDArray[np.float16]) -> None:
         """Put maps `[n, G, G]`, in the order of the shard's table, which is there.
@@ -203,8 +205,8 @@ class ScoreCache:
             OSError: as `write_table`.
         """
         self._check_new_maps(shard_id, spec, maps, self.summary(shard_id).kept)
-        for name, data in maps_objects(spec, maps):
-            self.objects.put(f"shards/{shard_id}/{name}", data)
+        for path, data in maps_objects(f"shards/{shard_id}", spec, maps):
+            self.objects.put(path, data)
 
     def _check_new_maps(
         self, shard_id: str, spec: Spec, maps: NDArray[np.float16], kept: int
@@ -361,14 +363,12 @@ class ScoreCache:
             CacheError: what is written of it is damaged, or gone.
         """
         path = f"shards/{shard_id}/{spec_id}/zarr.json"
-        where = f"{self.url}/{path}"
+        helps = remedy(self.url, path)
         try:
             data = self.objects.get(path)
         except FileNotFoundError:
-            raise CacheError(f"{where} is gone. {remedy(self.url, path)}") from None
-        return ScoreSpec.from_description(
-            unseal_zarr(data, where, remedy(self.url, path)).get("spec", {})
-        )
+            raise CacheError(f"{self.url}/{path} is gone. {helps}") from None
+        return ScoreSpec.from_description(unseal_zarr(data, self.url, path, helps).get("spec", {}))
 
     async def _arrays(self, shard_id: str, names: list[str]) -> list[NDArray]:
         found = []
@@ -407,7 +407,7 @@ class ScoreCache:
 
     def _attributes(self, shard_id: str, data: bytes) -> dict[str, Any]:
         path = f"shards/{shard_id}/zarr.json"
-        return unseal_zarr(data, f"{self.url}/{path}", remedy(self.url, path))
+        return unseal_zarr(data, self.url, path, remedy(self.url, path))
 
     def _damaged(self, shard_id: str, name: str, why: str) -> CacheError:
         path = f"shards/{shard_id}/{name}"

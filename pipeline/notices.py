@@ -59,7 +59,7 @@ class Notices:
         """
         path = f"notices/{uuid.uuid4().hex}.json"
         began = time.monotonic()  # before others can see it
-        self._objects.put(path, seal({"paths": sorted(paths)}))
+        self._objects.put(path, seal({"paths": sorted(paths)}, path))
         try:
             yield lambda: time.monotonic() - began < WORKS
         finally:
@@ -102,8 +102,8 @@ class Claims:
             the claim, for `release`.
         """
         path = f"claims/{uuid.uuid4().hex}.json"
-        shards = sorted(shards)
-        self._objects.put(path, seal({"shards": shards, "specs": sorted(specs)}))
+        shards, specs = sorted(shards), sorted(specs)
+        self._objects.put(path, seal({"shards": shards, "specs": specs}, path))
         notices = Notices(self._objects)
         # Maps of a spec may lie in any entry.
         notices.wait({"shards"} if specs else {f"shards/{shard_id}" for shard_id in shards})
@@ -138,10 +138,9 @@ class Claims:
 def _content(
     objects: Objects, path: str, data: bytes, remedy: str, *lists: str
 ) -> dict[str, list[str]]:
-    where = f"{objects.url}/{path}"
-    content = unseal(data, where, remedy)
+    content = unseal(data, objects.url, path, remedy)
     if not all(isinstance(content.get(name), list) for name in lists):
-        raise damaged(where, f"it lacks {' or '.join(lists)}", remedy)
+        raise damaged(f"{objects.url}/{path}", f"it lacks {' or '.join(lists)}", remedy)
     return content
 
 

@@ -154,8 +154,8 @@ def test_a_cache_of_a_newer_format_is_refused(cache, entry, spec):
     metadata = json.loads(path.read_text())
     metadata["attributes"]["format"] = 99
     del metadata["attributes"]["checksum"]
-    path.write_bytes(seal_zarr(json.dumps(metadata).encode()))
-    with pytest.raises(CacheError, match=r"format 99.*reads format 3"):
+    path.write_bytes(seal_zarr(json.dumps(metadata).encode(), f"shards/{ID}/zarr.json"))
+    with pytest.raises(CacheError, match=r"format 99.*reads format 4"):
         cache.read_table(ID)
 
 

@@ -90,6 +90,7 @@ def test_who_claims_a_spec_waits_for_any_collection_of_maps(objects):
 
 
 def test_a_damaged_claim_is_named_with_the_remedy(objects):
-    objects.put(f"claims/{'c' * 32}.json", seal({"shards": 1}))
+    path = f"claims/{'c' * 32}.json"
+    objects.put(path, seal({"shards": 1}, path))
     with pytest.raises(CacheError, match=r"c\.json is damaged \(it lacks.*Remove it"):
         Claims(objects).held()
