@@ -219,16 +219,19 @@ def _refresh(
     check_model_kinds(spec.kind for spec in specs)
     samples = load_samples(urls, cache)
     started = time.perf_counter()
-    claim = cache.claims.claim(specs=[spec.id for spec in specs])  # what is there already must stay
-    try:
+    with cache.claims.claimed(spec.id for spec in specs):  # what is there already must stay
         failed = _score_all(urls, encoder, cache, specs, args, over)
+        lost = set() if failed else set(cache.lacking(samples.shard_ids, specs))
+        failed |= {
+            url: "its maps were deleted while others were made; try again"
+            for url, shard_id in zip(samples.urls, samples.shard_ids, strict=True)
+            if shard_id in lost
+        }
         if not failed:
             cache.generations.publish(
                 Generation(encoder.run, encoder.step, specs, samples.digest, len(samples))
             )
             collect_superseded(cache, encoder.run, samples.shard_ids)
-    finally:
-        cache.claims.release([claim])
     seconds = time.perf_counter() - started
     summary = {
         "run": encoder.run,

@@ -19,7 +19,7 @@ metadata: an array or group whose `zarr.json` exists is complete. Nothing here d
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -162,6 +162,16 @@ class ScoreCache:
         return self.objects.exists(f"{entry}/zarr.json") and (
             spec is None or self.objects.exists(f"{entry}/{spec.id}/zarr.json")
         )
+
+    def lacking(self, shard_ids: Sequence[str], specs: Sequence[Spec]) -> list[str]:
+        """Those of the shards that have no table, or no maps of one of the specs."""
+
+        def whole(shard_id: str) -> bool:
+            return all(self.has_entry(shard_id, spec) for spec in specs)
+
+        with ThreadPoolExecutor(32) as pool:
+            found = pool.map(whole, shard_ids)
+            return [each for each, there in zip(shard_ids, found, strict=True) if not there]
 
     def write(
         self, shard_id: str, table: ShardTable, spec: Spec, maps: NDArray[np.float16]

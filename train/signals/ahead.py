@@ -24,6 +24,8 @@ class ReadAhead(threading.Thread):
     Attributes:
         ready: the newest generation that was read, with its maps `[R, G, G]` by kind, until it is
             taken up.
+        lost: why the newest could not be read when it was last tried, and its step if it is known;
+            None if all is well.
     """
 
     def __init__(
@@ -33,19 +35,24 @@ class ReadAhead(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.ready: tuple[Generation, dict[str, Tensor]] | None = None
+        self.lost: tuple[int | None, str] | None = None
         self._newest, self._load = newest, load
         self._stopped = threading.Event()
         self._seen = -1
 
     def run(self) -> None:
         while not self._stopped.wait(_POLL):
+            newest = None
             try:
                 newest = self._newest()
                 if newest is not None and newest.step > self._seen:
                     self.ready = (newest, self._load(newest))
                     self._seen = newest.step
-            except (*storage.UNREACHABLE, CacheError):
-                continue  # a store out of reach, or maps that were just collected: look again later
+                self.lost = None
+            except CacheError as error:  # maps that were collected, or are damaged: look again
+                self.lost = (newest.step if newest else None, storage.reason(error))
+            except storage.UNREACHABLE:
+                continue
 
     def forget(self, step: int) -> None:
         """Give the memory of a generation free that was taken up."""
