@@ -13,7 +13,8 @@ A tar that is cut off or broken gives what stands before the damage; every run t
 so. What was quarantined stays so until --retry-bad judges it again, say by newer decoders.
 
 Exit code: 0 done; 1 a tar could not be scored or made known in the cache, or more images are bad
-than --max-bad allows, or more tars damaged than --max-damaged allows, now or by an earlier run.
+than --max-bad allows, or more tars damaged than --max-damaged allows, now or by an earlier run; 2
+an error that ends the job at once, such as a full cache.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ import tyro
 from annotated_types import Ge, Le
 from tqdm import tqdm
 
+from jobs.cluster import failure, start_ray
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.manifest import CacheError
@@ -121,12 +123,13 @@ def _run_once(args: PrecomputeFreq) -> int:
         flush=True,
     )
     if todo:
-        ray.init(ignore_reinit_error=True, logging_level="warning")
+        start_ray()
     started = published = time.monotonic()
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
     unpublished: list[ShardReport] = []
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
+        bar.set_postfix_str("starting workers")
         for url, outcome in score_shards(todo, cache, args.spec, args.workers, args.retry_bad):
             if isinstance(outcome, ShardReport):
                 reports.append(outcome)
@@ -176,7 +179,11 @@ def score_shards(
     workers: int | None,
     retry_bad: bool = False,
 ) -> Iterator[tuple[str, ShardReport | str]]:
-    """Score shards, so many at a time; yields each with its report, or with what went wrong."""
+    """Score shards, so many at a time; yields each with its report, or with what went wrong.
+
+    Raises:
+        CacheFullError: no room is left in the cache.
+    """
     waiting = iter(urls)
     running: dict[ray.ObjectRef, str] = {}
     while urls:
@@ -191,7 +198,7 @@ def score_shards(
         try:
             yield url, ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            yield url, f"{type(error.cause).__name__}: {storage.reason(error.cause)}"
+            yield url, failure(error)
         except ray.exceptions.RayError as error:
             yield url, str(error)
 

@@ -36,7 +36,8 @@ from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.models import ModelConfig
-from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray, start_ray
+from jobs.cluster import start_ray
+from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.collector import collect_superseded
@@ -261,10 +262,12 @@ def _score_all(
     failed = {}
     names = ", ".join(spec.kind for spec in specs)
     with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
+        bar.set_postfix_str("starting workers")
         for tars, outcome in refresh_on_ray(urls, encoder, cache, specs, args, over):
             if isinstance(outcome, str):
                 failed[tars[0]] = outcome
                 tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
+            bar.set_postfix_str("", refresh=False)
             bar.update(len(tars))
     return failed
 

@@ -24,6 +24,10 @@ class CacheError(RuntimeError):
     """The cache lacks what was asked of it; the message names the shard and the remedy."""
 
 
+class CacheFullError(CacheError):
+    """The cache's disk has no room left, or its user no quota; nothing else will succeed."""
+
+
 def seal(content: dict[str, Any], path: str) -> bytes:
     """A JSON object with its format and its checksum, to be put at `path` in a cache."""
     content = {"format": FORMAT, **content}
