@@ -270,7 +270,7 @@ def put(
 
     Raises:
         AlreadyExistsError: `mode` is "create" and it is there already.
-        OSError: the store refused, a full disk say.
+        OSError: the store refused; `errno` says why where the store is a local disk.
     """
     if isinstance(store, LocalStore) and store.prefix and not os.path.isdir(store.prefix):
         # It would be made again: under the mount point of a disk that was unmounted, say.
@@ -281,7 +281,10 @@ def put(
     except AlreadyExistsError:
         raise
     except BaseError as error:
-        raise OSError(f"could not write {path}: {reason(error)}") from error
+        refused = OSError(f"could not write {path}: {reason(error)}")
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            refused.errno = int(number[1])
+        raise refused from error
 
 
 UNREACHABLE = (OSError, BaseError)
