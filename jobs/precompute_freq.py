@@ -20,6 +20,7 @@ an error that ends the job at once, such as a full cache.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -115,7 +116,7 @@ def _seconds(duration: str) -> float:
 
 def _run_once(args: PrecomputeFreq) -> int:
     urls = storage.expand(args.shards)
-    cache = ScoreCache(args.cache, create=True)
+    cache = _cache_apart(args.cache, urls)
     todo = urls if args.retry_bad else list(look_up(urls, cache, args.spec).stale)
     print(
         f"{len(urls)} shards, {len(urls) - len(todo)} of them scored before; "
@@ -150,6 +151,25 @@ def _run_once(args: PrecomputeFreq) -> int:
             print(f"failed: {report.url}: {problem}", file=sys.stderr)
     _pack([url for url in urls if url not in failed], cache, args.spec)
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
+
+
+def _cache_apart(url: str, shards: list[str]) -> ScoreCache:
+    """The cache at `url`, made if it is not there.
+
+    Raises:
+        ValueError: it lies in a folder of shards, or can't be written.
+        OSError: it can't be made.
+    """
+    root = storage.normalise_url(url)
+    for folder in () if storage.is_remote(root) or not url else {Path(x).parent for x in shards}:
+        if Path(root).is_relative_to(folder):
+            raise ValueError(
+                f"--cache {root} lies in {folder}, a folder of shards: give one outside"
+            )
+    cache = ScoreCache(url, create=True)
+    if not storage.is_remote(root) and not os.access(root, os.W_OK | os.X_OK):
+        raise ValueError(f"--cache {root} can't be written: give another, or the right to write it")
+    return cache
 
 
 def try_publish(reports: list[ShardReport], cache: ScoreCache) -> str:

@@ -129,11 +129,15 @@ class ScoreCache:
         notices, claims: what a collection is about to delete, and writers are at work on.
 
     Raises:
+        ValueError: an empty URL.
         FileNotFoundError: a local root that is not there, without `create`.
+        OSError: a root that can't be made.
         CacheError: with `create`, a root whose folders hold what is no part of a cache.
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:
+        if not url:
+            raise ValueError("the score cache has no name; give a folder or URL as --cache")
         try:
             self.objects = Objects(url, create=create)
         except FileNotFoundError:
