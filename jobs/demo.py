@@ -23,8 +23,9 @@ import tyro
 from annotated_types import Ge
 
 from jobs import make_shards, precompute_freq
+from jobs.cluster import start_ray
 from jobs.refresh_scores import following
-from jobs.refresh_workers import RefreshWorkers, start_ray
+from jobs.refresh_workers import RefreshWorkers
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.loader import RandomView

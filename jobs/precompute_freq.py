@@ -13,12 +13,14 @@ A tar that is cut off or broken gives what stands before the damage; every run t
 so. What was quarantined stays so until --retry-bad judges it again, say by newer decoders.
 
 Exit code: 0 done; 1 a tar could not be scored or made known in the cache, or more images are bad
-than --max-bad allows, or more tars damaged than --max-damaged allows, now or by an earlier run.
+than --max-bad allows, or more tars damaged than --max-damaged allows, now or by an earlier run; 2
+an error that ends the job at once, such as a full cache.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -35,6 +37,7 @@ import tyro
 from annotated_types import Ge, Le
 from tqdm import tqdm
 
+from jobs.cluster import failure, start_ray
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.errors import UserError
@@ -114,7 +117,7 @@ def _seconds(duration: str) -> float:
 
 def _run_once(args: PrecomputeFreq) -> int:
     urls = storage.expand(args.shards)
-    cache = ScoreCache(args.cache, create=True)
+    cache = _cache_apart(args.cache, urls)
     todo = urls if args.retry_bad else list(look_up(urls, cache, args.spec).stale)
     print(
         f"{len(urls)} shards, {len(urls) - len(todo)} of them scored before; "
@@ -122,12 +125,13 @@ def _run_once(args: PrecomputeFreq) -> int:
         flush=True,
     )
     if todo:
-        ray.init(ignore_reinit_error=True, logging_level="warning")
+        start_ray()
     started = published = time.monotonic()
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
     unpublished: list[ShardReport] = []
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
+        bar.set_postfix_str("starting workers")
         for url, outcome in score_shards(todo, cache, args.spec, args.workers, args.retry_bad):
             if isinstance(outcome, ShardReport):
                 reports.append(outcome)
@@ -148,6 +152,25 @@ def _run_once(args: PrecomputeFreq) -> int:
             print(f"failed: {report.url}: {problem}", file=sys.stderr)
     _pack([url for url in urls if url not in failed], cache, args.spec)
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
+
+
+def _cache_apart(url: str, shards: list[str]) -> ScoreCache:
+    """The cache at `url`, made if it is not there.
+
+    Raises:
+        ValueError: it lies in a folder of shards, or can't be written.
+        OSError: it can't be made.
+    """
+    root = storage.normalise_url(url)
+    for folder in () if storage.is_remote(root) or not url else {Path(x).parent for x in shards}:
+        if Path(root).is_relative_to(folder):
+            raise ValueError(
+                f"--cache {root} lies in {folder}, a folder of shards: give one outside"
+            )
+    cache = ScoreCache(url, create=True)
+    if not storage.is_remote(root) and not os.access(root, os.W_OK | os.X_OK):
+        raise ValueError(f"--cache {root} can't be written: give another, or the right to write it")
+    return cache
 
 
 def try_publish(reports: list[ShardReport], cache: ScoreCache) -> str:
@@ -177,7 +200,11 @@ def score_shards(
     workers: int | None,
     retry_bad: bool = False,
 ) -> Iterator[tuple[str, ShardReport | str]]:
-    """Score shards, so many at a time; yields each with its report, or with what went wrong."""
+    """Score shards, so many at a time; yields each with its report, or with what went wrong.
+
+    Raises:
+        CacheFullError: no room is left in the cache.
+    """
     waiting = iter(urls)
     running: dict[ray.ObjectRef, str] = {}
     while urls:
@@ -192,7 +219,7 @@ def score_shards(
         try:
             yield url, ray.get(done)
         except ray.exceptions.RayTaskError as error:
-            yield url, f"{type(error.cause).__name__}: {storage.reason(error.cause)}"
+            yield url, failure(error)
         except ray.exceptions.RayError as error:
             yield url, str(error)
 

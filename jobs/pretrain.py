@@ -30,6 +30,7 @@ from ray.train import (
 from ray.train.torch import TorchTrainer
 
 from jobs import failures
+from jobs.cluster import start_ray
 from jobs.refresh_scores import following
 from jobs.refresh_workers import GPU_SHARE, RefreshWorkers
 from pipeline.errors import UserError
@@ -66,7 +67,7 @@ def main(args: RayPretrain) -> None:
     Raises:
         ValueError: the input is wrong, or workers were lost more often than they may be.
     """
-    ray.init(ignore_reinit_error=True)
+    start_ray(log_to_driver=True)
     held = worker_resources(args, ray.nodes())
     config = Pretrain(
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}

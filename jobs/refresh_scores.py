@@ -36,7 +36,8 @@ from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.models import ModelConfig
-from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray, start_ray
+from jobs.cluster import start_ray
+from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.collector import collect_superseded
@@ -220,16 +221,19 @@ def _refresh(
     check_model_kinds(spec.kind for spec in specs)
     samples = load_samples(urls, cache)
     started = time.perf_counter()
-    claim = cache.claims.claim(specs=[spec.id for spec in specs])  # what is there already must stay
-    try:
+    with cache.claims.claimed(spec.id for spec in specs):  # what is there already must stay
         failed = _score_all(urls, encoder, cache, specs, args, over)
+        lost = set() if failed else set(cache.lacking(samples.shard_ids, specs))
+        failed |= {
+            url: "its maps were deleted while others were made; try again"
+            for url, shard_id in zip(samples.urls, samples.shard_ids, strict=True)
+            if shard_id in lost
+        }
         if not failed:
             cache.generations.publish(
                 Generation(encoder.run, encoder.step, specs, samples.digest, len(samples))
             )
             collect_superseded(cache, encoder.run, samples.shard_ids)
-    finally:
-        cache.claims.release([claim])
     seconds = time.perf_counter() - started
     summary = {
         "run": encoder.run,
@@ -259,10 +263,12 @@ def _score_all(
     failed = {}
     names = ", ".join(spec.kind for spec in specs)
     with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
+        bar.set_postfix_str("starting workers")
         for tars, outcome in refresh_on_ray(urls, encoder, cache, specs, args, over):
             if isinstance(outcome, str):
                 failed[tars[0]] = outcome
                 tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
+            bar.set_postfix_str("", refresh=False)
             bar.update(len(tars))
     return failed
 

@@ -17,6 +17,7 @@ import torch
 from annotated_types import Ge
 from tqdm import tqdm
 
+from jobs.cluster import failure
 from pipeline.cache import ScoreCache
 from pipeline.errors import UserError
 from pipeline.refresh import refresh_shards
@@ -46,16 +47,6 @@ class RefreshWorkers:
     on GPUs and the cluster has any"""
     batch_size: Annotated[int, Ge(1)] = 32
     """images at a time"""
-
-
-def start_ray() -> None:
-    """Join the Ray cluster that there is, or start one here for actors beside a training.
-
-    Ray starts workers at niceness 15. Beside a training whose threads hold every core, such an
-    actor took minutes to come up, longer than the run had left.
-    """
-    os.environ.setdefault("RAY_worker_niceness", "0")
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
 
 
 class UnwantedError(Exception):
@@ -160,6 +151,7 @@ def refresh_on_ray(
     Raises:
         UnwantedError: it is over.
         ValueError: the whole cluster has no room for one actor.
+        CacheFullError: no room is left in the cache.
     """
     place = Place.of(workers, encoder.config.get("device"), ray.cluster_resources())
     free = place.room(ray.available_resources())
@@ -237,7 +229,7 @@ def _outcome(done: ray.ObjectRef) -> Any | str | _Lost:
     try:
         return ray.get(done)
     except ray.exceptions.RayTaskError as error:
-        return f"{type(error.cause).__name__}: {error.cause}"
+        return failure(error)
     except ray.exceptions.RayError as error:
         died = isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed
         return _Lost(str(error), not died)

@@ -35,6 +35,7 @@ from annotated_types import Ge
 from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
+from jobs.cluster import start_ray
 from jobs.costs import StepCost, known, measured
 from jobs.grid import Grid, Row, load, table
 from pipeline.errors import UserError
@@ -84,12 +85,12 @@ def _start_ray(cpus: int, gpus: int) -> None:
     Raises:
         ValueError: it is this machine alone, and a run asks for more than that has.
     """
-    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    start_ray()
     nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
     if any(each.get("CPU", 0) >= cpus and each.get("GPU", 0) >= gpus for each in nodes):
         return
     lack = f"no machine has the {cpus} CPU core(s) and {gpus} GPU(s) of --cpus and --gpus"
-    if len(nodes) == 1 and "RAY_ADDRESS" not in os.environ:
+    if len(nodes) == 1 and os.environ.get("RAY_ADDRESS", "local") == "local":
         raise UserError(lack)
     print(f"{lack} yet: the runs wait for one that joins the cluster", file=sys.stderr)
 

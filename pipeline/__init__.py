@@ -2,3 +2,8 @@
 
 The only package that knows tars, zarr and DALI.
 """
+
+import os
+
+# Its warnings name no file; what counts of them is the verdict on the image.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")

@@ -1,14 +1,15 @@
 """Entries and packs as zarr objects: how they are made, and how they are read back and checked.
 
-There is a CRC-32C behind each chunk, and a checksum in every zarr.json. So an object that was cut
-short, or in which a bit flipped, is found when it is read. An array of an entry is one chunk,
-compressed; one of a pack is chunks of 8 MB, which are not: maps shrink by a seventh at best, and
-are read at half the speed.
+An array's zarr.json has the checksums of its chunks, and one of itself and its place. So an object
+that was cut short, in which a bit flipped, or that is another's is found when it is read. An array
+of an entry is one chunk, compressed; one of a pack is chunks of 8 MB, which are not: maps shrink by
+a seventh at best, and are read at half the speed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,14 +21,22 @@ import zarr
 import zarr.api.asynchronous
 from numpy.typing import NDArray
 from zarr.abc.store import ByteRequest
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import ZstdCodec
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import MemoryStore, WrapperStore
 from zarr.storage import ObjectStore as ZarrStore
 
 from pipeline import storage
 from pipeline.scores import Spec
-from pipeline.sealed import FORMAT, CacheError, damaged, seal_zarr, unseal_zarr
+from pipeline.sealed import (
+    FORMAT,
+    CacheError,
+    checksum,
+    chunks_of,
+    damaged,
+    seal_zarr,
+    unseal_zarr,
+)
 
 SAMPLES, KEY, MAPS = "samples", "key", "maps"
 _CHUNK = 8 << 20  # bytes of a pack's
@@ -43,11 +52,12 @@ class Run(NamedTuple):
 
 
 def table_objects(
-    attributes: dict[str, Any], samples: NDArray[np.int64], keys: list[str]
+    folder: str, attributes: dict[str, Any], samples: NDArray[np.int64], keys: list[str]
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of a table's objects, in the order to put them: the last completes it.
+    """Paths and bytes of a table's objects, in the order to put them: the last completes it.
 
     Args:
+        folder: of the entry in the cache, as below.
         attributes: of the group.
         samples: `[n, 3]`: offset, size, label.
         keys: of the samples.
@@ -55,34 +65,42 @@ def table_objects(
     group, objects = _group({"format": FORMAT, **attributes})
     _add(group, SAMPLES, samples, {})
     _add(group, KEY, np.array(keys, dtype=np.dtypes.StringDType()), {})
-    return _in_order(objects, "")
+    return _sealed(folder, objects, {})
 
 
-def maps_objects(spec: Spec, maps: NDArray[np.float16]) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of the objects of maps, in the order to put them: the last completes them."""
+def maps_objects(folder: str, spec: Spec, maps: NDArray[np.float16]) -> Iterator[tuple[str, bytes]]:
+    """Paths and bytes of the objects of maps, in the order to put them: the last completes them."""
     group, objects = _group({})
     _add(group, spec.id, maps, {"spec": spec.describe()})
-    return _in_order(objects, f"{spec.id}/")
+    del objects["zarr.json"]
+    return _sealed(folder, objects, {})
 
 
 def pack_objects(
+    folder: str,
     attributes: dict[str, Any],
     samples: NDArray[np.int64],
     maps: Iterable[NDArray[np.float16]],
     shape: tuple[int, ...],
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and bytes of a pack's objects, in the order to put them: the last completes it.
+    """Paths and bytes of a pack's objects, in the order to put them: the last completes it.
 
     Args:
+        folder: of the pack in the cache.
         attributes: of the group.
         samples: `[R, 3]`: offset, size, label.
         maps: all maps, block after block.
         shape: of the maps together, `(R, G, G)`.
     """
     group, objects = _group({"format": FORMAT, **attributes})
-    yield from _chunks(group, objects, SAMPLES, [samples], samples.shape, samples.dtype)
-    yield from _chunks(group, objects, MAPS, maps, shape, np.dtype(np.float16))
-    yield from _in_order(objects, "")
+    sums: dict[str, str] = {}
+    for written, data in itertools.chain(
+        _chunks(group, objects, SAMPLES, [samples], samples.shape, samples.dtype),
+        _chunks(group, objects, MAPS, maps, shape, np.dtype(np.float16)),
+    ):
+        sums[written] = checksum(data)
+        yield f"{folder}/{written}", data
+    yield from _sealed(folder, objects, sums)
 
 
 class CheckedStore(WrapperStore[ZarrStore]):
@@ -97,17 +115,23 @@ class CheckedStore(WrapperStore[ZarrStore]):
     def __init__(self, store: ZarrStore, url: str) -> None:
         super().__init__(store)
         self.url = url
+        self._sums: dict[str, str] = {}  # of the chunks of arrays that were opened, by their keys
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """See zarr; raises CacheError."""
         data = await super().get(key, prototype, byte_range)
-        if not key.endswith("/zarr.json"):
-            if data is None:
-                raise damaged(f"{self.url}/{key}", "it is gone", remedy(self.url, key))
-        elif data is not None:
-            unseal_zarr(data.to_bytes(), f"{self.url}/{key}", remedy(self.url, key))
+        if key.endswith("/zarr.json"):
+            if data is not None:
+                helps = remedy(self.url, key)
+                attributes = unseal_zarr(data.to_bytes(), self.url, key, helps)
+                array = key.removesuffix("zarr.json")
+                self._sums |= {array + name: each for name, each in chunks_of(attributes).items()}
+            return data
+        if data is None or checksum(data.as_numpy_array().data) != self._sums.get(key):
+            why = "it is gone" if data is None else "it was changed, or is another object"
+            raise damaged(f"{self.url}/{key}", why, remedy(self.url, key))
         return data
 
 
@@ -256,15 +280,25 @@ def _create(
         shape=shape,
         dtype=dtype,
         chunks=tuple(max(1, extent) for extent in (rows, *shape[1:])),
-        compressors=[*codecs, Crc32cCodec()],
+        compressors=codecs,
         attributes=attributes,
         config={"write_empty_chunks": True},  # a chunk that is not there is damage
     )
 
 
-def _in_order(objects: dict[str, Buffer], prefix: str) -> Iterator[tuple[str, bytes]]:
-    """Data first, then each array's metadata, then the group's."""
+def _sealed(
+    folder: str, objects: dict[str, Buffer], sums: dict[str, str]
+) -> Iterator[tuple[str, bytes]]:
+    """Data first, then each array's metadata, then the group's.
+
+    Args:
+        sums: checksums of chunks that were put already, by their names.
+    """
     for name in sorted(objects, key=lambda name: (name.endswith("zarr.json"), -name.count("/"))):
-        if name.startswith(prefix):
-            data = objects[name].to_bytes()
-            yield name, seal_zarr(data) if name.endswith("zarr.json") else data
+        data, (array, metadata, _) = objects[name].to_bytes(), name.rpartition("zarr.json")
+        if metadata:
+            own = {x.removeprefix(array): y for x, y in sums.items() if x.startswith(array)}
+            data = seal_zarr(data, f"{folder}/{name}", own if array else None)
+        else:
+            sums[name] = checksum(data)
+        yield f"{folder}/{name}", data

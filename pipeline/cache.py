@@ -9,15 +9,17 @@
     <cache>/packs/<pack id>/                  copies of many entries together; see pipeline.packs
 
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an entry
-never changes and whoever writes it writes the same bytes. An object is put whole, data before
-metadata: an array or group whose `zarr.json` exists is complete, and two writers can't harm each
-other. Nothing here deletes; `pipeline.collector` does.
+never changes and whoever writes it writes the same bytes. (Machines that round otherwise write
+others. If two of them put the same maps in the same milliseconds, chunk and checksum may be of
+different writers: that is found as damage, never believed.) An object is put whole, data before
+metadata: an array or group whose `zarr.json` exists is complete. Nothing here deletes;
+`pipeline.collector` does.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -128,11 +130,15 @@ class ScoreCache:
         notices, claims: what a collection is about to delete, and writers are at work on.
 
     Raises:
+        ValueError: an empty URL.
         FileNotFoundError: a local root that is not there, without `create`.
+        OSError: a root that can't be made.
         CacheError: with `create`, a root whose folders hold what is no part of a cache.
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:
+        if not url:
+            raise ValueError("the score cache has no name; give a folder or URL as --cache")
         try:
             self.objects = Objects(url, create=create)
         except FileNotFoundError:
@@ -161,6 +167,16 @@ class ScoreCache:
         return self.objects.exists(f"{entry}/zarr.json") and (
             spec is None or self.objects.exists(f"{entry}/{spec.id}/zarr.json")
         )
+
+    def lacking(self, shard_ids: Sequence[str], specs: Sequence[Spec]) -> list[str]:
+        """Those of the shards that have no table, or no maps of one of the specs."""
+
+        def whole(shard_id: str) -> bool:
+            return all(self.has_entry(shard_id, spec) for spec in specs)
+
+        with ThreadPoolExecutor(32) as pool:
+            found = pool.map(whole, shard_ids)
+            return [each for each, there in zip(shard_ids, found, strict=True) if not there]
 
     def write(
         self, shard_id: str, table: ShardTable, spec: Spec, maps: NDArray[np.float16]
@@ -192,8 +208,8 @@ class ScoreCache:
             "quarantined": [asdict(bad) for bad in table.rejected],
         }
         samples = np.stack([table.offset, table.size, table.label], axis=1)
-        for name, data in table_objects(attributes, samples, table.key):
-            self.objects.put(f"shards/{shard_id}/{name}", data)
+        for path, data in table_objects(f"shards/{shard_id}", attributes, samples, table.key):
+            self.objects.put(path, data)
 
     def write_maps(self, shard_id: str, spec: Spec, maps: NDArray[np.float16]) -> None:
         """Put maps `[n, G, G]`, in the order of the shard's table, which is there.
@@ -204,8 +220,8 @@ class ScoreCache:
             OSError: as `write_table`.
         """
         self._check_new_maps(shard_id, spec, maps, self.summary(shard_id).kept)
-        for name, data in maps_objects(spec, maps):
-            self.objects.put(f"shards/{shard_id}/{name}", data)
+        for path, data in maps_objects(f"shards/{shard_id}", spec, maps):
+            self.objects.put(path, data)
 
     def _check_new_maps(
         self, shard_id: str, spec: Spec, maps: NDArray[np.float16], kept: int
@@ -362,14 +378,12 @@ class ScoreCache:
             CacheError: what is written of it is damaged, or gone.
         """
         path = f"shards/{shard_id}/{spec_id}/zarr.json"
-        where = f"{self.url}/{path}"
+        helps = remedy(self.url, path)
         try:
             data = self.objects.get(path)
         except FileNotFoundError:
-            raise CacheError(f"{where} is gone. {remedy(self.url, path)}") from None
-        return ScoreSpec.from_description(
-            unseal_zarr(data, where, remedy(self.url, path)).get("spec", {})
-        )
+            raise CacheError(f"{self.url}/{path} is gone. {helps}") from None
+        return ScoreSpec.from_description(unseal_zarr(data, self.url, path, helps).get("spec", {}))
 
     async def _arrays(self, shard_id: str, names: list[str]) -> list[NDArray]:
         found = []
@@ -408,7 +422,7 @@ class ScoreCache:
 
     def _attributes(self, shard_id: str, data: bytes) -> dict[str, Any]:
         path = f"shards/{shard_id}/zarr.json"
-        return unseal_zarr(data, f"{self.url}/{path}", remedy(self.url, path))
+        return unseal_zarr(data, self.url, path, remedy(self.url, path))
 
     def _damaged(self, shard_id: str, name: str, why: str) -> CacheError:
         path = f"shards/{shard_id}/{name}"

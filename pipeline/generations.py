@@ -64,7 +64,8 @@ class Generations:
 
     def publish(self, generation: Generation) -> None:
         """Make a generation known, whose maps are all in the cache."""
-        self._objects.put(self.path(generation), seal(asdict(generation)))
+        path = self.path(generation)
+        self._objects.put(path, seal(asdict(generation), path))
 
     def of(self, run: str) -> list[Generation]:
         """The generations of a run, oldest first.
@@ -90,8 +91,8 @@ class Generations:
         After this nothing deletes them; one that was about to go is gone, and `of` does not list
         it any more.
         """
-        needed = sorted(set(steps))
-        self._objects.put(f"{_ROOT}/{run}/{_NEEDED}{by}", seal({"steps": needed}))
+        needed, path = sorted(set(steps)), f"{_ROOT}/{run}/{_NEEDED}{by}"
+        self._objects.put(path, seal({"steps": needed}, path))
         self._notices.wait({_path(run, step) for step in needed})
 
     def superseded(self, run: str, *, gone: Collection[str] = ()) -> list[Generation]:
@@ -127,7 +128,7 @@ class Generations:
             data = self._objects.get(path)
         except FileNotFoundError:  # collected meanwhile, or never there
             return None
-        return unseal(data, f"{self._objects.url}/{path}", _REMEDY)
+        return unseal(data, self._objects.url, path, _REMEDY)
 
     def _generation(self, content: dict[str, Any], path: str) -> Generation:
         try:

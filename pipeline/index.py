@@ -11,14 +11,16 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.precompute import ShardReport, index_shard, publish
+from pipeline.sealed import CacheFullError
 
 _PUBLISH_EVERY = 10.0  # seconds; a process that is killed loses at most this much
 _MOST_THREADS = 16  # each holds a tar
@@ -29,13 +31,15 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
 
     Args:
         urls: normalised.
-        judge: judge images of shards whose hash the cache does not know; if not, they stay unknown.
+        judge: judge images of shards whose hash the cache does not know; if not, the first such
+            shard ends the work, and the others stay unknown.
 
     Returns:
         shards (URL -> reason) that could not be read, are no tars, or stay unknown.
 
     Raises:
         OSError: the cache can't be written.
+        CacheFullError: no room is left in it.
     """
     failed: dict[str, str] = {}
     reports: dict[str, ShardReport] = {}
@@ -44,6 +48,7 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     with (
         warnings.catch_warnings(),  # threads that do so themselves would undo each other's
+        _quiet_decoders(),
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(urls), desc="looking into shards", unit="shard", mininterval=1) as bar,
     ):
@@ -52,11 +57,17 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
             url = running[done]
             try:
                 report = done.result()
+            except CancelledError:
+                continue
+            except CacheFullError:
+                _cancel(running)
+                raise
             except (ValueError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
                 failed[url] = f"{type(error).__name__}: {storage.reason(error)}"
             else:
                 if report is None:
                     failed[url] = "its content is new"
+                    _cancel(running)
                 else:
                     reports[url] = report
                     unpublished.append(report)
@@ -78,3 +89,30 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
             file=sys.stderr,
         )
     return failed
+
+
+@contextmanager
+def _quiet_decoders() -> Iterator[None]:
+    """Drop what libraries print to file 2, and nothing that Python prints to `sys.stderr`.
+
+    libpng tells of odd files there, without their names, into the progress bar; what counts of it
+    is the verdict on the image.
+    """
+    said, kept = sys.stderr, os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nothing, open(kept, "w", buffering=1) as stderr:
+            if said is sys.__stderr__:
+                sys.stderr = stderr
+            os.dup2(nothing.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(kept, 2)
+    finally:
+        sys.stderr = said
+
+
+def _cancel(running: Iterable[Future]) -> None:
+    """Let what has begun come to its end, and nothing else begin."""
+    for each in running:
+        each.cancel()

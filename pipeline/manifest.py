@@ -122,9 +122,10 @@ class Manifests:
             }
             for name, record in sorted(merged.items())
         }
-        data = seal({"folder": folder, "shards": shards})
+        path = _path(prefix, old.version + 1)
+        data = seal({"folder": folder, "shards": shards}, path)
         try:
-            self._objects.put(_path(prefix, old.version + 1), data, mode="create")
+            self._objects.put(path, data, mode="create")
         except AlreadyExistsError:
             return False
         versions = self._versions(prefix)
@@ -145,8 +146,7 @@ class Manifests:
                 data = self._objects.get(path)
             except FileNotFoundError:
                 continue  # outdated and cleared away since it was listed
-            where = f"{self._objects.url}/{path}"
-            content = unseal(data, where, _REMEDY)
+            content = unseal(data, self._objects.url, path, _REMEDY)
             try:
                 records = {
                     name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
@@ -154,7 +154,7 @@ class Manifests:
                 }
                 return _Manifest(versions[-1], content["folder"], records)
             except (AttributeError, KeyError, TypeError) as error:
-                raise damaged(where, error, _REMEDY) from None
+                raise damaged(f"{self._objects.url}/{path}", error, _REMEDY) from None
         return _Manifest(0, "", {})
 
     def _versions(self, prefix: str) -> list[int]:

@@ -14,11 +14,13 @@ A run that needs a generation does as a writer: its list of needed ones is the c
 Stores list what was put at once (S3 has been so since 2020). A collection deletes only within
 `WORKS` seconds of its notice; a notice that is still there after `DEAD` seconds of waiting is a
 killed collection's, and whoever waited removes it. Both are spans on one machine's own clock. A
-claim holds for `HOLDS`, by the store's clock and the collection's.
+claim holds for `HOLDS`, by the store's clock and the collection's; what takes longer renews it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Set
@@ -26,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from pipeline import storage
 from pipeline.objects import Objects
 from pipeline.sealed import damaged, seal, unseal
 
@@ -59,7 +62,7 @@ class Notices:
         """
         path = f"notices/{uuid.uuid4().hex}.json"
         began = time.monotonic()  # before others can see it
-        self._objects.put(path, seal({"paths": sorted(paths)}))
+        self._objects.put(path, seal({"paths": sorted(paths)}, path))
         try:
             yield lambda: time.monotonic() - began < WORKS
         finally:
@@ -102,12 +105,38 @@ class Claims:
             the claim, for `release`.
         """
         path = f"claims/{uuid.uuid4().hex}.json"
-        shards = sorted(shards)
-        self._objects.put(path, seal({"shards": shards, "specs": sorted(specs)}))
+        shards, specs = sorted(shards), sorted(specs)
+        self._put(path, shards, specs)
         notices = Notices(self._objects)
         # Maps of a spec may lie in any entry.
         notices.wait({"shards"} if specs else {f"shards/{shard_id}" for shard_id in shards})
         return path
+
+    @contextmanager
+    def claimed(self, specs: Iterable[str]) -> Iterator[None]:
+        """Claim maps of specs for as long as the block runs, be it days: a thread renews the claim.
+
+        It can't while the store is out of reach. So who publishes after that looks again.
+        """
+        specs, over = sorted(specs), threading.Event()
+        path = self.claim(specs=specs)
+
+        def renew() -> None:
+            while not over.wait(HOLDS.total_seconds() / 24):
+                with contextlib.suppress(*storage.UNREACHABLE):
+                    self._put(path, [], specs)
+
+        thread = threading.Thread(target=renew, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.release([path])
+
+    def _put(self, path: str, shards: list[str], specs: list[str]) -> None:
+        self._objects.put(path, seal({"shards": shards, "specs": specs}, path))
 
     def release(self, claims: Iterable[str]) -> None:
         """Give up claims: what they spoke of has a name now, or is not wanted any more."""
@@ -138,10 +167,9 @@ class Claims:
 def _content(
     objects: Objects, path: str, data: bytes, remedy: str, *lists: str
 ) -> dict[str, list[str]]:
-    where = f"{objects.url}/{path}"
-    content = unseal(data, where, remedy)
+    content = unseal(data, objects.url, path, remedy)
     if not all(isinstance(content.get(name), list) for name in lists):
-        raise damaged(where, f"it lacks {' or '.join(lists)}", remedy)
+        raise damaged(f"{objects.url}/{path}", f"it lacks {' or '.join(lists)}", remedy)
     return content
 
 

@@ -17,6 +17,7 @@ A local writer fills `<name>#<number>` before it takes the name; a killed one le
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ import obstore
 from zarr.storage import ObjectStore as ZarrStore
 
 from pipeline import storage
-from pipeline.sealed import CacheError
+from pipeline.sealed import CacheError, CacheFullError
 
 _SHARD_ID = r"[0-9a-f]{32}"
 _SPEC_ID = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{12}"
@@ -110,10 +111,20 @@ class Objects:
 
         Raises:
             ValueError: a name that the cache itself could not tell from a foreign one.
+            CacheFullError: no room is left.
         """
         if _OBJECT.fullmatch(path) is None:
             raise ValueError(f"{path} is no name for an object of a score cache")
-        storage.put(self._store, path, data, mode)
+        try:
+            storage.put(self._store, path, data, mode)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise CacheFullError(
+                f"the score cache {self.url} is full ({os.strerror(error.errno)}): make room there "
+                f"(`python jobs/cache.py gc --cache {self.url}` removes what nothing needs) or use "
+                "another cache, and run this again; nothing is scored twice"
+            ) from error
 
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""

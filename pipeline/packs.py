@@ -190,20 +190,14 @@ def read_pack(cache: ScoreCache, name: str) -> Pack | None:
         data = cache.objects.get(path)
     except FileNotFoundError:
         return None
-    attributes = unseal_zarr(data, f"{cache.url}/{path}", remedy(cache.url, path))
-    try:
-        pack = Pack(
-            folder=f"packs/{name}",
-            spec_id=attributes["spec"],
-            grid=attributes["grid"],
-            shards=attributes["shards"],
-            rows=attributes["rows"],
-        )
-    except KeyError as error:
-        raise _damaged(cache, path, f"it does not say its {error}") from None
-    if _name(pack.spec_id, pack.shards) != name or len(pack.shards) != len(pack.rows):
-        raise _damaged(cache, path, "it is another pack")
-    return pack
+    attributes = unseal_zarr(data, cache.url, path, remedy(cache.url, path))
+    return Pack(
+        folder=f"packs/{name}",
+        spec_id=attributes["spec"],
+        grid=attributes["grid"],
+        shards=attributes["shards"],
+        rows=attributes["rows"],
+    )
 
 
 def pack_loose(cache: ScoreCache, shard_ids: list[str], spec: Spec) -> Pack | None:
@@ -241,8 +235,8 @@ def write_pack(cache: ScoreCache, shard_ids: list[str], spec: Spec) -> Pack:
 
     attributes = {"spec": spec.id, "grid": spec.grid, "shards": shard_ids, "rows": counts}
     shape = (len(samples), spec.grid, spec.grid)
-    for name, data in pack_objects(attributes, samples, maps(), shape):
-        cache.objects.put(f"{pack.folder}/{name}", data)
+    for path, data in pack_objects(pack.folder, attributes, samples, maps(), shape):
+        cache.objects.put(path, data)
     return pack
 
 

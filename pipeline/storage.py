@@ -27,6 +27,7 @@ from pipeline.errors import UserError
 
 _DALI_SCHEMES = ("s3", "gs")
 _AT_ONCE = 32  # questions to a file system or store
+_COMPRESSED = "compressed: unpack by gunzip or the like, DALI reads plain tars alone"
 _ODD = r"[^A-Za-z0-9/_.=+~@,-]"
 
 
@@ -73,13 +74,23 @@ def open_store(url: str, *, create: bool = False) -> ObjectStore:
 
     Raises:
         FileNotFoundError: a local folder that is not there, without `create`.
+        OSError: it can't be made; says what is there in its place.
     """
     url = normalise_url(url)
     if is_remote(url):
         return from_url(url)
-    if not create and not os.path.isdir(url):
+    if os.path.islink(url) and not os.path.exists(url):
+        raise OSError(f"{url} is a link to {os.readlink(url)}, which is not there; make that first")
+    if os.path.exists(url) and not os.path.isdir(url):
+        raise OSError(f"{url} is a file; give a folder")
+    if create:
+        try:
+            os.makedirs(url, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"{url} can't be made: {error.strerror}; give another folder") from error
+    if not os.path.isdir(url):
         raise FileNotFoundError(f"{url}: no such folder")
-    return LocalStore(url, mkdir=create)
+    return LocalStore(url)
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -102,9 +113,7 @@ def expand(patterns: list[str]) -> list[str]:
         for one in _expand_braces(pattern):
             found = _matches(one)
             if not found:
-                raise FileNotFoundError(
-                    f"{one}: no such shards; give tars, a folder of tars, or a pattern in quotes"
-                )
+                raise FileNotFoundError(f"{one}: no such shards; {_remedy(one)}")
             urls += found
     for url in urls:
         _check_name(url)
@@ -120,11 +129,40 @@ def _expand_braces(pattern: str) -> list[str]:
         raise UserError(f"{pattern}: {error}; give names such as train-{{000..099}}.tar") from None
 
 
+def _remedy(pattern: str) -> str:
+    """What may help where a pattern names no tar."""
+    path = Path(pattern.removeprefix("file://"))
+    if pattern.startswith("pipe:"):
+        return "DALI reads files, not what a command prints: copy them, or give their s3:// URLs"
+    if "::" in pattern:
+        return "give several patterns one by one, with spaces between, not joined by ::"
+    if is_remote(pattern) or not path.is_dir():
+        return "give tars, a folder of tars, or a pattern in quotes"
+    for wanted, what in (
+        (
+            "*.[tT][aA][rR]",
+            f"its tars do not end in .tar: give '{path}/*.TAR', or as they are named",
+        ),
+        ("*/*.tar", f"its folders hold tars: give '{path}/*/*.tar'"),
+        (
+            "*.mds",
+            "it holds MDS shards (MosaicML): DALI reads webdataset tars alone, make such ones",
+        ),
+        ("*.tgz", f"its tars are {_COMPRESSED}"),
+        ("*.tar.*", f"its tars are {_COMPRESSED}"),
+    ):
+        if next(path.glob(wanted), None):
+            return what
+    return f"{path} holds no tar; `python jobs/make_shards.py --source {path}` makes tars of images"
+
+
 def _check_name(url: str) -> None:
     """Refuse a shard that could be scored but not trained on.
 
     DALI reads a URL by rules of its own, and fails or hangs at what they do not allow.
     """
+    if re.search(r"\.(tgz|tar\.\w+)$", url):
+        raise ValueError(f"{url} is {_COMPRESSED}")
     if is_remote(url):
         scheme, _, name = url.partition("://")
         if scheme not in _DALI_SCHEMES:
@@ -272,7 +310,7 @@ def put(
 
     Raises:
         AlreadyExistsError: `mode` is "create" and it is there already.
-        OSError: the store refused, a full disk say.
+        OSError: the store refused; `errno` says why where the store is a local disk.
     """
     if isinstance(store, LocalStore) and store.prefix and not os.path.isdir(store.prefix):
         # It would be made again: under the mount point of a disk that was unmounted, say.
@@ -283,7 +321,10 @@ def put(
     except AlreadyExistsError:
         raise
     except BaseError as error:
-        raise OSError(f"could not write {path}: {reason(error)}") from error
+        refused = OSError(f"could not write {path}: {reason(error)}")
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            refused.errno = int(number[1])
+        raise refused from error
 
 
 UNREACHABLE = (OSError, BaseError)

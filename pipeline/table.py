@@ -153,7 +153,8 @@ def require_shards(
     Args:
         urls: normalised.
         spec: a score that the caller is going to load: what was not scored is an error at once
-            then, and nothing is judged. A tar whose times alone changed is hashed, no more.
+            then, and nothing is judged. A tar that was copied, or whose times alone changed, is
+            hashed, no more.
         patterns: what the user called the shards.
         at_hand: see `look_up`.
 
@@ -165,7 +166,7 @@ def require_shards(
     mend = [
         url
         for url, each in shards.stale.items()
-        if each.lacks == "hash" or (spec is None and each.lacks != "file")
+        if each.lacks in (("record", "hash") if spec else ("record", "hash", "table", "maps"))
     ]
     failed: dict[str, str] = {}
     if len(mend) == len(shards.stale) > 0:

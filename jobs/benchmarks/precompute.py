@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from PIL import Image
 
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
+from jobs.cluster import start_ray
 from jobs.precompute_freq import score_shards
 from pipeline import storage
 from pipeline.cache import ScoreCache
@@ -95,13 +97,8 @@ def _agreement(jpegs: list[bytes], spec: ScoreSpec) -> Report:
 
 def _two_workers(data: bytes, spec: ScoreSpec, rounds: int) -> Report:
     """Rate of two Ray workers over that of one, on eight copies of a shard, each scored anew."""
-    ray.init(
-        "local",  # a cluster that is there has other numbers of cores
-        num_cpus=2,
-        ignore_reinit_error=True,
-        logging_level="warning",
-        log_to_driver=False,
-    )
+    os.environ["RAY_ADDRESS"] = "local"  # a cluster that is there has other numbers of cores
+    start_ray(num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
         urls = []
         for number in range(8):

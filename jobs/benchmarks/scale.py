@@ -14,6 +14,7 @@ from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge
+from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
@@ -23,8 +24,7 @@ from jobs import precompute_freq
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 from pipeline import storage
-from pipeline.arrays import maps_objects, table_objects
-from pipeline.cache import ScoreCache
+from pipeline.cache import ScoreCache, ShardTable
 from pipeline.manifest import ShardRecord
 from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
@@ -47,7 +47,7 @@ class Scale(Checked):
         spec = ScoreSpec()
         with tempfile.TemporaryDirectory(prefix="famt-scale-") as folder:
             cache = ScoreCache(f"{folder}/cache", create=True)
-            entries = self._entries(spec)
+            table, maps = self._entry(spec)
             Path(folder, "shards").mkdir()
             records, seconds = {}, {}
             started = time.perf_counter()
@@ -55,8 +55,7 @@ class Scale(Checked):
                 path = Path(folder, "shards", f"train-{number:06d}.tar")
                 path.touch()
                 shard_id = f"{number:032x}"
-                for name, data in entries[number % len(entries)]:
-                    cache.objects.put(f"shards/{shard_id}/{name}", data)
+                cache.write(shard_id, table, spec, maps[number % len(maps)])
                 records[str(path)] = ShardRecord(storage.version(str(path)), shard_id)
             seconds["write"] = time.perf_counter() - started
             cache.manifests.publish(records)
@@ -109,16 +108,14 @@ class Scale(Checked):
             )
             yield {**line, "seconds_to_parse_it": round(parsed, 2)}
 
-    def _entries(self, spec: ScoreSpec) -> list[list[tuple[str, bytes]]]:
-        """Objects of some entries, whose maps are as good as incompressible, as real ones are."""
+    def _entry(self, spec: ScoreSpec) -> tuple[ShardTable, list[NDArray[np.float16]]]:
+        """A table, and some maps that are as good as incompressible, as real ones are."""
         rows, rng = np.arange(self.images_per_shard), np.random.default_rng(0)
-        samples = np.stack([110_080 * rows, np.full(len(rows), 109_000), rows], axis=1)
-        attributes = {"bytes": 110_080 * len(rows), "kept": len(rows), "damage": None}
         keys = [f"image-{n:08d}" for n in rows]
-        table = list(table_objects({**attributes, "quarantined": []}, samples, keys))
+        sizes, length = np.full(len(rows), 109_000), 110_080 * len(rows)
+        table = ShardTable(keys, 110_080 * rows, sizes, rows, [], length, None)
         shape = (len(rows), spec.grid, spec.grid)
-        maps = ((rng.random(shape) + 0.5).astype(np.float16) for _ in range(16))
-        return [[*table, *maps_objects(spec, each)] for each in maps]
+        return table, [(rng.random(shape) + 0.5).astype(np.float16) for _ in range(16)]
 
 
 @dataclass(frozen=True)

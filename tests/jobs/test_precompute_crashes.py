@@ -19,6 +19,7 @@ from jobs.precompute_freq import PrecomputeFreq, main, try_publish
 from pipeline.cache import ScoreCache
 from pipeline.precompute import precompute_shard
 from pipeline.scores import ScoreSpec
+from pipeline.sealed import CacheFullError
 from pipeline.table import load_samples
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +164,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_readable(shards, s
         for path in sorted(shards.glob("*.tar")):
             written.append(precompute_shard(str(path), cache, spec))
 
-    with pytest.raises(OSError, match=r"could not write [\s\S]*No space left"):
+    with pytest.raises(CacheFullError, match=rf"{cache.url} is full \(No space left.* gc --cache"):
         fill()
     assert 0 < len(written) < 12
     whole = [entry for entry in cache.entries() if entry.whole and entry.specs]
@@ -177,8 +178,12 @@ def test_a_job_on_a_full_disk_fails_and_finishes_when_there_is_room(shards, smal
     done = subprocess.run(
         _command(shards, small_disk / "cache"), cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 1
-    assert "No space left" in done.stderr
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if "No space left" in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"error: the score cache {small_disk}/cache is full")
+    assert "failed: " not in done.stderr
+    assert "Traceback" not in done.stderr
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
     assert main(PrecomputeFreq([str(shards)], str(small_disk / "cache"), spec=spec)) == 0
     assert len(load_samples([str(shards)], ScoreCache(str(small_disk / "cache")))) == IMAGES
@@ -188,13 +193,11 @@ def test_a_scored_shard_that_cannot_be_published_waits_for_the_next_try(shards, 
     cache = ScoreCache(str(small_disk / "cache"), create=True)
     url = str(shards / "train-00.tar")
     reports = [precompute_shard(url, cache, spec)]
-    fill = small_disk / "fill"
-    with pytest.raises(OSError, match="No space left"):
-        fill.write_bytes(bytes(200_000))
-    assert "No space left" in try_publish(reports, cache)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert "Read-only" in try_publish(reports, cache)
     assert len(reports) == 1
     assert not cache.manifests.lookup([url])
-    fill.unlink()
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
     assert try_publish(reports, cache) == ""
     assert not reports
     assert url in cache.manifests.lookup([url])
@@ -205,6 +208,8 @@ def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=r"could not write [\s\S]*Read-only"):
         precompute_shard(str(shards / "train-00.tar"), cache, spec)
+    with pytest.raises(ValueError, match=rf"{cache.url} can't be written: give another"):
+        main(PrecomputeFreq([str(shards)], cache.url, spec=spec))
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def test_a_job_that_can_not_pack_has_scored_all_the_same(
     (chunk, *_) = (tmp_path / "cache").glob(f"shards/*/{spec.id}/c/0/0/0")
     chunk.write_bytes(b"?" + chunk.read_bytes()[1:])
     assert main(_config(shards, tmp_path, spec)) == 0
-    assert f"not packed: {chunk.parents[3]} is damaged" in capsys.readouterr().err
+    assert f"not packed: {chunk} is damaged" in capsys.readouterr().err
 
 
 def test_only_what_changed_is_scored_again(cluster, shards, tmp_path, spec, capsys):
@@ -196,6 +196,16 @@ def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_pat
 def test_options_out_of_bounds_are_refused_by_name(tmp_path, spec, options):
     with pytest.raises(ValueError, match=next(iter(options)).replace("_", ".")):
         _config(tmp_path, tmp_path, spec, **options)
+
+
+@pytest.mark.parametrize("inside", ["shards", "shards/cache"])
+def test_a_cache_among_the_tars_is_refused(shards, tmp_path, spec, inside):
+    config = PrecomputeFreq([str(shards)], str(tmp_path / inside), spec)
+    with pytest.raises(
+        ValueError, match=rf"lies in {shards}, a folder of shards: give one outside"
+    ):
+        main(config)
+    assert sorted(each.suffix for each in shards.iterdir()) == [".tar"] * 3
 
 
 @pytest.mark.parametrize("watch", ["10", "m", "5 m", "-1s"])

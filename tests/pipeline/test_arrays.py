@@ -20,7 +20,7 @@ def objects(tmp_path):
 
 def _put(objects, parts):
     for name, data in parts:
-        objects.put(f"{ENTRY}/{name}", data)
+        objects.put(name, data)
 
 
 def _read(objects, name):
@@ -34,8 +34,8 @@ def test_arrays_come_back_in_one_chunk_each(objects, count):
     samples = rng.integers(1, 1 << 40, (count, 3))
     keys = [f"ü {n}" for n in range(count)]
     maps = rng.random((count, 3, 3)).astype(np.float16)
-    _put(objects, table_objects({"kept": count}, samples, keys))
-    _put(objects, maps_objects(spec, maps))
+    _put(objects, table_objects(ENTRY, {"kept": count}, samples, keys))
+    _put(objects, maps_objects(ENTRY, spec, maps))
     np.testing.assert_array_equal(_read(objects, "samples"), samples)
     assert list(_read(objects, "key")) == keys
     np.testing.assert_array_equal(_read(objects, spec.id), maps)
@@ -46,8 +46,8 @@ def test_arrays_come_back_in_one_chunk_each(objects, count):
 def test_any_zarr_reader_can_open_an_entry(objects):
     spec = ScoreSpec(grid=3)
     maps = np.ones((2, 3, 3), np.float16)
-    _put(objects, table_objects({"kept": 2}, np.ones((2, 3), np.int64), ["a", "b"]))
-    _put(objects, maps_objects(spec, maps))
+    _put(objects, table_objects(ENTRY, {"kept": 2}, np.ones((2, 3), np.int64), ["a", "b"]))
+    _put(objects, maps_objects(ENTRY, spec, maps))
     group = zarr.open_group(f"{objects.url}/{ENTRY}", mode="r")
     np.testing.assert_array_equal(group[spec.id][:], maps)
     assert list(group["key"][:]) == ["a", "b"]
@@ -55,20 +55,26 @@ def test_any_zarr_reader_can_open_an_entry(objects):
 
 def test_the_last_object_completes_the_others():
     spec = ScoreSpec(grid=3)
-    table = [name for name, _ in table_objects({}, np.ones((1, 3), np.int64), ["a"])]
+    table = [
+        path.removeprefix(f"{ENTRY}/")
+        for path, _ in table_objects(ENTRY, {}, np.ones((1, 3), np.int64), ["a"])
+    ]
     assert table[-1] == "zarr.json"
     assert sorted(table[:2]) == ["key/c/0", "samples/c/0/0"]
-    maps = [name for name, _ in maps_objects(spec, np.ones((1, 3, 3), np.float16))]
+    maps = [
+        path.removeprefix(f"{ENTRY}/")
+        for path, _ in maps_objects(ENTRY, spec, np.ones((1, 3, 3), np.float16))
+    ]
     assert maps == [f"{spec.id}/c/0/0/0", f"{spec.id}/zarr.json"]
 
 
 def test_equal_content_gives_equal_bytes():
     spec, maps = ScoreSpec(grid=3), np.ones((1, 3, 3), np.float16)
-    assert dict(maps_objects(spec, maps)) == dict(maps_objects(spec, maps))
+    assert dict(maps_objects(ENTRY, spec, maps)) == dict(maps_objects(ENTRY, spec, maps))
 
 
 def test_metadata_that_was_changed_is_refused_before_zarr_believes_it(objects):
-    _put(objects, table_objects({}, np.ones((4, 3), np.int64), list("abcd")))
+    _put(objects, table_objects(ENTRY, {}, np.ones((4, 3), np.int64), list("abcd")))
     path = f"{ENTRY}/samples/zarr.json"
     metadata = json.loads(objects.get(path))
     metadata["shape"] = [3, 3]

@@ -154,14 +154,28 @@ def test_a_cache_of_a_newer_format_is_refused(cache, entry, spec):
     metadata = json.loads(path.read_text())
     metadata["attributes"]["format"] = 99
     del metadata["attributes"]["checksum"]
-    path.write_bytes(seal_zarr(json.dumps(metadata).encode()))
-    with pytest.raises(CacheError, match=r"format 99.*reads format 3"):
+    path.write_bytes(seal_zarr(json.dumps(metadata).encode(), f"shards/{ID}/zarr.json"))
+    with pytest.raises(CacheError, match=r"format 99.*reads format 4"):
         cache.read_table(ID)
 
 
 def test_a_missing_cache_is_named_with_the_remedy(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere: no score cache.*precompute_freq\.py"):
         ScoreCache(str(tmp_path / "nowhere"))
+
+
+def test_what_can_not_be_a_cache_is_named_with_what_is_there(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, said in (
+        ("file", "is a file; give a folder"),
+        ("link", "is a link to nowhere, which is not there"),
+        ("file/deeper", "can't be made: Not a directory; give another folder"),
+    ):
+        with pytest.raises(OSError, match=f"{tmp_path}/{name} {said}"):
+            ScoreCache(str(tmp_path / name), create=True)
+    with pytest.raises(ValueError, match="give a folder or URL as --cache"):
+        ScoreCache("", create=True)
 
 
 def test_a_cache_travels_to_another_process(cache, entry, spec):

@@ -163,7 +163,7 @@ def test_a_collection_sees_what_happened_since_it_chose_what_goes(cache, monkeyp
         if work == "claim":
             Path(cache.url, "claims").mkdir()
             path = f"claims/{'c' * 32}.json"
-            cache.objects.put(path, seal({"shards": [_id(1)], "specs": []}))
+            cache.objects.put(path, seal({"shards": [_id(1)], "specs": []}, path))
         else:
             cache.manifests.publish({"/nowhere/1.tar": _record(1)})
         return posted(paths)

@@ -1,8 +1,12 @@
 import multiprocessing
+import struct
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 
 import pytest
-from samples import photo_members, tar_bytes
+from samples import encode, photo, photo_members, tar_bytes
 
 from pipeline.cache import ScoreCache
 from pipeline.index import index_shards
@@ -54,7 +58,8 @@ def test_only_hashes_are_told_where_nothing_is_to_be_judged(tmp_path):
     urls, cache = _tars(tmp_path, 2), _cache(tmp_path)
     index_shards(urls[:1], cache)
     Path(urls[0]).touch()
-    assert index_shards(urls, cache, judge=False) == {urls[1]: "its content is new"}
+    assert index_shards(urls[:1], cache, judge=False) == {}
+    assert index_shards(urls[1:], cache, judge=False) == {urls[1]: "its content is new"}
     assert set(look_up(urls, cache, None).stale) == {urls[1]}
 
 
@@ -67,6 +72,26 @@ def test_what_can_not_be_read_is_told_and_the_others_are_done(tmp_path, capsys):
     assert "ValueError" in failed[urls[0]]
     assert f"damaged: {urls[1]}: " in capsys.readouterr().err
     assert set(look_up(urls, cache, None).stale) == {urls[0]}
+
+
+def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_path, capfd):
+    """An iCCP chunk that is too short: libpng warns, and the image is kept."""
+    whole = encode(photo(0), "PNG")
+    profile = b"iCCPx\0\0"
+    chunk = struct.pack(">I", 3) + profile + struct.pack(">I", zlib.crc32(profile))
+    odd = whole[:33] + chunk + whole[33:]
+    (tmp_path / "0.tar").write_bytes(tar_bytes([("a.png", odd), ("b.png", b"garbage")]))
+    assert index_shards([str(tmp_path / "0.tar")], _cache(tmp_path)) == {}
+    program = "from pipeline.index import index_shards; from pipeline.cache import ScoreCache; "
+    program += "print(index_shards({!r}, ScoreCache({!r}, create=True)))".format(
+        [str(tmp_path / "0.tar")], str(tmp_path / "other")
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "{}\n"
+    for said in (capfd.readouterr().err, done.stderr):
+        assert "libpng" not in said
+        assert "looking into shards: 100%" in said
+        assert "1 of 2 images can't be decoded" in said
 
 
 def _index(urls, url):

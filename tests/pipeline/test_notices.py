@@ -1,5 +1,7 @@
 import threading
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -89,7 +91,21 @@ def test_who_claims_a_spec_waits_for_any_collection_of_maps(objects):
     assert events == ["deleted", "claimed"]
 
 
+def test_a_claim_outlives_its_term_while_its_writer_works(objects, monkeypatch):
+    monkeypatch.setattr(notices, "HOLDS", timedelta(seconds=2))
+    claims = Claims(objects)
+    with claims.claimed(["lowpass-0123456789ab"]):
+        (path,) = Path(objects.url, "claims").iterdir()
+        first = path.stat().st_mtime_ns
+        while path.stat().st_mtime_ns < first + 2 * 10**9:
+            assert claims.held().specs == {"lowpass-0123456789ab"}
+            assert claims.outdated() == []
+            time.sleep(0.1)
+    assert claims.held().specs == set()
+
+
 def test_a_damaged_claim_is_named_with_the_remedy(objects):
-    objects.put(f"claims/{'c' * 32}.json", seal({"shards": 1}))
+    path = f"claims/{'c' * 32}.json"
+    objects.put(path, seal({"shards": 1}, path))
     with pytest.raises(CacheError, match=r"c\.json is damaged \(it lacks.*Remove it"):
         Claims(objects).held()

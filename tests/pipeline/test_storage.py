@@ -39,6 +39,36 @@ def test_a_pattern_that_matches_nothing_is_an_error(folder, pattern):
         storage.expand([f"{folder}/{pattern}"])
 
 
+@pytest.mark.parametrize(
+    ("files", "pattern", "remedy"),
+    [
+        (["a.TAR"], "", r"do not end in \.tar: give '.*/\*\.TAR'"),
+        (["n01/a.tar"], "", r"folders hold tars: give '.*/\*/\*\.tar'"),
+        (["index.json", "shard.00000.mds"], "", "MDS shards.*webdataset tars"),
+        (["a.tar.gz"], "", "compressed: unpack"),
+        (["a.tgz"], "", "compressed: unpack"),
+        (["a.jpg"], "", r"make_shards\.py --source"),
+        (["a.tar"], "a.tar::{folder}/b.tar", "one by one"),
+        (["a.tar"], "none-*.tar", "a folder of tars, or a pattern"),
+    ],
+)
+def test_what_can_be_meant_by_a_pattern_without_tars_is_told(tmp_path, files, pattern, remedy):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=f"no such shards; .*{remedy}"):
+        storage.expand([f"{tmp_path}/{pattern.format(folder=tmp_path)}"])
+
+
+def test_commands_and_compressed_tars_are_no_shards(tmp_path):
+    with pytest.raises(FileNotFoundError, match="not what a command prints"):
+        storage.expand(["pipe:cat a.tar"])
+    for name in ("a.tar.gz", "b.tgz", "c.tar.zst"):
+        (tmp_path / name).touch()
+        with pytest.raises(ValueError, match=rf"{name} is compressed: unpack"):
+            storage.expand([str(tmp_path / name)])
+
+
 def test_a_version_changes_with_size_or_time(folder):
     path = folder / "val-000000.tar"
     before = storage.version(str(path))

@@ -1,10 +1,12 @@
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from samples import photo_members, tar_bytes
 
+from pipeline import storage
 from pipeline.manifest import CacheError
 from pipeline.scores import ScoreSpec
 from pipeline.table import load_maps, load_samples
@@ -62,6 +64,24 @@ def test_a_shard_whose_times_alone_changed_is_hashed_and_not_scored(scored, spec
     assert len(load_maps(samples, scored.cache, spec)) == 26
     after = {path: path.stat().st_mtime_ns for path in Path(scored.cache.url).glob("shards/*/*/*")}
     assert after == before
+
+
+def test_copied_shards_find_their_scores_and_are_hashed_alone(scored, spec, tmp_path):
+    """Into another folder, on another disk: the cache knows their content."""
+    shutil.copytree(scored.folder, tmp_path / "copies")
+    samples = load_samples([str(tmp_path / "copies")], scored.cache, spec)
+    assert samples.digest == load_samples(scored.shards, scored.cache, spec).digest
+    assert len(load_maps(samples, scored.cache, spec)) == 26
+
+
+def test_of_many_shards_that_nobody_scored_only_the_first_are_read(scored, spec, monkeypatch):
+    for n in range(200):
+        (scored.folder / f"unknown-{n}.tar").write_bytes(tar_bytes(photo_members(1, n)))
+    read, reads = storage.read, []
+    monkeypatch.setattr(storage, "read", lambda url: reads.append(url) or read(url))
+    with pytest.raises(CacheError, match=r"does not know this shard.*\(and 199 more shards\)"):
+        load_samples([str(scored.folder)], scored.cache, spec)
+    assert len(reads) < 100
 
 
 def test_a_shard_replaced_at_equal_size_and_time_is_found(scored, spec):

@@ -26,6 +26,8 @@ class ReadAhead(threading.Thread):
     Attributes:
         ready: the newest generation that was read, with its maps `[R, G, G]` by kind, until it is
             taken up.
+        lost: why the newest could not be read when it was last tried, and its step if it is known;
+            None if all is well.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class ReadAhead(threading.Thread):
     ) -> None:
         super().__init__(daemon=True)
         self.ready: tuple[Generation, dict[str, Tensor]] | None = None
+        self.lost: tuple[int | None, str] | None = None
         self._newest, self._load = newest, load
         self._stopped = threading.Event()
         self._seen = -1
@@ -43,7 +46,7 @@ class ReadAhead(threading.Thread):
     def run(self) -> None:
         pause = _POLL
         while not self._stopped.wait(pause):
-            pause = _POLL
+            pause, newest = _POLL, None
             try:
                 newest = self._newest()
                 if newest is not None and newest.step > self._seen:
@@ -51,8 +54,11 @@ class ReadAhead(threading.Thread):
                     with self._changing:
                         if newest.step > self._seen:
                             self.ready, self._seen = (newest, maps), newest.step
-            except (*storage.UNREACHABLE, CacheError):
-                continue  # a store out of reach, or maps that were just collected: look again later
+                self.lost = None
+            except CacheError as error:  # maps that were collected, or are damaged: look again
+                self.lost = (newest.step if newest else None, storage.reason(error))
+            except storage.UNREACHABLE:
+                continue
             except Exception:  # a defect; the training goes on with the maps that it has
                 traceback.print_exc()
                 pause = _RETRY

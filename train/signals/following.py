@@ -135,6 +135,7 @@ class FollowedMaps:
                 )
         self._begun = epoch
         self._on_main(lambda: self._note(epoch, step), step, log)
+        self._on_main(lambda: self._ask_again(step, log), step, log)
         if log:
             self._tell(since, step, log)
         return True
@@ -297,7 +298,10 @@ class FollowedMaps:
         """Leave the encoder where the refresh job finds it."""
         path = encoder_path(self._config.out, step)
         failed_path(path).unlink(missing_ok=True)
-        if path.exists() or self._published(step):
+        if self._published(step):
+            return
+        if path.exists():
+            path.touch()  # the job makes it again, should its maps be gone
             return
         encoder = Encoder(
             run=self._run,
@@ -312,10 +316,24 @@ class FollowedMaps:
         if log:
             log.event(step, "refresh due", tell=True, encoder=path)
 
+    def _ask_again(self, step: int, log: Log | None) -> None:
+        """Say that a published generation can't be read, and have the job make it again."""
+        if self._ahead.lost is None:
+            return
+        generation, reason = self._ahead.lost
+        path = encoder_path(self._config.out, generation or 0)
+        if asked := generation is not None and path.exists():
+            path.touch()
+        if log:
+            log.event(step, "generation lost", tell=True, reason=reason, asked_for_again=asked)
+
     def _published(self, step: int) -> bool:
-        """Whether a generation is known to be there; not if the cache is out of reach."""
+        """Whether a generation is there with all its maps; not if the cache is out of reach."""
         try:
-            return any(generation.step == step for generation in self._generations())
+            return any(
+                each.step == step and not self._cache.lacking(self._samples.shard_ids, each.specs)
+                for each in self._generations()
+            )
         except storage.UNREACHABLE:
             return False
 

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -55,8 +56,12 @@ def _followed(config, scored, run="run-a", seed=0):
         return FollowedMaps(run, config, table, scored.cache, _model(seed).encoder, ranks), table
 
 
-def _refresh(scored, path, kinds=None):
-    """What the job does, in this process."""
+def _remove_maps(scored, table, spec):
+    shutil.rmtree(Path(scored.cache.url, "shards", table.shard_ids[1], spec.id))
+
+
+def _refresh(scored, path, kinds=None, then=lambda spec: None):
+    """What the job does, in this process; `then` runs before the generation is published."""
     marked = checkpoint.load_encoder(path)
     digest = encoder_digest(marked.weights)
     specs = [ModelScoreSpec(kind, 8, 32, digest) for kind in kinds or marked.kinds]
@@ -65,6 +70,7 @@ def _refresh(scored, path, kinds=None):
         batch_size=8, threads=1, device=torch.device("cpu"),
     )  # fmt: skip
     list(done)
+    then(specs[0])
     table = load_samples(marked.urls, scored.cache)
     generation = Generation(marked.run, marked.step, specs, table.digest, len(table))
     scored.cache.generations.publish(generation)
@@ -116,6 +122,41 @@ def test_a_generation_is_asked_for_read_ahead_and_taken_up_between_epochs(config
     assert (event["generation"], event["age_steps"], event["coverage"]) == (3, 3, 1.0)
     followed.close(finished=True)
     assert finished_path(config.out).exists()
+
+
+def test_a_generation_whose_maps_are_gone_is_told_of_and_asked_for_again(config, scored):
+    followed, table = _followed(config, scored)
+    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")), "train")
+    followed.begin_epoch(1, 3, Stop(), log)
+    marked = encoder_path(config.out, 3)
+    asked = marked.stat().st_mtime_ns
+    generation = _refresh(scored, marked, then=lambda spec: _remove_maps(scored, table, spec))
+    _until(lambda: followed._ahead.lost)
+    followed.begin_epoch(2, 6, Stop(), log)
+    (event,) = log_events(config.out, "generation lost")
+    assert event["asked_for_again"]
+    assert table.shard_ids[1] in event["reason"]
+    assert marked.stat().st_mtime_ns > asked  # which the job's follower sees
+    assert followed.current is None
+    _refresh(scored, marked)
+    _until(lambda: followed._ahead.ready)
+    followed.begin_epoch(3, 9, Stop(), log)
+    assert followed.current == generation
+    followed.close(finished=True)
+
+
+def test_a_waiting_run_goes_on_only_when_all_maps_are_there(config, scored):
+    waiting = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True))
+    followed, table = _followed(waiting, scored)
+    followed._leave_encoder(3, None)
+    generation = _refresh(scored, encoder_path(config.out, 3))
+    assert followed._made(3)
+    _remove_maps(scored, table, generation.specs[0])
+    assert not followed._made(3)
+    asked = encoder_path(config.out, 3).stat().st_mtime_ns
+    followed._leave_encoder(3, None)  # as a resumed run does
+    assert encoder_path(config.out, 3).stat().st_mtime_ns > asked
+    followed.close(finished=True)
 
 
 def test_a_resumed_run_takes_up_at_each_epoch_what_it_took_up_before(config, scored):

@@ -1,0 +1,39 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from ray_clusters import cluster
+from s3_server import free_port
+
+from jobs.cluster import start_ray
+
+
+def test_a_cluster_that_was_named_and_does_not_answer_is_told_of_at_once(monkeypatch):
+    address = f"127.0.0.1:{free_port()}"
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConnectionError, match=rf"{address} .*refused.* RAY_ADDRESS=local"):
+        start_ray()
+
+
+def _start(address):
+    """What a program that starts Ray has of CPUs, and what it says."""
+    program = "import ray; from jobs.cluster import start_ray; start_ray(); {}".format(
+        "print(int(ray.cluster_resources()['CPU']))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, **address},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_only_a_cluster_that_was_named_is_joined():
+    """One that runs on the machine is somebody's, and `ray.init` alone would join it."""
+    with cluster(99) as other:  # which Ray takes for the machine's, by RAY_TMPDIR
+        address = other.address
+        alone, joined = _start({}), _start({"RAY_ADDRESS": address})
+    assert alone == (f"{os.cpu_count()}\n", "starting Ray and its workers on this machine\n")
+    assert joined == ("99\n", f"joined the Ray cluster {address} (RAY_ADDRESS={address})\n")
