@@ -1,9 +1,9 @@
 """Tell metadata that every reader understands alike from metadata that turns an image for some.
 
 nvImageCodec reads the orientation of an image twice: its parser, which decides how large the
-upright image is, and its decoder, which turns it. Where the two part, DALI ends the epoch, or writes
-beyond the end of the image: a process dies now, or later, of something else. So such a file must not
-even be decoded.
+upright image is, and its decoder, which turns it. Where the two part, DALI ends the epoch or writes
+beyond the end of the image: a process dies now, or later, of something else. So such a file must
+not even be decoded.
 """
 
 from __future__ import annotations
