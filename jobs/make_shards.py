@@ -15,6 +15,8 @@ In a folder with `images` and `masks` in it, `masks/<name>.png` tells the class 
 Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With
 `--holdout` a share of the images goes to a second split, `val`.
 
+Files of other endings than images have are passed over, and counted by ending at the end.
+
 Exit code: 0 done; 1 some images could not be read and were skipped, each named.
 """
 
@@ -33,7 +35,7 @@ from tqdm import tqdm
 
 from pipeline.errors import UserError
 from pipeline.options import Checked, Seed
-from pipeline.shards import NO_LABEL
+from pipeline.shards import NO_LABEL, count_endings
 from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
 from train.program import called, run_program
 
@@ -73,7 +75,7 @@ class MakeShards(Checked):
 
 def main(args: MakeShards) -> int:
     """Write the shards; returns 1 if any image had to be skipped."""
-    classes, items = open_source(args.source, args.split, args.download_to)
+    classes, items, passed_over = open_source(args.source, args.split, args.download_to)
     if args.unlabelled:
         classes, items = [], [dataclasses.replace(item, label=NO_LABEL) for item in items]
     order = np.random.default_rng(args.seed).permutation(len(items))
@@ -103,6 +105,8 @@ def main(args: MakeShards) -> int:
         for name, reason in written.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         skipped += len(written.skipped)
+    if passed_over:
+        print(f"passed over: {count_endings(passed_over)}, which are no images", file=sys.stderr)
     return 1 if skipped else 0
 
 

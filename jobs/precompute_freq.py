@@ -6,8 +6,8 @@
 
 One task a tar, which holds that tar in memory. What the cache has already is not computed again,
 whatever the tar's name: run it again after a crash, or over a data set that grew. Images that can't
-enter training are quarantined with a reason, and left out of training. A JSON summary is printed
-last.
+enter training are quarantined with a reason, and left out of training. Files that are no images, no
+classes and no masks are counted by ending. A JSON summary is printed last.
 
 A tar that is cut off or broken gives what stands before the damage; every run that is given it says
 so. What was quarantined stays so until --retry-bad judges it again, say by newer decoders.
@@ -46,6 +46,7 @@ from pipeline.options import Checked
 from pipeline.packs import pack_loose
 from pipeline.precompute import ShardReport, precompute_shard, publish
 from pipeline.scores import ScoreSpec
+from pipeline.shards import passed_over_line
 from pipeline.stale import look_up
 from train.program import called, run_program
 
@@ -272,6 +273,8 @@ def _report(
             print(f"{what}: {line}", file=sys.stderr)
         if len(lines) > _SHOWN:
             print(f"... and {len(lines) - _SHOWN} more {what}", file=sys.stderr)
+    if line := passed_over_line(entry.passed_over for entry in entries):
+        print(line, file=sys.stderr)
     if bad > args.max_bad:
         print(f"more than --max-bad {args.max_bad} of the images are quarantined", file=sys.stderr)
     if len(damaged) > args.max_damaged:

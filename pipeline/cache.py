@@ -1,7 +1,8 @@
 """The score cache: content-addressed zarr entries that all experiments share.
 
     <cache>/shards/<shard id>/zarr.json       a zarr group; attributes: format, columns, bytes,
-                                              damage, kept, quarantined (key and reason of each)
+                                              damage, kept, quarantined (key and reason of each),
+                                              passed_over (ending -> number of other files)
     <cache>/shards/<shard id>/samples         int64 [n, 3]: offset, size, label, in tar order
     <cache>/shards/<shard id>/key             string [n]
     <cache>/shards/<shard id>/<spec id>       float16 [n, G, G]; attributes: the spec, spelled out
@@ -21,7 +22,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any, TypeVar
 
@@ -53,6 +54,7 @@ class ShardTable:
         rejected: what was quarantined, with reasons.
         bytes: size of the tar.
         damage: what is wrong with the tar itself, or None.
+        passed_over: how many files have which ending that are no part of any image.
     """
 
     key: list[str]
@@ -62,6 +64,7 @@ class ShardTable:
     rejected: list[Rejected]
     bytes: int
     damage: str | None
+    passed_over: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,12 +76,14 @@ class ShardSummary:
         rejected: those that do not, with reasons; with `kept`, all that were seen.
         bytes: size of the tar.
         damage: what is wrong with the tar itself, or None.
+        passed_over: how many files have which ending that are no part of any image.
     """
 
     kept: int
     rejected: list[Rejected]
     bytes: int
     damage: str | None
+    passed_over: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -206,6 +211,7 @@ class ScoreCache:
             "kept": len(table.label),
             "damage": table.damage,
             "quarantined": [asdict(bad) for bad in table.rejected],
+            "passed_over": table.passed_over,
         }
         samples = np.stack([table.offset, table.size, table.label], axis=1)
         for path, data in table_objects(f"shards/{shard_id}", attributes, samples, table.key):
@@ -257,6 +263,7 @@ class ScoreCache:
             rejected=summary.rejected,
             bytes=summary.bytes,
             damage=summary.damage,
+            passed_over=summary.passed_over,
         )
 
     def summary(self, shard_id: str) -> ShardSummary:
@@ -275,6 +282,7 @@ class ScoreCache:
             rejected=[Rejected(**bad) for bad in attributes["quarantined"]],
             bytes=attributes["bytes"],
             damage=attributes["damage"],
+            passed_over=attributes["passed_over"],
         )
 
     def read_samples(self, shard_ids: list[str]) -> list[NDArray[np.int64]]:

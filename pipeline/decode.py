@@ -15,13 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.orientation import is_ambiguous, may_turn
+from pipeline.orientation import is_ambiguous, may_be_turned, may_turn
 
 # nvImageCodec logs each image that it refuses; here the quarantine says so.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 from nvidia import nvimgcodec
 
 _MAX_PIXELS = 100_000_000
+_MAX_SIDE = 65_535  # JPEG's own; DALI draws crops outside of images above some 262,000 px high
 _CODECS = ("jpeg", "png", "webp")
 _KNOWN = "JPEG, PNG or WebP"
 # Above 256 scans nvImageCodec decodes a progressive JPEG by another library; encoders write 10.
@@ -103,9 +104,10 @@ def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> NDArray[np.uint8]:
     _check_extent(*extent)
-    _parse(data)
+    stream = _parse(data)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            _check_agreement(stream, image.size[::-1], turned=False)
             image.draft("RGB", (size, size))
             return _squash(image if image.mode == "RGB" else image.convert("RGB"), size)
     except OSError as error:
@@ -120,13 +122,15 @@ def _decode_whole(data: bytes) -> Image.Image:
     _check_extent(stream.height, stream.width)
     if stream.codec_name == "png" and b"acTL" in data[: data.find(b"IDAT")]:
         raise BadImage("animated PNGs are not supported: DALI fails on some of them")
-    if stream.codec_name != "webp" and is_ambiguous(data):
+    if is_ambiguous(data):
         raise BadImage("its EXIF can be read in several ways, and the image turned; rewrite it")
     decoded = _decoder().decode(stream)
     if decoded is None:
         _prove_memory(stream.height, stream.width)
         raise BadImage(f"DALI can't decode this {stream.codec_name}")
-    return Image.fromarray(np.asarray(decoded.cpu()))
+    pixels = np.asarray(decoded.cpu())
+    _check_agreement(stream, pixels.shape[:2], turned=may_be_turned(data))
+    return Image.fromarray(pixels)
 
 
 def _parse(data: bytes) -> nvimgcodec.CodeStream:
@@ -157,8 +161,24 @@ def _decoder() -> nvimgcodec.Decoder:
 
 
 def _check_extent(height: int, width: int) -> None:
-    if height * width > _MAX_PIXELS:
+    if min(height, width) < 1:  # or so large that it overflows
+        raise BadImage(f"{width} x {height} px is no extent of an image")
+    if max(height, width) > _MAX_SIDE or height * width > _MAX_PIXELS:
         raise BadImage(f"{width} x {height} px is absurdly large")
+
+
+def _check_agreement(stream: nvimgcodec.CodeStream, found: tuple[int, ...], turned: bool) -> None:
+    """Compare the height and width of an image's headers, by which DALI cuts, with its pixels'.
+
+    Args:
+        turned: pixels may be turned, which headers are not.
+
+    Raises:
+        BadImage: they differ.
+    """
+    announced = stream.height, stream.width
+    if found != announced and not (turned and found[::-1] == announced):
+        raise BadImage(f"its headers announce {announced} px high and wide, it decodes to {found}")
 
 
 def _prove_memory(height: int, width: int) -> None:

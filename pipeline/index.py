@@ -21,6 +21,7 @@ from pipeline import storage
 from pipeline.cache import ScoreCache
 from pipeline.precompute import ShardReport, index_shard, publish
 from pipeline.sealed import CacheFullError
+from pipeline.shards import passed_over_line
 
 _PUBLISH_EVERY = 10.0  # seconds; a process that is killed loses at most this much
 _MOST_THREADS = 16  # each holds a tar
@@ -84,10 +85,12 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
     if bad:
         kept = sum(report.kept for report in reports.values())
         print(
-            f"{bad} of {bad + kept} images can't be decoded and are left out; "
+            f"{bad} of {bad + kept} images can't be used and are left out; "
             f"`python jobs/cache.py ls --cache {cache.url} --bad` lists them",
             file=sys.stderr,
         )
+    if line := passed_over_line(report.passed_over for report in reports.values()):
+        print(line, file=sys.stderr)
     return failed
 
 

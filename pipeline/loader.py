@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,6 +40,8 @@ from pipeline.table import SampleTable
 
 Interpolation = Literal["bicubic", "bilinear"]
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+_PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new attempt to read from a store that failed
+_PREFETCHED = 2  # batches
 
 
 @dataclass(frozen=True)
@@ -234,13 +238,12 @@ class CropLoader:
                 f"{len(table)} samples over {world_size} ranks make no batch of "
                 f"{images}; lower the batch size"
             )
-        self.rows = share = own_share(len(table), rank, world_size)
-        self._share = len(share)
-        self._runs = -(-self._share // images)
+        self.rows = own_share(len(table), rank, world_size)
+        self._runs = -(-len(self.rows) // images)
         self.steps_per_epoch = least // images if drop_last else self._runs
         self.remainder = len(table) - self.steps_per_epoch * images * world_size if drop_last else 0
         self.epoch, self.step = first_epoch, 0
-        checkpoint = None
+        self._checkpoint: bytes | None = None
         self._state_setup = self._setup(table, seed)
         if state is not None:
             if state["setup"] != self._state_setup:
@@ -250,28 +253,13 @@ class CropLoader:
                 )
             self.epoch, self.step = int(state["epoch"]), int(state["step"])  # type: ignore
             first_epoch = int(state["first_epoch"])  # type: ignore
-            checkpoint = state["dali"]
+            self._checkpoint = state["dali"]  # type: ignore
         self._first_epoch = first_epoch
         # Ranks, and runs that begin at another epoch, must not draw the same crops.
-        seeds = np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)
-        with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
-            shards = table.write_indices(Path(folder), share)
-            paths = [table.paths[shard] for shard in shards]
-            allow_open_files(sum(not storage.is_remote(path) for path in paths))
-            self._pipeline: Pipeline = _crop_graph(
-                paths=paths,
-                index_paths=[f"{folder}/{shard}.idx" for shard in shards],
-                config=config,
-                on_gpu=self.device.type == "cuda",
-                batch_size=config.images_per_batch,
-                num_threads=config.threads or own_cores(),
-                device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-                seed=int(seeds[0]),
-                enable_checkpointing=True,
-                checkpoint=checkpoint,
-                prefetch_queue_depth=2,
-            )
-            self._pipeline.build()  # reads the index
+        self._seed = int(np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)[0])
+        self._remote = any(storage.is_remote(table.paths[n]) for n in table.shards_of(self.rows))
+        # A remote one is built when it is first read from: to restore a checkpoint is to read.
+        self._pipeline = None if self._remote else self._build()
 
     def __iter__(self) -> Iterator[CropBatch]:
         """The rest of the current epoch."""
@@ -279,12 +267,35 @@ class CropLoader:
             batch = self._run()
             self.step += 1
             images = self.config.images_per_batch
-            valid = self._share - (self.step - 1) * images
+            valid = len(self.rows) - (self.step - 1) * images
             # DALI fills the last batch up by repeating a sample.
             yield batch if valid >= images else batch.first(valid * self.config.crops_per_image)
         for _ in range(self._runs - self.steps_per_epoch):
             self._run_graph()
         self.epoch, self.step = self.epoch + 1, 0
+
+    def _build(self) -> Pipeline:
+        """A pipeline that goes on from the last checkpoint."""
+        config, table = self.config, self._table
+        with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
+            shards = table.write_indices(Path(folder), self.rows)
+            paths = [table.paths[shard] for shard in shards]
+            allow_open_files(sum(not storage.is_remote(path) for path in paths))
+            pipeline: Pipeline = _crop_graph(
+                paths=paths,
+                index_paths=[f"{folder}/{shard}.idx" for shard in shards],
+                config=config,
+                on_gpu=self.device.type == "cuda",
+                batch_size=config.images_per_batch,
+                num_threads=config.threads or own_cores(),
+                device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
+                seed=self._seed,
+                enable_checkpointing=True,
+                checkpoint=self._checkpoint,
+                prefetch_queue_depth=_PREFETCHED,
+            )
+            pipeline.build()  # reads the index
+        return pipeline
 
     def state(self) -> dict[str, object]:
         """All that a loader needs to go on with the batch after the last one yielded."""
@@ -293,7 +304,7 @@ class CropLoader:
             "first_epoch": self._first_epoch,
             "epoch": self.epoch,
             "step": self.step,
-            "dali": self._pipeline.checkpoint(),
+            "dali": self._pipeline.checkpoint() if self._pipeline else self._checkpoint,
         }
 
     def _run(self) -> CropBatch:
@@ -315,24 +326,73 @@ class CropLoader:
         return from_dlpack(decoded.as_tensor()).flatten(0, 1)
 
     def _run_graph(self) -> tuple:
-        # Given a stream, DALI orders the reuse of a batch's memory behind that stream's work, so
-        # pixels survive until what was queued there has read them. Without one it reuses memory as
-        # soon as Python drops the batch.
+        """The outputs of the graph's next run.
+
+        A failed read ends a DALI pipeline. On remote shards a new one then continues from the
+        checkpoint taken after the last run, so no sample is lost or repeated.
+
+        Raises:
+            CacheError: an image can't be decoded.
+            OSError: the store failed at every attempt.
+        """
+        for pause in (*_PAUSES, None):
+            try:
+                self._pipeline = self._pipeline or self._build()
+                outputs: tuple = self._pipeline.run(self._stream())
+                if self._remote:
+                    self._checkpoint = self._pipeline.checkpoint()
+                return outputs
+            except RuntimeError as error:
+                self._explain(error)
+                # What fails while a checkpoint is restored does not name the operator.
+                if not self._remote or (self._pipeline and "readers.webdataset" not in str(error)):
+                    raise
+                problem = f"{self._read_now()}: the store failed ({_reason(error)})"
+                if pause is None:
+                    raise OSError(
+                        f"{problem}, {len(_PAUSES) + 1} times in a row. Run again to go on from "
+                        "the last checkpoint; with --stage <folder> tars are copied to a local disk"
+                    ) from error
+            self._pipeline = None
+            print(f"{problem}; trying again in {pause:g} s", file=sys.stderr)
+            time.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """The stream that a GPU's batches are read in.
+
+        DALI orders the reuse of a batch's memory behind that stream's work, so pixels survive until
+        what was queued there has read them. Given none, it reuses memory as soon as Python drops
+        the batch.
+        """
         on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.current_stream(self.device) if on_gpu else None
-        try:
-            return self._pipeline.run(stream)
-        except RuntimeError as error:
-            # Of a failed decode DALI says `<tar>:<offset>:<row>`, of headers nothing.
-            decoding = re.search(r"Failed to decode sample #\d+ : .*:(\d+)$", str(error), re.M)
-            if decoding is None and "nvImageCodec failure" not in str(error):
-                raise
-            sample = self._table.key(int(decoding[1])) if decoding else "an image of these shards"
-            raise CacheError(
-                f"{sample}: DALI can't decode it, though it was kept when its shard was scored: "
-                "the tar was written over, or the decoders here are others. Remove it from the "
-                f"tar, or have all judged again: {self._table.judge_again()}"
-            ) from error
+        return torch.cuda.current_stream(self.device) if on_gpu else None
+
+    def _read_now(self) -> str:
+        """Path of the tar that is being read now, or the first of those that may be."""
+        first = self.rows.start + min(self.step * self.config.images_per_batch, len(self.rows) - 1)
+        end = first + self.config.shuffle_buffer + (1 + _PREFETCHED) * self.config.images_per_batch
+        # Past its end, the reader is in the next epoch.
+        rows = range(first, end) if end <= self.rows.stop else self.rows
+        shard, shards = (
+            self._table.shards_of(range(first, first + 1))[0],
+            self._table.shards_of(rows),
+        )
+        others = f", or another of {len(shards)} tars" if shards[1:] else ""
+        return f"{self._table.paths[shard]}{others}"
+
+    def _explain(self, error: RuntimeError) -> None:
+        """Raise a CacheError if DALI failed at an image, of which the error names the row."""
+        # Of a failed decode DALI says `<tar>:<offset>:<row>`, of headers nothing.
+        decoding = re.search(r"Failed to decode sample #\d+ : .*:(\d+)$", str(error), re.M)
+        if decoding is None and "nvImageCodec failure" not in str(error):
+            return
+        sample = self._table.key(int(decoding[1])) if decoding else "an image of these shards"
+        raise CacheError(
+            f"{sample}: DALI can't decode it, though it was kept when its shard was scored: "
+            "the tar was written over, or the decoders here are others. Remove it from the "
+            f"tar, or have all judged again: {self._table.judge_again()}"
+        ) from error
 
     def _setup(self, table: SampleTable, seed: int) -> str:
         """Everything that decides which sample comes next, spelled out."""
@@ -346,9 +406,10 @@ class CropLoader:
         )
 
 
-def rows_of(source: TensorListCPU) -> Tensor:
-    """The rows `[B]` int64 that an index carries in each sample's `source_info`."""
-    return torch.tensor([int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source])
+def _reason(error: RuntimeError) -> str:
+    """What DALI says of a failed read, without what it says of the pipeline."""
+    text = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
+    return text.strip(": \n").partition("\n")[0] or "no reason given"
 
 
 @pipeline_def(exec_dynamic=True)

@@ -1,8 +1,9 @@
 """Tell metadata that every reader understands alike from metadata that turns an image for some.
 
-nvImageCodec reads the orientation of a JPEG or PNG twice: its parser, which decides how large the
-upright image is, and its decoder, which turns it. Where the two part, it writes beyond the end of
-the image: a process dies now, or later, of something else. So such a file must not even be decoded.
+nvImageCodec reads the orientation of an image twice: its parser, which decides how large the
+upright image is, and its decoder, which turns it. Where the two part, DALI ends the epoch or writes
+beyond the end of the image: a process dies now, or later, of something else. So such a file must
+not even be decoded.
 """
 
 from __future__ import annotations
@@ -16,15 +17,27 @@ _EXIF = b"Exif\0\0"
 
 
 def is_ambiguous(data: bytes) -> bool:
-    """Whether readers may take the upright form of this JPEG or PNG for another.
+    """Whether readers may take the upright form of this JPEG, PNG or WebP for another.
 
     Not ambiguous is: no EXIF at all; one block of it that is well-formed; or any number and state
     of them in which nothing could be read as an orientation other than upright.
     """
-    blocks = list(_jpeg_blocks(data) if data[:2] == b"\xff\xd8" else _png_blocks(data))
+    blocks = _blocks(data)
     if len(blocks) == 1 and _is_well_formed(blocks[0]):
         return False
-    return any(may_turn(block) for block in blocks)
+    return any(map(may_turn, blocks))
+
+
+def may_be_turned(data: bytes) -> bool:
+    """Whether any reader could take this JPEG, PNG or WebP to lie other than upright."""
+    return any(map(may_turn, _blocks(data)))
+
+
+def _blocks(data: bytes) -> list[bytes]:
+    """All that some reader could take for the EXIF of an image."""
+    if data[:2] == b"\xff\xd8":
+        return list(_jpeg_blocks(data))
+    return _webp_blocks(data) if data[:4] == b"RIFF" else list(_png_blocks(data))
 
 
 def _jpeg_blocks(data: bytes) -> Iterator[bytes]:
@@ -53,6 +66,19 @@ def _png_blocks(data: bytes) -> Iterator[bytes]:
         if data[at + 4 : at + 8] == b"eXIf":
             yield data[at + 8 : at + 8 + length]
         at += 12 + length
+
+
+def _webp_blocks(data: bytes) -> list[bytes]:
+    """Each EXIF chunk; all of the file if the word stands elsewhere, as beyond the RIFF's end."""
+    blocks, at = [], 12
+    end = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
+    while at + 8 <= end:
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        following = at + 8 + length + length % 2
+        if data[at : at + 4] == b"EXIF" and following <= end:
+            blocks.append(data[at + 8 : at + 8 + length])
+        at = following
+    return blocks if len(blocks) == data.count(b"EXIF") else [data]
 
 
 def _is_well_formed(block: bytes) -> bool:

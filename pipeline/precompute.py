@@ -21,7 +21,14 @@ from pipeline.decode import BadImage, decode
 from pipeline.errors import UserError
 from pipeline.manifest import ShardRecord
 from pipeline.scores import ScoreSpec
-from pipeline.shards import Rejected, Sample, content_id, judgement_ids, list_shard
+from pipeline.shards import (
+    Rejected,
+    Sample,
+    content_id,
+    count_endings,
+    judgement_ids,
+    list_shard,
+)
 
 _BATCH = 128  # enough to share the cost of a call
 
@@ -40,7 +47,7 @@ class ShardReport:
 
     Attributes:
         version: size and stamp of the file as it was read.
-        kept, quarantined: samples; together all that were seen.
+        kept, quarantined: images; together all that were seen.
         decoded: images decoded now; 0 if the cache had it all.
         claim: keeps the entry from being collected until `publish` gives it a name.
     """
@@ -52,6 +59,7 @@ class ShardReport:
     quarantined: int
     decoded: int
     damage: str | None
+    passed_over: dict[str, int]
     claim: str
 
 
@@ -161,8 +169,17 @@ def _report(
     url: str, shard_id: str, version: storage.Version, cache: ScoreCache, decoded: int, claim: str
 ) -> ShardReport:
     entry = cache.summary(shard_id)
-    rejected = len(entry.rejected)
-    return ShardReport(url, shard_id, version, entry.kept, rejected, decoded, entry.damage, claim)
+    return ShardReport(
+        url=url,
+        shard_id=shard_id,
+        version=version,
+        kept=entry.kept,
+        quarantined=len(entry.rejected),
+        decoded=decoded,
+        damage=entry.damage,
+        passed_over=entry.passed_over,
+        claim=claim,
+    )
 
 
 def judge_shard(
@@ -202,7 +219,10 @@ def judge_shard(
             return known
         listing = list_shard(data)
         if not listing.samples and not listing.rejected:
-            raise UserError(f"{name}: no image in it ({listing.damage or 'the tar is whole'})")
+            others = f"; it holds {count_endings(listing.passed_over)}" * bool(listing.passed_over)
+            raise UserError(
+                f"{name}: no image in it ({listing.damage or 'the tar is whole'}{others})"
+            )
         kept, rejected = [], list(listing.rejected)
         for sample in listing.samples:
             try:
@@ -220,6 +240,7 @@ def judge_shard(
         rejected=sorted(rejected, key=lambda bad: bad.key),
         bytes=len(data),
         damage=listing.damage,
+        passed_over=listing.passed_over,
     )
 
 

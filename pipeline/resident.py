@@ -18,6 +18,7 @@ from tqdm import tqdm
 from famt.resample import resample
 from famt.transfer import send
 from pipeline import storage
+from pipeline.errors import UserError
 from pipeline.limits import allow_open_files
 from pipeline.loader import CropLoader, Views, own_cores, rows_of
 
@@ -36,7 +37,7 @@ class ResidentLoader(CropLoader):
     Args: those of `CropLoader`.
 
     Raises:
-        ValueError: also if the images take more than half of the memory that is free.
+        UserError: also if the images take more than half of the memory that is free.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -62,20 +63,21 @@ class ResidentLoader(CropLoader):
             shards = self._table.write_indices(Path(folder), self.rows)
             paths = [self._table.paths[shard] for shard in shards]
             allow_open_files(sum(not storage.is_remote(path) for path in paths))
-            self._pipeline, views = (
-                _whole_images(
-                    paths=paths,
-                    index_paths=[f"{folder}/{shard}.idx" for shard in shards],
-                    on_gpu=self.device.type == "cuda",
-                    batch_size=_BATCH,
-                    num_threads=self.config.threads or own_cores(),
-                    device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-                ),
-                self._pipeline,
+            graph = _whole_images(
+                paths=paths,
+                index_paths=[f"{folder}/{shard}.idx" for shard in shards],
+                on_gpu=self.device.type == "cuda",
+                batch_size=_BATCH,
+                num_threads=self.config.threads or own_cores(),
+                device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
             )
             with tqdm(total=len(self.rows), desc="decoding once", unit="img") as bar:
                 while bar.n < len(self.rows):
-                    source, extent, decoded = self._run_graph()
+                    try:
+                        source, extent, decoded = graph.run(self._stream())
+                    except RuntimeError as error:
+                        self._explain(error)
+                        raise
                     place = rows_of(source) - self.rows.start
                     part = from_dlpack(decoded.as_tensor()).permute(0, 3, 1, 2)
                     height, width = (part.shape[n] - images.shape[n] for n in (2, 3))
@@ -84,14 +86,13 @@ class ResidentLoader(CropLoader):
                     images[send(place, self.device), :, : part.shape[2], : part.shape[3]] = part
                     extents[place] = torch.from_numpy(extent.as_array()).long()
                     bar.update(min(_BATCH, len(self.rows) - bar.n))
-        self._pipeline = views
         return images, extents.to(self.device)
 
     def _grown(self, images: Tensor, height: int, width: int) -> Tensor:
         """The array with room for images that are so much larger.
 
         Raises:
-            ValueError: there is no memory for it.
+            UserError: there is no memory for it.
         """
         count, _, high, wide = images.shape
         needed = count * (high + height) * (wide + width) * 3
@@ -101,7 +102,7 @@ class ResidentLoader(CropLoader):
             else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         )
         if needed > _ROOM * free:
-            raise ValueError(
+            raise UserError(
                 f"--resident: {count} images of up to {wide + width} x {high + height} px take "
                 f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {self.device}; leave "
                 "it out, and images are decoded each time"

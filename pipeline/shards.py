@@ -11,7 +11,7 @@ import io
 import re
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +22,7 @@ LABEL_EXTENSION = "cls"
 MASK_EXTENSION = "mask.png"
 NO_LABEL = -1
 _JUDGEMENTS = 100
+_ENDINGS = 8  # named in a line
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,15 @@ class ShardListing:
     """All that a tar holds: `samples` in tar order, `rejected` with reasons, and its damage.
 
     Attributes:
+        samples, rejected: together every image of the tar.
         damage: what is wrong with the tar itself, or None; the samples before the damage stand.
+        passed_over: how many files have which ending (`.json`) that are no part of any image.
     """
 
     samples: list[Sample]
     rejected: list[Rejected]
     damage: str | None
+    passed_over: dict[str, int]
 
 
 def content_id(data: bytes) -> str:
@@ -85,11 +89,11 @@ def list_shard(data: bytes) -> ShardListing:
     groups files. A `<key>.mask.png`, found alike, is the sample's mask. Keys may hold dots, spaces
     and folders; but of several images that webdataset would take for one sample, such as `7.jpg`
     and `7.depth.png`, only one named up to the first dot is its photo. Bytes of a name that are no
-    text stand as escapes in its key. Other members are ignored, and so are macOS's shadows
+    text stand as escapes in its key. Other members are counted, except macOS's shadows
     (`._<name>`).
 
-    Where it can't be told what class an image has, or which image is meant, none is guessed: the
-    sample is rejected.
+    Where it can't be told what class or mask an image has, or which image is meant, none is
+    guessed: the sample is rejected. So are all images of one key.
     """
     contents = _read_members(data)
     files = [
@@ -97,63 +101,67 @@ def list_shard(data: bytes) -> ShardListing:
         for member in contents.members
         if not member.isdir() and not PurePosixPath(member.name).name.startswith("._")
     ]
-    labels: defaultdict[str, list[tarfile.TarInfo]] = defaultdict(list)
+    images, labels, masks = (defaultdict[str, list[tarfile.TarInfo]](list) for _ in range(3))
+    passed_over: Counter[str] = Counter()
     for member in files:
-        if _extension(member.name) == LABEL_EXTENSION:
+        if member.name.lower().endswith(f".{MASK_EXTENSION}"):
+            masks[member.name[: -len(MASK_EXTENSION) - 1]].append(member)
+        elif _extension(member.name) == LABEL_EXTENSION:
             labels[_stem(member.name)].append(member)
-    images = [
-        member
-        for member in files
-        if _extension(member.name) in IMAGE_EXTENSIONS and not _is_mask(member.name)
-    ]
-    stems = {_stem(member.name) for member in images}
-    alike = Counter(_webdataset_key(stem) for stem in stems)
+        elif _extension(member.name) in IMAGE_EXTENSIONS:
+            images[_stem(member.name)].append(member)
+        else:
+            passed_over[PurePosixPath(member.name).suffix.lower()] += 1
+    alike = Counter(map(_webdataset_key, images))
     samples: list[Sample] = []
     rejected: list[Rejected] = []
-    seen: set[str] = set()
-    labelled: set[str] = set()
-    masks: dict[str, tarfile.TarInfo] = {}
-    for member in files:
-        if not _is_mask(member.name):
-            continue
-        key = member.name[: -len(MASK_EXTENSION) - 1]
+    for key, (member, *others) in images.items():
+        group = _webdataset_key(key)
         try:
-            _check_member(member, key, masks, len(data))
-            if key not in stems | {_webdataset_key(stem + ".") for stem in stems}:
-                raise ValueError("a mask without an image")
-        except ValueError as error:
-            rejected.append(Rejected(member.name, str(error)))
-        else:
-            masks[key] = member
-    for member in images:
-        key, group = _stem(member.name), _webdataset_key(member.name)
-        label_key = key if key in labels else group
-        labelled.add(label_key)
-        try:
-            _check_member(member, key, seen, len(data))
-            if key != group and group in stems:
+            if others:
+                raise ValueError(f"duplicate key: {1 + len(others)} images have it")
+            _check_member(member, len(data))
+            if key != group and group in images:
                 raise ValueError("another component of a sample that has an image already")
             if key != group and key not in labels and alike[group] > 1:
                 raise ValueError(
                     f"one of {alike[group]} images of sample {group}: name its photo {group}."
                     f"{_extension(member.name)}, or give each image a class or name of its own"
                 )
-            label = _read_label(data, labels.get(label_key, []))
+            label = _read_label(data, labels.get(key, labels.get(group, [])))
             may_go_on = bool(labels) or group == _webdataset_key(files[-1].name)
             if label == NO_LABEL and contents.broken and may_go_on:
                 raise ValueError("has no class, and may have had one: the tar is broken after it")
+            mask = _find_mask(data, masks.get(key, masks.get(group, [])))
         except ValueError as error:
-            rejected.append(Rejected(member.name, str(error)))
-            continue
-        seen.add(key)
-        mask = masks.get(key if key in masks else _webdataset_key(member.name))
-        place = (mask.offset_data, mask.size) if mask else None
-        samples.append(Sample(key, member.offset_data, member.size, label, place))
-    rejected += [
-        Rejected(labels[key][0].name, "a class without an image")
-        for key in labels.keys() - labelled
-    ]
-    return ShardListing(samples, sorted(rejected, key=lambda bad: bad.key), contents.damage)
+            rejected += [Rejected(each.name, str(error)) for each in (member, *others)]
+        else:
+            samples.append(Sample(key, member.offset_data, member.size, label, mask))
+    for ending, owned in ((LABEL_EXTENSION, labels), (MASK_EXTENSION, masks)):
+        owners = {key if key in owned else _webdataset_key(key) for key in images}
+        if left := sum(len(owned[key]) for key in owned.keys() - owners):
+            passed_over[f".{ending}"] = left
+    rejected.sort(key=lambda bad: bad.key)
+    return ShardListing(samples, rejected, contents.damage, dict(passed_over))
+
+
+def passed_over_line(counts: Iterable[Mapping[str, int]]) -> str:
+    """What to say at the end of files in shards that are no part of any image; "" if none is."""
+    total = sum(map(Counter, counts), Counter[str]())
+    if not total:
+        return ""
+    return (
+        f"passed over in the shards: {count_endings(total)}; images are files of "
+        f".{', .'.join(sorted(IMAGE_EXTENSIONS))}, their classes of .{LABEL_EXTENSION} alone"
+    )
+
+
+def count_endings(counts: Mapping[str, int]) -> str:
+    """How many files have which ending: the most frequent ones each, and the rest together."""
+    most = Counter(counts).most_common()
+    named = [f"{count} {ending or 'without an ending'}" for ending, count in most[:_ENDINGS]]
+    rest = sum(count for _, count in most[_ENDINGS:])
+    return ", ".join([*named, f"{rest} others"] if rest else named)
 
 
 def write_dali_index(path: Path, samples: Iterable[tuple[int, int, int]]) -> None:
@@ -255,7 +263,7 @@ def _escape(name: str) -> str:
     )
 
 
-def _check_member(member: tarfile.TarInfo, key: str, seen: Container[str], length: int) -> None:
+def _check_member(member: tarfile.TarInfo, length: int) -> None:
     if not member.isreg() or member.issparse():
         raise ValueError("not a regular file")
     if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
@@ -264,8 +272,18 @@ def _check_member(member: tarfile.TarInfo, key: str, seen: Container[str], lengt
         raise ValueError("empty")
     if member.offset_data + member.size > length:
         raise ValueError("cut off by the end of the tar")
-    if key in seen:
-        raise ValueError("duplicate key")
+
+
+def _find_mask(data: bytes, members: list[tarfile.TarInfo]) -> tuple[int, int] | None:
+    if not members:
+        return None
+    if len(members) > 1:
+        raise ValueError(f"it has {len(members)} masks")
+    try:
+        _check_member(members[0], len(data))
+    except ValueError as error:
+        raise ValueError(f"its mask can't be used: {error}") from None
+    return members[0].offset_data, members[0].size
 
 
 def _read_label(data: bytes, members: list[tarfile.TarInfo]) -> int:
@@ -285,10 +303,6 @@ def _read_label(data: bytes, members: list[tarfile.TarInfo]) -> int:
     if members and not 0 <= label < 2**31:
         raise ValueError(f"its class {label} is out of range")
     return label
-
-
-def _is_mask(name: str) -> bool:
-    return name.lower().endswith(f".{MASK_EXTENSION}")
 
 
 def _stem(name: str) -> str:

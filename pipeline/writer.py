@@ -7,11 +7,12 @@ import json
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import obstore
@@ -24,7 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.masks import decode_mask
-from pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL
+from pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL, count_endings
 
 TORCHVISION_SOURCES = ("cifar10", "cifar100", "flowers102", "food101", "stl10")
 DIGITS = "digits"
@@ -42,6 +43,14 @@ class Item:
     label: int
     load: Callable[[], Path | Image.Image]
     mask: Callable[[], bytes] | None = None
+
+
+class Source(NamedTuple):
+    """Class names and images of a source, and how many other files its folder holds, by ending."""
+
+    classes: list[str]
+    items: list[Item]
+    passed_over: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,8 @@ class Written:
     skipped: list[tuple[str, str]]
 
 
-def open_source(
-    source: str, split: str, download_to: str | None = None
-) -> tuple[list[str], list[Item]]:
-    """Class names and items of an image folder, a torchvision data set, or scikit-learn's digits.
+def open_source(source: str, split: str, download_to: str | None = None) -> Source:
+    """What an image folder, a torchvision data set, or scikit-learn's digits hold.
 
     An image right in the folder has no class; so if there is any, no image of the folder has, at
     whatever depth it lies. In a folder of `images` and `masks`, `masks/<name>.png` tells the class
@@ -98,19 +105,17 @@ def open_source(
             f"{', '.join((DIGITS, *TORCHVISION_SOURCES))}"
         )
     if {"images", "masks"} <= {path.name for path in Path(source).iterdir() if path.is_dir()}:
-        return [], _masked(Path(source))
-    images = _images(source)
+        return _masked(Path(source))
+    images, others = _files(source)
     if any(len(name.parts) == 1 for name in images):
-        return [], [Item(str(name), NO_LABEL, partial(Path, source, name)) for name in images]
-    if not images:
-        raise FileNotFoundError(f"{source} holds no images")
+        items = [Item(str(name), NO_LABEL, partial(Path, source, name)) for name in images]
+        return Source([], items, others)
     # Empty ones too: a class keeps its number in a split that has no image of it.
     folders = (path.name for path in Path(source).iterdir() if path.is_dir())
     classes = sorted(name for name in folders if not name.startswith("."))
     label = {name: number for number, name in enumerate(classes)}
-    return classes, [
-        Item(str(name), label[name.parts[0]], partial(Path, source, name)) for name in images
-    ]
+    items = [Item(str(name), label[name.parts[0]], partial(Path, source, name)) for name in images]
+    return Source(classes, items, others)
 
 
 def write_shards(
@@ -225,24 +230,33 @@ def safe_key(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "_", name.rpartition(".")[0] or name)
 
 
-def _images(folder: str) -> list[Path]:
-    """Every image file below a folder, relative to it, in the order of names; none is hidden."""
-    images = []
+def _files(folder: str) -> tuple[list[Path], dict[str, int]]:
+    """Image files below a folder, relative to it, in the order of names, and endings of the others.
+
+    Hidden files are neither.
+
+    Raises:
+        FileNotFoundError: none is an image.
+    """
+    images, others = [], Counter[str]()
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        images += [
-            Path(parent, name).relative_to(folder)
-            for name in names
-            if has_file_allowed_extension(name, IMG_EXTENSIONS) and not name.startswith(".")
-        ]
-    return sorted(images)
+        for name in names:
+            if name.startswith("."):
+                continue
+            if has_file_allowed_extension(name, IMG_EXTENSIONS):
+                images.append(Path(parent, name).relative_to(folder))
+            else:
+                others[Path(name).suffix.lower()] += 1
+    if not images:
+        but = f", but {count_endings(others)}" if others else ""
+        raise FileNotFoundError(f"{folder} holds no images{but}")
+    return sorted(images), dict(others)
 
 
-def _masked(folder: Path) -> list[Item]:
+def _masked(folder: Path) -> Source:
     """Images with masks."""
-    names = _images(str(folder / "images"))
-    if not names:
-        raise FileNotFoundError(f"{folder / 'images'} holds no images")
+    names, others = _files(str(folder / "images"))
     paths = {name: (folder / "masks" / name).with_suffix(".png") for name in names}
     for name, path in paths.items():
         if not path.is_file():
@@ -253,7 +267,7 @@ def _masked(folder: Path) -> list[Item]:
         image = folder / "images" / name
         mask = partial(_mask, image, path, binary)
         items.append(Item(str(name), NO_LABEL, partial(Path, image), mask))
-    return items
+    return Source([], items, others)
 
 
 def _is_binary(path: Path) -> bool:
@@ -305,7 +319,7 @@ def _encode(source: Path | Image.Image, encoding: Encoding) -> tuple[str, bytes]
     return "jpg", buffer.getvalue()
 
 
-def _torchvision(source: str, split: str, root: str) -> tuple[list[str], list[Item]]:
+def _torchvision(source: str, split: str, root: str) -> Source:
     factory = {
         "cifar10": torchvision.datasets.CIFAR10,
         "cifar100": torchvision.datasets.CIFAR100,
@@ -320,10 +334,11 @@ def _torchvision(source: str, split: str, root: str) -> tuple[list[str], list[It
     if targets is None:
         targets = dataset._labels if hasattr(dataset, "_labels") else dataset.labels
     classes = getattr(dataset, "classes", None) or [str(n) for n in range(max(targets) + 1)]
-    return list(classes), [
+    items = [
         Item(f"{source}-{half}-{number:06d}", int(label), partial(_picture, dataset, number))
         for number, label in enumerate(targets)
     ]
+    return Source(list(classes), items, {})
 
 
 def _picture(dataset: torchvision.datasets.VisionDataset, number: int) -> Image.Image:
@@ -331,15 +346,16 @@ def _picture(dataset: torchvision.datasets.VisionDataset, number: int) -> Image.
     return image.convert("RGB")
 
 
-def _digits() -> tuple[list[str], list[Item]]:
+def _digits() -> Source:
     """scikit-learn's 1,797 handwritten digits of 8 x 8 px, enlarged to 32 x 32."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    return [str(digit) for digit in range(10)], [
+    items = [
         Item(f"digit-{number:04d}", int(label), partial(_digit_image, digits.images[number]))
         for number, label in enumerate(digits.target)
     ]
+    return Source([str(digit) for digit in range(10)], items, {})
 
 
 def _digit_image(values: np.ndarray) -> Image.Image:

@@ -335,7 +335,7 @@ def _png_deep(chance: Random) -> bytes:
     return encode(Image.fromarray(deep), "PNG")
 
 
-def _riff(chunks: list[tuple[bytes, bytes]]) -> bytes:
+def riff(chunks: list[tuple[bytes, bytes]]) -> bytes:
     body = b"".join(
         name + struct.pack("<L", len(content)) + content + bytes(len(content) % 2)
         for name, content in chunks
@@ -343,25 +343,43 @@ def _riff(chunks: list[tuple[bytes, bytes]]) -> bytes:
     return b"RIFF" + struct.pack("<L", 4 + len(body)) + b"WEBP" + body
 
 
-def _webp_chunks(chance: Random) -> list[tuple[bytes, bytes]]:
+def webp_chunks(chance: Random, height: int = 40, width: int = 64) -> list[tuple[bytes, bytes]]:
     """Of an extended WebP with metadata to come."""
-    simple = picture(chance, "WEBP", lossless=chance.random() < 0.3, quality=90)
+    lossless = chance.random() < 0.3
+    simple = encode(marked(chance, height, width), "WEBP", lossless=lossless, quality=90)
     length = struct.unpack("<L", simple[16:20])[0]
-    height, width = 40, 64
     extent = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
     return [(b"VP8X", bytes([8, 0, 0, 0]) + extent), (simple[12:16], simple[20 : 20 + length])]
 
 
 def _webp_exif(chance: Random) -> bytes:
-    chunks = _webp_chunks(chance)
+    chunks = webp_chunks(chance)
     block = chance.choice(list(exif_games(chance).values()))
     prefix = b"Exif\0\0" if chance.random() < 0.4 else b""
     chunks.insert(chance.choice((1, 2, 2)), (b"EXIF", prefix + block))
-    return _riff(chunks)
+    return riff(chunks)
+
+
+def hide_exif(webp: bytes, block: bytes, how: str) -> bytes:
+    """An extended WebP with EXIF that the parser of DALI does not find, and its decoder does."""
+    late = b"EXIF" + struct.pack("<L", len(block)) + block
+    if how == "beyond":  # the RIFF's end
+        return webp + late
+    if how == "across":  # it
+        webp += late
+        return webp[:4] + struct.pack("<L", len(webp) - 10) + webp[8:]
+    body = webp[12:] + b"ABCD" + struct.pack("<L", 3) + b"odd" + late  # after no padding
+    return b"RIFF" + struct.pack("<L", 4 + len(body)) + b"WEBP" + body
+
+
+def _webp_late_exif(chance: Random) -> bytes:
+    webp = riff(webp_chunks(chance, *chance.choice(((40, 64), (64, 40), (48, 48)))))
+    block = exif(chance.randrange(1, 9), chance.choice("<>"))
+    return hide_exif(webp, block, chance.choice(("beyond", "across", "unpadded")))
 
 
 def _webp_games(chance: Random) -> bytes:
-    chunks = _webp_chunks(chance)
+    chunks = webp_chunks(chance)
     flags = chance.choice((0, 4, 8, 12, 255))
     chunks[0] = (b"VP8X", bytes([flags]) + chunks[0][1][1:])
     extra = [
@@ -373,7 +391,40 @@ def _webp_games(chance: Random) -> bytes:
     ]
     for each in chance.sample(extra, chance.randrange(1, 4)):
         chunks.insert(chance.randrange(1, len(chunks) + 1), each)
-    return _riff(chunks)
+    return riff(chunks)
+
+
+def png_extent(png: bytes, height: int, width: int) -> bytes:
+    """A PNG whose header states another extent, its CRC right."""
+    (name, header), *chunks = png_chunks(png)
+    header = struct.pack(">LL", width, height) + header[8:]
+    return join_png([chunk(*each) for each in ((name, header), *chunks)])
+
+
+def _odd_extent(chance: Random) -> bytes:
+    """Of a JPEG, PNG or WebP: bits of the extent that its header states are flipped."""
+    kind = chance.choice(("JPEG", "PNG", "WEBP"))
+    data = riff(webp_chunks(chance)) if kind == "WEBP" else picture(chance, kind)
+    extent = [40, 64]
+    bits = {"JPEG": 16, "PNG": 32, "WEBP": 24}[kind]
+    extent[chance.randrange(2)] ^= 1 << chance.choice((chance.randrange(bits), bits - 1))
+    if kind == "PNG":
+        return png_extent(data, *extent)
+    if kind == "WEBP":
+        height, width = ((side - 1 & 0xFFFFFF).to_bytes(3, "little") for side in extent)
+        return data[:24] + width + height + data[30:]
+    at = next(
+        data.index(b"\xff" + bytes([sof])) for sof in (0xC0, 0xC2) if bytes([255, sof]) in data
+    )
+    return data[: at + 5] + struct.pack(">HH", *extent) + data[at + 9 :]
+
+
+def _tall(chance: Random) -> bytes:
+    """One to twenty pixels wide, and from 60,000 to 300,000 high, or the other way round."""
+    extent = [chance.choice((60_000, 65_535, 65_536, 270_000, 300_000)), chance.choice((1, 2, 20))]
+    if chance.random() < 0.3:
+        extent.reverse()
+    return encode(Image.new("L", (extent[1], extent[0]), 80), "PNG")
 
 
 def _webp_animated(chance: Random) -> bytes:
@@ -401,6 +452,7 @@ METADATA: dict[str, Maker] = {
         _png_animated,
         _png_deep,
         _webp_exif,
+        _webp_late_exif,
         _webp_games,
         _webp_animated,
     )
@@ -409,6 +461,6 @@ METADATA: dict[str, Maker] = {
 
 STRUCTURE: dict[str, Maker] = {
     maker.__name__.lstrip("_"): maker
-    for maker in (_jpeg_lossless_grey, _png_bad_crc, _png_chunk_games)
+    for maker in (_jpeg_lossless_grey, _png_bad_crc, _png_chunk_games, _odd_extent, _tall)
 }
 """Images that some decoders refuse and others do not."""

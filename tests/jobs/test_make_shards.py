@@ -191,7 +191,9 @@ def test_a_flat_folder_has_no_classes(tmp_path, capsys):
     assert [sample.get("cls") for sample in samples] == [None, None, None]
     assert {s["__key__"].split("-")[-1] for s in samples} == {"a_1", "b", "c"}
     assert json.loads((tmp_path / "o" / "dataset.json").read_text())["classes"] == []
-    assert "3 images of no classes" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "3 images of no classes" in out
+    assert "passed over: 1 .txt, which are no images" in err
 
 
 def test_images_beside_folders_mean_that_folders_are_no_classes(tmp_path):
@@ -221,7 +223,8 @@ def test_an_empty_class_keeps_its_number(tmp_path):
 
 def test_a_folder_without_images_is_refused(tmp_path):
     (tmp_path / "empty" / "class").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="holds no images"):
+    (tmp_path / "empty" / "class" / "a.gif").write_bytes(encode(photo(0), "GIF"))
+    with pytest.raises(FileNotFoundError, match=r"holds no images, but 1 \.gif"):
         main(MakeShards(source=str(tmp_path / "empty"), out=str(tmp_path / "o")))
 
 

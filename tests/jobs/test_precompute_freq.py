@@ -70,6 +70,19 @@ def test_a_job_scores_everything_once(cluster, shards, tmp_path, spec, capsys):
     assert _files(tmp_path / "cache") == before
 
 
+def test_files_that_are_no_images_are_counted_and_never_count_as_bad(
+    cluster, shards, tmp_path, spec, capsys
+):
+    others = [(f"img{n:04d}.index.cls", b"0") for n in range(15, 18)] + [("a.gif", b"x")]
+    (shards / "train-3.tar").write_bytes(tar_bytes([*photo_members(5, 15), *others]))
+    for _ in range(2):  # scored, and found in the cache
+        assert main(_config(shards, tmp_path, spec, max_bad=0)) == 0
+        out, err = capsys.readouterr()
+        summary = json.loads(out.strip().splitlines()[-1])
+        assert (summary["kept"], summary["quarantined"]) == (20, 0)
+        assert err.count("passed over in the shards: 3 .cls, 1 .gif; images are files of") == 1
+
+
 def test_a_job_packs_what_it_was_asked_for_and_a_start_reads_that_alone(
     cluster, shards, tmp_path, spec, capsys, monkeypatch
 ):

@@ -8,11 +8,22 @@ import hostile
 import numpy as np
 import pytest
 import torch
-from hostile import exif, marked, segment, with_segments, xmp
+from hostile import (
+    exif,
+    hide_exif,
+    marked,
+    png_extent,
+    riff,
+    segment,
+    webp_chunks,
+    with_segments,
+    xmp,
+)
 from launch import program_file
 from PIL import Image
 from samples import encode, photo, score, tar_bytes
 
+import pipeline.decode
 from pipeline.cache import ScoreCache
 from pipeline.decode import BadImage, decode, plain_jpeg_extent
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
@@ -53,6 +64,49 @@ def test_a_scaled_decode_scores_like_a_full_one():
 def test_a_decompression_bomb_is_refused_from_its_header(kind):
     with pytest.raises(BadImage, match="absurdly large"):
         decode(encode(Image.new("L", (12_000, 12_000)), kind), 16)
+
+
+SMALL = encode(photo(0, 40, 64), "PNG")
+
+
+@pytest.mark.parametrize(
+    "extent", [(40 | 1 << 31, 64), (40, 64 | 1 << 31), (40 | 1 << 31, 64 | 1 << 31), (0, 64)]
+)
+def test_an_extent_that_is_none_is_a_verdict_on_the_image(extent):
+    with pytest.raises(BadImage):
+        decode(png_extent(SMALL, *extent), 16)
+
+
+def test_sides_end_where_those_of_jpegs_do():
+    """Out of images of 270,000 px height and more, DALI draws crops that lie outside, or dies."""
+    assert decode(encode(Image.new("L", (2, 65_535)), "PNG"), 16).shape == (16, 16, 3)
+    for extent in ((2, 65_536), (65_536, 2)):
+        with pytest.raises(BadImage, match="absurdly large"):
+            decode(encode(Image.new("L", extent), "PNG"), 16)
+
+
+@pytest.mark.parametrize("how", ["beyond", "across", "unpadded"])
+@pytest.mark.parametrize("turned", range(1, 9))
+def test_a_webp_whose_exif_only_the_decoder_finds_is_refused_unless_upright(turned, how):
+    """With 5 to 8 it decodes to another shape than DALI makes room for, which ends the epoch."""
+    webp = riff(webp_chunks(Random(0)))
+    whole = riff([*webp_chunks(Random(0)), (b"EXIF", exif(turned))])
+    assert decode(whole, 16).shape == (16, 16, 3)
+    data = hide_exif(webp, exif(turned), how)
+    if turned == 1:
+        assert decode(data, 16).shape == (16, 16, 3)
+    else:
+        with pytest.raises(BadImage, match="several ways"):
+            decode(data, 16)
+
+
+def test_what_decodes_to_another_extent_than_its_headers_announce_is_refused(monkeypatch):
+    """Whatever the reason."""
+    monkeypatch.setattr(pipeline.decode, "is_ambiguous", lambda data: False)
+    monkeypatch.setattr(pipeline.decode, "may_be_turned", lambda data: False)
+    data = hide_exif(riff(webp_chunks(Random(0))), exif(6), "beyond")
+    with pytest.raises(BadImage, match=r"announce \(40, 64\) px .* decodes to \(64, 40\)"):
+        decode(data, 16)
 
 
 @pytest.mark.parametrize(

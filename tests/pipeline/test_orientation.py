@@ -2,9 +2,22 @@ import struct
 from random import Random
 
 import pytest
-from hostile import LONG, chunk, entry, exif, join_png, picture, png_chunks, segment, with_segments
+from hostile import (
+    LONG,
+    chunk,
+    entry,
+    exif,
+    hide_exif,
+    join_png,
+    picture,
+    png_chunks,
+    riff,
+    segment,
+    webp_chunks,
+    with_segments,
+)
 
-from pipeline.orientation import is_ambiguous
+from pipeline.orientation import is_ambiguous, may_be_turned
 
 JPEG = picture(Random(0), "JPEG")
 PNG = [chunk(*each) for each in png_chunks(picture(Random(0), "PNG"))]
@@ -18,11 +31,15 @@ def _png(*blocks: bytes) -> bytes:
     return join_png([PNG[0], *(chunk(b"eXIf", block) for block in blocks), *PNG[1:]])
 
 
+def _webp(*blocks: bytes) -> bytes:
+    return riff([*webp_chunks(Random(0)), *((b"EXIF", block) for block in blocks)])
+
+
 FAR = entry("<", 0x8769, LONG, 1, 1 << 30)
 NEAR = entry("<", 0x8769, LONG, 1, 8)
 
 
-@pytest.mark.parametrize("file", [_jpeg, _png])
+@pytest.mark.parametrize("file", [_jpeg, _png, _webp])
 @pytest.mark.parametrize(
     ("blocks", "ambiguous"),
     [
@@ -46,6 +63,21 @@ NEAR = entry("<", 0x8769, LONG, 1, 8)
 )
 def test_only_one_well_formed_block_may_turn_an_image(file, blocks, ambiguous):
     assert is_ambiguous(file(*blocks)) == ambiguous
+
+
+@pytest.mark.parametrize("file", [_jpeg, _png, _webp])
+def test_one_block_that_all_read_alike_may_still_turn_an_image(file):
+    assert may_be_turned(file(exif(6)))
+    assert not may_be_turned(file(exif(1)))
+    assert not may_be_turned(file())
+
+
+@pytest.mark.parametrize("how", ["beyond", "across", "unpadded"])
+def test_exif_off_the_chunks_of_a_webp_is_ambiguous_if_it_could_turn_it(how):
+    whole = riff(webp_chunks(Random(0)))
+    assert is_ambiguous(hide_exif(whole, exif(6), how))
+    assert not is_ambiguous(hide_exif(whole, exif(1), how))
+    assert is_ambiguous(hide_exif(_webp(exif(6)), exif(1), how))
 
 
 def test_a_jpeg_whose_segments_break_off_is_ambiguous_if_anything_in_it_could_turn_it():

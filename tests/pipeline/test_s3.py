@@ -1,6 +1,13 @@
-"""The same path on an object store: a real S3 API, by HTTP on loopback."""
+"""The same path on an object store: a real S3 API, by HTTP on loopback.
+
+Stores that fail now and then, on seeds of one's own:
+
+    FAMT_FUZZ_SEEDS=7,8 python -m pytest -s -m slow tests/pipeline/test_s3.py -k failing
+"""
 
 import json
+import os
+import re
 import subprocess
 import sys
 import urllib.request
@@ -9,6 +16,8 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
+from faulty_proxy import FAULTS
+from launch import program_file
 from s3_server import environment, free_port, serve
 from samples import encode, photo
 
@@ -25,6 +34,7 @@ from train.pretrain import Pretrain
 from train.pretrain import main as pretrain
 
 ROOT = Path(__file__).parents[2]
+SEEDS = [int(seed) for seed in os.environ.get("FAMT_FUZZ_SEEDS", "0").split(",")]
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +155,41 @@ def test_what_is_not_there_is_named(bucket, shards, spec):
     with pytest.raises(FileNotFoundError, match="no such shards"):
         storage.expand([f"{bucket}/nothing-here"])
     assert not storage.exists(f"{bucket}/shards/train-000009.tar")
+
+
+def _read_from_a_failing_store(*arguments):
+    """Output of the program of that name: DALI keeps the endpoint that a process reads first."""
+    return subprocess.run(
+        [sys.executable, program_file("read_from_a_failing_store"), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_failed_read_loses_and_repeats_no_sample():
+    done = _read_from_a_failing_store("503-body", 40, 2, 0)
+    assert done.returncode == 0, done.stderr
+    batches, pipelines = re.findall(r"\d+", done.stdout)
+    assert (batches, int(pipelines) > 0) == ("24", True)
+    assert re.search(
+        r"s3://images/\d\.tar, or another of \d tars: the store failed \(", done.stderr
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_ten_epochs_over_a_failing_store_are_those_of_a_sound_one(fault, seed):
+    done = _read_from_a_failing_store(fault, 60, 10, seed)
+    print(f"{fault}, seed {seed}: {done.stdout.strip()}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_store_that_keeps_failing_is_an_error_that_names_the_tar_and_the_remedy():
+    done = _read_from_a_failing_store("503-body", 1, 1, 0)
+    assert done.returncode != 0
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("OSError: s3://images/0.tar, or another of 2 tars: the store failed")
+    assert "5 times in a row" in error
+    assert "--stage <folder>" in error

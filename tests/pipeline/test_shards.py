@@ -5,7 +5,14 @@ import pytest
 import webdataset
 from samples import tar_bytes
 
-from pipeline.shards import NO_LABEL, Rejected, content_id, list_shard, write_dali_index
+from pipeline.shards import (
+    NO_LABEL,
+    Rejected,
+    content_id,
+    list_shard,
+    passed_over_line,
+    write_dali_index,
+)
 
 IMAGE = b"\xff\xd8 not decoded here"
 
@@ -50,25 +57,60 @@ def test_masks_are_found_wherever_they_stand():
     assert listing.rejected == []
 
 
-def test_other_components_are_ignored():
+def test_other_components_are_counted_by_ending():
     members = [
         ("a.jpg", IMAGE),
         ("a.json", b"{}"),
         ("a.txt", b"hi"),
         ("README", b"x"),
         ("d/._a.jpg", b"x"),
+        ("b.GIF", IMAGE),
+        ("b.cls", b"1"),
+        ("c.cls.txt", b"1"),
+        ("c.mask.png", IMAGE),
     ]
     listing = list_shard(tar_bytes(members))
     assert [s.key for s in listing.samples] == ["a"]
     assert listing.rejected == []
+    counts = {".json": 1, ".txt": 2, "": 1, ".gif": 1, ".cls": 1, ".mask.png": 1}
+    assert listing.passed_over == counts
+
+
+def test_a_class_file_under_another_key_is_no_image():
+    """`0.index.cls` is another component of sample 0, and its class is none that is read."""
+    members = [(f"{n}.{kind}", b"1") for n in range(4) for kind in ("jpg", "index.cls")]
+    listing = list_shard(tar_bytes(members))
+    assert [(s.key, s.label) for s in listing.samples] == [(f"{n}", NO_LABEL) for n in range(4)]
+    assert listing.rejected == []
+    assert listing.passed_over == {".cls": 4}
+
+
+@pytest.mark.parametrize("classes", [[b"3"], [b"9"], [b"3", b"9"], []])
+def test_of_images_of_one_key_none_gets_a_class(classes):
+    """Whose class it is can't be told where both come first, or the first has none."""
+    first = [("a.jpg", IMAGE), ("b.jpg", IMAGE), ("b.cls", b"1")]
+    members = [*first, ("a.jpg", IMAGE + b"2"), *(("a.cls", each) for each in classes)]
+    listing = list_shard(tar_bytes(members))
+    assert [(s.key, s.label) for s in listing.samples] == [("b", 1)]
+    assert listing.rejected == [Rejected("a.jpg", "duplicate key: 2 images have it")] * 2
+
+
+def test_the_line_of_what_was_passed_over_names_the_most_frequent_endings():
+    many = {f".{n}": n for n in range(1, 11)}
+    line = passed_over_line([{".gif": 40}, {".gif": 2, "": 30}, many])
+    assert line.startswith("passed over in the shards: 42 .gif, 30 without an ending, 10 .10, 9 .9")
+    assert "5 .5, 10 others; images are files of .jpeg, .jpg, .png, .webp" in line
+    assert passed_over_line([{}, {}]) == ""
 
 
 @pytest.mark.parametrize(
     ("members", "bad"),
     [
         ([("a.jpg", b"")], Rejected("a.jpg", "empty")),
-        ([("a.jpg", IMAGE), ("a.jpg", IMAGE)], Rejected("a.jpg", "duplicate key")),
-        ([("a.jpg", IMAGE), ("a.png", IMAGE)], Rejected("a.png", "duplicate key")),
+        (
+            [("a.jpg", IMAGE), ("a.png", IMAGE)],
+            Rejected("a.png", "duplicate key: 2 images have it"),
+        ),
         ([("../a.jpg", IMAGE)], Rejected("../a.jpg", "name points outside the shard")),
         (
             [("a.jpg", IMAGE), ("a.cls", b"cat")],
@@ -79,15 +121,20 @@ def test_other_components_are_ignored():
             [("a.jpg", IMAGE), ("a.depth.png", IMAGE), ("a.cls", b"1")],
             Rejected("a.depth.png", "another component of a sample that has an image already"),
         ),
-        ([("a.mask.png", IMAGE)], Rejected("a.mask.png", "a mask without an image")),
-        ([("a.jpg", IMAGE), ("a.mask.png", b"")], Rejected("a.mask.png", "empty")),
-        ([("a.cls", b"1")], Rejected("a.cls", "a class without an image")),
+        (
+            [("a.jpg", IMAGE), ("a.mask.png", b"")],
+            Rejected("a.jpg", "its mask can't be used: empty"),
+        ),
+        (
+            [("a.jpg", IMAGE), ("a.mask.png", IMAGE), ("a.mask.png", IMAGE)],
+            Rejected("a.jpg", "it has 2 masks"),
+        ),
         (
             [("a.jpg", IMAGE), ("a.cls", b"1_0")],
             Rejected("a.jpg", "its class b'1_0' is no integer"),
         ),
         (
-            [("a.jpg", IMAGE), ("a.cls", b"1"), ("a.jpg", IMAGE), ("a.cls", b"2")],
+            [("a.jpg", IMAGE), ("a.cls", b"1"), ("a.cls", b"2")],
             Rejected("a.jpg", "it has several classes: 1, 2"),
         ),
     ],

@@ -103,12 +103,13 @@ def test_an_unknown_shard_and_the_number_of_others_are_named(scored, spec):
 
 
 def test_shards_that_nobody_scored_are_judged_on_first_use(scored, spec, capsys):
-    members = [*photo_members(3, 50), ("bad.jpg", b"garbage")]
+    members = [*photo_members(3, 50), ("bad.jpg", b"garbage"), ("bad.json", b"{}")]
     (scored.folder / "new.tar").write_bytes(tar_bytes(members))
     assert len(load_samples([str(scored.folder)], scored.cache)) == 29
     said = capsys.readouterr().err
     assert "looking into shards" in said
-    assert "1 of 4 images can't be decoded" in said
+    assert "1 of 4 images can't be used" in said
+    assert "passed over in the shards: 1 .json; images are files of" in said
     assert len(load_samples([str(scored.folder)], scored.cache)) == 29
     assert capsys.readouterr().err == ""
     with pytest.raises(CacheError, match=rf"new\.tar: .*has no maps of {spec.id}"):
