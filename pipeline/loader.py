@@ -412,6 +412,11 @@ def _reason(error: RuntimeError) -> str:
     return text.strip(": \n").partition("\n")[0] or "no reason given"
 
 
+def rows_of(source: TensorListCPU) -> Tensor:
+    """The rows `[B]` int64 that an index carries in each sample's `source_info`."""
+    return torch.tensor([int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source])
+
+
 @pipeline_def(exec_dynamic=True)
 def _crop_graph(
     paths: list[str],

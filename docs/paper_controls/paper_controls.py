@@ -16,9 +16,9 @@ from train.signals.signal import Context
 class TopLeft(Refreshed):
     """The join of the released code: every crop gets the top left corner of its image's map.
 
-    It slices the map of G x G cells by `i // H : (i + h) // H + 2`, with the crop's top i and height
-    h in pixels of an image H high: i // H is 0, and (i + h) // H is 1 only for a crop that reaches
-    the lower edge. So two cells a side, or three, are stretched over every crop.
+    It slices the map of G x G cells by `i // H : (i + h) // H + 2`, where i and h are the crop's top
+    and height in pixels of an image H high. i // H is 0, and (i + h) // H is 1 only for a crop that
+    reaches the lower edge. So two cells a side, or three, are stretched over every crop.
     """
 
     def read(self, crops: CropBatch, step: int) -> Tensor | None:
