@@ -38,8 +38,9 @@ from famt.sampling import PatchSplit
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
 from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
+from pipeline.model_scores import model_scores
 from pipeline.options import Checked, Seed
-from pipeline.scores import ScoreSpec, model_scores
+from pipeline.scores import ScoreSpec
 from pipeline.table import load_maps, load_samples
 from train.checkpoint import load, load_model
 from train.program import called, run_program
