@@ -23,7 +23,7 @@ import torch
 from famt.patches import normalise_images
 from jobs.benchmarks import measure
 from jobs.benchmarks.training import Training, training
-from pipeline.scores import model_scores
+from pipeline.model_scores import model_scores
 from train.config import Pretrain
 from train.files import written_whole
 from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig

@@ -64,7 +64,7 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
                 _cancel(running)
                 raise
             except (ValueError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
-                failed[url] = f"{type(error).__name__}: {storage.reason(error)}"
+                failed[url] = storage.reason(error)
             else:
                 if report is None:
                     failed[url] = "its content is new"

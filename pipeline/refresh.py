@@ -11,7 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 from famt.patches import normalise_images
 from pipeline.cache import ScoreCache
 from pipeline.loader import CropLoader, LoaderConfig, WholeView
-from pipeline.scores import ModelScoreSpec, model_maps
+from pipeline.model_scores import model_maps
+from pipeline.scores import ModelScoreSpec
 from pipeline.table import load_samples, require_shards
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -20,16 +20,13 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge
 from blake3 import blake3
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.attention import attention_scores, cls_attention, last_attention, last_block
 from famt.frequency import (
     DEFAULT_KIND,
     PIXEL_KINDS,
     check_pixel_score,
     pixel_frequency,
-    token_frequency,
 )
 from pipeline.errors import UserError
 from pipeline.options import Checked
@@ -43,8 +40,8 @@ _MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 
 PixelScore = Callable[[Tensor, int], Tensor]
 """images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
-ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
-"""an encoder in eval mode and images `[B, 3, S, S]` float, normalised -> `[B, N]` float, >= 0"""
+MODEL_KINDS = ("attention", "cls_attention", "token_frequency", "frequency_attention")
+"""scores that a model gives; `pipeline.model_scores` computes them"""
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,8 @@ class ScoreSpec(Checked):
             ValueError: no such kind here, or another package's score is not what it must be.
         """
         if self.kind not in PIXEL_KINDS:
-            scores = _named("famt.scores", PIXEL_KINDS, self.kind).load()(images, self.grid)
-            return _unit_mean(scores, (len(images), self.grid, self.grid), self.kind)
+            scores = named("famt.scores", PIXEL_KINDS, self.kind).load()(images, self.grid)
+            return unit_mean(scores, (len(images), self.grid, self.grid), self.kind)
         pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         kind: Any = self.kind
         return pixel_frequency(pixels.div_(255), self.grid, kind, self.band)
@@ -123,7 +120,7 @@ class ScoreSpec(Checked):
     def _code_version(self) -> int | str:
         if self.kind in PIXEL_KINDS:
             return _CODE_VERSION
-        return _version(_named("famt.scores", PIXEL_KINDS, self.kind))
+        return _version(named("famt.scores", PIXEL_KINDS, self.kind))
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ class ModelScoreSpec:
         """
         code: int | str = _MODEL_CODE_VERSION
         if self.kind not in MODEL_KINDS:
-            code = _version(_named("famt.model_scores", MODEL_KINDS, self.kind))
+            code = _version(named("famt.model_scores", MODEL_KINDS, self.kind))
         return {**dataclasses.asdict(self), "code_version": code}
 
     @property
@@ -180,21 +177,6 @@ def encoder_digest(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:32]
 
 
-# What the last block gives: its attention [B, H, N+1, N+1], and its patch tokens [B, N, C].
-_OF_ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
-    "attention": attention_scores,  # FAMT's formula
-    "cls_attention": cls_attention,  # AMT's formula
-}
-_OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "token_frequency": lambda _, tokens: token_frequency(tokens),
-    # The paper's weight.
-    "frequency_attention": lambda attention, tokens: (
-        token_frequency(tokens) * attention_scores(attention)
-    ),
-}
-MODEL_KINDS = (*_OF_ATTENTION, *_OF_BOTH)
-
-
 def check_model_kinds(kinds: Iterable[str]) -> None:
     """Refuse a kind of model score that is none.
 
@@ -203,64 +185,7 @@ def check_model_kinds(kinds: Iterable[str]) -> None:
     """
     for kind in kinds:
         if kind not in MODEL_KINDS:
-            _named("famt.model_scores", MODEL_KINDS, kind)
-
-
-def model_scores(
-    kinds: Sequence[str], encoder: VisionTransformer, images: Tensor
-) -> dict[str, Tensor]:
-    """Scores that an encoder gives of images, all of this package's kinds by one forward pass.
-
-    Args:
-        kinds: keys of `MODEL_KINDS`, or of other packages.
-        encoder: a timm `VisionTransformer` with a class token.
-        images: `[B, 3, S, S]` float, normalised.
-
-    Returns:
-        `[B, N]` float, >= 0, for each kind.
-
-    Raises:
-        ValueError: no such kind here.
-    """
-    scores: dict[str, Tensor] = {}
-    with torch.no_grad():
-        if any(kind in _OF_BOTH for kind in kinds):
-            attention, tokens = last_block(encoder, images)
-        elif any(kind in _OF_ATTENTION for kind in kinds):
-            attention = last_attention(encoder, images)
-        for kind in kinds:
-            if kind in _OF_BOTH:
-                scores[kind] = _OF_BOTH[kind](attention, tokens)
-            elif kind in _OF_ATTENTION:
-                scores[kind] = _OF_ATTENTION[kind](attention)
-            else:
-                function = _named("famt.model_scores", MODEL_KINDS, kind).load()
-                scores[kind] = function(encoder, images)
-    return scores
-
-
-def model_maps(
-    specs: Sequence[ModelScoreSpec], encoder: VisionTransformer, images: Tensor
-) -> list[Tensor]:
-    """Maps of images by several specs of one encoder: `[B, grid, grid]` float32, mean 1 an image.
-
-    Args:
-        specs: alike but for their kinds.
-        encoder, images: as for `model_scores`.
-
-    Raises:
-        ValueError: no such kind here, or another package's score is not what it must be.
-    """
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=specs[0].precision == "bf16"):
-        scores = model_scores([spec.kind for spec in specs], encoder, images)
-    return [
-        _unit_mean(
-            scores[spec.kind].unflatten(1, (spec.grid, spec.grid)),
-            (len(images), spec.grid, spec.grid),
-            spec.kind,
-        )
-        for spec in specs
-    ]
+            named("famt.model_scores", MODEL_KINDS, kind)
 
 
 @cache
@@ -268,7 +193,12 @@ def _plugins(group: str, builtin: tuple[str, ...]) -> dict[str, EntryPoint]:
     return {each.name: each for each in entry_points(group=group) if each.name not in builtin}
 
 
-def _named(group: str, builtin: tuple[str, ...], kind: str) -> EntryPoint:
+def named(group: str, builtin: tuple[str, ...], kind: str) -> EntryPoint:
+    """The score of that kind that an installed package adds.
+
+    Raises:
+        ValueError: none does; names those that there are.
+    """
     added = _plugins(group, tuple(builtin))
     if kind not in added:
         raise UserError(
@@ -286,8 +216,12 @@ def _hash(described: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _unit_mean(scores: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
-    """Scores over their image's mean; an image without any scores 1 everywhere."""
+def unit_mean(scores: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
+    """Scores over their image's mean; an image without any scores 1 everywhere.
+
+    Raises:
+        ValueError: they are not of that shape, finite and >= 0; names their kind.
+    """
     if scores.shape != shape or not scores.isfinite().all() or (scores < 0).any():
         raise UserError(
             f"scores of kind {kind!r} must be finite, >= 0 and {list(shape)}, "

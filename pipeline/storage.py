@@ -333,4 +333,5 @@ UNREACHABLE = (OSError, BaseError)
 
 def reason(error: BaseException) -> str:
     """What an error says, in one line: obstore adds a page of its inner state."""
-    return " ".join(str(error).partition("\n\nDebug source:")[0].split())
+    text = " ".join(str(error).partition("\n\nDebug source:")[0].split())
+    return text or type(error).__name__

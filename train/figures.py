@@ -38,8 +38,8 @@ from famt.sampling import PatchSplit, blended_weights
 from pipeline.cache import ScoreCache
 from pipeline.join import PatchBatch
 from pipeline.loader import CropLoader, LoaderConfig, RandomView
+from pipeline.model_scores import model_scores
 from pipeline.options import Checked, Seed
-from pipeline.scores import model_scores
 from pipeline.table import load_samples
 from train.checkpoint import Checkpoint, load, load_model
 from train.config import Pretrain

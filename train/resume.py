@@ -45,7 +45,8 @@ class Options(Protocol):
 def own_folder(folder: Path) -> Iterator[None]:
     """Make a run's folder, and keep other processes from training in it meanwhile.
 
-    What a killed run left half written in it is removed.
+    What a killed run left half written in it is removed, and so is a folder in which nothing came
+    to be.
 
     Raises:
         ValueError: another process trains in it (`BusyError`), or it is a file.
@@ -69,7 +70,12 @@ def own_folder(folder: Path) -> Iterator[None]:
         for place in (folder, folder / "refresh"):
             for partial in place.glob("*.partial"):  # of a writer that was killed
                 partial.unlink()
-        yield
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == ["lock"]:  # it failed before it began
+                (folder / "lock").unlink()
+                folder.rmdir()
 
 
 def resume(

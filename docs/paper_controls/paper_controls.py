@@ -16,7 +16,7 @@ from train.signals.signal import Context
 class TopLeft(Refreshed):
     """The join of the released code: every crop gets the top left corner of its image's map.
 
-    It slices the map of G x G cells by `i // H : (i + h) // H + 2`, where i and h are the crop's top
+    It slices a map of G x G cells by `i // H : (i + h) // H + 2`; i and h are the crop's top
     and height in pixels of an image H high. i // H is 0, and (i + h) // H is 1 only for a crop that
     reaches the lower edge. So two cells a side, or three, are stretched over every crop.
     """

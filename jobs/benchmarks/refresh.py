@@ -19,9 +19,10 @@ from jobs.benchmarks.measure import Report
 from jobs.benchmarks.training import training, unweighed
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.model_scores import model_maps
 from pipeline.options import Checked
 from pipeline.refresh import refresh_shards
-from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest, model_maps
+from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
 
 
 @dataclass(frozen=True)

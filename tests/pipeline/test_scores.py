@@ -8,7 +8,8 @@ import torch
 
 from famt.frequency import pixel_frequency
 from pipeline import scores
-from pipeline.scores import ModelScoreSpec, ScoreSpec, model_maps
+from pipeline.model_scores import model_maps
+from pipeline.scores import ModelScoreSpec, ScoreSpec
 
 
 def test_equal_specs_share_an_id_and_any_difference_parts_them():

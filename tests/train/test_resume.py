@@ -15,6 +15,7 @@ from train.checkpoint import Checkpoint
 from train.config import Pretrain
 from train.distributed import Ranks
 from train.evaluate.finetune import Finetune
+from train.pretrain import main
 from train.resume import BusyError, own_folder, resume
 
 RANKS = Ranks(0, 1, "a", torch.device("cpu"))
@@ -231,3 +232,13 @@ def test_a_folder_that_a_machine_does_not_see_is_named_on_all_ranks(tmp_path):
         assert "checkpoint-00000007.pt was not seen on b within 1 s; --out must be" in (
             (tmp_path / f"error{rank}").read_text()
         )
+
+
+def test_a_run_that_fails_before_it_begins_leaves_no_folder(config):
+    wrong = dataclasses.replace(config, shards=[f"{config.out}/none.tar"], out=config.out / "new")
+    with pytest.raises(FileNotFoundError, match="no such shards"):
+        main(wrong)
+    assert not wrong.out.exists()
+    with own_folder(wrong.out):
+        (wrong.out / "log.jsonl").touch()
+    assert sorted(each.name for each in wrong.out.iterdir()) == ["lock", "log.jsonl"]

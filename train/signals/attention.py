@@ -9,7 +9,8 @@ from torch import Tensor
 from famt.patches import normalise_images
 from famt.transfer import send
 from pipeline.loader import CropBatch
-from pipeline.scores import check_model_kinds, model_scores
+from pipeline.model_scores import model_scores
+from pipeline.scores import check_model_kinds
 from train.signals.banked import Banked
 from train.signals.config import AttentionConfig
 from train.signals.signal import Context, Signal

@@ -1,0 +1,89 @@
+"""Scores that a model gives: what `ModelScoreSpec` names, computed.
+
+Apart from `pipeline.scores`, so that who scores pixels imports no timm: 125 MB a worker, and 2 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from famt.attention import attention_scores, cls_attention, last_attention, last_block
+from famt.frequency import token_frequency
+from pipeline.scores import MODEL_KINDS, ModelScoreSpec, named, unit_mean
+
+ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
+"""an encoder in eval mode and images `[B, 3, S, S]` float, normalised -> `[B, N]` float, >= 0"""
+
+# What the last block gives: its attention [B, H, N+1, N+1], and its patch tokens [B, N, C].
+_OF_ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
+    "attention": attention_scores,  # FAMT's formula
+    "cls_attention": cls_attention,  # AMT's formula
+}
+_OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "token_frequency": lambda _, tokens: token_frequency(tokens),
+    # The paper's weight.
+    "frequency_attention": lambda attention, tokens: (
+        token_frequency(tokens) * attention_scores(attention)
+    ),
+}
+
+
+def model_scores(
+    kinds: Sequence[str], encoder: VisionTransformer, images: Tensor
+) -> dict[str, Tensor]:
+    """Scores that an encoder gives of images, all of this package's kinds by one forward pass.
+
+    Args:
+        kinds: keys of `MODEL_KINDS`, or of other packages.
+        encoder: a timm `VisionTransformer` with a class token.
+        images: `[B, 3, S, S]` float, normalised.
+
+    Returns:
+        `[B, N]` float, >= 0, for each kind.
+
+    Raises:
+        ValueError: no such kind here.
+    """
+    scores: dict[str, Tensor] = {}
+    with torch.no_grad():
+        if any(kind in _OF_BOTH for kind in kinds):
+            attention, tokens = last_block(encoder, images)
+        elif any(kind in _OF_ATTENTION for kind in kinds):
+            attention = last_attention(encoder, images)
+        for kind in kinds:
+            if kind in _OF_BOTH:
+                scores[kind] = _OF_BOTH[kind](attention, tokens)
+            elif kind in _OF_ATTENTION:
+                scores[kind] = _OF_ATTENTION[kind](attention)
+            else:
+                function = named("famt.model_scores", MODEL_KINDS, kind).load()
+                scores[kind] = function(encoder, images)
+    return scores
+
+
+def model_maps(
+    specs: Sequence[ModelScoreSpec], encoder: VisionTransformer, images: Tensor
+) -> list[Tensor]:
+    """Maps of images by several specs of one encoder: `[B, grid, grid]` float32, mean 1 an image.
+
+    Args:
+        specs: alike but for their kinds.
+        encoder, images: as for `model_scores`.
+
+    Raises:
+        ValueError: no such kind here, or another package's score is not what it must be.
+    """
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=specs[0].precision == "bf16"):
+        scores = model_scores([spec.kind for spec in specs], encoder, images)
+    return [
+        unit_mean(
+            scores[spec.kind].unflatten(1, (spec.grid, spec.grid)),
+            (len(images), spec.grid, spec.grid),
+            spec.kind,
+        )
+        for spec in specs
+    ]
