@@ -91,7 +91,7 @@ def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_pat
     for said in (capfd.readouterr().err, done.stderr):
         assert "libpng" not in said
         assert "looking into shards: 100%" in said
-        assert "1 of 2 images can't be decoded" in said
+        assert "1 of 2 images can't be used" in said
 
 
 def _index(urls, url):
