@@ -49,14 +49,16 @@ class ScoreSpec(Checked):
     """A kind of pixel score and all that its numbers depend on. Equal specs share cached maps."""
 
     kind: str = DEFAULT_KIND
-    """which score: border_geodesic, bandpass, highpass, lowpass, spectral_residual, or one that an
-    installed package adds; `python -m jobs.benchmark quality` compares them"""
+    """which score: hypercomplex_fourier, hypercomplex_fourier_scales, frequency_tuned, bandpass,
+    highpass, lowpass, spectral_residual, border_geodesic (a saliency prior, not a spectrum), or one
+    that an installed package adds; `python -m jobs.benchmark quality` compares them"""
     grid: Annotated[int, Ge(1)] = 14
     """cells a side of a stored map, over the whole image"""
     pixels_per_cell: Annotated[int, Ge(1)] = 4
     """images are squashed to this many pixels a cell before they are scored"""
     band: Annotated[tuple[float, float] | None, Ge(0)] = None
-    """(low, high) edges of the pass band in cycles per image side; the kind's own if left out"""
+    """(low, high) edges of the pass band in cycles per image side, for the kinds that have one; the
+    kind's own if left out"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -145,8 +145,13 @@ def _cat(chance: Random, samples: Labelled) -> bytes:
 
 
 def _duplicates(chance: Random, samples: Labelled) -> bytes:
-    (key, _, _), (_, image, label) = samples[0], samples[1]
-    return tar_bytes([*members(samples), *members([(key, image, label)])])
+    """Two or three images under one key, some without a class, and all members in any order."""
+    count = chance.choice((2, 3))
+    alike = members([(samples[0][0], image, label) for _, image, label in samples[:count]])
+    kept = [each for each in alike if each[0].endswith(".jpg") or chance.random() < 0.6]
+    mixed = [*kept, *members(samples[count:])]
+    chance.shuffle(mixed)
+    return tar_bytes(mixed)
 
 
 def _odd_classes(chance: Random, samples: Labelled) -> bytes:

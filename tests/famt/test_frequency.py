@@ -14,6 +14,7 @@ from famt.frequency import (
     _band_cells,
     _distance_from_border,
     _gaussian_band,
+    _hypercomplex_fourier,
     pixel_frequency,
     rgb_to_lab,
     token_frequency,
@@ -92,12 +93,110 @@ def test_distance_from_border_equals_dijkstra():
     np.testing.assert_allclose(_distance_from_border(colour)[0].numpy(), expected, rtol=1e-5)
 
 
-def test_the_default_finds_an_object_anywhere_even_at_the_border():
+def _wrapped_blur(length, sigma):
+    """Matrix of a Gaussian blur by `sigma` samples around the edges, as a sum of waves."""
+    f = np.minimum(np.arange(length), length - np.arange(length)) / length
+    gain = np.exp(-2 * np.pi**2 * sigma**2 * f**2)
+    matrix = np.zeros((length, length))
+    for i in range(length):
+        for j in range(length):
+            turns = 2 * np.pi * np.arange(length) * (i - j) / length
+            matrix[i, j] = (gain * np.cos(turns)).sum() / length
+    return matrix
+
+
+def _slow_hypercomplex(lab, sigma):
+    """`[3, S, S]` -> `[S, S]`: by whole transforms, channel by channel."""
+    blur = _wrapped_blur(lab.shape[-1], sigma)
+    spectra = [np.fft.fft2(channel) for channel in lab]
+    amplitude = np.sqrt(sum(np.abs(each) ** 2 for each in spectra))
+    smooth = np.exp(blur @ np.log(amplitude) @ blur.T)
+    return sum(np.abs(np.fft.ifft2(each / amplitude * smooth)) ** 2 for each in spectra)
+
+
+@pytest.mark.parametrize("kind", ["hypercomplex_fourier", "hypercomplex_fourier_scales"])
+def test_hypercomplex_fourier_equals_slow_loops_over_images_and_scales(kind):
+    size, grid = 32, 8
+    coarse = torch.rand(3, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+    images = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+    images = (images + 0.1 * noise) / 1.1
+    blur = _wrapped_blur(size, 0.04 * size)
+    away = ((np.arange(size) + 0.5) / size - 0.5) / 0.25
+    window = np.exp(-(away[:, None] ** 2 + away**2) / 2)
+    expected = []
+    for lab in rgb_to_lab(images).double().numpy():
+        candidates = []
+        for sigma in [4] if kind == "hypercomplex_fourier" else [0.5, 1, 2, 4, 8, 16]:
+            saliency = blur @ _slow_hypercomplex(lab, sigma) @ blur.T
+            counts = np.bincount((saliency / saliency.max() * 255).astype(int).ravel())
+            share = counts[counts > 0] / size**2
+            entropy = -(share * np.log2(share)).sum()
+            centred = (saliency * window).sum() / saliency.sum()
+            candidates.append((entropy / centred, saliency))
+        best = min(candidates, key=lambda each: each[0])[1]
+        cells = best.reshape(grid, size // grid, grid, size // grid).mean((1, 3))
+        expected.append(cells / cells.mean())
+    scores = pixel_frequency(images, grid, kind)
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=2e-3)
+
+
+@settings(max_examples=15)
+@given(
+    seed=st.integers(0, 1000),
+    height=st.integers(8, 40),
+    width=st.integers(8, 40),
+    factor=st.floats(0.1, 10),
+)
+def test_hypercomplex_fourier_grows_with_the_square_of_its_colours(seed, height, width, factor):
+    colour = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    for scales in [(4.0,), (1.0, 8.0)]:
+        once = _hypercomplex_fourier(colour, scales)
+        torch.testing.assert_close(
+            _hypercomplex_fourier(colour * factor, scales) / factor**2, once, rtol=1e-2, atol=1e-3
+        )
+
+
+def test_hypercomplex_fourier_prefers_the_odd_one_out_of_a_pattern():
+    tile = torch.zeros(3, 8, 8)
+    tile[:, 2:6, 2:6] = 0.8
+    image = tile.repeat(1, 8, 8)[None]
+    image[0, 1:, 32:40, 16:24] = 0.0  # one square of 64 is red
+    scores = pixel_frequency(image, 8)[0]
+    assert scores.argmax() == 4 * 8 + 2
+
+
+def test_frequency_tuned_equals_slow_loops_over_images_and_pixels():
+    size, grid = 16, 4
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    blur = _wrapped_blur(size, size / (2 * np.pi * 24))  # cuts off at 24 cycles
+    expected = np.zeros((2, grid, grid))
+    for number, lab in enumerate(rgb_to_lab(images).double().numpy()):
+        mean = lab.mean((1, 2))
+        smooth = [blur @ channel @ blur.T for channel in lab]
+        for y in range(size):
+            for x in range(size):
+                distance = math.sqrt(sum((smooth[c][y, x] - mean[c]) ** 2 for c in range(3)))
+                expected[number, y // 4, x // 4] += distance
+    expected /= expected.mean((1, 2), keepdims=True)
+    scores = pixel_frequency(images, grid, "frequency_tuned")
+    np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PIXEL_KINDS)
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_a_flipped_image_has_a_flipped_score(kind, axis):
+    images = torch.rand(2, 3, 56, 42, generator=torch.Generator().manual_seed(0))
+    flipped = pixel_frequency(images.flip(axis), 14, kind).flip(axis)
+    torch.testing.assert_close(flipped, pixel_frequency(images, 14, kind), rtol=1e-3, atol=1e-3)
+
+
+def test_border_geodesic_finds_an_object_anywhere_even_at_the_border():
     for top, left in [(16, 16), (30, 4), (0, 24), (40, 40)]:
         image = torch.zeros(1, 3, 56, 56)
         image[:, 1] = torch.linspace(0.3, 0.5, 56)  # a shaded background
         image[:, 0, top : top + 16, left : left + 16] = 0.9
-        scores = pixel_frequency(image, 14)[0]
+        scores = pixel_frequency(image, 14, "border_geodesic")[0]
         inside = torch.zeros(14, 14, dtype=torch.bool)
         inside[top // 4 : top // 4 + 4, left // 4 : left // 4 + 4] = True
         assert scores[inside].mean() > 3 * scores[~inside].mean()
@@ -174,7 +273,8 @@ def test_token_frequency_of_zeros_is_zero():
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), {}, "float"),
         (torch.full((1, 3, 8, 8), math.nan), {}, "NaN"),
         (torch.zeros(1, 3, 8, 8), {"kind": "wavelet"}, "wavelet.*lowpass"),
-        (torch.zeros(1, 3, 8, 8), {"band": (5.0, 2.0)}, "low < high"),
+        (torch.zeros(1, 3, 8, 8), {"kind": "lowpass", "band": (5.0, 2.0)}, "low < high"),
+        (torch.zeros(1, 3, 8, 8), {"band": (0.0, 2.0)}, "no band"),
         (torch.zeros(1, 3, 8, 8), {"kind": "spectral_residual", "band": (0.0, 2.0)}, "no band"),
         (torch.zeros(1, 3, 8, 8), {"grid": 1}, "at least 2"),
     ],

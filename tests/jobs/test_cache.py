@@ -66,7 +66,7 @@ def test_verify_finds_maps_that_are_not_the_tars(scored, capsys):
     maps = scored.cache.read_maps([shard_id], scored.spec)[0]
     scored.cache.write(shard_id, table, scored.spec, np.roll(maps, 1, axis=0))
     assert main(Verify(scored.cache.url)) == 1
-    assert "train-000000.tar: border_geodesic" in capsys.readouterr().out
+    assert "train-000000.tar: hypercomplex_fourier" in capsys.readouterr().out
 
 
 def test_verify_counts_what_it_cannot_read_and_goes_on(scored, capsys):
