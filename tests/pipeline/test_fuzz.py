@@ -209,7 +209,8 @@ def test_of_malformed_tars_nothing_is_lost_silently_or_gets_a_wrong_class(tmp_pa
                     raise
                 counts[kind, "refused"] += 1
                 continue
-            named = report.kept + report.quarantined
+            # A name may lose its ending to a flipped bit.
+            named = report.kept + report.quarantined + sum(report.passed_over.values())
             assert named >= len(samples) or report.damage, f"{path}: only {named} of its samples"
             reports.append(report)
             truth |= {(str(path), image): label for _, image, label in samples}
