@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -153,6 +154,23 @@ class Pretrain(Checked):
         """Model scores that a job beside the training makes anew, each once."""
         slots = (self.frequency, self.attention)
         return list(dict.fromkeys(each.kind for each in slots if each.is_refreshed))
+
+    @property
+    def refreshes(self) -> range:
+        """Epochs that begin with a generation of those scores being due."""
+        if not self.refreshed_kinds or self.refresh.pin:
+            return range(0)
+        every = self.refresh.every or math.ceil(self.epochs / 10)
+        return range(self.plain_epochs or every, self.epochs, every)
+
+    @property
+    def plain_until(self) -> int:
+        """The epoch that weights begin with: not before the first generation if all signals are of
+        it."""
+        slots = (self.frequency, self.attention, self.hardness)
+        sources = {each.source for each in slots} - {"off"}
+        waits = sources == {"refreshed"} and not self.refresh.pin
+        return self.plain_epochs or (self.refreshes.start if waits else 0)
 
     @property
     def cached_score(self) -> ScoreSpec | None:

@@ -249,9 +249,9 @@ class Run(Training[PatchBatch]):
             lines["begins with"] = f"{config.init}\n{self.began_with.describe()}"
         if config.optimiser.ema_decay:
             lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
-        if config.plain_epochs:
+        if config.plain_until:
             lines["before"] = (
-                f"{config.plain_epochs} epochs of plain masking, {_counts(sizes, config.plain)}"
+                f"{config.plain_until} epochs of plain masking, {_counts(sizes, config.plain)}"
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
 
@@ -280,7 +280,7 @@ class Run(Training[PatchBatch]):
     @property
     def _plain(self) -> bool:
         """Whether the epoch is one of those before the weights begin."""
-        return self.loader.epoch < self.config.plain_epochs
+        return self.loader.epoch < self.config.plain_until
 
     def _restore(self, resumed: Checkpoint, exact: bool) -> None:
         self.model.load_state_dict(resumed.model)

@@ -18,7 +18,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT = "uniform"
+DEFAULT = "famt"
 """The recipe of a run that names none."""
 
 _FOLDER = Path(__file__).parent / "recipes"
