@@ -53,12 +53,9 @@ class StepCost:
 
     def of(self, run: Pretrain) -> float:
         """Mean cost of a step over a run's epochs, the refreshes of its scores among it."""
-        plain = min(run.plain_epochs, run.epochs)
+        plain = min(run.plain_until, run.epochs)
         spent = plain * self.plain + (run.epochs - plain) * self.weighed
-        if run.refreshed_kinds and run.refresh.pin is None:
-            first = plain or run.refresh.every
-            refreshes = len(range(first, run.epochs, run.refresh.every))
-            spent += refreshes * self.refresh / run.crops_per_image  # images, not crops
+        spent += len(run.refreshes) * self.refresh / run.crops_per_image  # images, not crops
         return spent / run.epochs
 
 
@@ -117,7 +114,7 @@ def _told(run: Pretrain) -> str:
 def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
     torch.set_num_threads(1)  # its time is the step's work, whatever else the machine does
     timed = {"reference": _weighed(reference), "weighed": _weighed(run)}
-    if run.plain_epochs:
+    if run.plain_until:
         timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)
     with ExitStack() as stack:
         runs = {name: stack.enter_context(training(each)) for name, each in timed.items()}

@@ -37,7 +37,6 @@ from train.config import Pretrain, parse
 from train.evaluate.probe import Probe
 from train.evaluate.run import run as evaluate
 from train.program import called, run_program
-from train.signals.config import RefreshConfig
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,6 @@ def main(demo: Demo) -> None:
     config = replace(
         recipe,
         epochs=epochs,
-        refresh=RefreshConfig(every=max(1, epochs // 4)),
         batch_size=min(recipe.batch_size, images),
         # A mirrored digit is another sign; a mirrored photo is a photo.
         view=recipe.view if demo.data == DIGITS else RandomView(),

@@ -165,12 +165,12 @@ def _cache_apart(url: str, shards: list[str]) -> ScoreCache:
     root = storage.normalise_url(url)
     for folder in () if storage.is_remote(root) or not url else {Path(x).parent for x in shards}:
         if Path(root).is_relative_to(folder):
-            raise ValueError(
+            raise UserError(
                 f"--cache {root} lies in {folder}, a folder of shards: give one outside"
             )
     cache = ScoreCache(url, create=True)
     if not storage.is_remote(root) and not os.access(root, os.W_OK | os.X_OK):
-        raise ValueError(f"--cache {root} can't be written: give another, or the right to write it")
+        raise UserError(f"--cache {root} can't be written: give another, or the right to write it")
     return cache
 
 

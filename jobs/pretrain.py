@@ -1,24 +1,33 @@
-"""Pre-train on a Ray cluster, and go on from the last checkpoint when a worker is lost.
+"""Pre-train, with the job beside it that makes scores anew as the model learns.
 
+    python -m jobs.pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
+    torchrun --nproc-per-node 8 -m jobs.pretrain --shards ... --cache ... --out ...
     ray job submit --working-dir . -- python jobs/pretrain.py --workers 16 --gpu \\
         --shards 's3://bucket/imagenet/train-{000000..001281}.tar' --cache s3://bucket/scores \\
         --out /shared/runs/vit-b --model vit_base --batch-size 256 --precision bf16
 
-The same training as `python -m train.pretrain`, with the same options, in Ray Train's workers. The
-folder of the run must be on a file system that all of them share: it is where a lost worker's
-successors find the checkpoint. Scores that follow the model are made by actors beside it, on what
-the workers leave free.
+The training is that of `train.pretrain`, with the same options: in this process, in each of
+torchrun's, or, with --workers, in those of Ray Train, which go on from the last checkpoint when one
+is lost. Their --out must be on a file system that all of them share. The job ends with the
+training; what it says is in <out>/refresh.log. A run whose signals are not refreshed has none.
+
+`--recipe` sets the defaults of other options, which still override it: the name of one of those
+below, or the path of a file of your own.
+
+A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and leave.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import ray
+import torch
 from annotated_types import Ge
 from ray.train import (
     ControllerError,
@@ -34,6 +43,7 @@ from jobs.cluster import start_ray
 from jobs.refresh_scores import following
 from jobs.refresh_workers import GPU_SHARE, RefreshWorkers
 from pipeline.errors import UserError
+from train import pretrain
 from train.config import Pretrain, parse
 from train.program import run_program
 
@@ -44,21 +54,16 @@ _MOST_THREADS = 16  # decode as many photos as a GPU's step takes, docs/scale.md
 class RayPretrain(Pretrain):
     """A pre-training run and the workers that it runs on."""
 
-    workers: Annotated[int, Ge(1)] = 1
-    """ranks; each is a process of its own"""
+    workers: Annotated[int, Ge(0)] = 0
+    """ranks that Ray Train starts on the cluster; 0 trains in this process, without Ray Train"""
     gpu: bool = False
-    """a GPU for each worker"""
+    """a GPU for each of them"""
     cpus_per_worker: Annotated[int | None, Ge(1)] = None
     """CPU cores for each worker; also its decoding threads, unless --threads says otherwise. If
     left out, 1 without GPUs, and with them a GPU's share of its machine's cores, 16 at most"""
     max_failures: Annotated[int, Ge(-1)] = 3
     """times that the run is started again after a worker was lost; -1 for any number"""
     refresher: RefreshWorkers = field(default_factory=RefreshWorkers)
-
-    @property
-    def follows(self) -> bool:
-        """Whether actors beside the training make scores anew."""
-        return bool(self.refreshed_kinds) and self.refresh.pin is None
 
 
 def main(args: RayPretrain) -> None:
@@ -67,11 +72,34 @@ def main(args: RayPretrain) -> None:
     Raises:
         ValueError: the input is wrong, or workers were lost more often than they may be.
     """
-    start_ray(log_to_driver=True)
-    held = worker_resources(args, ray.nodes())
     config = Pretrain(
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
     )
+    if args.workers:
+        _train_on_ray(args, config)
+        return
+    if args.gpu:
+        raise UserError("--gpu is for the ranks of --workers; here --device says what to train on")
+    refreshes = config.refreshes and os.environ.get("RANK", "0") == "0"  # torchrun's main rank
+    with following(config.out, beside(args)) if refreshes else nullcontext():
+        pretrain.main(config)
+
+
+def beside(args: RayPretrain) -> RefreshWorkers:
+    """The actors beside a training that Ray does not know of: unless told, one on each GPU, or on
+    every other core."""
+    asked = args.refresher
+    if asked.workers is not None:
+        return asked
+    gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    if gpus and asked.gpus_per_worker is None:
+        return dataclasses.replace(asked, workers=gpus, gpus_per_worker=1.0)
+    return dataclasses.replace(asked, workers=gpus or max(1, (os.cpu_count() or 1) // 2))
+
+
+def _train_on_ray(args: RayPretrain, config: Pretrain) -> None:
+    start_ray(log_to_driver=True)
+    held = worker_resources(args, ray.nodes())
     config = dataclasses.replace(
         config.absolute(),  # workers have a working directory of their own
         device="cuda" if args.gpu else "cpu",
@@ -91,9 +119,8 @@ def main(args: RayPretrain) -> None:
             callbacks=[failures.EndAtMistakes()],
         ),
     )
-    beside = following(config.out, args.refresher) if args.follows else nullcontext()
     try:
-        with beside:
+        with following(config.out, args.refresher) if config.refreshes else nullcontext():
             trainer.fit()
     except TrainingFailedError as error:
         cause: Exception = error
@@ -116,10 +143,10 @@ def worker_resources(args: RayPretrain, nodes: list[dict[str, Any]]) -> dict[str
         return {"CPU": args.cpus_per_worker or 1}
     share = args.refresher.gpus_per_worker
     share = GPU_SHARE if share is None else share
-    beside = args.follows and share < 0.5  # of what holds half a GPU or less, Ray puts two on one
+    leaves = args.refreshes and share < 0.5  # of what holds half a GPU or less, Ray puts two on one
     return {
         "CPU": args.cpus_per_worker or _cores_of_a_gpu(args, nodes),
-        "GPU": 1 - share if beside else 1,
+        "GPU": 1 - share if leaves else 1,
     }
 
 
@@ -130,7 +157,7 @@ def _cores_of_a_gpu(args: RayPretrain, nodes: list[dict[str, Any]]) -> int:
         raise UserError(
             "--gpu: no machine of the cluster has a GPU; give --cpus-per-worker if some will come"
         )
-    left = min(shares) - (args.refresher.cpus_per_worker if args.follows else 0)
+    left = min(shares) - (args.refresher.cpus_per_worker if args.refreshes else 0)
     return max(1, min(_MOST_THREADS, int(left)))
 
 

@@ -1,6 +1,6 @@
 """Score whole images with the encoder of a run: a new generation of maps for its training.
 
-    python jobs/refresh_scores.py --follow runs/weighed      # beside a training, as long as it runs
+    python jobs/refresh_scores.py --follow runs/first        # beside a training, as long as it runs
     python jobs/refresh_scores.py --checkpoint runs/first    # once, from the latest checkpoint
     python jobs/refresh_scores.py --init exported --shards shards --cache scores
     ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/weighed
@@ -12,6 +12,7 @@ crash: tars that are done are not done again. Beside a training that holds all o
 the job makes do with one actor of low priority.
 
 With --follow, a generation that can't be made is tried again every minute while the run wants it.
+`python -m jobs.pretrain` starts this job beside its training, and ends it.
 
 Exit code: 0 done; 1 a tar could not be scored, and no generation was published.
 """
@@ -21,6 +22,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -31,6 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import ray
 import tyro
 from annotated_types import Ge
 from tqdm import tqdm
@@ -50,7 +55,13 @@ from train.checkpoint import Encoder, load_encoder
 from train.initial import build_initial_encoder
 from train.program import called, is_users, run_program
 from train.signals.config import FrequencyConfig
-from train.signals.due import due_encoders, failed_path, finished_path, write_failure
+from train.signals.due import (
+    due_encoders,
+    failed_path,
+    finished_path,
+    followed,
+    write_failure,
+)
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds
@@ -95,7 +106,9 @@ def main(args: RefreshScores) -> int:
         start_ray()
         return 1 if _refresh(encoder, args) else 0
     start_ray()
-    return follow(args.follow, args)
+    left = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: left.set())
+    return follow(args.follow, args, left)
 
 
 def initial_encoder(args: RefreshScores) -> Encoder:
@@ -121,17 +134,32 @@ def initial_encoder(args: RefreshScores) -> Encoder:
 
 @contextmanager
 def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
-    """Follow a run in a thread of this process, which is connected to Ray, for as long as this
-    context is open."""
-    left = threading.Event()
-    args = RefreshScores(**vars(workers), follow=run)
-    thread = threading.Thread(target=follow, args=(run, args, left), daemon=True)
-    thread.start()
+    """Follow a run in a process of its own, on the Ray cluster that this process is connected to.
+
+    It ends with this context, and with this process, however that ends. What it says is added to
+    <run>/refresh.log.
+    """
+    options = [
+        f"--{name.replace('_', '-')}={value}"
+        for name, value in vars(workers).items()
+        if value is not None
+    ]
+    environment = dict(os.environ)
+    if ray.is_initialized():
+        environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    with followed(run) as shown, open(run / "refresh.log", "ab") as log:
+        job = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", __name__, "--follow", str(run),
+             *options],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
+            pass_fds=[shown],
+            start_new_session=True,  # a Ctrl-C is for the training alone
+        )  # fmt: skip
     try:
         yield
     finally:
-        left.set()
-        thread.join()
+        job.terminate()
+        job.wait()
 
 
 def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) -> int:
@@ -145,7 +173,11 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
     """
     if not run.is_dir():
         print(f"{run} is not there yet; waiting for a run to begin in it", file=sys.stderr)
+    with followed(run):
+        return _follow(run, args, left)
 
+
+def _follow(run: Path, args: RefreshScores, left: threading.Event | None) -> int:
     def over() -> bool:
         return finished_path(run).exists() or (left is not None and left.is_set())
 

@@ -22,8 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,8 +149,7 @@ def _run(grid: Grid, row: Row, seed: int, cpus: int, gpus: int, end: float | Non
     # Ray cancels by SIGINT, which what a shell starts with `&` ignores, and so would this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for command in left(grid, row, seed, gpus):
-        with _following(grid, row, seed):
-            problem = _call(command, grid, cpus, end)
+        problem = _call(command, grid, cpus, end)
         if problem is not None:
             return problem
         history = _history(grid, row, seed)
@@ -169,7 +167,7 @@ def left(grid: Grid, row: Row, seed: int, gpus: int = 0) -> list[list[str]]:
     if history is None or not history.finished:
         ranks = ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"] if gpus > 1 else []
         commands.append([
-            *python, *ranks, "train.pretrain", *grid.arguments(row), "--out", str(folder),
+            *python, *ranks, "jobs.pretrain", *grid.arguments(row), "--out", str(folder),
             "--seed", str(seed), "--monitor", *grid.train,
         ])  # fmt: skip
     done = {each.evaluator for each in history.found} if history and history.finished else set()
@@ -217,23 +215,6 @@ def _history(grid: Grid, row: Row, seed: int) -> History | None:
         return grid.judged(read(grid.folder(row, seed)))
     except ValueError:  # not begun, or before its first log point
         return None
-
-
-@contextmanager
-def _following(grid: Grid, row: Row, seed: int) -> Iterator[None]:
-    """The job beside a training whose scores are refreshed."""
-    config, history = grid.config(row), _history(grid, row, seed)
-    trained = history is not None and history.finished
-    if trained or not config.refreshed_kinds or config.refresh.pin:
-        yield
-        return
-    command = "jobs.refresh_scores", "--follow", str(grid.folder(row, seed))
-    job = _start([sys.executable, "-m", *command], grid, threads=1)
-    try:
-        yield
-    finally:
-        job.terminate()
-        job.wait()
 
 
 def _call(command: Sequence[str], grid: Grid, threads: int, end: float | None) -> str | None:

@@ -143,7 +143,7 @@ class ScoreCache:
 
     def __init__(self, url: str, *, create: bool = False) -> None:
         if not url:
-            raise ValueError("the score cache has no name; give a folder or URL as --cache")
+            raise UserError("the score cache has no name; give a folder or URL as --cache")
         try:
             self.objects = Objects(url, create=create)
         except FileNotFoundError:

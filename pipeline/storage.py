@@ -162,7 +162,7 @@ def _check_name(url: str) -> None:
     DALI reads a URL by rules of its own, and fails or hangs at what they do not allow.
     """
     if re.search(r"\.(tgz|tar\.\w+)$", url):
-        raise ValueError(f"{url} is {_COMPRESSED}")
+        raise UserError(f"{url} is {_COMPRESSED}")
     if is_remote(url):
         scheme, _, name = url.partition("://")
         if scheme not in _DALI_SCHEMES:

@@ -286,7 +286,7 @@ def _mask(image: Path, path: Path, binary: bool) -> bytes:
     with Image.open(image) as opened:
         upright = ImageOps.exif_transpose(opened).size
     if abs(width * upright[1] / upright[0] - height) > 1:  # it may be smaller or larger
-        raise ValueError(
+        raise UserError(
             f"mask {path.name} of {width} x {height} px has not the shape of its upright image, "
             f"{upright[0]} x {upright[1]} px"
         )
@@ -304,7 +304,7 @@ def _encode(source: Path | Image.Image, encoding: Encoding) -> tuple[str, bytes]
             return suffix, source.read_bytes()
         with Image.open(source) as opened:
             if opened.mode.startswith(("I", "F")):
-                raise ValueError(f"{opened.mode} pixels of more than 8 bits are not supported")
+                raise UserError(f"{opened.mode} pixels of more than 8 bits are not supported")
             image = ImageOps.exif_transpose(opened).convert("RGB")
         lossless = suffix not in ("jpg", "jpeg", "webp") and encoding.max_side is None
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -167,6 +168,23 @@ class Pretrain(Checked):
         return list(dict.fromkeys(each.kind for each in slots if each.is_refreshed))
 
     @property
+    def refreshes(self) -> range:
+        """Epochs that begin with a generation of those scores being due."""
+        if not self.refreshed_kinds or self.refresh.pin:
+            return range(0)
+        every = self.refresh.every or math.ceil(self.epochs / 10)
+        return range(self.plain_epochs or every, self.epochs, every)
+
+    @property
+    def plain_until(self) -> int:
+        """The epoch that weights begin with: not before the first generation if all signals are of
+        it."""
+        slots = (self.frequency, self.attention, self.hardness)
+        sources = {each.source for each in slots} - {"off"}
+        waits = all(each.startswith("refreshed") for each in sources) and not self.refresh.pin
+        return self.plain_epochs or (self.refreshes.start if waits else 0)
+
+    @property
     def cached_score(self) -> ScoreSpec | None:
         """The pixel score that all images must have, if one is read."""
         return self.spec if self.frequency.is_cached else None
@@ -206,8 +224,7 @@ class Pretrain(Checked):
         }
         draws = "join.visible", "join.thrown", "join.blend", "join.loss_exponent"
         of_weights = (*(f"{name}." for name in slots), "spec.", "refresh.", *draws)
-        first = self.plain_epochs or self.refresh.every
-        never_due = bool(self.refreshed_kinds) and not self.refresh.pin and first >= self.epochs
+        never_due = bool(self.refreshed_kinds) and not self.refresh.pin and not self.refreshes
         rules: list[tuple[bool, tuple[str, ...], str]] = [
             (not self.weighs, of_weights, "no signal weighs patches"),
             (

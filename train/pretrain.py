@@ -251,9 +251,9 @@ class Run(Training[PatchBatch]):
             lines["begins with"] = f"{config.init}\n{self.began_with.describe()}"
         if config.optimiser.ema_decay:
             lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
-        if config.plain_epochs:
+        if config.plain_until:
             lines["before"] = (
-                f"{config.plain_epochs} epochs of plain masking, {_counts(sizes, config.plain)}"
+                f"{config.plain_until} epochs of plain masking, {_counts(sizes, config.plain)}"
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
 

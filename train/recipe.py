@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipeline.errors import UserError
 
-DEFAULT = "uniform"
+DEFAULT = "famt"
 """The recipe of a run that names none."""
 
 _FOLDER = Path(__file__).parent / "recipes"

@@ -36,8 +36,8 @@ class Step(Checked):
     """Time and peak memory of FAMT's training steps, beside this code's own plain steps.
 
     `famt self` and `famt cross` mask 45 % and throw 40 %, under either decoder; `uniform`, the
-    default recipe's, throws 45 % and predicts half of the masked, under the cross decoder; `mae
-    self` masks 75 %. `famt simmim` masks 44 % and throws 26 %, `simmim` masks 60 %, of squares of
+    control's, throws 45 % and predicts half of the masked, under the cross decoder; `mae self`
+    masks 75 %. `famt simmim` masks 44 % and throws 26 %, `simmim` masks 60 %, of squares of
     2 x 2. The time is a whole step: forward, backward and AdamW. A disturbed run shows in the
     fastest steps' ratio (`ratio_of_fastest`), which then differs from the medians'.
     """

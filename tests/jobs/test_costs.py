@@ -23,6 +23,8 @@ def options(*arguments: str) -> Pretrain:
         # refreshed at 4, where the plain epochs end, at 7, not at 10
         (["--recipe", "famt-paper", "--plain-epochs", "4", "--refresh.every", "3"], (4 + 3) / 10
          + 2 * 0.3 / 10),
+        # plain until the first refresh, at 4, and one at 8
+        (["--recipe", "famt-paper", "--refresh.every", "4"], (4 + 3) / 10 + 2 * 0.3 / 10),
         (["--refresh.every", "4", "--refresh.pin", "run-1/7"], 0.5),
     ],
 )  # fmt: skip

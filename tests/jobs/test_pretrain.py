@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -9,10 +10,11 @@ import psutil
 import pytest
 from runs import equal, log_events
 
-from jobs.pretrain import RayPretrain, worker_resources
+from jobs.pretrain import RayPretrain, beside, main, worker_resources
 from jobs.refresh_workers import RefreshWorkers
 from train import checkpoint
 from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
+from train.signals.due import is_followed
 
 
 def _workers(job):
@@ -29,8 +31,109 @@ def _command(scored, out, *more):
         sys.executable, "jobs/pretrain.py", "--shards", *scored.shards, "--cache", scored.cache.url,
         "--out", str(out), "--recipe", "famt", "--model", "vit_nano", "--epochs", "8",
         "--batch-size", "4", "--spec.grid", "7", "--log-steps", "1", "--checkpoint-minutes", "0",
-        "--workers", "2", *more,
+        *more,
     ]  # fmt: skip
+
+
+ALONE = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+
+
+def _beside(job):
+    """What a training started: its refresh job, and Ray's processes."""
+    return psutil.Process(job.pid).children(recursive=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["famt", "famt-paper"])
+def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, recipe):
+    out = tmp_path / "run"
+    # Enough epochs for the first of them to be taken up, which famt-paper waits for.
+    waits = ["--refresh.wait"] if recipe == "famt" else []
+    command = _command(
+        scored, out, "--recipe", recipe, "--model", "vit_nano", "--decoder-width", "64",
+        "--epochs", "4", "--refresh.every", "2", "--device", "cpu", *waits,
+    )  # fmt: skip
+    process = subprocess.Popen(
+        command, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    started = []
+    while process.poll() is None:
+        started.extend(each for each in _beside(process) if each not in started)
+        time.sleep(0.2)
+    plan, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert "1 times, every 2 epochs, by a job that follows this run\n" in plan  # none is lacking
+    (event,) = log_events(out, "generation")
+    assert event["generation"] == 12
+    assert not log_events(out, "refresh job ended")
+    assert "generation" in (out / "refresh.log").read_text()
+    assert started
+    psutil.wait_procs(started, timeout=30)
+    assert not [each for each in started if each.is_running()]
+    assert not is_followed(out)
+
+
+def _arguments(process):
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+@pytest.mark.slow
+def test_the_refresh_job_does_not_outlive_a_killed_training(scored, tmp_path):
+    out = tmp_path / "run"
+    command = _command(scored, out, "--epochs", "10000", "--device", "cpu")
+    process = subprocess.Popen(command, env=ALONE, stderr=subprocess.DEVNULL)
+    jobs = []
+    while len(jobs) < 5 or not (out.exists() and checkpoint.latest(out)):  # Ray is up as well
+        assert process.poll() is None
+        jobs = _beside(process)
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    psutil.wait_procs(jobs, timeout=60)
+    assert not [each for each in jobs if each.is_running()]
+    assert not is_followed(out)
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_and_says_so_where_the_refresh_job_dies(scored, tmp_path):
+    out = tmp_path / "run"
+    command = _command(scored, out, "--epochs", "10000", "--device", "cpu")
+    process = subprocess.Popen(command, env=ALONE, stderr=subprocess.PIPE, text=True)
+    killed = False
+    while not log_events(out, "refresh job ended"):
+        assert process.poll() is None
+        for each in [] if killed or not log_events(out, "start") else _beside(process):
+            if "jobs.refresh_scores" in " ".join(_arguments(each)):
+                each.kill()
+                killed = True
+        time.sleep(0.1)
+    assert killed
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert "refresh job ended" in errors
+    assert log_events(out, "stopped by a signal")
+
+
+def test_gpus_of_ranks_are_for_ray_to_give(tmp_path):
+    args = RayPretrain(shards=["x"], cache="x", out=tmp_path, gpu=True)
+    with pytest.raises(ValueError, match=r"--gpu is for the ranks of --workers"):
+        main(args)
+
+
+def test_a_refresh_takes_every_other_core_or_one_place_on_each_gpu(monkeypatch):
+    args = RayPretrain(shards=["x"], cache="x", out=Path("x"))
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert beside(args) == RefreshWorkers(workers=6)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert beside(args) == RefreshWorkers(workers=8, gpus_per_worker=1.0)
+    assert beside(dataclasses.replace(args, device="cpu")) == RefreshWorkers(workers=6)
+    told = RefreshWorkers(workers=3, batch_size=256)
+    assert beside(dataclasses.replace(args, refresher=told)) == told
 
 
 @pytest.mark.slow
@@ -38,11 +141,18 @@ def test_ray_train_survives_a_killed_worker_with_the_same_weights(scored, tmp_pa
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = subprocess.run(
-        _command(scored, whole), env=environment, capture_output=True, text=True, timeout=600
+        _command(scored, whole, "--workers", "2"),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     process = subprocess.Popen(
-        _command(scored, killed), env=environment, stderr=subprocess.PIPE, text=True
+        _command(scored, killed, "--workers", "2"),
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while process.poll() is None and not (killed.exists() and checkpoint.latest(killed)):
         time.sleep(0.02)
@@ -58,7 +168,7 @@ def test_ray_train_survives_a_killed_worker_with_the_same_weights(scored, tmp_pa
 
 @pytest.mark.slow
 def test_a_mistake_ends_the_run_at_the_first_try_and_its_reason_is_the_last_word(scored, tmp_path):
-    command = _command(scored, tmp_path / "run", "--batch-size", "400")
+    command = _command(scored, tmp_path / "run", "--workers", "2", "--batch-size", "400")
     done = subprocess.run(
         command, env={**os.environ, "RAY_ADDRESS": "local"}, capture_output=True, text=True
     )

@@ -22,7 +22,7 @@ from pipeline.scores import is_generation
 from pipeline.table import load_samples
 from train import checkpoint
 from train.checkpoint import CLASSIFIER, Checkpoint
-from train.signals.due import encoder_path, failed_path, finished_path
+from train.signals.due import encoder_path, failed_path, finished_path, is_followed
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
@@ -31,7 +31,8 @@ def _train(scored, out, *more):
     return [
         sys.executable, "-m", "train.pretrain", "--shards", *scored.shards,
         "--cache", scored.cache.url, "--out", str(out), "--model", "vit_nano",
-        "--recipe", "famt-paper", "--plain-epochs", "1", "--refresh.every", "2",
+        "--frequency.source", "refreshed", "--frequency.kind", "frequency_attention",
+        "--attention.source", "off", "--plain-epochs", "1", "--refresh.every", "2",
         "--epochs", "6", "--batch-size", "8", "--spec.grid", "7", "--log-steps", "1",
         "--checkpoint-minutes", "0", "--device", "cpu", "--threads", "1", *more,
     ]  # fmt: skip
@@ -238,12 +239,15 @@ def test_a_follower_scores_each_encoder_once_though_a_new_run_repeats_its_name(
     path = encoder_path(tmp_path, 14)
     path.parent.mkdir()
     path.write_bytes(b"first")
+    assert not is_followed(tmp_path)
     with _follow_here(monkeypatch, tmp_path, []) as tried:
         _until(lambda: tried == [(b"first", None)])
+        assert is_followed(tmp_path)
         path.unlink()
         path.with_suffix(".new").write_bytes(b"second")
         path.with_suffix(".new").rename(path)
         _until(lambda: tried == [(b"first", None), (b"second", None)])
+    assert not is_followed(tmp_path)
 
 
 def test_a_follower_says_why_it_failed_and_tries_again(tmp_path, monkeypatch):

@@ -64,7 +64,7 @@ def test_a_grid_that_nothing_was_done_of_needs_every_command(data, tmp_path):
     path.write_text(GRID.format(out=tmp_path, data=data) + ROW)
     grid = load(path, lambda file, runs, reference: dict.fromkeys(runs, StepCost(1.0)))
     modules = [[command[2] for command in left(grid, row, 0)] for row in grid.rows]
-    assert modules == [["train.pretrain", "train.evaluate"]] * 2
+    assert modules == [["jobs.pretrain", "train.evaluate"]] * 2
 
 
 @pytest.mark.parametrize("published", TABLES, ids=lambda path: path.parent.name)
@@ -121,7 +121,7 @@ def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, mo
     stopper.start()
     assert results._run._function(grid, grid.rows[0], 0, 1, 0, None) == ""
     stopper.join()
-    assert [each.args[2] for each in started] == ["train.pretrain"]
+    assert [each.args[2] for each in started] == ["jobs.pretrain"]
     assert len(left(grid, grid.rows[0], 0)) == 2
 
 

@@ -11,6 +11,7 @@ from pipeline.scores import ScoreSpec
 from train import pretrain
 from train.config import Pretrain
 from train.optimisation import OptimiserConfig
+from train.signals.config import RefreshConfig
 
 
 @pytest.fixture
@@ -26,6 +27,7 @@ def config(scored, tmp_path: Path) -> Pretrain:
         batch_size=8,
         spec=scored.spec,
         optimiser=OptimiserConfig(base_learning_rate=0.05, warmup_epochs=1),
+        refresh=RefreshConfig(every=40),  # none in three epochs
         device="cpu",
         threads=1,
         log_steps=1,

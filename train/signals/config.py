@@ -33,7 +33,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class FrequencyConfig(_Slot):
-    """What a patch shows: a score of the image's pixels, or of the encoder's tokens."""
+    """How much frequency content a patch has, in the image's pixels or in the encoder's tokens."""
 
     source: str = "cached-then-refreshed"
     """off; cached (the pixel score of --spec, from the cache); refreshed (a score of the model in
@@ -84,9 +84,9 @@ class HardnessConfig(_Slot):
 class RefreshConfig:
     """When refreshed scores are made anew: a generation of maps at a time."""
 
-    every: Annotated[int, Ge(1)] = 40
-    """epochs from one generation of maps to the next; the first is due after as many, or where the
-    epochs of plain MAE end"""
+    every: Annotated[int | None, Ge(1)] = None
+    """epochs from one generation of maps to the next, a tenth of --epochs if left out; the first is
+    due after as many, or where --plain-epochs end"""
     wait: Annotated[bool, FREE] = False
     """wait for a generation that is due, as the paper does, rather than take it up when it is
     there"""

@@ -3,12 +3,16 @@
     <out>/refresh/encoder-<step>.pt       an encoder that a generation is due of
     <out>/refresh/encoder-<step>.failed   why the job could not make it
     <out>/refresh/finished                no encoder will follow
+    <out>/refresh/followed                locked by a job as long as it follows the run
 
 Which epoch began with which generation stands in `train.signals.record`'s file.
 """
 
 from __future__ import annotations
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from train.files import written_whole
@@ -33,6 +37,36 @@ def write_failure(encoder: Path, why: str) -> None:
     """Tell the run why no generation could be made of an encoder."""
     with written_whole(failed_path(encoder)) as file:
         file.write(f"{why}\n".encode())
+
+
+@contextmanager
+def followed(out: Path) -> Iterator[int]:
+    """Show a run that a job follows it, for as long as this context is open.
+
+    Yields:
+        a descriptor; a process that inherits it shows the same as long as it lives.
+    """
+    path = _followed_path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as held:
+        fcntl.flock(held, fcntl.LOCK_SH)  # several jobs may follow one run
+        yield held.fileno()
+
+
+def is_followed(out: Path) -> bool:
+    """Whether a job follows a run; the kernel forgets one that was killed."""
+    try:
+        with open(_followed_path(out), "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _followed_path(out: Path) -> Path:
+    return out / "refresh" / "followed"
 
 
 def finished_path(out: Path) -> Path:

@@ -7,6 +7,7 @@ to <out>/generations.json.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ from train.signals.due import (
     encoder_path,
     failed_path,
     finished_path,
+    is_followed,
     remove_encoders,
     write_finished,
 )
@@ -43,6 +45,7 @@ from train.signals.record import Record
 from train.streams import Stop
 
 _POLL = 0.2  # seconds
+_PATIENCE = 60.0  # seconds that a job may take to come up beside a run that needs it
 
 
 class FollowedMaps:
@@ -93,6 +96,7 @@ class FollowedMaps:
         elif self._leads:
             self._ahead.start()
         ranks.from_main(self._need)
+        self._is_followed: bool = ranks.from_main(self._find_follower)
 
     def read(self, kind: str, crops: CropBatch) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
@@ -109,13 +113,11 @@ class FollowedMaps:
         """
         if self._begun == epoch or self._pinned is not None:
             return True
-        config = self._config.refresh
-        since = epoch - self._config.plain_epochs
-        due = epoch > 0 and since >= 0 and since % config.every == 0
+        config, due = self._config.refresh, epoch in self._config.refreshes
         known, recorded = self._ranks.from_main(lambda: self._record.at(epoch))
         if due:
             self._on_main(lambda: self._leave_encoder(step, log), step, log, must=config.wait)
-        if due and config.wait and not known and not self._await(step, stop):
+        if due and config.wait and not known and not self._await(step, stop, log):
             return False
         started = time.perf_counter()
         wanted = recorded if known else step if due and config.wait else self._agree()
@@ -137,7 +139,7 @@ class FollowedMaps:
         self._on_main(lambda: self._note(epoch, step), step, log)
         self._on_main(lambda: self._ask_again(step, log), step, log)
         if log:
-            self._tell(since, step, log)
+            self._tell(step, log)
         return True
 
     def restore(self, step: int) -> None:
@@ -164,12 +166,13 @@ class FollowedMaps:
 
     def describe(self) -> str:
         """Where the maps come from, for the run's plan."""
-        config = self._config.refresh
-        if config.pin:
-            return f"from generation {config.pin}"
+        if self._pinned is not None:
+            return f"from generation {self._config.refresh.pin}"
+        due = self._config.refreshes
+        lacks = "" if self._is_followed or not due else f"; none does: start `{self._job}`"
         return (
-            f"made anew every {config.every} epochs by `python jobs/refresh_scores.py --follow "
-            f"{self._config.out}`, to be run beside this"
+            f"made anew {len(due)} times, every {due.step} epochs, by a job that follows this run"
+            f"{lacks}"
         )
 
     def close(self, *, finished: bool) -> None:
@@ -179,7 +182,33 @@ class FollowedMaps:
             remove_encoders(self._config.out)  # no epoch is left that could take up their maps
             write_finished(self._config.out)
 
-    def _await(self, step: int, stop: Stop) -> bool:
+    @property
+    def _job(self) -> str:
+        """The command that makes the run's generations."""
+        return f"python -m jobs.refresh_scores --follow {self._config.out}"
+
+    def _find_follower(self) -> bool:
+        """Whether a job follows the run; one that waits for its maps can't do without.
+
+        Raises:
+            ValueError: no job came up.
+        """
+        found, needed = is_followed(self._config.out), self._config.refresh.wait
+        if found or not needed or not self._config.refreshes:
+            return found
+        said = f"no job follows {self._config.out}, whose maps this run waits for"
+        print(f"{said}: start `{self._job}`", file=sys.stderr, flush=True)
+        until = time.monotonic() + _PATIENCE
+        while not is_followed(self._config.out):
+            if time.monotonic() > until:
+                raise UserError(
+                    f"--refresh.wait: no job follows {self._config.out}. `python -m jobs.pretrain` "
+                    f"brings one along; else start `{self._job}` first"
+                )
+            time.sleep(_POLL)
+        return True
+
+    def _await(self, step: int, stop: Stop, log: Log | None) -> bool:
         """Wait for the generation of a step; False if any rank is asked to stop instead."""
         while True:
             answers = self._ranks.gather(
@@ -192,6 +221,8 @@ class FollowedMaps:
                 return False
             if made:
                 return True
+            if log:
+                self._tell_of_job(step, log)
             time.sleep(_POLL)
 
     def _made(self, step: int) -> bool | str:
@@ -337,15 +368,23 @@ class FollowedMaps:
         except storage.UNREACHABLE:
             return False
 
-    def _tell(self, since: int, step: int, log: Log) -> None:
-        """Say once that nobody seems to refresh, and what the run goes on with."""
+    def _tell_of_job(self, step: int, log: Log) -> None:
+        """Say that no job follows the run any more."""
+        if self._is_followed and not is_followed(self._config.out):
+            self._is_followed = False
+            log.event(step, "refresh job ended", tell=True, to_start_one=self._job)
+
+    def _tell(self, step: int, log: Log) -> None:
+        """Say why a generation failed, and once what the run goes on with where none was made."""
+        self._tell_of_job(step, log)
         due = due_encoders(self._config.out)
         for failed in (failed_path(each) for each in due):
             if failed.exists():
                 reason = failed.read_text().strip()
                 failed.unlink()
                 log.event(step, "refresh failed", tell=True, reason=reason)
-        if not self._told and since % self._config.refresh.every and due and not self.current:
+        late = not self.current and any(each < encoder_path(self._config.out, step) for each in due)
+        if late and not self._told:
             self._told = True
             others = self._config.frequency.source == "cached-then-refreshed"
             goes_on = "the cached score" if others else "what other signals say, or plain MAE"
@@ -354,7 +393,7 @@ class FollowedMaps:
                 "no generation yet",
                 tell=True,
                 going_on_with=goes_on,
-                to_make_one=f"python jobs/refresh_scores.py --follow {self._config.out}",
+                to_make_one=self._job,
             )
 
 

@@ -106,7 +106,7 @@ def weigh_crops(
         epoch, step, progress: where it is.
         look: for a picture, see `Signal.look`.
     """
-    plain = epoch < config.plain_epochs
+    plain = epoch < config.plain_until
     scores = {} if plain else read_signals(signals, crops, step, look=look)
     # Signals that have nothing to say yet leave the run what it is without weights.
     join = config.plain if plain or (config.weighs and not scores) else config.join

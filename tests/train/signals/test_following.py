@@ -25,8 +25,9 @@ from train import checkpoint
 from train.distributed import join_ranks
 from train.log import Log
 from train.pretrain import Run, main
+from train.signals import following
 from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
-from train.signals.due import encoder_path, finished_path, write_failure
+from train.signals.due import encoder_path, finished_path, followed, write_failure
 from train.signals.following import FollowedMaps, lost_generations
 from train.streams import Stop
 from train.timing import Clock
@@ -160,6 +161,7 @@ def test_a_waiting_run_goes_on_only_when_all_maps_are_there(config, scored):
 
 
 def test_a_resumed_run_takes_up_at_each_epoch_what_it_took_up_before(config, scored):
+    config = dataclasses.replace(config, epochs=6)
     followed, _ = _followed(config, scored)
     followed.begin_epoch(1, 3, Stop(), None)
     first = _refresh(scored, encoder_path(config.out, 3))
@@ -276,7 +278,7 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config):
     )
     stop = Stop()
     _ask_when(stop, lambda: bool(log_events(config.out, "refresh due")))
-    with join_ranks("cpu") as ranks:
+    with followed(config.out), join_ranks("cpu") as ranks:
         Run(config, ranks).train(stop)
     state = checkpoint.load(config.out)
     assert (state.step, state.epoch) == (3, 1)
@@ -294,8 +296,54 @@ def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(config):
         write_failure(encoder_path(config.out, 3), "no room on the cluster")
 
     threading.Thread(target=fail, daemon=True).start()
-    with pytest.raises(OSError, match="no generation of step 3 was made: no room on the cluster"):
+    reason = "no generation of step 3 was made: no room on the cluster"
+    with followed(config.out), pytest.raises(OSError, match=reason):
         main(config)
+
+
+def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeypatch, capfd):
+    config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True))
+    monkeypatch.setattr(following, "_PATIENCE", 0.5)
+    with pytest.raises(ValueError, match=r"-m jobs\.pretrain` brings one .*--follow"):
+        main(config)
+    assert not log_events(config.out, "start")
+    assert f"start `python -m jobs.refresh_scores --follow {config.out}`" in capfd.readouterr().err
+
+
+def test_a_job_may_come_up_after_the_run_that_needs_it(config, scored, capfd):
+    config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True))
+    job = followed(config.out)
+
+    def come():
+        time.sleep(0.5)
+        job.__enter__()
+
+    threading.Thread(target=come, daemon=True).start()
+    run, _ = _followed(config, scored)
+    assert "no job follows" in capfd.readouterr().err
+    assert "none does" not in run.describe()
+    run.close(finished=False)
+    job.__exit__(None, None, None)
+
+
+def test_a_run_says_at_its_start_what_to_start_beside_it(config, capfd):
+    main(config)
+    plan = capfd.readouterr().out
+    assert f"none does: start `python -m jobs.refresh_scores --follow {config.out}`" in plan
+
+
+def test_a_run_says_once_that_the_job_beside_it_ended(config, scored):
+    log = Log(config.out, 0, 9, 8, Clock(torch.device("cpu")), "train")
+    with followed(config.out):
+        run, _ = _followed(config, scored)
+        run.begin_epoch(0, 0, Stop(), log)
+        assert not log_events(config.out, "refresh job ended")
+    run.begin_epoch(1, 3, Stop(), log)
+    run.begin_epoch(2, 6, Stop(), log)
+    (event,) = log_events(config.out, "refresh job ended")
+    assert event["step"] == 3
+    assert str(config.out) in event["to_start_one"]
+    run.close(finished=False)
 
 
 def test_a_run_that_waits_does_not_wait_for_an_encoder_that_could_not_be_written(
@@ -307,11 +355,12 @@ def test_a_run_that_waits_does_not_wait_for_an_encoder_that_could_not_be_written
         raise OSError(f"{path}: no space left")
 
     monkeypatch.setattr(checkpoint, "save_encoder", full)
-    with pytest.raises(OSError, match="no space left"):
+    with followed(config.out), pytest.raises(OSError, match="no space left"):
         main(config)
 
 
 def test_a_run_begun_anew_forgets_what_an_attempt_without_checkpoint_left(config, scored):
+    config = dataclasses.replace(config, epochs=6)
     first, _ = _followed(config, scored, "run-dead")
     first.begin_epoch(1, 3, Stop(), None)
     _refresh(scored, encoder_path(config.out, 3))
@@ -331,6 +380,7 @@ def test_a_run_begun_anew_forgets_what_an_attempt_without_checkpoint_left(config
 
 
 def test_a_resumed_run_keeps_the_generations_that_it_may_have_to_repeat(config, scored):
+    config = dataclasses.replace(config, epochs=6)
     followed, _ = _followed(config, scored)
     for epoch, step in ((1, 3), (2, 6), (3, 9), (4, 12)):
         followed.begin_epoch(epoch, step, Stop(), None)
