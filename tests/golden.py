@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from samples import photo_members, score, tar_bytes
@@ -66,11 +67,8 @@ def main() -> None:
         tars = [folder / f"train-{number}.tar" for number in range(2)]
         for number, tar in enumerate(tars):
             tar.write_bytes(tar_bytes(photo_members(32, 32 * number)))
-        for name, digest in (
-            *_maps(tars, folder / "cache"),
-            *_weights(tars, folder),
-            *_tables(folder),
-        ):
+        found = chain(_maps(tars, folder / "cache"), _weights(tars, folder), _tables(folder))
+        for name, digest in found:
             print(json.dumps({"of": name, "sha256": digest}), flush=True)
 
 
