@@ -13,15 +13,18 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge
 
+from famt.frequency import pixel_frequency
 from famt.models import MODELS
 from jobs.benchmarks import measure
 from jobs.benchmarks.measure import Report
 from jobs.benchmarks.step import Step
 from jobs.benchmarks.training import Training, training, unweighed
+from pipeline.loader import CropBatch
 from pipeline.options import Checked
 from pipeline.scores import ScoreSpec
 from train.signals.attention import Live
-from train.signals.config import AttentionConfig, HardnessConfig
+from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
+from train.signals.signal import Signal
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,11 @@ class Attention(Checked):
     """Time of whole FAMT steps with a signal, beside those without; and the share of the join.
 
     `rolling` refreshes a part of each batch a step, at half the crops' side or whole, `live`
-    looks at every crop; `seen` and `errors` keep what the step itself gives. All steps are the
-    training's own, on one batch of crops; `ms_of_its_own`, what a signal's own stage took of them,
-    tells more than the ratio where that is lost in the noise. The last lines hold steps that decode
+    looks at every crop; `seen` and `errors` keep what the step itself gives. `cached` joins the
+    pixel score from the cache; `computed`, beside it, takes pixel score, token frequency and
+    attention of every crop in the step. All steps are the training's own, on one batch of crops;
+    `ms_of_its_own`, what a signal's own stage took of them, tells more than the ratio where that is
+    lost in the noise. The last lines hold steps that decode
     a share of the masked patches against plain MAE's.
     """
 
@@ -80,9 +85,17 @@ class Attention(Checked):
                 "live": {"attention": AttentionConfig("live")},
                 "seen": {"attention": AttentionConfig("seen")},
                 "errors": {"hardness": HardnessConfig("errors")},
+                "cached": {"frequency": FrequencyConfig("cached")},
+                "computed": {"attention": AttentionConfig("live", kind="frequency_attention")},
             }
             rivals = {
-                name: self._stepper(steps, each, stages[name]) for name, each in slots.items()
+                name: self._stepper(
+                    steps,
+                    each,
+                    stages[name],
+                    [PixelScore(steps.run.sizes.grid)] if name == "computed" else [],
+                )
+                for name, each in slots.items()
             }
             taken = measure.seconds(rivals, self.rounds)
         ms = {
@@ -93,15 +106,16 @@ class Attention(Checked):
             f"{self.threads} threads"
         )
         for name in (each for each in slots if each != "off"):
+            bound = "cached" if name == "computed" else "off"
             yield {
                 **measure.line(
                     "attention",
                     f"ms an image of a step with {name}, {setting}",
                     ms[name],
-                    "ms an image of a step without signals",
-                    ms["off"],
+                    f"ms an image of a step with signals {bound}",
+                    ms[bound],
                 ),
-                "ratio_of_fastest": round(min(taken[name]) / min(taken["off"]), 3),
+                "ratio_of_fastest": round(min(taken[name]) / min(taken[bound]), 3),
                 "ms_of_its_own": round(self._ms(stages[name], "signals"), 3),
             }
         yield measure.line(
@@ -119,10 +133,14 @@ class Attention(Checked):
         yield from step.times("attention", names)
 
     def _stepper(
-        self, steps: Training, slots: dict[str, Any], stages: list[dict[str, float]]
+        self,
+        steps: Training,
+        slots: dict[str, Any],
+        stages: list[dict[str, float]],
+        added: list[Signal],
     ) -> Callable[[], None]:
         def work() -> None:
-            steps.run.signals = steps.signals(**slots)
+            steps.run.signals = [*steps.signals(**slots), *added]
             steps.step()
             for signal in steps.run.signals:
                 signal.close(finished=False)
@@ -149,3 +167,17 @@ class Attention(Checked):
             "perfect agreement",
             1.0,
         )
+
+
+class PixelScore(Signal):
+    """The default pixel score of every crop, computed in the step at the size of the cache's."""
+
+    name = "pixels"
+
+    def __init__(self, grid: int) -> None:
+        self._spec = ScoreSpec(grid=grid)
+
+    def read(self, crops: CropBatch, step: int) -> torch.Tensor:
+        spec = self._spec
+        pixels = crops.images.permute(0, 3, 1, 2).float().div_(255)
+        return pixel_frequency(F.adaptive_avg_pool2d(pixels, spec.size), spec.grid).flatten(1)

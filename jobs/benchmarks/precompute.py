@@ -48,7 +48,7 @@ class Precompute(Checked):
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(1)
-        spec = ScoreSpec()
+        spec, former = ScoreSpec(), ScoreSpec("border_geodesic")
         with measure.shards(self.shards) as shards:
             data = storage.read(shards[0])
             samples = list_shard(data).samples[: self.images]
@@ -57,6 +57,7 @@ class Precompute(Checked):
             rates = measure.rates(
                 {
                     "score": lambda: (content_id(data), score_shard(data, spec)),
+                    former.kind: lambda: (content_id(data), score_shard(data, former)),
                     "pillow_draft": partial(_pillow, jpegs, spec.size),
                     "pillow_full": partial(_pillow, jpegs, None),
                     "dali": _dali_decoder(shards[:1], len(jpegs)),
@@ -65,9 +66,10 @@ class Precompute(Checked):
                 self.rounds,
             )
             figure = rates.pop("score")
+            unit = f"images/s, one core, {spec.kind}"
             for name, bound in rates.items():
-                against = f"decode only, {name}"
-                yield measure.line("precompute", "images/s, one core", figure, against, bound)
+                against = name if name == former.kind else f"decode only, {name}"
+                yield measure.line("precompute", unit, figure, against, bound)
             yield _agreement(jpegs, spec)
             yield _two_workers(data, spec, self.rounds)
 

@@ -67,9 +67,9 @@ def test_a_step_is_compared_in_time_and_memory_under_every_method():
 @pytest.mark.parametrize(
     ("name", "options", "lines"),
     [
-        ("precompute", {"rounds": 1, "images": 10}, 5),
+        ("precompute", {"rounds": 1, "images": 10}, 6),
         ("loader", {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1}, 4),
-        ("attention", {"model": "vit_nano", "batch_size": 8, "rounds": 1, "threads": 1}, 9),
+        ("attention", {"model": "vit_nano", "batch_size": 8, "rounds": 1, "threads": 1}, 11),
         ("refresh", {"model": "vit_nano", "step_batch_size": 4, "rounds": 1, "threads": 1}, 2),
     ],
 )
