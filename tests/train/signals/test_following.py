@@ -25,7 +25,7 @@ from train import checkpoint
 from train.distributed import join_ranks
 from train.log import Log
 from train.pretrain import Run, main
-from train.signals import following
+from train.signals import due, following
 from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from train.signals.due import encoder_path, finished_path, followed, write_failure
 from train.signals.following import FollowedMaps, lost_generations
@@ -148,7 +148,8 @@ def test_a_generation_whose_maps_are_gone_is_told_of_and_asked_for_again(config,
 
 def test_a_waiting_run_goes_on_only_when_all_maps_are_there(config, scored):
     waiting = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=True))
-    followed, table = _followed(waiting, scored)
+    with due.followed(config.out):  # or the run would not begin
+        followed, table = _followed(waiting, scored)
     followed._leave_encoder(3, None)
     generation = _refresh(scored, encoder_path(config.out, 3))
     assert followed._made(3)
