@@ -120,12 +120,14 @@ def attention_of(attention: Attention, projected: Tensor) -> Tensor:
 
 @contextmanager
 def _evaluating(encoder: VisionTransformer) -> Iterator[None]:
-    training = encoder.training
+    if not encoder.training:
+        yield
+        return
     encoder.eval()
     try:
         yield
     finally:
-        encoder.train(training)
+        encoder.train()
 
 
 def _before_last_block(encoder: VisionTransformer, images: Tensor) -> Tensor:

@@ -45,3 +45,11 @@ def test_a_method_is_a_prediction_and_an_error():
     masked, split = torch.randn(2, 7, 192), sample_patches(torch.ones(2, 16), 0.45, 0.40)
     loss = model(torch.randn(2, 3, 192), masked, split)
     torch.testing.assert_close(loss, masked.abs().mean())
+
+
+def test_the_encoder_stays_in_eval_mode_and_nothing_in_it_depends_on_the_mode():
+    model = METHODS["mae"](TINY)
+    assert not any("BatchNorm" in type(each).__name__ for each in model.encoder.modules())
+    assert all(getattr(each, "p", 0.0) == 0 for each in model.encoder.modules())
+    assert model.train().training
+    assert not model.encoder.training
