@@ -414,7 +414,8 @@ def _reason(error: RuntimeError) -> str:
 
 def rows_of(source: TensorListCPU) -> Tensor:
     """The rows `[B]` int64 that an index carries in each sample's `source_info`."""
-    return torch.tensor([int(bytes(np.asarray(info)).rpartition(b":")[2]) for info in source])
+    infos = (bytes(np.asarray(source[n])) for n in range(len(source)))
+    return torch.tensor([int(info.rpartition(b":")[2]) for info in infos])
 
 
 @pipeline_def(exec_dynamic=True)

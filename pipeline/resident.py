@@ -120,9 +120,9 @@ def _whole_images(paths: list[str], index_paths: list[str], on_gpu: bool) -> tup
         pad_last_batch=True,
         dont_use_mmap=True,
     )
-    fancy = {"jpeg_fancy_upsampling": True} if on_gpu else {}
-    images = fn.decoders.image(
-        encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB, **fancy
-    )
+    decoder: dict[str, Any] = {"output_type": types.RGB, "device": "cpu"}
+    if on_gpu:
+        decoder |= {"device": "mixed", "jpeg_fancy_upsampling": True}
+    images = fn.decoders.image(encoded, **decoder)
     source = fn.get_property(encoded, key="source_info")
     return source, fn.peek_image_shape(encoded)[:2], fn.pad(images)
