@@ -137,7 +137,7 @@ def _measure(run: Pretrain, reference: Pretrain) -> StepCost:
 def _weighed(run: Pretrain) -> Pretrain:
     """A run of the steps after its plain epochs."""
     # Scores that are not there yet would leave a plain step; what they add to one is a gather.
-    waited_for = [name for name in _OFF if getattr(run, name).source == "refreshed"]
+    waited_for = [name for name in _OFF if getattr(run, name).source.startswith("refreshed")]
     return dataclasses.replace(run, plain_epochs=0, **{name: _OFF[name] for name in waited_for})
 
 

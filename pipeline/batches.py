@@ -9,17 +9,29 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.models import PatchConfig
 from famt.sampling import patch_weights
+from pipeline.bank import MapBank
 from pipeline.cache import ScoreCache
 from pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
 from pipeline.loader import CropLoader, LoaderConfig
+from pipeline.model_scores import score_crops
+from pipeline.rolling import RollingScores, half_size
 from pipeline.scores import ScoreSpec
-from pipeline.table import load_maps, load_samples
+from pipeline.sealed import CacheError
+from pipeline.table import (
+    SampleTable,
+    load_generation,
+    load_maps,
+    load_samples,
+    usable_generations,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,10 @@ def famt_loader(
     loader: LoaderConfig | None = None,
     join: JoinConfig | None = None,
     spec: ScoreSpec | None = None,
-    frequency_exponent: float = 0.25,
+    refreshed: str | None = None,
+    kind: str = "token_frequency",
+    frequency_exponent: float | None = None,
+    encoder: VisionTransformer | None = None,
     attention: Callable[[Tensor], Tensor] | None = None,
     epochs: int = 1,
     rank: int = 0,
@@ -63,10 +78,17 @@ def famt_loader(
         patches: sizes of crops, patches and units.
         loader: how crops are read and cut; its image size is that of `patches`.
         join: which patches are masked, thrown, seen and predicted, by their weights.
-        spec: which score weighs; the default one if left out.
-        frequency_exponent: power of the cached score in the weight; 0 needs no scores at all.
-        attention: crops `[B, S, S, 3]` uint8 -> `[B, N]`, >= 0, which the weights are multiplied
-            by: the attention of a model in training, say.
+        spec: which cached score weighs; the default one if left out.
+        refreshed: id of a run whose newest generation of maps weighs in place of the cached score,
+            looked for as each epoch begins; `<run>/<step>` keeps to one. `jobs/refresh_scores.py`
+            makes them, of a checkpoint or of any model's weights.
+        kind: which score of that generation.
+        frequency_exponent: power of the cached or refreshed score in the weight, 0.25 or 1 if left
+            out; 0 needs no scores at all.
+        encoder: a timm ViT in training; weights are multiplied by its rolling attention, an eighth
+            of each batch looked at in half its size.
+        attention: crops `[B, S, S, 3]` uint8 -> `[B, N]`, >= 0, which weights are multiplied by in
+            place of that.
         epochs: passes over the shards.
         rank, world_size: this process among those that share an epoch.
         device: where batches end up; "cuda" decodes there.
@@ -76,14 +98,19 @@ def famt_loader(
         full batches, as many on every rank.
 
     Raises:
-        CacheError: a shard that can't be read, or lacks the scores; names it and the command.
+        CacheError: a shard that can't be read or lacks the scores, or no such generation; names it
+            and the command.
         FileNotFoundError: a pattern that matches nothing, or no cache.
         ValueError: fewer samples than one batch on every rank.
     """
-    join, weighs = join or JoinConfig(), frequency_exponent != 0
-    score_cache, spec = ScoreCache(cache, create=not weighs), spec or ScoreSpec()
-    table = load_samples(shards, score_cache, spec if weighs else None)
-    maps = load_maps(table, score_cache, spec) if weighs else None
+    join, spec = join or JoinConfig(), spec or ScoreSpec()
+    exponent = frequency_exponent
+    if exponent is None:
+        exponent = 1.0 if refreshed else 0.25
+    cached = exponent != 0 and not refreshed
+    score_cache = ScoreCache(cache, create=exponent == 0)
+    table = load_samples(shards, score_cache, spec if cached else None)
+    maps = load_maps(table, score_cache, spec) if cached else None
     crop_loader = CropLoader(
         table,
         dataclasses.replace(loader or LoaderConfig(), image_size=patches.image_size),
@@ -93,17 +120,26 @@ def famt_loader(
         device=device,
         seed=seed,
     )
+    look = None
+    if encoder is not None:
+        half = half_size(patches.image_size, patches.patch_size)
+        score = partial(score_crops, "attention", encoder, size=half)
+        look = RollingScores(MapBank(len(table), patches.grid), patches.grid, score)
     generator = torch.Generator(device).manual_seed(seed * world_size + rank)
     total = epochs * crop_loader.steps_per_epoch
     for epoch in range(epochs):
+        if refreshed and exponent:
+            maps = _generation(table, score_cache, refreshed, kind, patches.grid)
         for step, crops in enumerate(crop_loader, start=epoch * crop_loader.steps_per_epoch):
             signals = {}
             if maps is not None:
                 signals["frequency"] = crop_scores(maps, crops, patches.grid)
             if attention is not None:
                 signals["attention"] = attention(crops.images)
+            elif look is not None:
+                signals["attention"] = look.read(crops, step)
             if signals:
-                weights = patch_weights(signals, {"frequency": frequency_exponent})
+                weights = patch_weights(signals, {"frequency": exponent})
             else:
                 weights = torch.ones(len(crops.rows), patches.grid**2, device=crops.images.device)
             yield FamtBatch(
@@ -112,3 +148,17 @@ def famt_loader(
                 patches=split_crops(crops, weights, patches, join, generator, step / total),
                 labels=table.labels[crops.rows],
             )
+
+
+def _generation(table: SampleTable, cache: ScoreCache, source: str, kind: str, grid: int) -> Tensor:
+    """Maps `[R, G, G]` of a run's newest generation, or of the one that `source` names."""
+    run, _, step = source.partition("/")
+    found = usable_generations(table, cache, run, [kind], grid)
+    found = [each for each in found if step in ("", str(each.step))]
+    if not found:
+        raise CacheError(
+            f"no generation {source} of {kind}, {grid} x {grid} cells, for just these shards: "
+            f"`python jobs/cache.py ls --cache {cache.url}` lists those that are there, and "
+            "jobs/refresh_scores.py makes one"
+        )
+    return load_generation(table, cache, found[-1], [kind])[kind]

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.attention import attention_scores, cls_attention, last_attention, last_block
 from famt.frequency import token_frequency
+from famt.patches import normalise_images
 from pipeline.scores import MODEL_KINDS, ModelScoreSpec, named, unit_mean
 
 ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
@@ -63,6 +65,25 @@ def model_scores(
                 function = named("famt.model_scores", MODEL_KINDS, kind).load()
                 scores[kind] = function(encoder, images)
     return scores
+
+
+def score_crops(
+    kind: str, encoder: VisionTransformer, images: Tensor, size: int | None = None
+) -> Tensor:
+    """A model's score of the patches of crops.
+
+    Args:
+        kind, encoder: as for `model_scores`.
+        images: `[B, S, S, 3]` uint8.
+        size: side that the crops are shrunk to first, px; None leaves them.
+
+    Returns:
+        `[B, n**2]` float, >= 0; n cells a side of what the encoder saw.
+    """
+    pixels = normalise_images(images)
+    if size not in (None, pixels.shape[-1]):
+        pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
+    return model_scores([kind], encoder, pixels)[kind]
 
 
 def model_maps(

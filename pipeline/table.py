@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.generations import Generation
 from pipeline.index import index_shards
 from pipeline.manifest import ShardRecord
 from pipeline.packs import Packed
@@ -189,6 +190,32 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
         _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
         raise
     return torch.from_numpy(maps)
+
+
+def usable_generations(
+    samples: SampleTable, cache: ScoreCache, run: str, kinds: Iterable[str], grid: int
+) -> list[Generation]:
+    """Generations of a run that hold maps of these kinds for just these samples, oldest first."""
+    return [
+        each
+        for each in cache.generations.of(run)
+        if each.data == samples.digest
+        and set(kinds) <= {spec.kind for spec in each.specs}
+        and all(spec.grid == grid for spec in each.specs)
+    ]
+
+
+def load_generation(
+    samples: SampleTable, cache: ScoreCache, generation: Generation, kinds: Iterable[str]
+) -> dict[str, Tensor]:
+    """The maps of a generation by kind, `[R, G, G]` float16, row by row as `samples`."""
+    return {
+        spec.kind: torch.from_numpy(
+            Packed(cache, spec, len(samples.urls)).maps(samples.shard_ids, samples.counts)
+        )
+        for spec in generation.specs
+        if spec.kind in kinds
+    }
 
 
 def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:

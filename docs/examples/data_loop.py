@@ -21,7 +21,7 @@ def main(shards, cache, epochs=1, batch_size=64, grid=14):
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     batches = famt_loader(
         [shards], cache, patches=sizes, loader=LoaderConfig(batch_size=batch_size),
-        spec=ScoreSpec(grid=grid), epochs=epochs,
+        spec=ScoreSpec(grid=grid), encoder=model.encoder, epochs=epochs,
     )  # fmt: skip
     for step, batch in enumerate(batches):
         patches = batch.patches

@@ -72,7 +72,8 @@ def take_steps(run: Run, count: int) -> None:
 def training(config: Pretrain) -> Iterator[Training]:
     """A run by these options, but in a temporary folder and unwatched."""
     with tempfile.TemporaryDirectory(prefix="famt-run-") as out, join_ranks(config.device) as ranks:
-        run = Run(dataclasses.replace(config, out=Path(out), monitor=[]), ranks)
+        refresh = dataclasses.replace(config.refresh, wait=False)  # no job makes maps here
+        run = Run(dataclasses.replace(config, out=Path(out), monitor=[], refresh=refresh), ranks)
         run.model.train()
         try:
             yield Training(run, next(iter(run.loader)))

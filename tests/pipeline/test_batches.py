@@ -1,13 +1,16 @@
 import pytest
 import torch
 
-from famt.models import PatchConfig
+from famt.models import ModelConfig, PatchConfig
 from famt.patches import patchify
 from pipeline.batches import famt_loader
 from pipeline.cache import ScoreCache
+from pipeline.generations import Generation
 from pipeline.join import JoinConfig
 from pipeline.loader import LoaderConfig
+from pipeline.scores import ModelScoreSpec
 from pipeline.sealed import CacheError
+from pipeline.table import load_samples
 
 PATCHES = PatchConfig(image_size=56, patch_size=8)
 LOADER = LoaderConfig(batch_size=8, shuffle_buffer=16, threads=1)
@@ -75,3 +78,41 @@ def test_without_a_score_nothing_has_to_be_scored(scored, tmp_path):
     ScoreCache(str(tmp_path / "empty"), create=True)
     with pytest.raises(CacheError, match="precompute_freq"):
         next(famt_loader(scored.shards, str(tmp_path / "empty"), **options))
+
+
+def test_a_model_in_training_is_looked_at_in_turns(scored):
+    """Each image is looked at once before any is twice, and what was seen is remembered."""
+    encoder = ModelConfig(image_size=56, patch_size=8, width=24, depth=2, heads=3).encoder()
+    batches = _batches(scored, frequency_exponent=0.0, encoder=encoder, epochs=8)
+    seen = [(each.weights != 1).any(1) for each in batches]
+    assert [int(each.sum()) for each in seen[:3]] == [1, 1, 1]
+    rows = torch.cat(
+        [each.patches.views.rows[mask] for each, mask in zip(batches, seen, strict=True)]
+    )
+    assert len(rows.unique()) > 20
+    ahead = torch.stack([each.float().mean() for each in seen])
+    assert ahead[-3:].min() > 0.7
+
+
+def test_the_newest_generation_weighs_each_epoch_or_the_one_that_is_named(scored):
+    table = load_samples(scored.shards, scored.cache)
+    for step in (3, 7):
+        _publish(scored.cache, table, step)
+    newest, older = (
+        _batches(scored, refreshed=source)[0].weights for source in ("run-a", "run-a/3")
+    )
+    first = newest / newest.mean(1, keepdim=True)
+    assert not torch.allclose(newest, older)
+    assert torch.isfinite(first).all()
+    with pytest.raises(CacheError, match=r"no generation run-a/5 of token_frequency"):
+        _batches(scored, refreshed="run-a/5")
+
+
+def _publish(cache, table, step):
+    """A generation of maps that grow along the raster, the steeper the later."""
+    spec = ModelScoreSpec("token_frequency", 7, 56, f"encoder-{step}")
+    slope = 1 + torch.arange(49.0).view(7, 7) * step / 49
+    maps = (slope / slope.mean()).half().expand(1, 7, 7)
+    for shard_id, count in zip(table.shard_ids, table.counts, strict=True):
+        cache.write_maps(shard_id, spec, maps.expand(count, 7, 7).numpy())
+    cache.generations.publish(Generation("run-a", step, [spec], table.digest, len(table)))

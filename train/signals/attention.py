@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from famt.patches import normalise_images
-from famt.transfer import send
 from pipeline.loader import CropBatch
-from pipeline.model_scores import model_scores
+from pipeline.model_scores import score_crops
+from pipeline.rolling import RollingScores, half_size
 from pipeline.scores import check_model_kinds
 from train.signals.banked import Banked
 from train.signals.config import AttentionConfig
@@ -38,11 +36,8 @@ class Live(Signal):
         """Crops `[B, S, S, 3]` uint8 -> `[B, n**2]` float32; n cells a side of what was seen."""
         scores = []
         for part in images.chunk(self._parts):
-            pixels = normalise_images(part)
-            if self.size not in (None, pixels.shape[-1]):
-                pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)
-            with torch.autocast(pixels.device.type, torch.bfloat16, enabled=self._bf16):
-                scores.append(model_scores([self._kind], self._encoder, pixels)[self._kind])
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
+                scores.append(score_crops(self._kind, self._encoder, part, self.size))
         return torch.cat(scores)
 
     def describe(self) -> str:
@@ -56,21 +51,15 @@ class Rolling(Banked):
         super().__init__(slot.exponent, context)
         self._kind, self._every = slot.kind, slot.every
         sizes = context.config.sizes
-        half = max(1, sizes.image_size // 2 // sizes.patch_size) * sizes.patch_size
+        half = half_size(sizes.image_size, sizes.patch_size)
         self._live = Live(slot, context, slot.image_size or half)
+        self._rolling = RollingScores(
+            self.bank, self.grid, self._live.score, slot.every, write=self.write
+        )
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
-        signal = self.look(crops, step)
-        chosen = self.bank.oldest(crops.rows, -(-len(crops.rows) // self._every))
-        seen = crops.take(chosen)
-        scores = self._live.score(seen.images)
-        side = round(scores.shape[1] ** 0.5)
-        maps = scores.view(-1, 1, side, side)
-        if side != self.grid:
-            maps = F.interpolate(maps, self.grid, mode="bilinear")
-        signal[send(chosen, signal.device)] = maps.flatten(1)
-        self.write(seen.views, scores, step)
-        return signal
+        self._flush()
+        return self._rolling.read(crops, step)
 
     def describe(self) -> str:
         return (

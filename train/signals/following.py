@@ -23,9 +23,8 @@ from pipeline.generations import Generation
 from pipeline.join import crop_scores
 from pipeline.loader import CropBatch
 from pipeline.manifest import CacheError
-from pipeline.packs import Packed
 from pipeline.scores import check_model_kinds
-from pipeline.table import SampleTable
+from pipeline.table import SampleTable, load_generation, usable_generations
 from train import checkpoint
 from train.checkpoint import Checkpoint, Encoder
 from train.config import Pretrain
@@ -310,13 +309,7 @@ class FollowedMaps:
         return found[-1] if found else None
 
     def _load(self, generation: Generation) -> dict[str, Tensor]:
-        maps = {}
-        for spec in generation.specs:
-            if spec.kind in self._kinds:
-                packed = Packed(self._cache, spec, len(self._samples.urls))
-                read = packed.maps(self._samples.shard_ids, self._samples.counts)
-                maps[spec.kind] = torch.from_numpy(read)
-        return maps
+        return load_generation(self._samples, self._cache, generation, self._kinds)
 
     def _load_ahead(self, generation: Generation) -> dict[str, Tensor]:
         """Read a generation that an epoch may begin with, and keep it from being collected."""
@@ -416,13 +409,7 @@ def _usable(
     run: str, config: Pretrain, samples: SampleTable, cache: ScoreCache
 ) -> list[Generation]:
     """Generations of a run that one with these options can take up, oldest first."""
-    return [
-        each
-        for each in cache.generations.of(run)
-        if each.data == samples.digest
-        and set(config.refreshed_kinds) <= {spec.kind for spec in each.specs}
-        and all(spec.grid == config.sizes.grid for spec in each.specs)
-    ]
+    return usable_generations(samples, cache, run, config.refreshed_kinds, config.sizes.grid)
 
 
 def _record_path(config: Pretrain) -> Path:

@@ -411,7 +411,7 @@ def test_a_run_whose_generations_are_gone_goes_on_only_if_elastic(config, scored
         stop.asked = True
 
     threading.Thread(target=refresh_once_and_stop, daemon=True).start()
-    with join_ranks("cpu") as ranks:
+    with due.followed(config.out), join_ranks("cpu") as ranks:
         Run(config, ranks).train(stop)
     left = checkpoint.load(config.out)
     assert (left.step, left.signals) == (9, {"frequency": {"generation": 3}})

@@ -1,0 +1,56 @@
+"""A model's score of every crop, of which a part is looked at each step and the rest remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from famt.transfer import send
+from pipeline.bank import MapBank
+from pipeline.loader import CropBatch, Views
+
+EVERY = 8  # at half size an eighth of a batch costs 1 to 3 % of a step of ViT-B
+
+
+def half_size(image_size: int, patch_size: int) -> int:
+    """Half a crop's side in whole patches, px: what the model looks at."""
+    return max(1, image_size // 2 // patch_size) * patch_size
+
+
+class RollingScores:
+    """Scores from a bank in the frame of each image, into which 1/every of each batch is written.
+
+    Args:
+        bank: of the rows that crops are of.
+        grid: patches a side of a crop.
+        score: crops `[B, S, S, 3]` uint8 -> `[B, n**2]` float, >= 0.
+        every: a batch's images that were not looked at for longest come first.
+        write: takes up what was seen; the bank's own `write`, at once, if left out.
+    """
+
+    def __init__(
+        self,
+        bank: MapBank,
+        grid: int,
+        score: Callable[[Tensor], Tensor],
+        every: int = EVERY,
+        write: Callable[[Views, Tensor, int], None] | None = None,
+    ) -> None:
+        self._bank, self._grid, self._score, self._every = bank, grid, score, every
+        self._write = write or (lambda views, scores, step: bank.write(views, scores.cpu(), step))
+
+    def read(self, crops: CropBatch, step: int) -> Tensor:
+        """Scores `[B, grid**2]` float32 on the crops' device; ones of an image not seen yet."""
+        scores = self._bank.read(crops, self._grid)
+        chosen = self._bank.oldest(crops.rows, -(-len(crops.rows) // self._every))
+        seen = crops.take(chosen)
+        found = self._score(seen.images)
+        side = round(found.shape[1] ** 0.5)
+        maps = found.view(-1, 1, side, side)
+        if side != self._grid:
+            maps = F.interpolate(maps, self._grid, mode="bilinear")
+        scores[send(chosen, scores.device)] = maps.flatten(1)
+        self._write(seen.views, found, step)
+        return scores
