@@ -159,7 +159,7 @@ def write_parts(site: Path, out: Path, python: str, part_bytes: int) -> None:
     with tempfile.TemporaryFile() as packed:
         filters = [
             {"id": lzma.FILTER_X86},
-            {"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": 128 << 20},
+            {"id": lzma.FILTER_LZMA2, "preset": 4, "dict_size": 128 << 20},
         ]
         with (
             lzma.open(packed, "wb", filters=filters) as compressed,
