@@ -3,7 +3,7 @@ BIN := .venv/bin
 DATA ?=
 GRID ?= quick
 
-.PHONY: demo results test test-all lint format bench gpu clean
+.PHONY: demo results test test-all lint format bench gpu gpu-kit clean
 
 # One environment for everything, made anew when the dependencies change.
 .venv/installed: pyproject.toml
@@ -39,6 +39,16 @@ bench: .venv/installed  ## figures beside their bounds, as JSON lines
 
 gpu: .venv/installed  ## what only a GPU can show, before a long run; a page of results in gpu.md
 	$(BIN)/python -m jobs.gpu_check
+
+HAVE ?= have.txt
+PYTHON_THERE ?= 3.12
+ARCH ?=
+PART_MIB ?= 1024
+KIT ?= kit
+
+gpu-kit: .venv/installed  ## all that a GPU machine without network lacks, in parts: docs/gpu.md
+	$(BIN)/python docs/gpu_kit/pack.py --have '$(HAVE)' --python $(PYTHON_THERE) --arch $(ARCH) \
+		--part-mib $(PART_MIB) --out '$(KIT)'
 
 clean:
 	rm -rf .venv demo
