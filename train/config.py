@@ -20,7 +20,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.join import JoinConfig
 from pipeline.loader import DecodeConfig, RandomView
-from pipeline.options import ELASTIC, FREE, Checked, Seed, annotated, restored
+from pipeline.options import ELASTIC, FREE, Checked, Seed, Since, annotated, restored
 from pipeline.scores import ScoreSpec
 from train import recipe
 from train.optimisation import OptimiserConfig
@@ -109,7 +109,7 @@ class Pretrain(Checked):
     """what to train on"""
     threads: Annotated[int | None, Ge(1), FREE] = None
     """CPU threads that decode, on each rank; its share of the machine's cores if left out"""
-    resident: bool = False
+    resident: Annotated[bool, Since(before=False)] = False
     """decode each image once and hold it in the device's memory, where crops are cut from it: for
     small sets, 3 bytes a pixel"""
     decode: Annotated[DecodeConfig, FREE] = field(default_factory=DecodeConfig)
