@@ -98,10 +98,9 @@ def main(args: Embed) -> None:
         )
         for first, cls, mean in _features(encoder.to(ranks.device).eval(), images):
             writer.write(first, cls, mean)
-    rejected = sum(len(cache.summary(shard_id).rejected) for shard_id in table.shard_ids)
     print(
         f"{args.out}: {len(table)} images of {len(table.urls)} shards, {encoder.embed_dim} values "
-        f"each; {rejected} that can't be decoded are left out"
+        f"each; {len(table.left_out())} that can't be decoded are left out"
     )
 
 
