@@ -90,4 +90,4 @@ def main(benchmarks: list[Benchmark]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, parse(sys.argv[1:]))
+    run_program(lambda arguments: main(parse(arguments)), sys.argv[1:])

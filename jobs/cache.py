@@ -38,7 +38,7 @@ from pipeline.scores import ScoreSpec, is_generation
 from pipeline.shards import content_id, judgement_ids
 from pipeline.table import load_maps, load_samples
 from train.figures import draw
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 
 @dataclass(frozen=True)
@@ -266,4 +266,4 @@ def _size(count: float) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Command, prog=called(), description=__doc__))  # type: ignore[arg-type]
+    run_program(main, parsed(Command, __doc__))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from typing import Any
 
 import ray
@@ -52,6 +54,9 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
             f"no Ray cluster can be joined at RAY_ADDRESS={address} ({storage.reason(error)}); "
             f"start it, or {_LOCAL}"
         ) from error
+    # Ray's own handler ends in an abort, with the native stack.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if address != "local":
         found = ray.get_runtime_context().gcs_address
         print(f"joined the Ray cluster {found} (RAY_ADDRESS={address})", file=sys.stderr)

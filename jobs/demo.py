@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated
 
 import ray
-import tyro
 from annotated_types import Ge
 
 from jobs import make_shards, precompute_freq
@@ -36,7 +35,7 @@ from train import figures, pretrain, report
 from train.config import Pretrain, parse
 from train.evaluate.probe import Probe
 from train.evaluate.run import run as evaluate
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 
 @dataclass(frozen=True)
@@ -145,4 +144,4 @@ def _stage(name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Demo, prog=called(), description=__doc__))
+    run_program(main, parsed(Demo, __doc__))

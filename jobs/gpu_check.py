@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import tyro
 from annotated_types import Ge, Gt
 
 from famt.models import MODELS
@@ -53,7 +52,7 @@ from pipeline.scores import ScoreSpec
 from train.config import Pretrain
 from train.distributed import join_ranks
 from train.pretrain import Run
-from train.program import called, run_program
+from train.program import parsed, run_program
 from train.signals.config import AttentionConfig, FrequencyConfig
 
 _SYNC = "called a synchronizing CUDA operation"
@@ -276,4 +275,4 @@ _PARTS: dict[str, Callable[[GpuCheck, list[str]], Iterator[str]]] = {
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(GpuCheck, prog=called(), description=__doc__))
+    run_program(main, parsed(GpuCheck, __doc__))

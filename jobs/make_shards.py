@@ -29,7 +29,6 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
-import tyro
 from annotated_types import Ge, Lt
 from tqdm import tqdm
 
@@ -37,7 +36,7 @@ from pipeline.errors import UserError
 from pipeline.options import Checked, Seed
 from pipeline.shards import NO_LABEL, count_endings
 from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 
 @dataclass(frozen=True)
@@ -111,4 +110,4 @@ def main(args: MakeShards) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(MakeShards, prog=called(), description=__doc__))
+    run_program(main, parsed(MakeShards, __doc__))

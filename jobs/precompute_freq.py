@@ -33,7 +33,6 @@ from typing import Annotated
 import obstore.exceptions
 import ray
 import torch
-import tyro
 from annotated_types import Ge, Le
 from tqdm import tqdm
 
@@ -48,7 +47,7 @@ from pipeline.precompute import ShardReport, precompute_shard, publish
 from pipeline.scores import ScoreSpec
 from pipeline.shards import passed_over_line
 from pipeline.stale import look_up
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 # What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
 _PASSING = (*storage.UNREACHABLE, CacheError, ray.exceptions.RayError)
@@ -287,4 +286,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(PrecomputeFreq, prog=called(), description=__doc__))
+    run_program(main, parsed(PrecomputeFreq, __doc__))

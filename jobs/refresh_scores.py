@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import ray
-import tyro
 from annotated_types import Ge
 from tqdm import tqdm
 
@@ -53,7 +52,7 @@ from pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from pipeline.table import load_samples
 from train.checkpoint import Encoder, load_encoder
 from train.initial import build_initial_encoder
-from train.program import called, is_users, run_program
+from train.program import is_users, parsed, run_program
 from train.signals.config import FrequencyConfig
 from train.signals.due import (
     due_encoders,
@@ -306,4 +305,4 @@ def _score_all(
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(RefreshScores, prog=called(), description=__doc__))
+    run_program(main, parsed(RefreshScores, __doc__))

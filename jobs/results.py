@@ -42,7 +42,7 @@ from pipeline.options import Checked
 from train import report
 from train.config import Pretrain
 from train.history import History, read
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 _POLL = 0.5  # seconds
 _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
@@ -262,4 +262,4 @@ def _start(command: Sequence[str], grid: Grid, threads: int) -> subprocess.Popen
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Results, prog=called(), description=__doc__))
+    run_program(main, parsed(Results, __doc__))

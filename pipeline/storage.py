@@ -182,17 +182,24 @@ def _check_name(url: str) -> None:
         raise UserError(f"{url!r}: DALI can't read a name that is not UTF-8; rename it") from None
 
 
+def is_folder(pattern: str) -> bool:
+    """Whether a pattern of shards names a folder, for all tars in it."""
+    if is_remote(pattern):
+        return not pattern.rstrip("/").endswith(".tar")
+    return os.path.isdir(pattern.removeprefix("file://"))
+
+
 def _matches(pattern: str) -> list[str]:
     if is_remote(pattern):
         folder, name = split_url(pattern.rstrip("/"))
-        if not name.endswith(".tar"):
+        if is_folder(pattern):
             folder, name = normalise_url(pattern), "*.tar"
         if "*" not in name:
             return [pattern]
         names = sorted(list_names(folder))
         return [join_url(folder, found) for found in names if fnmatch.fnmatchcase(found, name)]
     path = pattern.removeprefix("file://")
-    if os.path.isdir(path):
+    if is_folder(path):
         path = os.path.join(glob.escape(path), "*.tar")
     if os.path.isfile(path):
         return [normalise_url(path)]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Container, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pipeline import storage
 from pipeline.cache import ScoreCache
+from pipeline.dataset import require_one_split
 from pipeline.generations import Generation
 from pipeline.index import index_shards
 from pipeline.manifest import ShardRecord
@@ -24,6 +26,8 @@ from pipeline.scores import ScoreSpec
 from pipeline.sealed import CacheError
 from pipeline.shards import write_dali_index
 from pipeline.stale import Shards, look_up
+
+_READERS = 32  # of entries in an object store, side by side
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,16 @@ class SampleTable:
         first, end = self.first_row[shard : shard + 2]
         return self._places[first:end, 0].tolist()
 
+    def left_out(self) -> list[str]:
+        """`<url>:<key>: <reason>` of every image that the shards hold and the table does not."""
+        with ThreadPoolExecutor(_READERS) as pool:
+            summaries = list(pool.map(self._cache.summary, self.shard_ids))
+        return [
+            f"{url}:{bad.key}: {bad.reason}"
+            for url, summary in zip(self.urls, summaries, strict=True)
+            for bad in summary.rejected
+        ]
+
     def judge_again(self) -> str:
         """The command that judges the images of these shards again."""
         shards = " ".join(f"'{each}'" for each in self.patterns)
@@ -121,7 +135,9 @@ def load_samples(
     Raises:
         CacheError: see `require_shards`; or no sample is left.
         FileNotFoundError: a pattern that matches nothing.
+        UserError: see `pipeline.dataset.require_one_split`.
     """
+    require_one_split(patterns)
     urls = storage.expand(patterns)
     packed = Packed(cache, spec, len(urls))
     records = require_shards(urls, cache, spec, patterns=patterns, at_hand=packed)

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from pipeline import storage
+from pipeline.dataset import NAME, described
 from pipeline.errors import UserError
 from pipeline.masks import decode_mask
 from pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL, count_endings
@@ -188,21 +189,16 @@ def check_dataset(out: str, classes: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is there and damaged, or speaks of other classes.
     """
-    url = storage.join_url(storage.normalise_url(out), "dataset.json")
-    try:
-        described: Any = json.loads(storage.read(url))
-        whole = isinstance(described["splits"], dict) and isinstance(described["classes"], list)
-    except FileNotFoundError:
+    folder = storage.normalise_url(out)
+    told = described(folder)
+    if told is None:
+        url = storage.join_url(folder, NAME)
+        if storage.exists(url):
+            raise UserError(f"{url} is damaged; restore or remove it: it only describes the shards")
         return {"classes": classes, "splits": {}}
-    except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise UserError(
-            f"{url} is damaged; restore or remove it: it only describes the shards to people"
-        )
-    if described["classes"] != classes:
-        raise UserError(f"{out}/dataset.json has other classes; give each data set its own folder")
-    return described
+    if told["classes"] != classes:
+        raise UserError(f"{out}/{NAME} has other classes; give each data set its own folder")
+    return told
 
 
 def describe_dataset(
@@ -213,16 +209,16 @@ def describe_dataset(
     Raises:
         ValueError: the file is there and speaks of other classes.
     """
-    described = check_dataset(out, classes)
-    described["splits"][split] = {
+    told = check_dataset(out, classes)
+    told["splits"][split] = {
         "samples": written.samples,
         "shards": written.shards,
         "skipped": written.skipped,
         "seed": seed,
         "source": source,
     }
-    text = json.dumps(described, indent=1).encode()
-    obstore.put(storage.open_store(out), "dataset.json", text)
+    text = json.dumps(told, indent=1).encode()
+    obstore.put(storage.open_store(out), NAME, text)
 
 
 def safe_key(name: str) -> str:

@@ -123,8 +123,7 @@ class Pretrain(Checked):
     keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
     """how many of the last checkpoints stay"""
     log_steps: Annotated[int, Ge(1), ELASTIC] = 20
-    """steps between log points, and between the moments at which a run looks whether it is to write
-    a checkpoint; what lasts between epochs looks as well"""
+    """steps between log points, at which checkpoints are written that are due"""
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
     """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
     none"""

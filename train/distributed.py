@@ -66,6 +66,14 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def any(self, wish: bool) -> bool:
+        """Whether any rank wishes something; as cheap as a message can be, for every step."""
+        if self.world_size == 1:
+            return wish
+        wishes = torch.tensor(int(wish))
+        dist.all_reduce(wishes, group=self.control)
+        return bool(wishes)
+
     def from_main(self, make: Callable[[], Shared]) -> Shared:
         """What `make` gives on the main rank, on every rank; only that one calls it.
 

@@ -26,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import tyro
 from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
@@ -40,7 +39,7 @@ from pipeline.table import SampleTable, load_samples
 from train.distributed import join_ranks
 from train.evaluate.trunk import Images, default_centre
 from train.initial import build_initial_encoder
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 _ROW_GROUP = 4096  # images that are in memory at a time, and a row group of the file
 
@@ -99,10 +98,9 @@ def main(args: Embed) -> None:
         )
         for first, cls, mean in _features(encoder.to(ranks.device).eval(), images):
             writer.write(first, cls, mean)
-    rejected = sum(len(cache.summary(shard_id).rejected) for shard_id in table.shard_ids)
     print(
         f"{args.out}: {len(table)} images of {len(table.urls)} shards, {encoder.embed_dim} values "
-        f"each; {rejected} that can't be decoded are left out"
+        f"each; {len(table.left_out())} that can't be decoded are left out"
     )
 
 
@@ -218,4 +216,4 @@ def _names(table: SampleTable) -> Iterator[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Embed, prog=called(), description=__doc__))
+    run_program(main, parsed(Embed, __doc__))

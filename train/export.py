@@ -38,7 +38,7 @@ from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.errors import UserError
 from train import checkpoint
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 
 @dataclass(frozen=True)
@@ -237,4 +237,4 @@ def _write(out: Path, files: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Export, prog=called(), description=__doc__))
+    run_program(main, parsed(Export, __doc__))

@@ -17,7 +17,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import tyro
 from annotated_types import Ge
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -44,7 +43,7 @@ from pipeline.table import load_samples
 from train.checkpoint import Checkpoint, load, load_model
 from train.config import Pretrain
 from train.distributed import Ranks
-from train.program import called, run_program
+from train.program import parsed, run_program
 from train.signals.attention import Live
 from train.signals.banked import Banked
 from train.signals.cached import Cached
@@ -207,4 +206,4 @@ def _reconstruct(model: MaskedModel, patches: Tensor, batch: PatchBatch) -> Tens
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Figures, prog=called(), description=__doc__))
+    run_program(main, parsed(Figures, __doc__))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class Log:
             kept = [line for line in lines if _step_of(line) <= step]
             with written_whole(self._path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
-        self._board = SummaryWriter(str(folder), purge_step=step)
+        # What stands at this very step is as true as before: evaluations, the last loss.
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", mininterval=1)
         self._since, self._steps = time.perf_counter(), 0
 
@@ -83,11 +85,11 @@ class Log:
             text = ", ".join(f"{key} {value}" for key, value in details.items())
             tqdm.write(f"step {step}: {name}: {text}", file=sys.stderr)
 
-    def found(self, step: int, evaluator: str, values: dict[str, float]) -> None:
-        """Log what an evaluator found at a step."""
+    def found(self, step: int, evaluator: str, values: dict[str, float], **data: int | str) -> None:
+        """Log what an evaluator found at a step, and of which data."""
         for name, value in values.items():
             self._board.add_scalar(f"{evaluator}/{name}", value, step)
-        self._write({"step": step, "event": "evaluation", "evaluator": evaluator, **values})
+        self._write({"step": step, "event": "evaluation", "evaluator": evaluator, **data, **values})
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Show what the run does to a few crops."""
@@ -107,13 +109,20 @@ def write_event(folder: Path, step: int, name: str, **details: object) -> None:
     _append(folder / "log.jsonl", {"step": step, "event": name, **details})
 
 
+def rounded(line: Mapping[str, object]) -> dict[str, object]:
+    """A line with its numbers to six digits, as people read them."""
+    return {
+        name: float(f"{value:.6g}") if isinstance(value, float) else value
+        for name, value in line.items()
+    }
+
+
 def _append(path: Path, line: dict[str, object]) -> None:
-    rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in line.items()}
     try:
         with open(path, "ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
                 file.write(b"\n")  # a kill cut the last line off; the next one is none of it
-            told = json.dumps({"time": round(time.time(), 1), **rounded}, default=str)
+            told = json.dumps({"time": round(time.time(), 1), **rounded(line)}, default=str)
             file.write(f"{told}\n".encode())
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error.strerror})") from error

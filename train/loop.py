@@ -197,7 +197,7 @@ class Training(ABC, Generic[Batch]):
         while (self.step < self.last_step or self.loader.step) and not stopped:
             stopped = not self._epoch(stop)
         if self._position != self._saved:
-            if self._recent:  # at the end of an epoch that is no log point
+            if self._recent:  # stopped, or at the end of an epoch, between log points
                 self._log_point()
             self._save()
         self.close(finished=not stopped)
@@ -211,6 +211,7 @@ class Training(ABC, Generic[Batch]):
         if self.loader.step == 0 and not self.begin_epoch(epoch, stop):
             return False
         self._first: CropBatch | None = None
+        stopping = False
         batch = self._next(crops, self.step)
         if self.log and self._first is not None:
             picture = self.picture(self._first, epoch)
@@ -218,21 +219,24 @@ class Training(ABC, Generic[Batch]):
                 self.log.picture(self.step, picture)
         while batch is not None:
             loss = self.forward_backward(batch.content)
-            # A checkpoint holds no batch, so one is made ahead only between log points.
+            # A checkpoint holds no batch, so none is made ahead of one.
             at_log_point = (self.step + 1) % self.config.log_steps == 0
-            ahead = None if at_log_point else self._next(crops, self.step + 1)
+            wanted = self.side_stream.is_open and not at_log_point and not stopping
+            ahead = self._next(crops, self.step + 1) if wanted else None
             self.update()
             self._recent.append((loss, batch.rows))
             if self.log:
                 self.log.step()
             if at_log_point or self.step == self.last_step:
                 self._log_point()
-            if at_log_point:
-                # The last checkpoint follows what the last epoch ends with, the monitor's look.
-                if self.step < self.last_step and self._save_or_stop(stop):
+            # The last checkpoint follows what the last epoch ends with, the monitor's look.
+            if self.step < self.last_step:
+                stopping = stopping or self.ranks.any(stop.asked)
+                if stopping and ahead is None:
                     return False
-                ahead = self._next(crops, self.step)
-            batch = ahead
+                if at_log_point and self.ranks.gather(self._is_due())[0]:
+                    self._save()
+            batch = ahead or self._next(crops, self.step)
         if not self.end_epoch(epoch, stop):
             return False
         next(crops, None)  # the loader goes on to its next epoch
@@ -250,14 +254,9 @@ class Training(ABC, Generic[Batch]):
                 self._first = replace(first, images=first.images.clone())
             return _Next(self.prepare(found, step), found.rows)
 
-    def _save_or_stop(self, stop: Stop) -> bool:
-        """Write a checkpoint if one is due or any rank is asked to stop; returns whether one is."""
-        due = time.monotonic() - self._saved_at > self.config.checkpoint_minutes * 60
-        wishes = self.ranks.gather((due, stop.asked))
-        stopping = any(asked for _, asked in wishes)
-        if wishes[0][0] or stopping:
-            self._save()
-        return stopping
+    def _is_due(self) -> bool:
+        """Whether it is time for a checkpoint, by this rank's clock."""
+        return time.monotonic() - self._saved_at > self.config.checkpoint_minutes * 60
 
     def _save(self) -> None:
         self.save()

@@ -31,7 +31,7 @@ from plotly.offline import get_plotlyjs
 from pipeline.errors import UserError
 from train import history
 from train.history import Found, History
-from train.program import called, run_program
+from train.program import parsed, run_program
 
 METRICS = {
     "k-NN, class token": {"monitor": "knn_cls", "knn": "top1_cls"},
@@ -365,4 +365,4 @@ def _template() -> Any:
 
 
 if __name__ == "__main__":
-    run_program(main, tyro.cli(Report, prog=called(), description=__doc__))
+    run_program(main, parsed(Report, __doc__))

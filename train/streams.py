@@ -22,7 +22,8 @@ class SideStream:
     """On a GPU a second stream, in which the next batch is made while the step computes.
 
     The next batch reads the weights (for attention), so it waits for the update before the running
-    step, and that step's own update waits for it. On a CPU all of this does nothing.
+    step, and that step's own update waits for it. On a CPU there is none (`is_open` is False), and
+    all of this does nothing.
 
         loss = forward_backward(batch)
         with side_stream:
@@ -35,6 +36,7 @@ class SideStream:
     def __init__(self, device: torch.device) -> None:
         # First in line: the step fills the GPU, and this is what the next one waits for.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.is_open = self._stream is not None
         self._ready: torch.cuda.Event | None = None
         self._context: AbstractContextManager | None = None
 
@@ -142,5 +144,6 @@ class Stop:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
-            print("\nwriting a checkpoint, then leaving; Ctrl-C again leaves at once", flush=True)
+            told = "\nstopping after this step, with a checkpoint; Ctrl-C again leaves at once"
+            print(told, flush=True)
         self._ask()

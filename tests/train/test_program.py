@@ -70,6 +70,36 @@ def test_a_terminal_that_knows_ascii_alone_is_shown_escapes():
     assert (result.returncode, result.stdout) == (0, b"\\xe4\n")
 
 
+def test_a_ctrl_c_is_one_line(capsys):
+    def main(_):
+        raise KeyboardInterrupt
+
+    assert _exit(main) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl-C\n"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [["-m", "train.evaluate", "knn"], ["-m", "train.report"], ["-m", "train.pretrain"]],
+)
+def test_a_page_that_nobody_reads_to_its_end_is_no_error(program):
+    root = Path(__file__).parents[2]
+    started = subprocess.Popen(
+        [sys.executable, *program, "--help"],
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started.stdout.close()
+    assert (started.stderr.read(), started.wait()) == ("", 141)
+
+
+def test_a_broken_connection_is_no_page_that_nobody_reads(capsys):
+    def main(_):
+        raise BrokenPipeError(32, "Broken pipe", "store")
+
+    assert _exit(main) == 2
+    assert "Broken pipe: 'store'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("program", "name"),
     [

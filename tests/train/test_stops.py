@@ -144,6 +144,32 @@ def test_a_run_stopped_anywhere_ends_with_the_weights_of_one_that_was_not(
     assert equal(weights(config.out), weights(interrupted.out))
 
 
+@pytest.mark.parametrize("attention", ["rolling", "live", "off"])
+@pytest.mark.parametrize("step", [0, 4, 5])  # of 9: the first, one in an epoch, the last of one
+def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
+    config, tmp_path, monkeypatch, capsys, attention, step
+):
+    config = dataclasses.replace(
+        config, attention=AttentionConfig(attention, every=2, image_size=16), log_steps=20
+    )
+    main(config)
+    stopped = dataclasses.replace(config, out=tmp_path / "stopped")
+    original = Run.forward_backward
+
+    def interrupted(run, batch):
+        if run.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(run, batch)
+
+    monkeypatch.setattr(Run, "forward_backward", interrupted)
+    main(stopped)
+    monkeypatch.undo()
+    assert "stopping after this step" in capsys.readouterr().out
+    assert checkpoint.load(stopped.out).step == step + 1
+    main(stopped)
+    assert equal(weights(stopped.out), weights(config.out))
+
+
 def test_a_finished_run_is_left_alone(config):
     main(config)
     before = checkpoint.latest(config.out).stat()
@@ -321,6 +347,20 @@ def test_a_signal_makes_a_run_checkpoint_and_leave_with_0(config, tmp_path, aske
     assert 3 <= stopped[0] < stopped[1] < stopped[2]
     assert "stopped by a signal" in (out / "log.jsonl").read_text()
     assert equal(weights(tmp_path / "whole"), weights(out))
+
+
+@pytest.mark.slow
+def test_ranks_stop_after_the_same_step_and_go_on_to_the_bit(config, tmp_path):
+    command = _command(config, "--log-steps", "1000", "--epochs", "40", "--attention.every", "2")
+    stopped = ["--out", str(tmp_path / "stopped")]
+    ranks = launch(program_file("stop_at_a_step"), "1", "7", *command[1:], *stopped,
+                   machines=["a", "a"])  # fmt: skip
+    finish(ranks)
+    assert checkpoint.load(tmp_path / "stopped").step == 8
+    for out in ("stopped", "whole"):
+        finish(launch(command[1], *command[2:], "--out", str(tmp_path / out), machines=["a", "a"]))
+    assert checkpoint.load(tmp_path / "whole").step == 120
+    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ Prints one JSON line, which is also added to the log of the run and to its Tenso
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 import tyro
@@ -26,5 +27,10 @@ if __name__ == "__main__":
         name: options for name, (options, _) in EVALUATORS.items()
     }
     run_program(
-        run, tyro.extras.subcommand_cli_from_dict(commands, prog=called(), description=__doc__)
+        lambda arguments: run(
+            tyro.extras.subcommand_cli_from_dict(
+                commands, prog=called(), args=arguments, description=__doc__
+            )
+        ),
+        sys.argv[1:],
     )

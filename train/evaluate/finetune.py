@@ -83,8 +83,7 @@ class Finetune(Evaluation):
     keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
     """how many of the last checkpoints stay"""
     log_steps: Annotated[int, Ge(1), ELASTIC] = 20
-    """steps between log points, and between the moments at which a run looks whether it is to write
-    a checkpoint; what lasts between epochs looks as well"""
+    """steps between log points, at which checkpoints are written that are due"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -82,7 +82,9 @@ class Monitor:
         except Exception as error:
             log.event(step, "monitor failed", tell=True, reason=repr(error))
             return True
-        log.found(step, "monitor", {**values, "seconds": time.monotonic() - started})
+        table = self._images.table
+        values["seconds"] = time.monotonic() - started
+        log.found(step, "monitor", values, images=len(table), data=table.digest)
         return True
 
     def _values(self, features: Features, stop: Stop) -> Iterator[tuple[str, float]]:

@@ -15,11 +15,12 @@ from train import checkpoint
 from train.distributed import join_ranks
 from train.evaluate.finetune import Finetune, finetune
 from train.evaluate.knn import Knn, knn
+from train.evaluate.pair import check_pair
 from train.evaluate.probe import Probe, probe
 from train.evaluate.segment import Segment, segment
 from train.evaluate.trunk import Evaluation, Evaluator, Value, open_images
 from train.initial import build_initial_encoder
-from train.log import log_evaluation
+from train.log import log_evaluation, rounded
 
 EVALUATORS: dict[str, tuple[type[Evaluation], Evaluator]] = {
     "knn": (Knn, knn),
@@ -47,17 +48,19 @@ def run(options: Evaluation) -> dict[str, Value]:
     with join_ranks(options.device) as ranks:
         encoder = encoder.to(ranks.device)
         train, val = (open_images(options, encoder, each, ranks) for each in ("train", "val"))
+        check_pair(train, val)
         found = dict(evaluator(encoder, train, val, options))
     if not found or not ranks.is_main:
         return found
-    values: dict[str, Value] = {"train_images": len(train), "val_images": len(val), **found}
-    which = {"checkpoint": options.checkpoint, "weights": options.weights}
+    values: dict[str, Value] = {}
+    for images in (train, val):
+        values |= {f"{images.name}_images": len(images), f"{images.name}_data": images.table.digest}
+    values |= found
+    step = {"step": of_run[1]} if of_run else {}
+    which = {"checkpoint": options.checkpoint, "weights": options.weights, **step}
+    print(json.dumps(rounded({"evaluate": name, **which, **values})))
     if of_run:
-        folder, step = of_run
-        print(json.dumps({"evaluate": name, **which, "step": step, **values}))
-        log_evaluation(folder, step, name, options.weights, values, options.told())
-    else:
-        print(json.dumps({"evaluate": name, **which, **values}))
+        log_evaluation(*of_run, name, options.weights, values, options.told())
     return found
 
 

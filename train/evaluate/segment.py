@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from famt.patches import normalise_images
+from pipeline.errors import UserError
 from pipeline.loader import CropBatch, RandomView, WholeView
 from pipeline.masks import IGNORED, crop_masks, decode_mask, read_masks
-from train.evaluate.trunk import Evaluation, Images, Value
+from train.evaluate.trunk import Evaluation, Images, Value, warn_of_unlearned
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,17 @@ def segment(
     neither mask nor prediction shows do not count.
     """
     masks = {images.name: read_masks(images.table) for images in (train, val)}
-    classes = 1 + max(
-        int(labels[labels != IGNORED].max(initial=0))
-        for known in masks.values()
-        for labels in (decode_mask(png).numpy() for png in known)
-    )
+    shown = {
+        name: torch.cat([decode_mask(png).unique() for png in known]).unique()
+        for name, known in masks.items()
+    }
+    learned, tested = (shown[each][shown[each] != IGNORED].long() for each in ("train", "val"))
+    if len(learned) < 2:
+        raise UserError(
+            f"the masks of --train show {len(learned)} class(es): an evaluation needs two at least"
+        )
+    warn_of_unlearned(val, learned, tested)
+    classes = 1 + int(max(learned.max(), tested.max()))
     yield "classes", classes
     head = fit(encoder, train, masks["train"], classes, options)
     metrics = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +249,8 @@ def default_centre(image_size: int) -> float:
 
 
 def require_labels(*sets: Images) -> None:
-    """Refuse images without a class, of one that nobody numbers so high, or all of one.
+    """Refuse images without a class, of one that nobody numbers so high, or all of one; the first
+    set is learned from.
 
     Raises:
         ValueError: names the first of them.
@@ -266,11 +268,33 @@ def require_labels(*sets: Images) -> None:
                 f"{images.table.key(highest)} is of class {images.classes - 1}; classes are "
                 f"numbered from 0 to {_MOST_CLASSES - 1} at most, without gaps as far as possible"
             )
-    present = torch.cat([images.table.labels for images in sets]).unique()
-    if len(present) == 1:
+    learned = sets[0].table.labels.unique()
+    if len(learned) == 1:
         raise UserError(
-            f"{sets[0].table.key(0)} and all other samples are of class {int(present)}: an "
-            "evaluation needs images of two classes at least"
+            f"{sets[0].table.key(0)} and all other samples beside it are of class {int(learned)}: "
+            "an evaluation learns from images of two classes at least"
+        )
+    for images in sets[1:]:
+        warn_of_unlearned(images, learned, images.table.labels.unique())
+
+
+def warn_of_unlearned(images: Images, learned: Tensor, tested: Tensor) -> None:
+    """Say that some of the classes to test, int64, are none of those learned.
+
+    Raises:
+        UserError: none of them is.
+    """
+    lacking = tested[~torch.isin(tested, learned)].tolist()
+    if len(lacking) == len(tested):
+        raise UserError(
+            f"no class of --{images.name} is among those of --train, so every answer would be wrong"
+        )
+    if lacking and images.ranks.is_main:
+        named = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
+        print(
+            f"warning: {len(lacking)} of the {len(tested)} classes of --{images.name} ({named}) "
+            "are not among those of --train: every answer on them is wrong",
+            file=sys.stderr,
         )
 
 
