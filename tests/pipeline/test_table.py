@@ -118,7 +118,7 @@ def test_shards_that_nobody_scored_are_judged_on_first_use(scored, spec, capsys)
 
 def test_a_shard_that_is_no_tar_is_named_with_what_is_wrong(scored):
     (scored.folder / "new.tar").write_bytes(b"no tar")
-    with pytest.raises(CacheError, match=r"new\.tar: .*does not know.*\(ValueError: .*no image"):
+    with pytest.raises(CacheError, match=r"does not know this shard \(.*new\.tar: no image in it"):
         load_samples([str(scored.folder)], scored.cache)
 
 
