@@ -41,6 +41,19 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Basis:
+    """What a figure was measured on: figures of one basis alone compare.
+
+    Attributes:
+        key: the same for the same images and options, wherever the images lie.
+        text: for people.
+    """
+
+    key: str
+    text: str = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Found:
     """What an evaluator, or the monitor, found of the encoder at a step; `options` are those of
     `train.evaluate.trunk.Evaluation.told`."""
@@ -50,7 +63,8 @@ class Found:
     evaluator: str
     weights: str
     values: dict[str, Any]
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    basis: Basis
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,8 @@ class History:
         stages: share of the training's time -> spent in what; they sum to 1 at most.
         total_steps: of the whole run.
         finished: whether all of them are done, and their last checkpoint is written.
+        data: digest of the images that it trains on, if its log tells it.
+        corrupt: how many lines of its log can't be read, and are passed over.
     """
 
     folder: Path
@@ -74,6 +90,8 @@ class History:
     stages: dict[str, float]
     total_steps: int
     finished: bool
+    data: str | None
+    corrupt: int
 
     def seconds(self, step: int) -> float:
         """Of training until a step: those of the last log point up to it, 0 before the first."""
@@ -85,45 +103,35 @@ def read(folder: Path) -> History:
     """The history of a run that may be training meanwhile.
 
     Raises:
-        ValueError: the folder holds no run, or one without a log point yet; lines that are no log.
+        UserError: the folder holds no run, or one without a log point yet.
     """
     path = folder / "log.jsonl"
     if not path.is_file():
         raise UserError(
             f"{folder} is no run: there is no {path.name} in it; give the --out of a training"
         )
-    lines = _lines(path)
-    starts = [line for line in lines if line.get("event") == "start"]
-    if not starts or any("options" not in line for line in starts):
+    story = _Story()
+    *lines, unfinished = path.read_text(errors="replace").split("\n")
+    corrupt = 0
+    for text in (*lines, unfinished) if unfinished.endswith("}") else lines:
+        try:
+            story.take(json.loads(text))
+        except (ValueError, KeyError, TypeError, AttributeError):  # a kill, or a disk, garbled it
+            corrupt += 1
+    if not story.options:
         raise UserError(f"{path}: no start of a run with its options stands in it")
-    clock = _Clock()
-    points, found, spent = [], [], dict[str, float]()
-    for line in lines:
-        if line.get("event") == "start":
-            clock.start(line)
-        elif "loss" in line and "event" not in line:
-            seconds = clock.advance(line)
-            points.append(
-                Point(line["step"], clock.epoch(line["step"]), clock.seconds, line["loss"])
-            )
-            for name, share in line.items():
-                if name.startswith("time/"):
-                    stage = name.removeprefix("time/")
-                    spent[stage] = spent.get(stage, 0.0) + share * seconds
-        elif line.get("event") == "evaluation":
-            found.append(_found(line, clock.epoch(line["step"])))
-    if not points:
+    if not story.points:
         raise UserError(f"{path}: the run has not reached its first log point")
-    stages = {name: each / max(clock.seconds, 1e-9) for name, each in spent.items()}
-    stages[NO_STAGE] = max(0.0, 1 - sum(stages.values()))
     return History(
         folder=folder,
-        options=flat(starts[-1]["options"]),
-        points=points,
-        found=found,
-        stages=stages,
-        total_steps=starts[-1]["total_steps"],
-        finished=any(line.get("event") == "finished" for line in lines),
+        options=story.options,
+        points=story.points,
+        found=story.found,
+        stages=story.stages(),
+        total_steps=story.total_steps,
+        finished=story.finished,
+        data=story.data,
+        corrupt=corrupt,
     )
 
 
@@ -140,46 +148,93 @@ def pictures(folder: Path, most: int) -> list[tuple[int, Image.Image]]:
     return [(step, Image.open(io.BytesIO(drawn[step])).convert("RGB")) for step in steps]
 
 
-class _Clock:
-    """Epochs and seconds of the steps, over all starts of a run."""
+class _Story:
+    """What the lines of a log come to, over all starts of a run."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-        self._step, self._batch = 0, 1
-        self._from_step, self._steps_per_epoch = 0, 1
+        self.options: dict[str, Any] = {}  # of the last start, as all that follows
+        self.data: str | None = None
+        self.total_steps = 0
+        self._batch, self._steps_per_epoch = 0, 1
+        self._from_step = 0  # that epochs are counted from
+        self.points: list[Point] = []
+        self.found: list[Found] = []
+        self.finished = False
+        self._spent: dict[str, float] = {}  # seconds by stage
+        self._seconds, self._step = 0.0, 0
 
-    def start(self, line: dict[str, Any]) -> None:
-        self._batch, self._steps_per_epoch = line["effective_batch"], line["steps_per_epoch"]
+    def take(self, line: dict[str, Any]) -> None:
+        """Take up the next line.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: it is none of a run's log.
+        """
+        step, event = int(line["step"]), line.get("event")
+        if event == "start":
+            self._begin(line)
+        elif event == "evaluation":
+            self.found.append(self._found(line, step))
+        elif event is None:
+            self._advance(line, step)
+        self.finished |= event == "finished"
+
+    def stages(self) -> dict[str, float]:
+        """Share of the time -> spent in what."""
+        stages = {name: each / max(self._seconds, 1e-9) for name, each in self._spent.items()}
+        return {**stages, NO_STAGE: max(0.0, 1 - sum(stages.values()))}
+
+    def _begin(self, line: dict[str, Any]) -> None:
+        batch, an_epoch, total = (
+            int(line[each]) for each in ("effective_batch", "steps_per_epoch", "total_steps")
+        )
+        options = flat(line["options"])
         # Where the schedule begins: at step 0, unless an elastic restart laid it out anew.
-        whole = line["options"]["epochs"] * self._steps_per_epoch
-        self._from_step = line["total_steps"] - whole
+        self._from_step = total - options["epochs"] * an_epoch
+        self._batch, self._steps_per_epoch, self.total_steps = batch, an_epoch, total
+        self.options, self.data = options, line.get("data")
 
-    def advance(self, line: dict[str, Any]) -> float:
-        """Seconds from the log point before to this one."""
-        steps, self._step = line["step"] - self._step, line["step"]
-        seconds = steps * self._batch / max(line["images_per_second"], 1e-9)
-        self.seconds += seconds
-        return float(seconds)
+    def _advance(self, line: dict[str, Any], step: int) -> None:
+        images = (step - self._step) * self._batch
+        seconds = images / max(line["images_per_second"], 1e-9)
+        loss = float(line["loss"])
+        spent = {
+            name.removeprefix("time/"): float(share) * seconds
+            for name, share in line.items()
+            if name.startswith("time/")
+        }
+        self._step, self._seconds = step, self._seconds + seconds
+        self.points.append(Point(step, self._epoch(step), self._seconds, loss))
+        for stage, each in spent.items():
+            self._spent[stage] = self._spent.get(stage, 0.0) + each
 
-    def epoch(self, step: int) -> float:
+    def _epoch(self, step: int) -> float:
         return (step - self._from_step) / self._steps_per_epoch
 
+    def _found(self, line: dict[str, Any], step: int) -> Found:
+        about = {"time", "step", "event", "evaluator", "weights", "options"}
+        values = {name: value for name, value in line.items() if name not in about}
+        options, evaluator = line.get("options", {}), line["evaluator"]
+        basis = self._watched(line) if evaluator == "monitor" else _tested(line, options)
+        weights = line.get("weights", "trained")
+        return Found(step, self._epoch(step), evaluator, weights, values, options, basis)
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # a line that a kill cut off
-        if not isinstance(line, dict) or "step" not in line:
-            raise UserError(f"{path}, line {number}: not a line of a run's log")
-        lines.append(line)
-    return lines
+    def _watched(self, line: dict[str, Any]) -> Basis:
+        """What the monitor looked at; old logs do not say which images these were."""
+        shards = " ".join(self.options.get("monitor") or [])
+        return Basis(line.get("data", shards), f"{line.get('images', 'the')} images of {shards}")
 
 
-def _found(line: dict[str, Any], epoch: float) -> Found:
-    about = {"time", "step", "event", "evaluator", "weights", "options"}
-    values = {name: value for name, value in line.items() if name not in about}
-    weights = line.get("weights", "trained")
-    return Found(line["step"], epoch, line["evaluator"], weights, values, line.get("options", {}))
+def _tested(line: dict[str, Any], options: dict[str, Any]) -> Basis:
+    """What an evaluation learned from and was tested on; old logs name shards alone."""
+    key, text = [], []
+    for name, what in (("val", ""), ("train", ", learned from ")):
+        shards = " ".join(options.get(name, []))
+        images = line.get(f"{name}_images", "the")
+        key.append(line.get(f"{name}_data", f"{images} {shards}"))
+        text.append(f"{what}{images} images of {shards}")
+    # What decides neither which images there are nor what is measured of them.
+    aside = {"train", "val", "batch_size", "seed"}
+    for name, value in sorted(options.items()):
+        if name not in aside:
+            text.append(f", --{name.replace('_', '-')} {json.dumps(value)}")
+    return Basis(" ".join(key + text[2:]), "".join(text))

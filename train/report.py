@@ -17,11 +17,13 @@ import itertools
 import json
 import re
 import statistics
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from jinja2 import Environment, StrictUndefined
@@ -29,8 +31,11 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from pipeline.errors import UserError
+from pipeline.options import FREE, annotated
 from train import history
-from train.history import Found, History
+from train.config import Pretrain
+from train.evaluate.finetune import Finetune
+from train.history import Basis, Found, History
 from train.program import parsed, run_program
 
 METRICS = {
@@ -43,12 +48,10 @@ METRICS = {
 }
 """What is drawn and compared -> by evaluator, the name of its value, in [0, 1]."""
 
-_FREE = {
-    "out", "seed", "threads", "resume", "elastic", "keep_checkpoints", "checkpoint_minutes",
-}  # fmt: skip
 _COLOURS = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#6b6b6b",
 ]  # fmt: skip
+_DATA = "images trained on (digest)"
 _STAGES = ["#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#e76f51", "#8d6a9f"]
 _PICTURES, _PICTURE_WIDTH = 6, 720  # of a run, and px
 
@@ -90,15 +93,28 @@ class Group:
 
 
 def main(report: Report) -> Path:
-    """Write the page; returns where it is.
+    """Write the page; returns where it is. A run that can't be read is named on it.
 
     Raises:
-        ValueError: no folder is given, or one holds no run that has begun.
+        UserError: no folder is given, or none holds a run that has begun.
     """
     if not report.runs:
         raise UserError("give the folder of a run, or several")
-    runs = [history.read(folder) for folder in dict.fromkeys(report.runs)]
-    write(report.out, gather(runs), "What the runs reached")
+    runs, notes = [], []
+    for folder in dict.fromkeys(report.runs):
+        try:
+            run = history.read(folder)
+        except (UserError, OSError) as error:
+            notes.append(f"Left out: {error}")
+            continue
+        runs.append(run)
+        if run.corrupt:
+            notes.append(f"{folder / 'log.jsonl'}: {run.corrupt} line(s) can't be read")
+    if not runs:
+        raise UserError("; ".join(notes))
+    write(report.out, gather(runs), "What the runs reached", notes=notes)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
     print(f"{report.out}: {report.out.stat().st_size / 1e6:.1f} MB")
     return report.out
 
@@ -120,6 +136,7 @@ def write(
     title: str,
     cost_title: str | None = None,
     introduction: str = "",
+    notes: Sequence[str] = (),
 ) -> None:
     """Write a page about runs.
 
@@ -127,6 +144,7 @@ def write(
         out: HTML file; its folder is made.
         cost_title: what the cost of the groups is, if their steps have one.
         introduction: HTML that stands first.
+        notes: what a reader must know of the runs.
     """
     scale, cost_title = (1.0, cost_title) if cost_title else _time_scale(groups)
     colours = {group.name: _COLOURS[n % len(_COLOURS)] for n, group in enumerate(groups)}
@@ -134,14 +152,16 @@ def write(
         (name, [_curves(groups, name, scale, title) for title in (None, cost_title)])
         for name in ("Loss", *METRICS)
     ]
-    columns = [heading for heading, _ in _columns(groups)]
+    columns = _columns(groups)
     page = _template().render(
         title=title,
         introduction=introduction,
         colours=colours,
         curves=[(name, figures) for name, figures in curves if figures[0]["data"]],
-        header=["runs", "seeds", "epochs", cost_title, "loss", *columns],
-        rows=[_row(group, groups, scale) for group in groups],
+        notes=notes,
+        bases=list(dict.fromkeys((each.kind, each.basis.text) for each in columns)),
+        header=["runs", "seeds", "epochs", cost_title, "loss", *(each.title for each in columns)],
+        rows=[_row(group, columns, scale) for group in groups],
         few=min(group.seeds for group in groups) < 3,
         time=_time(groups),
         differences=_differences(groups),
@@ -161,9 +181,13 @@ def write(
     out.write_text(page)
 
 
-def last(run: History, evaluator: str, value: str) -> float | None:
-    """The value that an evaluator found of the trained encoder at the latest step it looked at."""
-    found = _of(run, evaluator, value)
+def last(run: History, evaluator: str, value: str, basis: Basis | None = None) -> float | None:
+    """The value that an evaluator found of the trained encoder at the latest step it looked at.
+
+    Args:
+        basis: that it was measured on; None takes any.
+    """
+    found = [each for each in _of(run, evaluator, value) if basis in (None, each.basis)]
     return float(max(reversed(found), key=lambda each: each.step).values[value]) if found else None
 
 
@@ -212,14 +236,16 @@ def _curves(
                 trace(n, run, steps, [point.loss for point in run.points], mode="lines")
                 continue
             for evaluator, value in METRICS[metric].items():
-                found = _of(run, evaluator, value)
-                trace(
-                    n,
-                    run,
-                    [(each.step, each.epoch) for each in found],
-                    [100 * each.values[value] for each in found],
-                    **_LOOKS["monitor" if evaluator == "monitor" else "evaluation"],
-                )
+                for kind, basis in _bases(groups, evaluator).items():
+                    found = [each for each in _of(run, evaluator, value) if each.basis == basis]
+                    trace(
+                        n,
+                        run,
+                        [(each.step, each.epoch) for each in found],
+                        [100 * each.values[value] for each in found],
+                        name=f"{_label(run, group)}, {kind}",
+                        **_LOOKS["monitor" if evaluator == "monitor" else "evaluation"],
+                    )
     return {
         "data": traces,
         "x": cost_title or "epochs",
@@ -244,22 +270,53 @@ def _of(run: History, evaluator: str, value: str) -> list[Found]:
     ]
 
 
-def _columns(groups: Sequence[Group]) -> list[tuple[str, tuple[str, str]]]:
-    """Heading, evaluator and value of each column that any run has a figure for."""
-    return [
-        (f"{name} ({'monitor' if evaluator == 'monitor' else 'test'}, %)", (evaluator, value))
-        for name, places in METRICS.items()
+class _Column(NamedTuple):
+    """A metric on a basis, such as the k-NN on certain images; `kind` is what a reader calls it."""
+
+    metric: str
+    evaluator: str
+    value: str
+    kind: str
+    basis: Basis
+
+    @property
+    def title(self) -> str:
+        return f"{self.metric} ({self.kind.rpartition(', ')[2]}, %)"
+
+    def of(self, run: History) -> float | None:
+        return last(run, self.evaluator, self.value, self.basis)
+
+
+def _columns(groups: Sequence[Group]) -> list[_Column]:
+    """Those that any run has a figure for."""
+    columns = [
+        _Column(metric, evaluator, value, kind, basis)
+        for metric, places in METRICS.items()
         for evaluator, value in places.items()
-        if any(last(run, evaluator, value) is not None for g in groups for run in g.runs)
+        for kind, basis in _bases(groups, evaluator).items()
     ]
+    runs = [run for group in groups for run in group.runs]
+    return [each for each in columns if any(each.of(run) is not None for run in runs)]
 
 
-def _row(group: Group, groups: Sequence[Group], scale: float) -> list[str]:
+def _bases(groups: Sequence[Group], evaluator: str) -> dict[str, Basis]:
+    """What an evaluator's figures were measured on, by name: `knn, test`, or `knn, test 2`."""
+    bases = dict.fromkeys(
+        each.basis
+        for group in groups
+        for run in group.runs
+        for each in run.found
+        if each.evaluator == evaluator and each.weights == "trained"
+    )
+    name = evaluator if evaluator == "monitor" else f"{evaluator}, test"
+    return {f"{name} {n}" if len(bases) > 1 else name: each for n, each in enumerate(bases, 1)}
+
+
+def _row(group: Group, columns: Sequence[_Column], scale: float) -> list[str]:
     ends = [run.points[-1] for run in group.runs]
     costs = [group.cost(run, end.step) / scale for run, end in zip(group.runs, ends, strict=True)]
     figures = [
-        [found for run in group.runs if (found := last(run, *place)) is not None]
-        for _, place in _columns(groups)
+        [found for run in group.runs if (found := column.of(run)) is not None] for column in columns
     ]
     epochs = f"{min(end.epoch for end in ends):.4g}"
     unfinished = "" if all(run.finished for run in group.runs) else " (unfinished)"
@@ -305,7 +362,10 @@ def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     told = [_told(group.runs[0]) for group in groups]
     names = list(dict.fromkeys(name for each in told for name in each))
     return [
-        ("--" + name.replace("_", "-"), [_show(each.get(name)) for each in told])
+        (
+            name if name == _DATA else "--" + name.replace("_", "-"),
+            [_show(each.get(name)) for each in told],
+        )
         for name in names
         if any(each.get(name) != told[0].get(name) for each in told)
     ]
@@ -334,8 +394,20 @@ def _time_scale(groups: Sequence[Group]) -> tuple[float, str]:
 
 
 def _told(run: History) -> dict[str, Any]:
-    """Options that make a run what it is."""
-    return {name: value for name, value in run.options.items() if name not in _FREE}
+    """Options that make a run what it is, and what it trains on."""
+    told = {name: value for name, value in run.options.items() if name not in _free()}
+    return told if run.data is None else {**told, _DATA: run.data}
+
+
+@cache
+def _free() -> set[str]:
+    """Options that nothing which is learned depends on, and the seed."""
+    programs = (
+        Pretrain(shards=[], cache="", out=Path()),
+        Finetune(checkpoint="", cache="", train=[], val=[], out=Path()),
+    )
+    free = (name for each in programs for name, _, notes in annotated(each) if FREE in notes)
+    return {"seed", *free}
 
 
 def _common_name(runs: Sequence[History]) -> str:

@@ -71,9 +71,12 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_takes_no_other_along(tmp_pat
     folder = write(tmp_path, start(), point(10))
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"step": 20, "los')
-    assert len(history.read(folder).points) == 1
+    run = history.read(folder)
+    assert (len(run.points), run.corrupt) == (1, 0)  # it may be about to be written
     log_evaluation(folder, 10, "knn", "trained", {"top1_cls": 0.5}, {"k": 5})
-    (found,) = history.read(folder).found
+    run = history.read(folder)
+    (found,) = run.found
+    assert run.corrupt == 1
     assert (found.values, found.options) == ({"top1_cls": 0.5}, {"k": 5})
 
 
@@ -83,7 +86,7 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_takes_no_other_along(tmp_pat
         (None, "is no run: there is no log.jsonl in it; give the --out of a training"),
         ([], "no start of a run"),
         ([start()], "has not reached its first log point"),
-        ([{"epoch": 1}], "line 1: not a line of a run's log"),
+        ([{"epoch": 1}], "no start of a run"),
     ],
 )
 def test_a_folder_that_tells_no_history_is_named(tmp_path, lines, error):

@@ -16,14 +16,21 @@ from train.report import Report
 from train.timing import Clock
 
 
-def made_up_run(folder: Path, seed: int, probe: float, steps: int = 60, **options: object) -> Path:
+def made_up_run(
+    folder: Path,
+    seed: int,
+    probe: float,
+    steps: int = 60,
+    data: str | None = None,
+    **options: object,
+) -> Path:
     """A run of 60 steps in 6 epochs whose log is by the real `Log`, with nothing trained."""
     folder.mkdir(parents=True)
     clock, noise = Clock(torch.device("cpu")), np.random.default_rng(seed)
     log = Log(folder, 0, steps, 8, clock, "made up")
     log.event(
         0, "start", run=folder.name, epoch=0, steps_per_epoch=10, total_steps=steps,
-        effective_batch=8,
+        effective_batch=8, data=data,
         options={"seed": seed, "epochs": 6, "join": {"mask_ratio": 0.45}, **options},
     )  # fmt: skip
     for step in range(1, steps + 1):
@@ -48,7 +55,7 @@ def made_up_run(folder: Path, seed: int, probe: float, steps: int = 60, **option
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     return [
-        made_up_run(folder / f"{recipe}-{seed}", seed, probe + seed / 100, recipe=recipe)
+        made_up_run(folder / f"{recipe}-{seed}", seed, probe + seed / 100, model=recipe)
         for recipe, probe in (("mae", 0.48), ("<famt>", 0.5))
         for seed in range(2)
     ]
@@ -109,7 +116,7 @@ def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
 def test_only_what_differs_between_options_is_listed(runs, tmp_path):
     report.main(Report(runs, tmp_path / "page.html"))
     _, *rows = cells((tmp_path / "page.html").read_text(), "options")
-    assert rows == [["--recipe", "mae", "<famt>"]]
+    assert rows == [["--model", "mae", "<famt>"]]
 
 
 def test_a_run_without_pictures_and_evaluations_has_a_page_too(tiny_run, tmp_path):
@@ -126,10 +133,73 @@ def test_a_page_needs_nothing_but_itself_and_stays_small(runs, tmp_path):
     assert len(page) < 3e6
 
 
-def test_a_folder_that_is_no_run_is_an_error(runs, tmp_path):
+def test_a_column_is_a_metric_on_a_data_set(tmp_path):
+    runs = [made_up_run(tmp_path / f"run-{n}", n, 0.5) for n in range(2)]
+
+    def evaluate(run, value, val, images, digest=None, **options):
+        found = {"val_images": images, "train_images": 900, "top1_cls": value}
+        if digest:
+            found |= {"val_data": digest, "train_data": "0ab"}
+        told = {"train": ["train-*.tar"], "val": [val], **options}
+        log_evaluation(run, 60, "knn", "trained", found, told)
+
+    evaluate(runs[0], 0.282, "a/val.tar", 1000, "abc")
+    evaluate(runs[0], 0.9, "a/few.tar", 39, "def")
+    evaluate(runs[1], 0.284, "moved/val.tar", 1000, "abc", batch_size=8)
+    evaluate(runs[1], 0.1, "a/val.tar", 1000, "abc", k=1)
+    evaluate(runs[1], 0.7, "old.tar", 10)
+    evaluate(runs[1], 0.8, "old.tar", 20)
+    report.main(Report(runs, tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    header, row = cells(page, "table")
+    figures = {n: row[header.index(f"k-NN, class token (test {n}, %)")] for n in range(1, 6)}
+    assert figures == {
+        1: "28.3 ± 0.1", 2: "90.0 (of 1)", 3: "10.0 (of 1)", 4: "70.0 (of 1)", 5: "80.0 (of 1)",
+    }  # fmt: skip
+    told = unescape(page.partition('<ul id="data">')[2].partition("</ul>")[0])
+    assert (
+        "<em>knn, test 2</em>: 39 images of a/few.tar, learned from 900 images of train-*.tar"
+        in told
+    )
+    assert "<em>knn, test 3</em>: 1000 images of a/val.tar" in told
+    assert told.count("--k 1") == 1
+    marks = [each["name"] for each in charts(page)[2]["data"] if each["mode"] == "markers"]
+    assert sorted(marks)[:2] == ["run, seed 0, knn, test 1", "run, seed 0, knn, test 2"]
+
+
+def test_looks_of_the_monitor_at_other_images_are_another_column(tmp_path):
+    runs = [made_up_run(tmp_path / f"run-{n}", n, 0.5, monitor=[f"{n}.tar"]) for n in range(2)]
+    report.main(Report(runs, tmp_path / "page.html"))
+    header, row = cells((tmp_path / "page.html").read_text(), "table")
+    assert row[header.index("k-NN, class token (monitor 2, %)")] == "50.0 (of 1)"
+
+
+def test_runs_that_differ_in_what_nothing_depends_on_are_one_row(tmp_path):
+    runs = [
+        made_up_run(tmp_path / f"run-{n}", n, 0.5, stage=stage, decode={"on": on})
+        for n, (stage, on) in enumerate([(None, "gpu"), ("/disk", "cpu")])
+    ]
+    others = made_up_run(tmp_path / "others", 0, 0.5, data="abc")
+    report.main(Report([*runs, others], tmp_path / "page.html"))
+    page = (tmp_path / "page.html").read_text()
+    assert [row[:2] for row in cells(page, "table")[1:]] == [["run", "2"], ["others", "1"]]
+    assert cells(page, "options")[1:] == [["images trained on (digest)", "–", "abc"]]
+
+
+def test_a_folder_that_is_no_run_is_named_and_takes_no_other_along(runs, tmp_path, capsys):
     with pytest.raises(ValueError, match=f"{tmp_path} is no run"):
-        report.main(Report([*runs, tmp_path], tmp_path / "page.html"))
+        report.main(Report([tmp_path], tmp_path / "page.html"))
     assert not (tmp_path / "page.html").exists()
+    broken = made_up_run(tmp_path / "broken", 0, 0.5)
+    with open(broken / "log.jsonl", "a") as log:
+        log.write('{"step": 3, "lo\n{"step": 4, "loss": "x"}\n[]\n')
+    report.main(Report([*runs, tmp_path, broken], tmp_path / "page.html"))
+    page = unescape((tmp_path / "page.html").read_text())
+    assert len(cells(page, "table")) == 4
+    said = capsys.readouterr().err
+    for text in (f"Left out: {tmp_path} is no run", f"{broken}/log.jsonl: 3 line(s) can't be read"):
+        assert text in page.partition('<ul id="notes">')[2].partition("</ul>")[0]
+        assert text in said
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
     capsys.readouterr()
     values = run(options(Knn))
     printed = json.loads(capsys.readouterr().out)
-    assert {name: printed[name] for name in values} == values
+    assert {name: printed[name] for name in values} == pytest.approx(values, rel=1e-5)
     assert printed["evaluate"] == "knn"
     assert (printed["step"], printed["weights"]) == (3, "trained")
     assert (printed["train_images"], printed["val_images"]) == (17, 9)

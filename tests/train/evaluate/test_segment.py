@@ -83,6 +83,25 @@ def test_a_run_is_tested_on_masks(run, masked, options):
     assert values.keys() == {"classes", "miou", "pixel_accuracy"}
 
 
+def test_masks_of_one_class_or_of_none_that_was_learned_are_refused(
+    run, scored, masked, options, tmp_path
+):
+    plain = {}
+    for kind in (0, 7):
+        members = []
+        for n in range(3):
+            image = np.full((40, 48, 3), 50 + n, np.uint8)
+            mask = encode(np.full((40, 48), kind, np.uint8), "PNG")
+            members += [(f"{n}.png", encode(image, "PNG")), (f"{n}.mask.png", mask)]
+        plain[kind] = tmp_path / f"plain-{kind}.tar"
+        plain[kind].write_bytes(tar_bytes(members))
+    score(list(plain.values()), scored.cache, scored.spec)
+    with pytest.raises(ValueError, match=r"the masks of --train show 1 class"):
+        evaluate(options(Segment, train=[str(plain[0])], val=[masked[1]]))
+    with pytest.raises(ValueError, match=r"no class of --val is among those of --train"):
+        evaluate(options(Segment, train=[masked[0]], val=[str(plain[7])]))
+
+
 @pytest.mark.parametrize("wrong", [{"epochs": 0}, {"steps": 0}, {"learning_rate": 0.0}])
 def test_options_out_of_bounds_are_refused(options, wrong):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
