@@ -7,12 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from runs import log_points
-from samples import context
+from samples import context, photo
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.patches import normalise_images
 from famt.sampling import patch_weights, sample_patches
+from pipeline import scores
 from pipeline.loader import CropBatch
+from pipeline.model_scores import model_scores
 from train.config import parse
 from train.distributed import join_ranks
 from train.pretrain import main
@@ -42,6 +45,7 @@ def install(tmp_path, monkeypatch):
         forget()
 
     def forget():
+        scores._plugins.cache_clear()
         weights._added.cache_clear()
 
     yield found
@@ -63,7 +67,9 @@ def _crops(rows):
     return CropBatch(images, torch.arange(rows), windows, torch.zeros(rows, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("package", "recipe"), [("color_noise", "color-noise.toml")])
+@pytest.mark.parametrize(
+    ("package", "recipe"), [("sbam", "sbam.toml"), ("color_noise", "color-noise.toml")]
+)
 def test_a_run_trains_by_the_recipe_of_a_package(package, recipe, install, scored, tmp_path):
     install(package)
     losses = _train(f"{package}/{recipe}", scored, tmp_path)
@@ -72,8 +78,44 @@ def test_a_run_trains_by_the_recipe_of_a_package(package, recipe, install, score
 
 
 def test_a_package_is_at_most_forty_lines():
-    for module in ("color_noise/color_noise.py",):
+    for module in ("sbam/sbam.py", "color_noise/color_noise.py"):
         assert len((DOCS / module).read_text().splitlines()) <= 40, module
+
+
+def test_salience_is_the_softmax_that_a_patch_receives_from_all_others(install):
+    install("sbam")
+    torch.manual_seed(0)
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
+    photos = [torch.from_numpy(photo(seed, 32, 32)) for seed in range(3)]
+    images = normalise_images(torch.stack(photos))
+    found = model_scores(["sbam_salience"], encoder, images)["sbam_salience"]
+    embedded = encoder.patch_embed(images).detach() + encoder.pos_embed[:, 1:]
+    for tokens, of_image in zip(embedded.double(), found.double(), strict=True):
+        received = [0.0] * 64
+        for i in range(64):
+            products = [float(tokens[i] @ tokens[j]) for j in range(64)]
+            looks = [math.exp(each - max(products)) for each in products]
+            for j in range(64):
+                received[j] += looks[j] / sum(looks)
+        low, high = min(received), max(received)
+        for j in range(64):
+            expected = pytest.approx((received[j] - low) / (high - low), abs=1e-4)
+            assert of_image[j].log().item() == expected
+    flat = torch.zeros(1, 3, 32, 32)
+    with torch.no_grad():
+        encoder.pos_embed.zero_()
+    same = model_scores(["sbam_salience"], encoder, flat)["sbam_salience"]
+    torch.testing.assert_close(same, torch.ones(1, 64))
+
+
+def test_the_draw_adds_about_the_noise_that_sbam_adds():
+    """Of two patches, the one of less salience is masked about as often as by s + U(0, 0.5)."""
+    torch.manual_seed(0)
+    salience = torch.tensor([0.5, 0.65]).expand(40_000, 2)
+    split = sample_patches(patch_weights({"a": salience.exp()}, {"a": 9.0}), 0.5, 0.0)
+    ours = (split.masked[:, 0] == 0).float().mean().item()
+    published = (salience + torch.rand(40_000, 2) / 2).argmax(1).eq(0).float().mean().item()
+    assert ours == pytest.approx(published, abs=0.04)
 
 
 def test_green_noise_has_its_power_in_a_band_and_masks_in_small_groups(install):
