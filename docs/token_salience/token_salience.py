@@ -4,9 +4,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-# SBAM sorts patches by salience plus uniform noise in [0, 0.5], FAMT by the logarithm of weights plus
-# Gumbel noise. Weights exp(salience / T) sort by salience plus T times Gumbel noise; with this T the
-# two noises have the same standard deviation.
+# SBAM sorts patches by salience plus uniform noise in [0, 0.5], FAMT by log weights plus Gumbel
+# noise. Weights exp(salience / T) sort by salience plus T times Gumbel noise; with this T the two
+# noises have the same standard deviation.
 TEMPERATURE = (0.5 / 12**0.5) / (torch.pi / 6**0.5)
 
 
