@@ -16,7 +16,9 @@ from famt.models import MODELS
 from famt.patches import normalise_images
 from pipeline import scores
 from pipeline.model_scores import model_scores
-from train.pretrain import main
+from train.distributed import join_ranks
+from train.pretrain import Run, main
+from train.signals import weights
 from train.signals.config import AttentionConfig, FrequencyConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -47,13 +49,13 @@ def test_token_salience_is_what_all_patches_pay_to_one_in_log_weights(salience):
         tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
     noise = np.random.default_rng(0)
     spread = noise.uniform(0, 0.5, 4_000_000).std() / noise.gumbel(size=4_000_000).std()
-    for weights, x in zip(found, tokens.double().numpy(), strict=True):
+    for weighed, x in zip(found, tokens.double().numpy(), strict=True):
         received = np.zeros(len(x))
         for one in x:
             paid = np.exp([one @ other - max(x @ one) for other in x])
             received += paid / paid.sum()
         expected = (received - received.min()) / np.ptp(received)
-        np.testing.assert_allclose(np.log(weights) * spread, expected, atol=2e-3)
+        np.testing.assert_allclose(np.log(weighed) * spread, expected, atol=2e-3)
 
 
 def test_patches_that_are_all_alike_are_equally_salient(salience):
@@ -69,3 +71,26 @@ def test_a_run_masks_by_token_salience(salience, config):
     losses = [point["loss"] for point in log_points(config.out) if "loss" in point]
     assert len(losses) == 9
     assert np.isfinite(losses).all()
+
+
+def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, config):
+    added = _installed("green_noise", monkeypatch)["famt.signals"]
+    monkeypatch.setattr(weights, "_added", lambda: added)
+    frequency, attention = FrequencyConfig("green-noise"), AttentionConfig("off")
+    config = dataclasses.replace(config, frequency=frequency, attention=attention)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
+        crops = next(iter(run.loader))
+        (signal,) = run.signals
+        maps = torch.stack([signal.read(crops, step).log().view(8, 8, 8) for step in range(99)])
+        torch.testing.assert_close(signal.read(crops, 3).log().view(8, 8, 8), maps[3])
+    assert torch.corrcoef(maps.flatten(1)[:2])[0, 1].abs() < 0.5
+
+    def across(distance):
+        pairs = maps[..., :-distance].flatten(), maps[..., distance:].flatten()
+        return torch.corrcoef(torch.stack(pairs))[0, 1].item()
+
+    assert across(1) > 0.05  # neighbours go together
+    assert across(3) < -0.02  # and apart from the next group
+    main(config)
+    assert len([point for point in log_points(config.out) if "loss" in point]) == 9
