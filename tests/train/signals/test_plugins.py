@@ -1,0 +1,96 @@
+"""The packages of docs/ that bring a method of the literature: found by their entry points."""
+
+import dataclasses
+import tomllib
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import log_points
+from samples import photo
+
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
+from famt.patches import normalise_images
+from pipeline import scores
+from pipeline.model_scores import model_scores
+from train.distributed import join_ranks
+from train.pretrain import Run, main
+from train.signals import weights
+from train.signals.config import AttentionConfig, FrequencyConfig
+
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def _installed(folder: str, monkeypatch) -> dict[str, dict[str, EntryPoint]]:
+    """group -> name -> entry point, as the package's pyproject.toml states them."""
+    monkeypatch.syspath_prepend(DOCS / folder)
+    project = tomllib.loads((DOCS / folder / "pyproject.toml").read_text())["project"]
+    return {
+        group: {name: EntryPoint(name, value, group) for name, value in entries.items()}
+        for group, entries in project["entry-points"].items()
+    }
+
+
+@pytest.fixture
+def salience(monkeypatch):
+    groups = _installed("token_salience", monkeypatch)
+    monkeypatch.setattr(scores, "_plugins", lambda group, builtin: groups.get(group, {}))
+
+
+def test_token_salience_is_what_all_patches_pay_to_one_in_log_weights(salience):
+    torch.manual_seed(0)
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
+    images = normalise_images(torch.from_numpy(np.stack([photo(0, 32, 32), photo(1, 32, 32)])))
+    found = model_scores(["token_salience"], encoder, images)["token_salience"].numpy()
+    with torch.no_grad():
+        tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
+    noise = np.random.default_rng(0)
+    spread = noise.uniform(0, 0.5, 4_000_000).std() / noise.gumbel(size=4_000_000).std()
+    for weighed, x in zip(found, tokens.double().numpy(), strict=True):
+        received = np.zeros(len(x))
+        for one in x:
+            paid = np.exp([one @ other - max(x @ one) for other in x])
+            received += paid / paid.sum()
+        expected = (received - received.min()) / np.ptp(received)
+        np.testing.assert_allclose(np.log(weighed) * spread, expected, atol=2e-3)
+
+
+def test_patches_that_are_all_alike_are_equally_salient(salience):
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
+    torch.nn.init.zeros_(encoder.pos_embed)
+    found = model_scores(["token_salience"], encoder, torch.ones(1, 3, 32, 32))
+    torch.testing.assert_close(found["token_salience"], torch.ones(1, 64))
+
+
+def test_a_run_masks_by_token_salience(salience, config):
+    attention = AttentionConfig("live", kind="token_salience")
+    main(dataclasses.replace(config, frequency=FrequencyConfig("off"), attention=attention))
+    losses = [point["loss"] for point in log_points(config.out) if "loss" in point]
+    assert len(losses) == 9
+    assert np.isfinite(losses).all()
+
+
+def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, config):
+    added = _installed("green_noise", monkeypatch)["famt.signals"]
+    monkeypatch.setattr(weights, "_added", lambda: added)
+    frequency, attention = FrequencyConfig("green-noise"), AttentionConfig("off")
+    config = dataclasses.replace(config, frequency=frequency, attention=attention)
+    with join_ranks("cpu") as ranks:
+        run = Run(config, ranks)
+        crops = next(iter(run.loader))
+        (signal,) = run.signals
+        maps = torch.stack([signal.read(crops, step).log().view(8, 8, 8) for step in range(99)])
+        torch.testing.assert_close(signal.read(crops, 3).log().view(8, 8, 8), maps[3])
+    assert torch.corrcoef(maps.flatten(1)[:2])[0, 1].abs() < 0.5
+
+    def across(distance):
+        pairs = maps[..., :-distance].flatten(), maps[..., distance:].flatten()
+        return torch.corrcoef(torch.stack(pairs))[0, 1].item()
+
+    assert across(1) > 0.05  # neighbours go together
+    assert across(3) < -0.02  # and apart from the next group
+    main(config)
+    assert len([point for point in log_points(config.out) if "loss" in point]) == 9
