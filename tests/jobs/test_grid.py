@@ -4,7 +4,7 @@ import pytest
 
 from jobs import grid
 from jobs.costs import StepCost
-from train.history import Found, History, Point
+from train.history import Basis, Found, History, Point
 
 GRID = """
 title = "Tiny"
@@ -47,6 +47,7 @@ COSTS = {
 
 
 ASKED = {"train": ["train.tar"], "val": ["val.tar"]}
+BASIS = Basis("train and val", "val")
 
 
 def load(path):
@@ -64,10 +65,10 @@ def run(tmp_path, steps: int, probe: float, held_out: list[float]) -> History:
     """Finished; the monitor looked at equal distances."""
     every = steps // len(held_out)
     found = [
-        Found(every * n, n, "monitor", "trained", {"probe_mean": value})
+        Found(every * n, n, "monitor", "trained", {"probe_mean": value}, {}, BASIS)
         for n, value in enumerate(held_out, start=1)
     ]
-    found.append(Found(steps, 10, "probe", "trained", {"top1_mean": probe}, ASKED))
+    found.append(Found(steps, 10, "probe", "trained", {"top1_mean": probe}, ASKED, BASIS))
     return History(tmp_path, {}, [Point(steps, 10, 60.0, 0.5)], found, {}, steps, True)
 
 
@@ -116,11 +117,13 @@ def test_only_evaluations_of_the_last_step_that_the_grid_asks_for_count(path, tm
     found = load(path)
     history = run(tmp_path, 100, 0.5, [0.4])
     others = [
-        Found(50, 5, "probe", "trained", {"top1_mean": 0.1}, ASKED),
-        Found(100, 10, "probe", "untrained", {"top1_mean": 0.2}, ASKED),
-        Found(100, 10, "probe", "trained", {"top1_mean": 0.3}, {**ASKED, "val": ["other.tar"]}),
-        Found(100, 10, "probe", "trained", {"top1_mean": 0.4}, {**ASKED, "epochs": 3}),
-        Found(100, 10, "knn", "trained", {"top1_mean": 0.6}, ASKED),
+        Found(50, 5, "probe", "trained", {"top1_mean": 0.1}, ASKED, BASIS),
+        Found(100, 10, "probe", "untrained", {"top1_mean": 0.2}, ASKED, BASIS),
+        Found(
+            100, 10, "probe", "trained", {"top1_mean": 0.3}, {**ASKED, "val": ["other.tar"]}, BASIS
+        ),
+        Found(100, 10, "probe", "trained", {"top1_mean": 0.4}, {**ASKED, "epochs": 3}, BASIS),
+        Found(100, 10, "knn", "trained", {"top1_mean": 0.6}, ASKED, BASIS),
     ]
     mixed = dataclasses.replace(history, found=[*history.found, *others])
     assert found.judged(mixed) == history
