@@ -69,7 +69,7 @@ def run(tmp_path, steps: int, probe: float, held_out: list[float]) -> History:
         for n, value in enumerate(held_out, start=1)
     ]
     found.append(Found(steps, 10, "probe", "trained", {"top1_mean": probe}, ASKED, BASIS))
-    return History(tmp_path, {}, [Point(steps, 10, 60.0, 0.5)], found, {}, steps, True)
+    return History(tmp_path, {}, [Point(steps, 10, 60.0, 0.5)], found, {}, steps, True, None, 0)
 
 
 def cells(text: str) -> list[dict[str, str]]:
