@@ -113,7 +113,7 @@ class ModelConfig(PatchConfig):
         )
 
     def encoder(self) -> VisionTransformer:
-        """A timm ViT with fixed 2-D sin-cos positions and no head; its weights are not set yet."""
+        """A timm ViT with fixed 2-D sin-cos positions and no head, not initialised for training."""
         encoder = VisionTransformer(
             img_size=self.image_size,
             patch_size=self.patch_size,
@@ -124,6 +124,7 @@ class ModelConfig(PatchConfig):
             weight_init="skip",
         )
         encoder.pos_embed = sincos_positions(self.grid, self.width)
+        nn.init.zeros_(encoder.cls_token)  # timm leaves it as the memory was
         return encoder
 
 

@@ -49,3 +49,13 @@ def test_sizes_are_read_off_an_encoder():
         sizes = ModelConfig.of(MODELS[name].encoder())
         for each in ("width", "depth", "heads", "image_size", "patch_size"):
             assert getattr(sizes, each) == getattr(MODELS[name], each), (name, each)
+
+
+def test_no_weight_of_a_new_encoder_is_what_the_memory_held():
+    torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, where it is asked for
+    torch.use_deterministic_algorithms(True)
+    try:
+        weights = MODELS["vit_nano"].encoder().state_dict()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [name for name, each in weights.items() if not each.isfinite().all()] == []
