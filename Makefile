@@ -13,10 +13,10 @@ GRID ?= quick
 	touch $@
 
 demo: .venv/installed  ## the whole path in minutes; DATA=<folder of class folders> for your images
-	$(BIN)/python -m jobs.demo $(if $(DATA),--data '$(DATA)')
+	$(BIN)/famt demo $(if $(DATA),--data '$(DATA)')
 
 results: .venv/installed  ## train and compare what docs/grids/$(GRID).toml declares
-	$(BIN)/python -m jobs.results docs/grids/$(GRID).toml
+	$(BIN)/famt results docs/grids/$(GRID).toml
 
 test: lint  ## lint and the fast tests
 	$(BIN)/python -m pytest
@@ -35,10 +35,10 @@ format: .venv/installed
 	$(BIN)/ruff check --fix
 
 bench: .venv/installed  ## figures beside their bounds, as JSON lines
-	$(BIN)/python -m jobs.benchmark precompute loader step attention refresh
+	$(BIN)/famt benchmark precompute loader step attention refresh
 
 gpu: .venv/installed  ## what only a GPU can show, before a long run; a page of results in gpu.md
-	$(BIN)/python -m jobs.gpu_check
+	$(BIN)/famt gpu-check
 
 HAVE ?= have.txt
 PYTHON_THERE ?= 3.12

@@ -1,14 +1,14 @@
 """Measure what the project promises, each figure beside the bound it is held against.
 
-    python -m jobs.benchmark precompute --shards 'shards/train-*.tar'
-    python -m jobs.benchmark loader --shards 'shards/train-*.tar'
-    python -m jobs.benchmark step --model vit_base
-    python -m jobs.benchmark attention --model vit_base
-    python -m jobs.benchmark refresh --model vit_base
-    python -m jobs.benchmark runs --model vit_small --batch-size 64
-    python -m jobs.benchmark quality --photos human-seg/images --masks human-seg/masks
-    python -m jobs.benchmark scale --shards 20000
-    python -m jobs.benchmark precompute loader --threads 2 step    # one after another
+    famt benchmark precompute --shards 'shards/train-*.tar'
+    famt benchmark loader --shards 'shards/train-*.tar'
+    famt benchmark step --model vit_base
+    famt benchmark attention --model vit_base
+    famt benchmark refresh --model vit_base
+    famt benchmark runs --model vit_small --batch-size 64
+    famt benchmark quality --photos human-seg/images --masks human-seg/masks
+    famt benchmark scale --shards 20000
+    famt benchmark precompute loader --threads 2 step    # one after another
 
     precompute  images/s of scoring on one core, beside those of only decoding
     loader      images/s of the loader with join and sampling, beside the bare DALI graph
@@ -35,16 +35,16 @@ from typing import Protocol
 
 import tyro
 
-from jobs.benchmarks.attention import Attention
-from jobs.benchmarks.loader import Loader
-from jobs.benchmarks.measure import Report
-from jobs.benchmarks.precompute import Precompute
-from jobs.benchmarks.quality import Quality
-from jobs.benchmarks.refresh import Refresh
-from jobs.benchmarks.runs import Runs
-from jobs.benchmarks.scale import Scale
-from jobs.benchmarks.step import Step
-from train.program import called, run_program
+from famt.jobs.benchmarks.attention import Attention
+from famt.jobs.benchmarks.loader import Loader
+from famt.jobs.benchmarks.measure import Report
+from famt.jobs.benchmarks.precompute import Precompute
+from famt.jobs.benchmarks.quality import Quality
+from famt.jobs.benchmarks.refresh import Refresh
+from famt.jobs.benchmarks.runs import Runs
+from famt.jobs.benchmarks.scale import Scale
+from famt.jobs.benchmarks.step import Step
+from famt.train.program import called, run_program
 
 
 class Benchmark(Protocol):

@@ -1,10 +1,10 @@
 """Look after a score cache.
 
-    python jobs/cache.py ls --cache scores             # folders, images, scores, sizes
-    python jobs/cache.py ls --cache scores --bad       # every quarantined sample, with the reason
-    python jobs/cache.py verify --cache scores --sample 20
-    python jobs/cache.py gc --cache scores --dry-run
-    python jobs/cache.py show --cache scores --shards 'shards/val-*.tar' --out maps.png
+    famt cache ls --cache scores             # folders, images, scores, sizes
+    famt cache ls --cache scores --bad       # every quarantined sample, with the reason
+    famt cache verify --cache scores --sample 20
+    famt cache gc --cache scores --dry-run
+    famt cache show --cache scores --shards 'shards/val-*.tar' --out maps.png
 
 Exit code: 0 all is well; 1 `verify` found an entry that its tar contradicts, or `gc` could not look
 into a folder of shards.
@@ -26,19 +26,19 @@ import tyro
 from annotated_types import Ge, Le
 from tqdm import tqdm
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.collector import Collection, collect
-from pipeline.loader import CropLoader, LoaderConfig, WholeView
-from pipeline.manifest import CacheError, ShardRecord
-from pipeline.options import Checked, Seed
-from pipeline.packs import check_pack, read_pack
-from pipeline.precompute import score_shard
-from pipeline.scores import ScoreSpec, is_generation
-from pipeline.shards import content_id, judgement_ids
-from pipeline.table import load_maps, load_samples
-from train.figures import draw
-from train.program import parsed, run_program
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.collector import Collection, collect
+from famt.pipeline.loader import CropLoader, LoaderConfig, WholeView
+from famt.pipeline.manifest import CacheError, ShardRecord
+from famt.pipeline.options import Checked, Seed
+from famt.pipeline.packs import check_pack, read_pack
+from famt.pipeline.precompute import score_shard
+from famt.pipeline.scores import ScoreSpec, is_generation
+from famt.pipeline.shards import content_id, judgement_ids
+from famt.pipeline.table import load_maps, load_samples
+from famt.train.figures import draw
+from famt.train.program import parsed, run_program
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import ray
 
-from pipeline import storage
-from pipeline.sealed import CacheFullError
+from famt.pipeline import storage
+from famt.pipeline.sealed import CacheFullError
 
 _LOCAL = "give RAY_ADDRESS=local to use this machine alone"
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.training import Training, training
 from famt.patches import normalise_images
-from jobs.benchmarks import measure
-from jobs.benchmarks.training import Training, training
-from pipeline.model_scores import model_scores
-from train.config import Pretrain
-from train.files import written_whole
-from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
+from famt.pipeline.model_scores import model_scores
+from famt.train.config import Pretrain
+from famt.train.files import written_whole
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
 _ROUNDS = 15
 _OFF: dict[str, Any] = {

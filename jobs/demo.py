@@ -1,7 +1,7 @@
 """The whole path in a few minutes: images, shards, scores, training, probe, pictures, a page.
 
-    python jobs/demo.py
-    python jobs/demo.py --data photos/      # a folder of images or of class folders
+    famt demo
+    famt demo --data photos/      # a folder of images or of class folders
 
 Ends with the accuracy of a probe of the trained encoder and of the same encoder untrained;
 images without classes are trained on all the same, and only the probe is left out.
@@ -21,21 +21,21 @@ from typing import Annotated
 import ray
 from annotated_types import Ge
 
-from jobs import make_shards, precompute_freq
-from jobs.cluster import start_ray
-from jobs.refresh_scores import following
-from jobs.refresh_workers import RefreshWorkers
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.loader import RandomView
-from pipeline.options import Checked
-from pipeline.table import load_samples
-from pipeline.writer import DIGITS
-from train import figures, pretrain, report
-from train.config import Pretrain, parse
-from train.evaluate.probe import Probe
-from train.evaluate.run import run as evaluate
-from train.program import parsed, run_program
+from famt.jobs import make_shards, precompute_freq
+from famt.jobs.cluster import start_ray
+from famt.jobs.refresh_scores import following
+from famt.jobs.refresh_workers import RefreshWorkers
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.loader import RandomView
+from famt.pipeline.options import Checked
+from famt.pipeline.table import load_samples
+from famt.pipeline.writer import DIGITS
+from famt.train import figures, pretrain, report
+from famt.train.config import Pretrain, parse
+from famt.train.evaluate.probe import Probe
+from famt.train.evaluate.run import run as evaluate
+from famt.train.program import parsed, run_program
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def main(demo: Demo) -> None:
     )
     print(
         f"page:    {page}\npicture: {picture}\ncurves:  tensorboard --logdir {run}\n"
-        f"encoder: python -m train.export {run} --to timm --out {folder / 'exported'}\n"
+        f"encoder: famt export {run} --to timm --out {folder / 'exported'}\n"
         f"took {minutes:.1f} minutes"
     )
     print(

@@ -6,11 +6,11 @@ from typing import Any
 
 from ray.train import UserCallback
 
-from pipeline import storage
-from train import pretrain
-from train.config import Pretrain
-from train.program import is_users
-from train.resume import BusyError
+from famt.pipeline import storage
+from famt.train import pretrain
+from famt.train.config import Pretrain
+from famt.train.program import is_users
+from famt.train.resume import BusyError
 
 
 class MistakeError(Exception):

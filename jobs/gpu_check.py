@@ -1,7 +1,7 @@
 """Try on one GPU what only a GPU can show: a page of results, and exit code 0 if all is well.
 
     make gpu
-    python -m jobs.gpu_check --out gpu.md --minutes 10
+    famt gpu-check --out gpu.md --minutes 10
 
     tests       those that need a GPU
     parity      crops of the GPU's loader, image by image, beside the CPU's, while training runs
@@ -38,22 +38,22 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt
 
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.attention import Attention
+from famt.jobs.benchmarks.loader import Loader
+from famt.jobs.benchmarks.refresh import Refresh
+from famt.jobs.benchmarks.runs import Runs
+from famt.jobs.benchmarks.step import Step
+from famt.jobs.benchmarks.training import take_steps
 from famt.models import MODELS
-from jobs.benchmarks import measure
-from jobs.benchmarks.attention import Attention
-from jobs.benchmarks.loader import Loader
-from jobs.benchmarks.refresh import Refresh
-from jobs.benchmarks.runs import Runs
-from jobs.benchmarks.step import Step
-from jobs.benchmarks.training import take_steps
-from pipeline.loader import CropLoader, own_cores
-from pipeline.options import Checked
-from pipeline.scores import ScoreSpec
-from train.config import Pretrain
-from train.distributed import join_ranks
-from train.pretrain import Run
-from train.program import parsed, run_program
-from train.signals.config import AttentionConfig, FrequencyConfig
+from famt.pipeline.loader import CropLoader, own_cores
+from famt.pipeline.options import Checked
+from famt.pipeline.scores import ScoreSpec
+from famt.train.config import Pretrain
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run
+from famt.train.program import parsed, run_program
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 _SYNC = "called a synchronizing CUDA operation"
 _CLOSE = 0.5  # of 255, mean over an image: another decoder and another resampling kernel

@@ -16,14 +16,14 @@ from typing import Any
 
 import tyro
 
-from jobs.costs import StepCost, measured
-from pipeline.errors import UserError
-from pipeline.options import FREE
-from train.config import Pretrain, parse
-from train.evaluate.run import EVALUATORS
-from train.evaluate.trunk import Evaluation
-from train.history import History
-from train.report import METRICS, last, percent
+from famt.jobs.costs import StepCost, measured
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import FREE
+from famt.train.config import Pretrain, parse
+from famt.train.evaluate.run import EVALUATORS
+from famt.train.evaluate.trunk import Evaluation
+from famt.train.history import History
+from famt.train.report import METRICS, last, percent
 
 _NOTHING = "–"  # in a cell
 _EVALUATIONS = ("knn", "probe", "segment")  # fine-tuning is a run of its own
@@ -35,7 +35,7 @@ class Row:
 
     Attributes:
         name: of the row, and of its runs' folders.
-        options: of `train.pretrain`, besides those of the grid.
+        options: of `famt.train.pretrain`, besides those of the grid.
         epochs: passes over the data.
         cost: of a step, refreshes of scores among it, over that of the reference; NaN if its steps
             have not been timed yet.
@@ -63,7 +63,7 @@ class Grid:
     rows: list[Row]
 
     def arguments(self, row: Row) -> list[str]:
-        """What `train.pretrain` is given, but for the folder and the seed of a run."""
+        """What `famt.train.pretrain` is given, but for the folder and the seed of a run."""
         return [
             "--shards", *self.train, "--cache", self.cache, "--epochs", str(row.epochs),
             *shlex.split(self.options), *shlex.split(row.options),
@@ -81,7 +81,7 @@ class Grid:
             raise UserError(f"row {row.name!r}: its options are wrong, as told above") from None
 
     def evaluation(self, name: str, checkpoint: str = "") -> tuple[list[str], Evaluation]:
-        """What `train.evaluate` is given for an evaluation, and what it makes of it.
+        """What `famt.train.evaluate` is given for an evaluation, and what it makes of it.
 
         Raises:
             ValueError: there is no evaluation of this name, or its options are wrong.

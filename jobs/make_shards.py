@@ -1,10 +1,10 @@
 """Turn images into shuffled webdataset shards: a folder of any kind, or a torchvision data set.
 
-    python jobs/make_shards.py --source photos/ --out shards/
-    python jobs/make_shards.py --source camera/ --out shards/ --unlabelled
-    python jobs/make_shards.py --source people/ --out shards/ --holdout 0.2
-    python jobs/make_shards.py --source cifar10 --out cifar/ --split train
-    python jobs/make_shards.py --source imagenet/val --out s3://bucket/imagenet --split val
+    famt shards --source photos/ --out shards/
+    famt shards --source camera/ --out shards/ --unlabelled
+    famt shards --source people/ --out shards/ --holdout 0.2
+    famt shards --source cifar10 --out cifar/ --split train
+    famt shards --source imagenet/val --out s3://bucket/imagenet --split val
 
 The folders in a folder are the classes of the images in them. A folder with images right in it has
 no classes, nor has one with --unlabelled; pre-training needs none.
@@ -32,11 +32,17 @@ import numpy as np
 from annotated_types import Ge, Lt
 from tqdm import tqdm
 
-from pipeline.errors import UserError
-from pipeline.options import Checked, Seed
-from pipeline.shards import NO_LABEL, count_endings
-from pipeline.writer import Encoding, check_dataset, describe_dataset, open_source, write_shards
-from train.program import parsed, run_program
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import Checked, Seed
+from famt.pipeline.shards import NO_LABEL, count_endings
+from famt.pipeline.writer import (
+    Encoding,
+    check_dataset,
+    describe_dataset,
+    open_source,
+    write_shards,
+)
+from famt.train.program import parsed, run_program
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Compute the frequency scores of tar shards, on Ray, into a cache that all experiments share.
 
-    python jobs/precompute_freq.py --shards 'data/train-*.tar' --cache scores/
+    famt score --shards 'data/train-*.tar' --cache scores/
     ray job submit --working-dir . -- python jobs/precompute_freq.py \\
         --shards 's3://bucket/imagenet/train-{000000..001281}.tar' --cache s3://bucket/scores
 
@@ -36,18 +36,18 @@ import torch
 from annotated_types import Ge, Le
 from tqdm import tqdm
 
-from jobs.cluster import failure, start_ray
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.errors import UserError
-from pipeline.manifest import CacheError
-from pipeline.options import Checked
-from pipeline.packs import pack_loose
-from pipeline.precompute import ShardReport, precompute_shard, publish
-from pipeline.scores import ScoreSpec
-from pipeline.shards import passed_over_line
-from pipeline.stale import look_up
-from train.program import parsed, run_program
+from famt.jobs.cluster import failure, start_ray
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import UserError
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.options import Checked
+from famt.pipeline.packs import pack_loose
+from famt.pipeline.precompute import ShardReport, precompute_shard, publish
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.shards import passed_over_line
+from famt.pipeline.stale import look_up
+from famt.train.program import parsed, run_program
 
 # What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
 _PASSING = (*storage.UNREACHABLE, CacheError, ray.exceptions.RayError)

@@ -1,12 +1,12 @@
 """Pre-train, with the job beside it that makes scores anew as the model learns.
 
-    python -m jobs.pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
-    torchrun --nproc-per-node 8 -m jobs.pretrain --shards ... --cache ... --out ...
+    famt pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
+    torchrun --nproc-per-node 8 -m famt pretrain --shards ... --cache ... --out ...
     ray job submit --working-dir . -- python jobs/pretrain.py --workers 16 --gpu \\
         --shards 's3://bucket/imagenet/train-{000000..001281}.tar' --cache s3://bucket/scores \\
         --out /shared/runs/vit-b --model vit_base --batch-size 256 --precision bf16
 
-The training is that of `train.pretrain`, with the same options: in this process, in each of
+The training is that of `famt.train.pretrain`, with the same options: in this process, in each of
 torchrun's, or, with --workers, in those of Ray Train, which go on from the last checkpoint when one
 is lost. Their --out must be on a file system that all of them share. The job ends with the
 training; what it says is in <out>/refresh.log. A run whose signals are not refreshed has none.
@@ -38,14 +38,14 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from jobs import failures
-from jobs.cluster import start_ray
-from jobs.refresh_scores import following
-from jobs.refresh_workers import GPU_SHARE, RefreshWorkers
-from pipeline.errors import UserError
-from train import pretrain
-from train.config import Pretrain, parse
-from train.program import run_program
+from famt.jobs import failures
+from famt.jobs.cluster import start_ray
+from famt.jobs.refresh_scores import following
+from famt.jobs.refresh_workers import GPU_SHARE, RefreshWorkers
+from famt.pipeline.errors import UserError
+from famt.train import pretrain
+from famt.train.config import Pretrain, parse
+from famt.train.program import run_program
 
 _MOST_THREADS = 16  # decode as many photos as a GPU's step takes, docs/scale.md
 

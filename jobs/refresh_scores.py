@@ -1,8 +1,8 @@
 """Score whole images with the encoder of a run: a new generation of maps for its training.
 
-    python jobs/refresh_scores.py --follow runs/first        # beside a training, as long as it runs
-    python jobs/refresh_scores.py --checkpoint runs/first    # once, from the latest checkpoint
-    python jobs/refresh_scores.py --init exported --shards shards --cache scores
+    famt refresh --follow runs/first        # beside a training, as long as it runs
+    famt refresh --checkpoint runs/first    # once, from the latest checkpoint
+    famt refresh --init exported --shards shards --cache scores
     ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/weighed
 
 Ray actors, on CPUs or on shares of GPUs, load the encoder once and write the maps of tar after tar
@@ -12,7 +12,7 @@ crash: tars that are done are not done again. Beside a training that holds all o
 the job makes do with one actor of low priority.
 
 With --follow, a generation that can't be made is tried again every minute while the run wants it.
-`python -m jobs.pretrain` starts this job beside its training, and ends it.
+`famt pretrain` starts this job beside its training, and ends it.
 
 Exit code: 0 done; 1 a tar could not be scored, and no generation was published.
 """
@@ -39,22 +39,22 @@ import ray
 from annotated_types import Ge
 from tqdm import tqdm
 
+from famt.jobs.cluster import start_ray
+from famt.jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray
 from famt.models import ModelConfig
-from jobs.cluster import start_ray
-from jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.collector import collect_superseded
-from pipeline.errors import UserError
-from pipeline.generations import Generation
-from pipeline.options import Checked
-from pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
-from pipeline.table import load_samples
-from train.checkpoint import Encoder, load_encoder
-from train.initial import build_initial_encoder
-from train.program import is_users, parsed, run_program
-from train.signals.config import FrequencyConfig
-from train.signals.due import (
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.collector import collect_superseded
+from famt.pipeline.errors import UserError
+from famt.pipeline.generations import Generation
+from famt.pipeline.options import Checked
+from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
+from famt.pipeline.table import load_samples
+from famt.train.checkpoint import Encoder, load_encoder
+from famt.train.initial import build_initial_encoder
+from famt.train.program import is_users, parsed, run_program
+from famt.train.signals.config import FrequencyConfig
+from famt.train.signals.due import (
     due_encoders,
     failed_path,
     finished_path,

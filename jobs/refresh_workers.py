@@ -17,12 +17,12 @@ import torch
 from annotated_types import Ge
 from tqdm import tqdm
 
-from jobs.cluster import failure
-from pipeline.cache import ScoreCache
-from pipeline.errors import UserError
-from pipeline.refresh import refresh_shards
-from pipeline.scores import ModelScoreSpec
-from train.checkpoint import Encoder
+from famt.jobs.cluster import failure
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import UserError
+from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.scores import ModelScoreSpec
+from famt.train.checkpoint import Encoder
 
 GPU_SHARE = 0.25
 """of a GPU for an actor, beside a training that holds the rest of it"""

@@ -1,9 +1,9 @@
 """Train and evaluate a declared grid of runs, and write what it shows as a table and a page.
 
-    python -m jobs.results docs/grids/quick.toml                 # all of it, or what is left of it
-    python -m jobs.results docs/grids/quick.toml --minutes 30    # a piece of it
-    python -m jobs.results docs/grids/quick.toml --minutes 0     # only the table, from the logs
-    ray job submit --working-dir . -- python -m jobs.results /shared/grid.toml --gpus 8 --cpus 64
+    famt results docs/grids/quick.toml                 # all of it, or what is left of it
+    famt results docs/grids/quick.toml --minutes 30    # a piece of it
+    famt results docs/grids/quick.toml --minutes 0     # only the table, from the logs
+    ray job submit --working-dir . -- famt results /shared/grid.toml --gpus 8 --cpus 64
 
 A grid is a TOML file; docs/results-grids.md tells what stands in it. First the steps of all rows
 are timed beside the reference's, which takes a few minutes. Then each row is trained with every
@@ -34,15 +34,15 @@ from annotated_types import Ge
 from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
-from jobs.cluster import start_ray
-from jobs.costs import StepCost, known, measured
-from jobs.grid import Grid, Row, load, table
-from pipeline.errors import UserError
-from pipeline.options import Checked
-from train import report
-from train.config import Pretrain
-from train.history import History, read
-from train.program import parsed, run_program
+from famt.jobs.cluster import start_ray
+from famt.jobs.costs import StepCost, known, measured
+from famt.jobs.grid import Grid, Row, load, table
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import Checked
+from famt.train import report
+from famt.train.config import Pretrain
+from famt.train.history import History, read
+from famt.train.program import parsed, run_program
 
 _POLL = 0.5  # seconds
 _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
@@ -97,7 +97,7 @@ def _start_ray(cpus: int, gpus: int) -> None:
 def _measured(
     cpus: int, gpus: int, path: Path, runs: Mapping[str, Pretrain], reference: str
 ) -> dict[str, StepCost]:
-    """`jobs.costs.measured`, where the runs train."""
+    """`famt.jobs.costs.measured`, where the runs train."""
     found = known(path, runs, reference)
     if found.keys() == runs.keys():
         return found
@@ -167,14 +167,14 @@ def left(grid: Grid, row: Row, seed: int, gpus: int = 0) -> list[list[str]]:
     if history is None or not history.finished:
         ranks = ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"] if gpus > 1 else []
         commands.append([
-            *python, *ranks, "jobs.pretrain", *grid.arguments(row), "--out", str(folder),
+            *python, *ranks, "famt.jobs.pretrain", *grid.arguments(row), "--out", str(folder),
             "--seed", str(seed), "--monitor", *grid.train,
         ])  # fmt: skip
     done = {each.evaluator for each in history.found} if history and history.finished else set()
     for name in grid.evaluations:
         if name not in done:
             commands.append(
-                [*python, "train.evaluate", name, *grid.evaluation(name, str(folder))[0]]
+                [*python, "famt.train.evaluate", name, *grid.evaluation(name, str(folder))[0]]
             )
     return commands
 

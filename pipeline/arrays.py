@@ -26,9 +26,9 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import MemoryStore, WrapperStore
 from zarr.storage import ObjectStore as ZarrStore
 
-from pipeline import storage
-from pipeline.scores import Spec
-from pipeline.sealed import (
+from famt.pipeline import storage
+from famt.pipeline.scores import Spec
+from famt.pipeline.sealed import (
     FORMAT,
     CacheError,
     checksum,

@@ -16,22 +16,22 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.models import PatchConfig
-from famt.sampling import patch_weights
-from pipeline.bank import MapBank
-from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
-from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.model_scores import score_crops
-from pipeline.rolling import RollingScores, half_size
-from pipeline.scores import ScoreSpec
-from pipeline.sealed import CacheError
-from pipeline.table import (
+from famt.pipeline.bank import MapBank
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
+from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.model_scores import score_crops
+from famt.pipeline.rolling import RollingScores, half_size
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.sealed import CacheError
+from famt.pipeline.table import (
     SampleTable,
     load_generation,
     load_maps,
     load_samples,
     usable_generations,
 )
+from famt.sampling import patch_weights
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _generation(table: SampleTable, cache: ScoreCache, source: str, kind: str, g
     if not found:
         raise CacheError(
             f"no generation {source} of {kind}, {grid} x {grid} cells, for just these shards: "
-            f"`python jobs/cache.py ls --cache {cache.url}` lists those that are there, and "
+            f"`famt cache ls --cache {cache.url}` lists those that are there, and "
             "jobs/refresh_scores.py makes one"
         )
     return load_generation(table, cache, found[-1], [kind])[kind]

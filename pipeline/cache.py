@@ -7,14 +7,14 @@
     <cache>/shards/<shard id>/key             string [n]
     <cache>/shards/<shard id>/<spec id>       float16 [n, G, G]; attributes: the spec, spelled out
     <cache>/datasets/<folder>/<version>.json  for a folder of shards: name -> size, stamp, shard id
-    <cache>/packs/<pack id>/                  copies of many entries together; see pipeline.packs
+    <cache>/packs/<pack id>/                  copies of many entries together: famt.pipeline.packs
 
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an entry
 never changes and whoever writes it writes the same bytes. (Machines that round otherwise write
 others. If two of them put the same maps in the same milliseconds, chunk and checksum may be of
 different writers: that is found as damage, never believed.) An object is put whole, data before
 metadata: an array or group whose `zarr.json` exists is complete. Nothing here deletes;
-`pipeline.collector` does.
+`famt.pipeline.collector` does.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
-from pipeline.errors import UserError
-from pipeline.generations import Generations
-from pipeline.manifest import Manifests
-from pipeline.notices import Claims, Notices
-from pipeline.objects import Objects, Stored, is_spec_id
-from pipeline.scores import ScoreSpec, Spec
-from pipeline.sealed import CacheError, damaged, unseal_zarr
-from pipeline.shards import Rejected
+from famt.pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
+from famt.pipeline.errors import UserError
+from famt.pipeline.generations import Generations
+from famt.pipeline.manifest import Manifests
+from famt.pipeline.notices import Claims, Notices
+from famt.pipeline.objects import Objects, Stored, is_spec_id
+from famt.pipeline.scores import ScoreSpec, Spec
+from famt.pipeline.sealed import CacheError, damaged, unseal_zarr
+from famt.pipeline.shards import Rejected
 
 _CONCURRENT_READS = 64
 _T = TypeVar("_T")

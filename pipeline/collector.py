@@ -8,12 +8,12 @@ A collection removes
 - packs of which most is named by no manifest or lies in other packs, damaged and unfinished ones,
 
 and never anything that a manifest, a generation or a run's list of needed ones names, whichever
-job made it. Only objects whose names the cache gives are deleted (`pipeline.objects`), one by one.
+job made it. Only objects whose names the cache gives are deleted (`famt.pipeline.objects`).
 
 **Beside jobs at work.** What a job has put but not yet named looks like what nobody needs. A writer
 claims what it is at work on, and a collection announces what it is about to delete, each before it
-looks what the other does (`pipeline.notices`): either the collection sees the claim and keeps the
-objects, or the writer waits until they are gone and makes them again. That only objects of some
+looks what the other does (`famt.pipeline.notices`): either the collection sees the claim and keeps
+the objects, or the writer waits until they are gone and makes them again. That only objects of some
 age go saves work, not data.
 
 **Folders out of reach.** A disk that is not mounted, a link that leads nowhere, another store's
@@ -29,13 +29,13 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
-from pipeline import storage
-from pipeline.cache import Entry, ScoreCache
-from pipeline.generations import Generation
-from pipeline.manifest import ShardRecord
-from pipeline.notices import Claimed
-from pipeline.packs import useful_packs
-from pipeline.scores import is_generation
+from famt.pipeline import storage
+from famt.pipeline.cache import Entry, ScoreCache
+from famt.pipeline.generations import Generation
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.notices import Claimed
+from famt.pipeline.packs import useful_packs
+from famt.pipeline.scores import is_generation
 
 _BATCH = 500  # entries a notice speaks of; they go within seconds
 _PUT = timedelta(minutes=10)  # a put takes seconds; an older staging file is a killed writer's

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pipeline import storage
-from pipeline.errors import UserError
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
 
 NAME = "dataset.json"
 

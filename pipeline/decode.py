@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.orientation import is_ambiguous, may_be_turned, may_turn
+from famt.pipeline.orientation import is_ambiguous, may_be_turned, may_turn
 
 # nvImageCodec logs each image that it refuses; here the quarantine says so.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")

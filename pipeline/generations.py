@@ -6,8 +6,8 @@
 The maps themselves lie in the shards' entries, under an id that holds the hash of the encoder's
 weights: generations of two runs can't be mixed up, and one that is computed again is the same.
 
-The life of a generation, from the training's side in `train.signals.following`, from the job's in
-`jobs.refresh_scores`:
+The life of a generation, from the training's side in `famt.train.signals.following`, from the
+job's in `famt.jobs.refresh_scores`:
 
 1. *Due.* When an epoch begins, the run leaves its encoder in `<out>/refresh`, with the tars and the
    kinds of scores that it wants.
@@ -27,10 +27,10 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.notices import Notices
-from pipeline.objects import Objects
-from pipeline.scores import ModelScoreSpec
-from pipeline.sealed import damaged, seal, unseal
+from famt.pipeline.notices import Notices
+from famt.pipeline.objects import Objects
+from famt.pipeline.scores import ModelScoreSpec
+from famt.pipeline.sealed import damaged, seal, unseal
 
 _ROOT = "generations"
 _NEEDED = "needed-by-"

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.precompute import ShardReport, index_shard, publish
-from pipeline.sealed import CacheFullError
-from pipeline.shards import passed_over_line
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.precompute import ShardReport, index_shard, publish
+from famt.pipeline.sealed import CacheFullError
+from famt.pipeline.shards import passed_over_line
 
 _PUBLISH_EVERY = 10.0  # seconds; a process that is killed loses at most this much
 _MOST_THREADS = 16  # each holds a tar
@@ -86,7 +86,7 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
         kept = sum(report.kept for report in reports.values())
         print(
             f"{bad} of {bad + kept} images can't be used and are left out; "
-            f"`python jobs/cache.py ls --cache {cache.url} --bad` lists them",
+            f"`famt cache ls --cache {cache.url} --bad` lists them",
             file=sys.stderr,
         )
     if line := passed_over_line(report.passed_over for report in reports.values()):

@@ -12,6 +12,7 @@ from torch import Tensor
 from famt.geometry import crop_maps
 from famt.models import PatchConfig
 from famt.patches import gather_patches
+from famt.pipeline.loader import CropBatch, Views
 from famt.sampling import (
     PatchSplit,
     Predicted,
@@ -24,7 +25,6 @@ from famt.sampling import (
 from famt.targets import low_pass
 from famt.transfer import send
 from famt.units import split_of_patches, unit_weights
-from pipeline.loader import CropBatch, Views
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def split_crops(
 
     Args:
         crops: views on images.
-        weights: `[B, N]` of their patches; see `train.signals.weights`.
+        weights: `[B, N]` of their patches; see `famt.train.signals.weights`.
         sizes: of crops, patches and units.
         config: how to draw.
         generator: of the draws, on the crops' device.

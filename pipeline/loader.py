@@ -30,13 +30,13 @@ from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
+from famt.pipeline.limits import allow_open_files
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.options import Checked
+from famt.pipeline.table import SampleTable
 from famt.transfer import send
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.limits import allow_open_files
-from pipeline.manifest import CacheError
-from pipeline.options import Checked
-from pipeline.table import SampleTable
 
 Interpolation = Literal["bicubic", "bilinear"]
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 from obstore.exceptions import AlreadyExistsError
 
-from pipeline import storage
-from pipeline.objects import Objects
-from pipeline.sealed import CacheError as CacheError
-from pipeline.sealed import damaged, seal, unseal
-from pipeline.storage import Version
+from famt.pipeline import storage
+from famt.pipeline.objects import Objects
+from famt.pipeline.sealed import CacheError as CacheError
+from famt.pipeline.sealed import damaged, seal, unseal
+from famt.pipeline.storage import Version
 
 _KEEP_VERSIONS = 3
 _REMEDY = (

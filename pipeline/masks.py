@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from famt.geometry import crop_labels
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.shards import list_shard
-from pipeline.table import SampleTable
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
+from famt.pipeline.shards import list_shard
+from famt.pipeline.table import SampleTable
 
 IGNORED = 255  # a pixel of no class, as in Pascal VOC, Cityscapes and ADE20K
 _MODES = ("1", "L", "P", "I", "I;16")
@@ -66,7 +66,7 @@ def crop_masks(masks: Iterable[bytes], windows: Tensor, flips: Tensor, size: int
 
     Args:
         masks: PNG of each crop's image.
-        windows, flips: the views; see `pipeline.loader.CropBatch`.
+        windows, flips: the views; see `famt.pipeline.loader.CropBatch`.
 
     Raises:
         ValueError: see `decode_mask`.

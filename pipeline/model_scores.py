@@ -1,6 +1,6 @@
 """Scores that a model gives: what `ModelScoreSpec` names, computed.
 
-Apart from `pipeline.scores`, so that who scores pixels imports no timm: 125 MB a worker, and 2 s.
+Apart from `famt.pipeline.scores`, so that scoring pixels imports no timm: 125 MB a worker, 2 s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from famt.attention import attention_scores, cls_attention, last_attention, last_block
 from famt.frequency import token_frequency
 from famt.patches import normalise_images
-from pipeline.scores import MODEL_KINDS, ModelScoreSpec, named, unit_mean
+from famt.pipeline.scores import MODEL_KINDS, ModelScoreSpec, named, unit_mean
 
 ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
 """an encoder in eval mode and images `[B, 3, S, S]` float, normalised -> `[B, N]` float, >= 0"""

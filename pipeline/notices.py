@@ -28,9 +28,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pipeline import storage
-from pipeline.objects import Objects
-from pipeline.sealed import damaged, seal, unseal
+from famt.pipeline import storage
+from famt.pipeline.objects import Objects
+from famt.pipeline.sealed import damaged, seal, unseal
 
 WORKS = 60.0
 DEAD = 180.0

@@ -29,8 +29,8 @@ from typing import Literal
 import obstore
 from zarr.storage import ObjectStore as ZarrStore
 
-from pipeline import storage
-from pipeline.sealed import CacheError, CacheFullError
+from famt.pipeline import storage
+from famt.pipeline.sealed import CacheError, CacheFullError
 
 _SHARD_ID = r"[0-9a-f]{32}"
 _SPEC_ID = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{12}"
@@ -122,7 +122,7 @@ class Objects:
                 raise
             raise CacheFullError(
                 f"the score cache {self.url} is full ({os.strerror(error.errno)}): make room there "
-                f"(`python jobs/cache.py gc --cache {self.url}` removes what nothing needs) or use "
+                f"(`famt cache gc --cache {self.url}` removes what nothing needs) or use "
                 "another cache, and run this again; nothing is scored twice"
             ) from error
 
@@ -161,7 +161,7 @@ class Objects:
                     )
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete objects; for `pipeline.collector`, notices and claims, old versions of a manifest.
+        """Delete objects; for the collector, notices and claims, old versions of a manifest.
 
         Raises:
             ValueError: a name that can't be the cache's.

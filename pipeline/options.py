@@ -19,7 +19,7 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from pipeline.errors import UserError
+from famt.pipeline.errors import UserError
 
 Options = TypeVar("Options")
 

@@ -28,10 +28,10 @@ from blake3 import blake3
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pipeline.arrays import MAPS, SAMPLES, Run, pack_objects, read_rows, remedy
-from pipeline.cache import ScoreCache
-from pipeline.scores import Spec
-from pipeline.sealed import CacheError, damaged, unseal_zarr
+from famt.pipeline.arrays import MAPS, SAMPLES, Run, pack_objects, read_rows, remedy
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.scores import Spec
+from famt.pipeline.sealed import CacheError, damaged, unseal_zarr
 
 _FEW = 64  # shards whose entries, read side by side, take no longer than looking into packs
 _LOOSE = 16  # a new pack is made when more than one shard in so many is in none

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipeline import storage
-from pipeline.cache import ScoreCache, ShardTable
-from pipeline.decode import BadImage, decode
-from pipeline.errors import UserError
-from pipeline.manifest import ShardRecord
-from pipeline.scores import ScoreSpec
-from pipeline.shards import (
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache, ShardTable
+from famt.pipeline.decode import BadImage, decode
+from famt.pipeline.errors import UserError
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.shards import (
     Rejected,
     Sample,
     content_id,

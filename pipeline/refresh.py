@@ -9,11 +9,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
-from pipeline.cache import ScoreCache
-from pipeline.loader import CropLoader, LoaderConfig, WholeView
-from pipeline.model_scores import model_maps
-from pipeline.scores import ModelScoreSpec
-from pipeline.table import load_samples, require_shards
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.loader import CropLoader, LoaderConfig, WholeView
+from famt.pipeline.model_scores import model_maps
+from famt.pipeline.scores import ModelScoreSpec
+from famt.pipeline.table import load_samples, require_shards
 
 
 def refresh_shards(

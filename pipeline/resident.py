@@ -15,12 +15,12 @@ from torch.nn.functional import pad
 from torch.utils.dlpack import from_dlpack
 from tqdm import tqdm
 
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
+from famt.pipeline.limits import allow_open_files
+from famt.pipeline.loader import CropLoader, Views, own_cores, rows_of
 from famt.resample import resample
 from famt.transfer import send
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.limits import allow_open_files
-from pipeline.loader import CropLoader, Views, own_cores, rows_of
 
 _BATCH = 256  # images that are decoded at a time
 _ROOM = 0.5  # share of the free memory that the images may take

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from famt.pipeline.bank import MapBank
+from famt.pipeline.loader import CropBatch, Views
 from famt.transfer import send
-from pipeline.bank import MapBank
-from pipeline.loader import CropBatch, Views
 
 EVERY = 8  # at half size an eighth of a batch costs 1 to 3 % of a step of ViT-B
 

@@ -28,8 +28,8 @@ from famt.frequency import (
     check_pixel_score,
     pixel_frequency,
 )
-from pipeline.errors import UserError
-from pipeline.options import Checked
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import Checked
 
 # Raise these with any change that alters the numbers of an existing kind.
 _CODE_VERSION = 2  # 1 decoded all images by Pillow
@@ -41,7 +41,7 @@ _MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 PixelScore = Callable[[Tensor, int], Tensor]
 """images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
 MODEL_KINDS = ("attention", "cls_attention", "token_frequency", "frequency_attention")
-"""scores that a model gives; `pipeline.model_scores` computes them"""
+"""scores that a model gives; `famt.pipeline.model_scores` computes them"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ScoreSpec(Checked):
     kind: str = DEFAULT_KIND
     """which score: hypercomplex_fourier, hypercomplex_fourier_scales, frequency_tuned, bandpass,
     highpass, lowpass, spectral_residual, border_geodesic (a saliency prior, not a spectrum), or one
-    that an installed package adds; `python -m jobs.benchmark quality` compares them"""
+    that an installed package adds; `famt benchmark quality` compares them"""
     grid: Annotated[int, Ge(1)] = 14
     """cells a side of a stored map, over the whole image"""
     pixels_per_cell: Annotated[int, Ge(1)] = 4

@@ -3,8 +3,8 @@
 Every JSON object of the cache has a field `checksum`: BLAKE3 of its path and its content, written
 with sorted keys and without spaces. So a flipped bit in it is never believed, nor another object in
 its place. A zarr.json has the checksum among its attributes, and that of an array the checksums of
-its chunks too (`pipeline.arrays`). What only moves spaces about parses to the same content, and
-passes.
+its chunks too (`famt.pipeline.arrays`). What only moves spaces about parses to the same content,
+and passes.
 """
 
 from __future__ import annotations

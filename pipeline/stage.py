@@ -28,11 +28,11 @@ from obstore.exceptions import BaseError
 from obstore.store import ObjectStore
 from tqdm import tqdm
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.manifest import CacheError
-from pipeline.shards import judgement_ids
-from pipeline.table import SampleTable
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.shards import judgement_ids
+from famt.pipeline.table import SampleTable
 
 _SIDE_BY_SIDE = 16
 _CHUNK = 8 << 20  # bytes

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.manifest import ShardRecord
-from pipeline.scores import Spec
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.scores import Spec
 
 
 @dataclass(frozen=True)

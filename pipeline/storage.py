@@ -23,7 +23,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from pipeline.errors import UserError
+from famt.pipeline.errors import UserError
 
 _DALI_SCHEMES = ("s3", "gs")
 _AT_ONCE = 32  # questions to a file system or store
@@ -153,7 +153,7 @@ def _remedy(pattern: str) -> str:
     ):
         if next(path.glob(wanted), None):
             return what
-    return f"{path} holds no tar; `python jobs/make_shards.py --source {path}` makes tars of images"
+    return f"{path} holds no tar; `famt shards --source {path}` makes tars of images"
 
 
 def _check_name(url: str) -> None:

@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.dataset import require_one_split
-from pipeline.generations import Generation
-from pipeline.index import index_shards
-from pipeline.manifest import ShardRecord
-from pipeline.packs import Packed
-from pipeline.scores import ScoreSpec
-from pipeline.sealed import CacheError
-from pipeline.shards import write_dali_index
-from pipeline.stale import Shards, look_up
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import require_one_split
+from famt.pipeline.generations import Generation
+from famt.pipeline.index import index_shards
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.packs import Packed
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.sealed import CacheError
+from famt.pipeline.shards import write_dali_index
+from famt.pipeline.stale import Shards, look_up
 
 _READERS = 32  # of entries in an object store, side by side
 
@@ -94,7 +94,7 @@ class SampleTable:
     def judge_again(self) -> str:
         """The command that judges the images of these shards again."""
         shards = " ".join(f"'{each}'" for each in self.patterns)
-        command = "python jobs/precompute_freq.py --retry-bad"
+        command = "famt score --retry-bad"
         return f"{command} --shards {shards} --cache {self._cache.url}"
 
     def shards_of(self, rows: range) -> list[int]:
@@ -135,7 +135,7 @@ def load_samples(
     Raises:
         CacheError: see `require_shards`; or no sample is left.
         FileNotFoundError: a pattern that matches nothing.
-        UserError: see `pipeline.dataset.require_one_split`.
+        UserError: see `famt.pipeline.dataset.require_one_split`.
     """
     require_one_split(patterns)
     urls = storage.expand(patterns)
@@ -243,7 +243,7 @@ def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:
 
 
 def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
-    command = ["python jobs/precompute_freq.py --shards", *(f"'{each}'" for each in patterns)]
+    command = ["famt score --shards", *(f"'{each}'" for each in patterns)]
     command.append(f"--cache {cache.url}")
     default = ScoreSpec()
     for field in dataclasses.fields(ScoreSpec):

@@ -22,11 +22,11 @@ from annotated_types import Ge, Le
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
-from pipeline import storage
-from pipeline.dataset import NAME, described
-from pipeline.errors import UserError
-from pipeline.masks import decode_mask
-from pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL, count_endings
+from famt.pipeline import storage
+from famt.pipeline.dataset import NAME, described
+from famt.pipeline.errors import UserError
+from famt.pipeline.masks import decode_mask
+from famt.pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL, count_endings
 
 TORCHVISION_SOURCES = ("cifar10", "cifar100", "flowers102", "food101", "stl10")
 DIGITS = "digits"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.cache import ScoreCache, ShardTable
-from pipeline.generations import Generation
-from pipeline.manifest import ShardRecord
-from pipeline.scores import ModelScoreSpec, ScoreSpec
-from pipeline.storage import Version
+from famt.pipeline.cache import ScoreCache, ShardTable
+from famt.pipeline.generations import Generation
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
+from famt.pipeline.storage import Version
 
 PIXELS = ScoreSpec(kind="lowpass", grid=2)
 

@@ -8,8 +8,8 @@ import torch
 from hypothesis import settings
 from samples import photo_members, score, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.scores import ScoreSpec
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.scores import ScoreSpec
 
 settings.register_profile("any machine", deadline=None)  # no test fails for being slow
 settings.load_profile("any machine")

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from samples import photo_members, score, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.scores import PIXEL_KINDS, ScoreSpec
-from pipeline.table import load_maps, load_samples
-from train import checkpoint
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.scores import PIXEL_KINDS, ScoreSpec
+from famt.pipeline.table import load_maps, load_samples
+from famt.train import checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,7 +89,7 @@ def _weights(tars: list[Path], folder: Path) -> Iterator[tuple[str, str]]:
         ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         with _refreshing(out) if "--refresh.wait" in options else contextlib.nullcontext():
             _call(
-                *(ranks if name == "two ranks" else []), "train.pretrain", *COMMON.split(),
+                *(ranks if name == "two ranks" else []), "famt.train.pretrain", *COMMON.split(),
                 *options.split(), "--shards", *map(str, tars), "--cache", str(folder / "cache"),
                 "--out", str(out),
             )  # fmt: skip
@@ -106,7 +106,7 @@ def _tables(folder: Path) -> Iterator[tuple[str, str]]:
         out = shutil.copytree(published.parent, folder / "tables" / name)
         (out / "results.md").unlink()
         grid = ROOT / "docs" / "grids" / f"{name}.toml"
-        _call("jobs.results", str(grid), "--minutes", "0", "--out", str(out))
+        _call("famt.jobs.results", str(grid), "--minutes", "0", "--out", str(out))
         yield f"table {name}", hashlib.sha256((out / "results.md").read_bytes()).hexdigest()
 
 
@@ -114,7 +114,7 @@ def _tables(folder: Path) -> Iterator[tuple[str, str]]:
 def _refreshing(out: Path) -> Iterator[None]:
     """The job that scores with the encoders of a run, beside it."""
     job = subprocess.Popen(
-        [sys.executable, "-m", "jobs.refresh_scores", "--follow", str(out), "--workers", "1"],
+        [sys.executable, "-m", "famt.jobs.refresh_scores", "--follow", str(out), "--workers", "1"],
         env=_environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:

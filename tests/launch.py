@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from train import checkpoint
+from famt.train import checkpoint
 
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint
+from famt.train import checkpoint
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -9,13 +9,13 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.models import ModelConfig
-from pipeline.cache import ScoreCache
-from pipeline.precompute import precompute_shard, publish
-from pipeline.scores import ScoreSpec
-from pipeline.table import SampleTable
-from train.config import Pretrain
-from train.distributed import Ranks
-from train.signals.signal import Context
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.table import SampleTable
+from famt.train.config import Pretrain
+from famt.train.distributed import Ranks
+from famt.train.signals.signal import Context
 
 TINY = ModelConfig(
     image_size=32, patch_size=8, width=24, depth=2, heads=3,

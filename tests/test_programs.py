@@ -10,44 +10,44 @@ import pytest
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
-from jobs.benchmark import BENCHMARKS
-from jobs.cache import Command
-from jobs.demo import Demo
-from jobs.gpu_check import GpuCheck
-from jobs.make_shards import MakeShards
-from jobs.precompute_freq import PrecomputeFreq
-from jobs.pretrain import RayPretrain
-from jobs.refresh_scores import RefreshScores
-from jobs.results import Results
-from train.config import Pretrain
-from train.embed import Embed
-from train.evaluate.run import EVALUATORS
-from train.export import Export
-from train.figures import Figures
-from train.report import Report
+from famt.jobs.benchmark import BENCHMARKS
+from famt.jobs.cache import Command
+from famt.jobs.demo import Demo
+from famt.jobs.gpu_check import GpuCheck
+from famt.jobs.make_shards import MakeShards
+from famt.jobs.precompute_freq import PrecomputeFreq
+from famt.jobs.pretrain import RayPretrain
+from famt.jobs.refresh_scores import RefreshScores
+from famt.jobs.results import Results
+from famt.train.config import Pretrain
+from famt.train.embed import Embed
+from famt.train.evaluate.run import EVALUATORS
+from famt.train.export import Export
+from famt.train.figures import Figures
+from famt.train.report import Report
 
 ROOT = Path(__file__).parents[1]
 
 # The options of each command of each program.
 PROGRAMS = {
-    "jobs.demo": Demo,
-    "jobs.gpu_check": GpuCheck,
-    "jobs.make_shards": MakeShards,
-    "jobs.precompute_freq": PrecomputeFreq,
-    "jobs.pretrain": RayPretrain,
-    "jobs.refresh_scores": RefreshScores,
-    "jobs.results": Results,
-    "train.embed": Embed,
-    "train.export": Export,
-    "train.figures": Figures,
-    "train.pretrain": Pretrain,
-    "train.report": Report,
-    **{f"jobs.benchmark {name}": kind for name, kind in BENCHMARKS.items()},
+    "famt.jobs.demo": Demo,
+    "famt.jobs.gpu_check": GpuCheck,
+    "famt.jobs.make_shards": MakeShards,
+    "famt.jobs.precompute_freq": PrecomputeFreq,
+    "famt.jobs.pretrain": RayPretrain,
+    "famt.jobs.refresh_scores": RefreshScores,
+    "famt.jobs.results": Results,
+    "famt.train.embed": Embed,
+    "famt.train.export": Export,
+    "famt.train.figures": Figures,
+    "famt.train.pretrain": Pretrain,
+    "famt.train.report": Report,
+    **{f"famt.jobs.benchmark {name}": kind for name, kind in BENCHMARKS.items()},
     **{
-        f"jobs.cache {each.__origin__.__name__.lower()}": each.__origin__
+        f"famt.jobs.cache {each.__origin__.__name__.lower()}": each.__origin__
         for each in typing.get_args(Command)
     },
-    **{f"train.evaluate {name}": kind for name, (kind, _) in EVALUATORS.items()},
+    **{f"famt.train.evaluate {name}": kind for name, (kind, _) in EVALUATORS.items()},
 }
 
 
@@ -88,7 +88,7 @@ def _beyond(notes):
 def test_every_program_is_looked_at():
     files = [path for room in ("jobs", "train", "pipeline") for path in (ROOT / room).rglob("*.py")]
     programs = {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+        ".".join(("famt", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__main__")
         for path in files
         if "run_program(" in path.read_text() and path.name != "program.py"
     }
@@ -106,7 +106,11 @@ def test_every_option_that_is_a_number_has_a_bound_beside_it(program):
     assert not free, f"state bounds as pipeline/options.py says: {', '.join(free)}"
 
 
-_LONG = ("jobs.pretrain", "train.pretrain", "train.evaluate finetune")  # of some 60 options
+_LONG = (
+    "famt.jobs.pretrain",
+    "famt.train.pretrain",
+    "famt.train.evaluate finetune",
+)  # of some 60 options
 
 
 @pytest.mark.parametrize(

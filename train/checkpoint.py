@@ -17,10 +17,10 @@ from torch import Tensor
 from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
-from pipeline.errors import UserError
-from pipeline.storage import reason
-from train.files import written_whole
-from train.signals.config import AttentionConfig, FrequencyConfig
+from famt.pipeline.errors import UserError
+from famt.pipeline.storage import reason
+from famt.train.files import written_whole
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 FORMAT = 1
 """version of the files here; raise it where one of before can't be gone on from exactly"""

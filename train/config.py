@@ -15,17 +15,22 @@ from annotated_types import Ge, Gt
 
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
+from famt.pipeline.join import JoinConfig
+from famt.pipeline.loader import DecodeConfig, RandomView
+from famt.pipeline.options import ELASTIC, FREE, Checked, Seed, Since, annotated, restored
+from famt.pipeline.scores import ScoreSpec
 from famt.sampling import patch_counts
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.join import JoinConfig
-from pipeline.loader import DecodeConfig, RandomView
-from pipeline.options import ELASTIC, FREE, Checked, Seed, Since, annotated, restored
-from pipeline.scores import ScoreSpec
-from train import recipe
-from train.optimisation import OptimiserConfig
-from train.program import called
-from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig, RefreshConfig
+from famt.train import recipe
+from famt.train.optimisation import OptimiserConfig
+from famt.train.program import called
+from famt.train.signals.config import (
+    AttentionConfig,
+    FrequencyConfig,
+    HardnessConfig,
+    RefreshConfig,
+)
 
 TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.errors import UserError
-from train.lifeline import Lifeline
-from train.shared_memory import Packed, drop_name, pack, unpack
+from famt.pipeline.errors import UserError
+from famt.train.lifeline import Lifeline
+from famt.train.shared_memory import Packed, drop_name, pack, unpack
 
 # Ranks may wait for a slow disk or a generation of maps; that one is lost, they learn otherwise.
 _PATIENCE = timedelta(days=14)

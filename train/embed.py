@@ -1,8 +1,8 @@
 """Features of every image of some shards, with keys and labels, in one file or folder.
 
-    python -m train.embed --checkpoint runs/first --cache scores \\
+    famt embed --checkpoint runs/first --cache scores \\
         --shards 'shards/val-*.tar' --out features.parquet
-    python -m train.embed --checkpoint exported --cache scores --shards shards --out features
+    famt embed --checkpoint exported --cache scores --shards shards --out features
 
 A name that ends in .parquet gets one Parquet file with the columns shard, key, label (null where an
 image has none), cls and mean: the class token and the mean of the patch tokens after the last norm,
@@ -31,15 +31,15 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
-from pipeline.cache import ScoreCache
-from pipeline.errors import UserError
-from pipeline.options import Checked
-from pipeline.stage import stage_shards
-from pipeline.table import SampleTable, load_samples
-from train.distributed import join_ranks
-from train.evaluate.trunk import Images, default_centre
-from train.initial import build_initial_encoder
-from train.program import parsed, run_program
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import Checked
+from famt.pipeline.stage import stage_shards
+from famt.pipeline.table import SampleTable, load_samples
+from famt.train.distributed import join_ranks
+from famt.train.evaluate.trunk import Images, default_centre
+from famt.train.initial import build_initial_encoder
+from famt.train.program import parsed, run_program
 
 _ROW_GROUP = 4096  # images that are in memory at a time, and a row group of the file
 

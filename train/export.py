@@ -1,7 +1,7 @@
 """Take a trained encoder to timm, to the code of MAE's authors, or to Hugging Face transformers.
 
-    python -m train.export runs/first --to timm --out exported
-    python -m train.export runs/first --to hf --out exported-hf --ema
+    famt export runs/first --to timm --out exported
+    famt export runs/first --to hf --out exported-hf --ema
 
 Writes a folder with the weights and the configuration that the library reads, and prints the lines
 that load it there:
@@ -36,9 +36,9 @@ from famt.export import encoder_state, is_decoder, official_state, to_transforme
 from famt.masked import MaskedModel
 from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
-from pipeline.errors import UserError
-from train import checkpoint
-from train.program import parsed, run_program
+from famt.pipeline.errors import UserError
+from famt.train import checkpoint
+from famt.train.program import parsed, run_program
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Pictures of what a run does to images.
 
-    python -m train.figures --checkpoint runs/first --cache scores/ --shards 'shards/val-*.tar' \\
+    famt figures --checkpoint runs/first --cache scores/ --shards 'shards/val-*.tar' \\
         --out picture.png
 
 A row an image: the crop, the signals, the weights that the run draws by at that step, the split
@@ -33,23 +33,23 @@ from famt.patches import (
     patchify,
     unpatchify,
 )
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.join import PatchBatch
+from famt.pipeline.loader import CropLoader, LoaderConfig, RandomView
+from famt.pipeline.model_scores import model_scores
+from famt.pipeline.options import Checked, Seed
+from famt.pipeline.table import load_samples
 from famt.sampling import PatchSplit, blended_weights
-from pipeline.cache import ScoreCache
-from pipeline.join import PatchBatch
-from pipeline.loader import CropLoader, LoaderConfig, RandomView
-from pipeline.model_scores import model_scores
-from pipeline.options import Checked, Seed
-from pipeline.table import load_samples
-from train.checkpoint import Checkpoint, load, load_model
-from train.config import Pretrain
-from train.distributed import Ranks
-from train.program import parsed, run_program
-from train.signals.attention import Live
-from train.signals.banked import Banked
-from train.signals.cached import Cached
-from train.signals.config import AttentionConfig
-from train.signals.signal import Context, Signal
-from train.signals.weights import SOURCES, Weighed, build_signal, weigh_crops
+from famt.train.checkpoint import Checkpoint, load, load_model
+from famt.train.config import Pretrain
+from famt.train.distributed import Ranks
+from famt.train.program import parsed, run_program
+from famt.train.signals.attention import Live
+from famt.train.signals.banked import Banked
+from famt.train.signals.cached import Cached
+from famt.train.signals.config import AttentionConfig
+from famt.train.signals.signal import Context, Signal
+from famt.train.signals.weights import SOURCES, Weighed, build_signal, weigh_crops
 
 
 @dataclass(frozen=True)

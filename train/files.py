@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.storage import reason
+from famt.pipeline.storage import reason
 
 
 @contextmanager

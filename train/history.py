@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.errors import UserError
-from pipeline.options import flat
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import flat
 
 NO_STAGE = "everything else"
 """What the stages that a run times leave over."""
@@ -56,7 +56,7 @@ class Basis:
 @dataclass(frozen=True)
 class Found:
     """What an evaluator, or the monitor, found of the encoder at a step; `options` are those of
-    `train.evaluate.trunk.Evaluation.told`."""
+    `famt.train.evaluate.trunk.Evaluation.told`."""
 
     step: int
     epoch: float

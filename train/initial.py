@@ -30,10 +30,10 @@ from famt.export import from_transformers, is_decoder
 from famt.initial import Fit, encoder_sizes, load_encoder_weights, load_weights
 from famt.masked import MaskedModel
 from famt.models import MODELS, ModelConfig, PatchConfig
-from pipeline.errors import UserError
-from pipeline.storage import reason
-from train import checkpoint
-from train.config import TIMM
+from famt.pipeline.errors import UserError
+from famt.pipeline.storage import reason
+from famt.train import checkpoint
+from famt.train.config import TIMM
 
 _KINDS = "a run, an MAE checkpoint, a file or folder of timm or transformers, or timm:<name>"
 _TRANSFORMERS = "embeddings.patch_embeddings.projection.weight"

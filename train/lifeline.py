@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from pipeline import storage
+from famt.pipeline import storage
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # what asks a run to stop
 _GRACE = 3.0  # seconds in which a rank may end by itself

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from train.files import written_whole
-from train.timing import Clock
+from famt.train.files import written_whole
+from famt.train.timing import Clock
 
 
 class Log:
@@ -145,7 +145,7 @@ def log_evaluation(
         weights: which of the checkpoint's: trained, ema or untrained.
         values: what it found; numbers become curves `<name>/<value>`, those of other weights than
             the trained ones `<name>_<weights>/<value>`.
-        options: what else they depend on; see `train.evaluate.trunk.Evaluation.told`.
+        options: what else they depend on; see `famt.train.evaluate.trunk.Evaluation.told`.
     """
     told = {"evaluator": name, "weights": weights, "options": options}
     write_event(folder, step, "evaluation", **told, **values)

@@ -15,15 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from famt.models import ModelConfig
-from pipeline.loader import CropBatch, CropLoader
-from pipeline.table import SampleTable
-from train import checkpoint, resume
-from train.checkpoint import Checkpoint
-from train.distributed import Ranks
-from train.log import Log
-from train.optimisation import Optimisation
-from train.streams import SideStream, Stop
-from train.timing import Clock
+from famt.pipeline.loader import CropBatch, CropLoader
+from famt.pipeline.table import SampleTable
+from famt.train import checkpoint, resume
+from famt.train.checkpoint import Checkpoint
+from famt.train.distributed import Ranks
+from famt.train.log import Log
+from famt.train.optimisation import Optimisation
+from famt.train.streams import SideStream, Stop
+from famt.train.timing import Clock
 
 Batch = TypeVar("Batch")
 

@@ -117,7 +117,7 @@ class Optimisation:
         self.step += 1
 
     def state(self) -> dict[str, Any]:
-        """Its fields of a `train.checkpoint.Checkpoint`."""
+        """Its fields of a `famt.train.checkpoint.Checkpoint`."""
         return {
             "step": self.step,
             "schedule_start": self.schedule_start,

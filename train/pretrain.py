@@ -1,7 +1,7 @@
 """Pre-train a vision transformer on shards, by masked image modelling.
 
-    python -m train.pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
-    torchrun --nproc-per-node 8 -m train.pretrain --shards ... --cache ... --out ... \\
+    python -m famt.train.pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
+    torchrun --nproc-per-node 8 -m famt.train.pretrain --shards ... --cache ... --out ... \\
         --model vit_base --batch-size 512 --epochs 800 --precision bf16
 
 `--recipe` sets the defaults of other options, which still override it: the name of one of those
@@ -26,28 +26,28 @@ from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
 from famt.patches import normalise
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.join import JoinConfig, PatchBatch
+from famt.pipeline.loader import CropBatch, CropLoader, LoaderConfig, own_share
+from famt.pipeline.resident import ResidentLoader
+from famt.pipeline.stage import stage_shards
+from famt.pipeline.table import load_samples
 from famt.sampling import patch_counts
-from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, PatchBatch
-from pipeline.loader import CropBatch, CropLoader, LoaderConfig, own_share
-from pipeline.resident import ResidentLoader
-from pipeline.stage import stage_shards
-from pipeline.table import load_samples
-from train import figures
-from train.checkpoint import Checkpoint
-from train.config import Pretrain, parse
-from train.distributed import Ranks, data_parallel, join_ranks
-from train.evaluate.monitor import Monitor
-from train.initial import load_initial
-from train.loop import Training
-from train.optimisation import Optimisation
-from train.program import run_program
-from train.resume import own_folder, resume
-from train.signals.due import write_finished
-from train.signals.following import FollowedMaps, lost_generations
-from train.signals.signal import Context, Signal, Taken
-from train.signals.weights import Weighed, build_signals, weigh_crops
-from train.streams import Stop
+from famt.train import figures
+from famt.train.checkpoint import Checkpoint
+from famt.train.config import Pretrain, parse
+from famt.train.distributed import Ranks, data_parallel, join_ranks
+from famt.train.evaluate.monitor import Monitor
+from famt.train.initial import load_initial
+from famt.train.loop import Training
+from famt.train.optimisation import Optimisation
+from famt.train.program import run_program
+from famt.train.resume import own_folder, resume
+from famt.train.signals.due import write_finished
+from famt.train.signals.following import FollowedMaps, lost_generations
+from famt.train.signals.signal import Context, Signal, Taken
+from famt.train.signals.weights import Weighed, build_signals, weigh_crops
+from famt.train.streams import Stop
 
 
 def main(config: Pretrain) -> None:

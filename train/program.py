@@ -13,10 +13,11 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.manifest import CacheError
-from train.lifeline import RankError
+from famt.__main__ import COMMANDS
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
+from famt.pipeline.manifest import CacheError
+from famt.train.lifeline import RankError
 
 Config = TypeVar("Config")
 
@@ -33,11 +34,15 @@ def is_users(error: BaseException) -> bool:
 
 
 def called() -> str:
-    """How the program that runs is called on a command line: `python -m train.report`, say."""
+    """How the program that runs is called on a command line: `famt report`, say."""
     spec = sys.modules["__main__"].__spec__
     if spec is None:  # by its path
         return f"python {sys.argv[0]}"
-    return f"python -m {spec.name.removesuffix('.__main__')}"
+    name = spec.name.removesuffix(".__main__")
+    return next(
+        (f"famt {word}" for word, (module, _) in COMMANDS.items() if module == name),
+        f"python -m {name}",
+    )
 
 
 def parsed(kind: Any, description: str | None) -> Any:

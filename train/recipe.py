@@ -18,7 +18,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import UserError
+from famt.pipeline.errors import UserError
 
 DEFAULT = "famt"
 """The recipe of a run that names none."""

@@ -1,11 +1,11 @@
 """A page of one file that tells what runs did and reached, made from their logs alone.
 
-    python -m train.report runs/mae-0 runs/mae-1 runs/famt-0 -o report.html
+    famt report runs/mae-0 runs/mae-1 runs/famt-0 -o report.html
 
 Loss, k-NN and probe against epochs and against training time, a table, where the time went, what
 differs between the options, and the pictures of masks along the training. Runs whose options are
 the same but for the seed are one row of the table and one colour. k-NN and probe stand in the log
-of a run that had `--monitor`, or that `python -m train.evaluate` looked at.
+of a run that had `--monitor`, or that `famt evaluate` looked at.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from pipeline.errors import UserError
-from pipeline.options import FREE, annotated
-from train import history
-from train.config import Pretrain
-from train.evaluate.finetune import Finetune
-from train.history import Basis, Found, History
-from train.program import parsed, run_program
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import FREE, annotated
+from famt.train import history
+from famt.train.config import Pretrain
+from famt.train.evaluate.finetune import Finetune
+from famt.train.history import Basis, Found, History
+from famt.train.program import parsed, run_program
 
 METRICS = {
     "k-NN, class token": {"monitor": "knn_cls", "knn": "top1_cls"},

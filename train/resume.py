@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pipeline.errors import UserError
-from pipeline.options import ELASTIC, FREE, Since, annotated, flat
-from train import checkpoint
-from train.checkpoint import Checkpoint
-from train.distributed import Ranks
-from train.log import write_event
+from famt.pipeline.errors import UserError
+from famt.pipeline.options import ELASTIC, FREE, Since, annotated, flat
+from famt.train import checkpoint
+from famt.train.checkpoint import Checkpoint
+from famt.train.distributed import Ranks
+from famt.train.log import write_event
 
 _SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one minute
 

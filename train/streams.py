@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from train.lifeline import ASKING, Lifeline
+from famt.train.lifeline import ASKING, Lifeline
 
 Batch = TypeVar("Batch")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.loader import CropBatch
-from train.signals.config import FrequencyConfig
-from train.signals.signal import Context, Signal
+from famt.pipeline.loader import CropBatch
+from famt.train.signals.config import FrequencyConfig
+from famt.train.signals.signal import Context, Signal
 
 
 class Centre(Signal):

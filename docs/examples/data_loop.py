@@ -10,9 +10,9 @@ import torch
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from famt.patches import normalise
-from pipeline.batches import famt_loader
-from pipeline.loader import LoaderConfig
-from pipeline.scores import ScoreSpec
+from famt.pipeline.batches import famt_loader
+from famt.pipeline.loader import LoaderConfig
+from famt.pipeline.scores import ScoreSpec
 
 
 def main(shards, cache, epochs=1, batch_size=64, grid=14):

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from pipeline.loader import CropBatch
-from train.signals.config import FrequencyConfig
-from train.signals.signal import Context, Signal
+from famt.pipeline.loader import CropBatch
+from famt.train.signals.config import FrequencyConfig
+from famt.train.signals.signal import Context, Signal
 
 NARROW, WIDE, MARGIN = 0.5, 2.0, 6  # deviations of two Gaussians, and their reach, in patches
 

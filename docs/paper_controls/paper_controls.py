@@ -7,10 +7,10 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from pipeline.loader import CropBatch
-from train.signals.config import AttentionConfig, FrequencyConfig
-from train.signals.refreshed import Refreshed
-from train.signals.signal import Context
+from famt.pipeline.loader import CropBatch
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.signals.refreshed import Refreshed
+from famt.train.signals.signal import Context
 
 
 class TopLeft(Refreshed):

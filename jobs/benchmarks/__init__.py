@@ -1,1 +1,1 @@
-"""The benchmarks behind `jobs.benchmark`, a file each; `measure` is what they have in common."""
+"""The benchmarks behind `famt benchmark`, a file each; `measure` is what they have in common."""

@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from annotated_types import Ge
 
 from famt.frequency import pixel_frequency
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
+from famt.jobs.benchmarks.step import Step
+from famt.jobs.benchmarks.training import Training, training, unweighed
 from famt.models import MODELS
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from jobs.benchmarks.step import Step
-from jobs.benchmarks.training import Training, training, unweighed
-from pipeline.loader import CropBatch
-from pipeline.options import Checked
-from pipeline.scores import ScoreSpec
-from train.signals.attention import Live
-from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
-from train.signals.signal import Signal
+from famt.pipeline.loader import CropBatch
+from famt.pipeline.options import Checked
+from famt.pipeline.scores import ScoreSpec
+from famt.train.signals.attention import Live
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
+from famt.train.signals.signal import Signal
 
 
 @dataclass(frozen=True)

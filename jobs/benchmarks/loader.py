@@ -28,18 +28,18 @@ from torchvision.transforms import (
     ToTensor,
 )
 
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
 from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.join import JoinConfig, crop_scores, split_crops
+from famt.pipeline.loader import CropLoader, LoaderConfig, own_cores
+from famt.pipeline.options import Checked
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.table import SampleTable, load_maps, load_samples
 from famt.sampling import patch_weights
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.join import JoinConfig, crop_scores, split_crops
-from pipeline.loader import CropLoader, LoaderConfig, own_cores
-from pipeline.options import Checked
-from pipeline.scores import ScoreSpec
-from pipeline.table import SampleTable, load_maps, load_samples
 
 _READY = 2  # batches that DALI holds ready when a turn begins; they are not counted
 

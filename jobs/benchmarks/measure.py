@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.precompute import precompute_shard, publish
-from pipeline.scores import ScoreSpec
-from pipeline.writer import Encoding, Item, write_shards
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.writer import Encoding, Item, write_shards
 
 Report = dict[str, object]
 

@@ -22,17 +22,17 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from PIL import Image
 
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from jobs.cluster import start_ray
-from jobs.precompute_freq import score_shards
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.decode import decode
-from pipeline.options import Checked
-from pipeline.precompute import ShardReport, score_shard
-from pipeline.scores import ScoreSpec
-from pipeline.shards import content_id, list_shard
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
+from famt.jobs.cluster import start_ray
+from famt.jobs.precompute_freq import score_shards
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.decode import decode
+from famt.pipeline.options import Checked
+from famt.pipeline.precompute import ShardReport, score_shard
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.shards import content_id, list_shard
 
 
 @dataclass(frozen=True)

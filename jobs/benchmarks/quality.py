@@ -17,10 +17,10 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from famt.frequency import PIXEL_KINDS, pixel_frequency
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from pipeline.options import Checked
-from pipeline.scores import ScoreSpec
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
+from famt.pipeline.options import Checked
+from famt.pipeline.scores import ScoreSpec
 
 
 @dataclass(frozen=True)

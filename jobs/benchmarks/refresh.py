@@ -12,17 +12,17 @@ import torch
 from annotated_types import Ge
 from timm.models.vision_transformer import VisionTransformer
 
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
+from famt.jobs.benchmarks.training import training, unweighed
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from jobs.benchmarks.training import training, unweighed
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.model_scores import model_maps
-from pipeline.options import Checked
-from pipeline.refresh import refresh_shards
-from pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.model_scores import model_maps
+from famt.pipeline.options import Checked
+from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,23 @@ from typing import Annotated, Literal
 import torch
 from annotated_types import Ge
 
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
+from famt.jobs.benchmarks.training import take_steps
 from famt.models import MODELS
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from jobs.benchmarks.training import take_steps
-from pipeline.loader import own_cores
-from pipeline.options import Checked
-from pipeline.scores import ScoreSpec
-from train.config import Pretrain, parse
-from train.distributed import join_ranks
-from train.pretrain import Run
+from famt.pipeline.loader import own_cores
+from famt.pipeline.options import Checked
+from famt.pipeline.scores import ScoreSpec
+from famt.train.config import Pretrain, parse
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run
 
 
 @dataclass(frozen=True)
 class Runs(Checked):
     """Crops/s of trainings by recipe, beside the first recipe's, and what they wait for.
 
-    Each recipe trains as `train.pretrain` does, the next batch ahead in a GPU's side stream. Its
+    Each recipe trains as `famt pretrain` does, the next batch ahead in a GPU's side stream. Its
     refreshed maps are left out: `refresh` measures what making them costs.
     """
 
@@ -36,7 +36,7 @@ class Runs(Checked):
     recipes: tuple[str, ...] = ("mae", "famt", "uniform")
     """what to train; the first one is the measure of the others"""
     options: str = ""
-    """further options of `train.pretrain` for all of them, in one string"""
+    """further options of `famt.train.pretrain` for all of them, in one string"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
     """which model"""
     batch_size: Annotated[int, Ge(1)] = 16

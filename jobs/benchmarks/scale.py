@@ -20,16 +20,16 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 from tqdm import tqdm
 
-from jobs import precompute_freq
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from pipeline import storage
-from pipeline.cache import ScoreCache, ShardTable
-from pipeline.manifest import ShardRecord
-from pipeline.options import Checked
-from pipeline.scores import ScoreSpec
-from pipeline.shards import write_dali_index
-from pipeline.table import SampleTable, load_maps, load_samples
+from famt.jobs import precompute_freq
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache, ShardTable
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.options import Checked
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.shards import write_dali_index
+from famt.pipeline.table import SampleTable, load_maps, load_samples
 
 _TARS, _ROWS = 128, 8192  # whose index DALI reads
 
@@ -132,7 +132,7 @@ class _Started:
 
 
 def _start(shards: str, cache: ScoreCache, spec: ScoreSpec) -> _Started:
-    """All that the start of a run does with a cache, as `train.pretrain` does it."""
+    """All that the start of a run does with a cache, as `famt.train.pretrain` does it."""
     times = [time.perf_counter()]
     samples = load_samples([shards], cache, spec)
     times.append(time.perf_counter())

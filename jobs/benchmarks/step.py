@@ -22,13 +22,13 @@ from torch.utils.flop_counter import (
 )
 from tqdm import tqdm
 
+from famt.jobs.benchmarks import measure
+from famt.jobs.benchmarks.measure import Report
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder
+from famt.pipeline.options import Checked
 from famt.sampling import predict_some, sample_patches
 from famt.units import split_of_patches
-from jobs.benchmarks import measure
-from jobs.benchmarks.measure import Report
-from pipeline.options import Checked
 
 
 @dataclass(frozen=True)

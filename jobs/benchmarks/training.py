@@ -12,15 +12,15 @@ from typing import Literal
 
 import torch
 
-from pipeline.cache import ScoreCache
-from pipeline.join import PatchBatch
-from pipeline.loader import CropBatch
-from train.config import Pretrain
-from train.distributed import join_ranks
-from train.pretrain import Run
-from train.signals.config import AttentionConfig, FrequencyConfig
-from train.signals.signal import Signal
-from train.signals.weights import build_signals
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.join import PatchBatch
+from famt.pipeline.loader import CropBatch
+from famt.train.config import Pretrain
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.signals.signal import Signal
+from famt.train.signals.weights import build_signals
 
 
 @dataclass(frozen=True)

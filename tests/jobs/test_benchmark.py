@@ -10,10 +10,10 @@ import torch
 from launch import program_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from jobs.benchmark import BENCHMARKS, parse
-from jobs.benchmarks.loader import Loader
-from jobs.benchmarks.measure import rank_correlations, seconds
-from jobs.benchmarks.step import Step, _Rival
+from famt.jobs.benchmark import BENCHMARKS, parse
+from famt.jobs.benchmarks.loader import Loader
+from famt.jobs.benchmarks.measure import rank_correlations, seconds
+from famt.jobs.benchmarks.step import Step, _Rival
 
 
 def test_several_benchmarks_are_measured_with_one_command():
@@ -82,7 +82,7 @@ def test_every_line_holds_a_figure_against_a_bound(scored, name, options, lines)
 def test_the_scale_of_many_shards_is_held_against_its_bounds():
     # In a process of its own: what it tells of memory is that of all the process.
     options = ["--shards", "3", "--images-per-shard", "2000"]
-    command = [sys.executable, "-m", "jobs.benchmark", "scale", *options]
+    command = [sys.executable, "-m", "famt.jobs.benchmark", "scale", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     _check([json.loads(line) for line in done.stdout.splitlines()], "scale", 3)
 

@@ -15,12 +15,12 @@ from PIL import Image
 from s3_server import environment, free_port, serve
 from samples import photo_members, score, tar_bytes
 
-from jobs.cache import Gc, Ls, Show, Verify, main
-from pipeline.cache import ScoreCache
-from pipeline.packs import write_pack
-from pipeline.scores import ScoreSpec
-from pipeline.sealed import CacheError
-from pipeline.table import load_maps, load_samples
+from famt.jobs.cache import Gc, Ls, Show, Verify, main
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.packs import write_pack
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.sealed import CacheError
+from famt.pipeline.table import load_maps, load_samples
 
 
 def _images(shards, cache, spec):

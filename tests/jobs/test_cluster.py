@@ -6,7 +6,7 @@ import pytest
 from ray_clusters import cluster
 from s3_server import free_port
 
-from jobs.cluster import start_ray
+from famt.jobs.cluster import start_ray
 
 
 def test_a_cluster_that_was_named_and_does_not_answer_is_told_of_at_once(monkeypatch):
@@ -18,7 +18,7 @@ def test_a_cluster_that_was_named_and_does_not_answer_is_told_of_at_once(monkeyp
 
 def _start(address):
     """What a program that starts Ray has of CPUs, and what it says."""
-    program = "import ray; from jobs.cluster import start_ray; start_ray(); {}".format(
+    program = "import ray; from famt.jobs.cluster import start_ray; start_ray(); {}".format(
         "print(int(ray.cluster_resources()['CPU']))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}

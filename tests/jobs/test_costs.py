@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from jobs.costs import StepCost, measured
-from train.config import Pretrain, parse
-from train.optimisation import OptimiserConfig
-from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
+from famt.jobs.costs import StepCost, measured
+from famt.train.config import Pretrain, parse
+from famt.train.optimisation import OptimiserConfig
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 
 
 def options(*arguments: str) -> Pretrain:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jobs.gpu_check import GpuCheck, main
+from famt.jobs.gpu_check import GpuCheck, main
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_every_part_runs_on_a_cpu(tmp_path, capsys):
 
 
 def test_without_a_gpu_every_part_is_skipped_with_the_reason(tmp_path):
-    command = [sys.executable, "-m", "jobs.gpu_check", "--out", str(tmp_path / "gpu.md")]
+    command = [sys.executable, "-m", "famt.jobs.gpu_check", "--out", str(tmp_path / "gpu.md")]
     hidden = {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden})
     assert done.returncode == 0, done.stderr

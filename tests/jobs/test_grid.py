@@ -2,9 +2,9 @@ import dataclasses
 
 import pytest
 
-from jobs import grid
-from jobs.costs import StepCost
-from train.history import Basis, Found, History, Point
+from famt.jobs import grid
+from famt.jobs.costs import StepCost
+from famt.train.history import Basis, Found, History, Point
 
 GRID = """
 title = "Tiny"

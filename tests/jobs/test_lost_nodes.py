@@ -18,13 +18,13 @@ from samples import photo_members, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.cache import ScoreCache
-from pipeline.refresh import refresh_shards
-from pipeline.scores import ScoreSpec
-from pipeline.table import load_samples
-from train import checkpoint
-from train.checkpoint import Encoder
-from train.signals.due import encoder_path
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.table import load_samples
+from famt.train import checkpoint
+from famt.train.checkpoint import Encoder
+from famt.train.signals.due import encoder_path
 
 
 @pytest.fixture(scope="module")

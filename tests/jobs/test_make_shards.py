@@ -9,8 +9,8 @@ import webdataset
 from PIL import Image
 from samples import encode, photo
 
-from jobs.make_shards import MakeShards, main
-from pipeline.writer import Encoding
+from famt.jobs.make_shards import MakeShards, main
+from famt.pipeline.writer import Encoding
 
 
 @pytest.fixture

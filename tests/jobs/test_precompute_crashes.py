@@ -15,12 +15,12 @@ import pytest
 from ray_clusters import cluster, lose
 from samples import photo_members, tar_bytes
 
-from jobs.precompute_freq import PrecomputeFreq, main, try_publish
-from pipeline.cache import ScoreCache
-from pipeline.precompute import precompute_shard
-from pipeline.scores import ScoreSpec
-from pipeline.sealed import CacheFullError
-from pipeline.table import load_samples
+from famt.jobs.precompute_freq import PrecomputeFreq, main, try_publish
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.sealed import CacheFullError
+from famt.pipeline.table import load_samples
 
 ROOT = Path(__file__).parents[2]
 

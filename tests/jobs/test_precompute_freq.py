@@ -14,13 +14,13 @@ import torch
 from s3_server import environment, free_port, serve
 from samples import photo_members, tar_bytes
 
-from jobs.precompute_freq import PrecomputeFreq, main
-from pipeline import packs
-from pipeline.cache import ScoreCache
-from pipeline.manifest import CacheError
-from pipeline.precompute import score_shard
-from pipeline.shards import Rejected, content_id
-from pipeline.table import load_maps, load_samples
+from famt.jobs.precompute_freq import PrecomputeFreq, main
+from famt.pipeline import packs
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.precompute import score_shard
+from famt.pipeline.shards import Rejected, content_id
+from famt.pipeline.table import load_maps, load_samples
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,11 +10,11 @@ import psutil
 import pytest
 from runs import equal, log_events
 
-from jobs.pretrain import RayPretrain, beside, main, worker_resources
-from jobs.refresh_workers import RefreshWorkers
-from train import checkpoint
-from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
-from train.signals.due import is_followed
+from famt.jobs.pretrain import RayPretrain, beside, main, worker_resources
+from famt.jobs.refresh_workers import RefreshWorkers
+from famt.train import checkpoint
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
+from famt.train.signals.due import is_followed
 
 
 def _workers(job):
@@ -106,7 +106,7 @@ def test_a_training_goes_on_and_says_so_where_the_refresh_job_dies(scored, tmp_p
     while not log_events(out, "refresh job ended"):
         assert process.poll() is None
         for each in [] if killed or not log_events(out, "start") else _beside(process):
-            if "jobs.refresh_scores" in " ".join(_arguments(each)):
+            if "famt.jobs.refresh_scores" in " ".join(_arguments(each)):
                 each.kill()
                 killed = True
         time.sleep(0.1)

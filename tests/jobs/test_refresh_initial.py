@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
+from famt.jobs.refresh_scores import RefreshScores, initial_encoder, main
 from famt.models import MODELS, ModelConfig
-from jobs.refresh_scores import RefreshScores, initial_encoder, main
-from pipeline.errors import UserError
-from pipeline.scores import encoder_digest
+from famt.pipeline.errors import UserError
+from famt.pipeline.scores import encoder_digest
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
@@ -58,7 +58,7 @@ def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_pat
     assert (made.step, made.images) == (0, 26)
     assert [spec.encoder for spec in made.specs] == [encoder_digest(torch.load(source))]
     trained = subprocess.run(
-        [sys.executable, "-m", "train.pretrain", "--shards", *scored.shards,
+        [sys.executable, "-m", "famt.train.pretrain", "--shards", *scored.shards,
          "--cache", scored.cache.url, "--out", str(tmp_path / "run"), "--model", "vit_nano",
          "--frequency.source", "refreshed", "--attention.source", "off",
          "--refresh.pin", summary["pin"], "--init", str(source), "--epochs", "1",

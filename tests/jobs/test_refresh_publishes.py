@@ -3,12 +3,12 @@ from pathlib import Path
 
 import torch
 
+from famt.jobs import refresh_scores
+from famt.jobs.refresh_scores import RefreshScores
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS, ModelConfig
-from jobs import refresh_scores
-from jobs.refresh_scores import RefreshScores
-from pipeline.refresh import refresh_shards
-from train.checkpoint import Encoder
+from famt.pipeline.refresh import refresh_shards
+from famt.train.checkpoint import Encoder
 
 
 def test_a_generation_that_lost_maps_meanwhile_is_not_published(scored, monkeypatch):

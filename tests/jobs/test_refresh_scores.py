@@ -13,23 +13,23 @@ import torch
 from launch import program_file
 from runs import equal, log_events, weights
 
-from jobs import refresh_scores
-from jobs.cache import Gc, Ls
-from jobs.cache import main as cache_main
-from jobs.refresh_scores import RefreshScores, follow
-from jobs.refresh_scores import main as refresh
-from pipeline.scores import is_generation
-from pipeline.table import load_samples
-from train import checkpoint
-from train.checkpoint import CLASSIFIER, Checkpoint
-from train.signals.due import encoder_path, failed_path, finished_path, is_followed
+from famt.jobs import refresh_scores
+from famt.jobs.cache import Gc, Ls
+from famt.jobs.cache import main as cache_main
+from famt.jobs.refresh_scores import RefreshScores, follow
+from famt.jobs.refresh_scores import main as refresh
+from famt.pipeline.scores import is_generation
+from famt.pipeline.table import load_samples
+from famt.train import checkpoint
+from famt.train.checkpoint import CLASSIFIER, Checkpoint
+from famt.train.signals.due import encoder_path, failed_path, finished_path, is_followed
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
 
 def _train(scored, out, *more):
     return [
-        sys.executable, "-m", "train.pretrain", "--shards", *scored.shards,
+        sys.executable, "-m", "famt.train.pretrain", "--shards", *scored.shards,
         "--cache", scored.cache.url, "--out", str(out), "--model", "vit_nano",
         "--frequency.source", "refreshed", "--frequency.kind", "frequency_attention",
         "--attention.source", "off", "--plain-epochs", "1", "--refresh.every", "2",

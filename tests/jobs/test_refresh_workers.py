@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.refresh_workers import Place, RefreshWorkers
+from famt.jobs.refresh_workers import Place, RefreshWorkers
 
 CPUS, GPUS = {"CPU": 64.0}, {"CPU": 64.0, "GPU": 8.0}
 

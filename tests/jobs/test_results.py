@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from samples import photo_members, score, tar_bytes
 
-from jobs import costs, results
-from jobs.costs import StepCost
-from jobs.grid import load, table
-from jobs.results import histories, left
-from pipeline.cache import ScoreCache
-from pipeline.scores import ScoreSpec
+from famt.jobs import costs, results
+from famt.jobs.costs import StepCost
+from famt.jobs.grid import load, table
+from famt.jobs.results import histories, left
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.scores import ScoreSpec
 
 GRID = """
 title = "Tiny"
@@ -54,7 +54,7 @@ def data(tmp_path_factory):
 
 def start(grid, *arguments: str, by: tuple[str, ...] = ()) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*by, sys.executable, "-m", "jobs.results", str(grid), *arguments],
+        [*by, sys.executable, "-m", "famt.jobs.results", str(grid), *arguments],
         stdout=subprocess.PIPE, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_a_grid_that_nothing_was_done_of_needs_every_command(data, tmp_path):
     path.write_text(GRID.format(out=tmp_path, data=data) + ROW)
     grid = load(path, lambda file, runs, reference: dict.fromkeys(runs, StepCost(1.0)))
     modules = [[command[2] for command in left(grid, row, 0)] for row in grid.rows]
-    assert modules == [["jobs.pretrain", "train.evaluate"]] * 2
+    assert modules == [["famt.jobs.pretrain", "famt.train.evaluate"]] * 2
 
 
 @pytest.mark.parametrize("published", TABLES, ids=lambda path: path.parent.name)
@@ -121,7 +121,7 @@ def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, mo
     stopper.start()
     assert results._run._function(grid, grid.rows[0], 0, 1, 0, None) == ""
     stopper.join()
-    assert [each.args[2] for each in started] == ["jobs.pretrain"]
+    assert [each.args[2] for each in started] == ["famt.jobs.pretrain"]
     assert len(left(grid, grid.rows[0], 0)) == 2
 
 
@@ -129,7 +129,7 @@ def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, mo
 def test_gpus_that_no_machine_has_are_an_error_at_once(data, tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(GRID.format(out=tmp_path, data=data))
-    command = [sys.executable, "-m", "jobs.results", str(path), "--gpus", "64"]
+    command = [sys.executable, "-m", "famt.jobs.results", str(path), "--gpus", "64"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2
     assert "no machine has the 1 CPU core(s) and 64 GPU(s) of --cpus and --gpus" in done.stderr

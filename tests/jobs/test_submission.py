@@ -12,9 +12,9 @@ from ray_clusters import cluster
 from s3_server import free_port
 from samples import photo_members, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.table import load_samples
-from train import checkpoint
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.table import load_samples
+from famt.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOO_MUCH = 600 << 20  # bytes; Ray takes 512 MiB

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
-from pipeline.objects import Objects
-from pipeline.scores import ScoreSpec
-from pipeline.sealed import CacheError
+from famt.pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
+from famt.pipeline.objects import Objects
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.sealed import CacheError
 
 ENTRY = f"shards/{'a' * 32}"
 

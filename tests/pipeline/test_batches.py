@@ -3,14 +3,14 @@ import torch
 
 from famt.models import ModelConfig, PatchConfig
 from famt.patches import patchify
-from pipeline.batches import famt_loader
-from pipeline.cache import ScoreCache
-from pipeline.generations import Generation
-from pipeline.join import JoinConfig
-from pipeline.loader import LoaderConfig
-from pipeline.scores import ModelScoreSpec
-from pipeline.sealed import CacheError
-from pipeline.table import load_samples
+from famt.pipeline.batches import famt_loader
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.generations import Generation
+from famt.pipeline.join import JoinConfig
+from famt.pipeline.loader import LoaderConfig
+from famt.pipeline.scores import ModelScoreSpec
+from famt.pipeline.sealed import CacheError
+from famt.pipeline.table import load_samples
 
 PATCHES = PatchConfig(image_size=56, patch_size=8)
 LOADER = LoaderConfig(batch_size=8, shuffle_buffer=16, threads=1)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from samples import photo_members, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.precompute import score_shard
-from pipeline.scores import ScoreSpec
-from pipeline.sealed import CacheError, seal_zarr
-from pipeline.shards import Rejected
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.precompute import score_shard
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.sealed import CacheError, seal_zarr
+from famt.pipeline.shards import Rejected
 
 ID = "0123abcd" * 4
 

@@ -14,13 +14,13 @@ from cache_layouts import PIXELS, make, maps, model_spec, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache import ScoreCache
-from pipeline.collector import Collection, collect, collect_superseded
-from pipeline.generations import Generation
-from pipeline.manifest import ShardRecord
-from pipeline.packs import sound_packs, write_pack
-from pipeline.sealed import CacheError, seal
-from pipeline.storage import Version
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.collector import Collection, collect, collect_superseded
+from famt.pipeline.generations import Generation
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.packs import sound_packs, write_pack
+from famt.pipeline.sealed import CacheError, seal
+from famt.pipeline.storage import Version
 
 NOW = Collection(older_than=timedelta(0))
 DATA = (100, 101)  # shards of the two runs

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.table import load_samples
+from famt.pipeline.table import load_samples
 
 
 def describe(folder: Path, **splits: list[str]) -> None:

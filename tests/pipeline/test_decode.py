@@ -23,12 +23,12 @@ from launch import program_file
 from PIL import Image
 from samples import encode, photo, score, tar_bytes
 
-import pipeline.decode
-from pipeline.cache import ScoreCache
-from pipeline.decode import BadImage, decode, plain_jpeg_extent
-from pipeline.loader import CropLoader, LoaderConfig, WholeView
-from pipeline.scores import ScoreSpec
-from pipeline.table import load_samples
+import famt.pipeline.decode
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.decode import BadImage, decode, plain_jpeg_extent
+from famt.pipeline.loader import CropLoader, LoaderConfig, WholeView
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.table import load_samples
 
 
 def test_images_are_decoded_upright():
@@ -102,8 +102,8 @@ def test_a_webp_whose_exif_only_the_decoder_finds_is_refused_unless_upright(turn
 
 def test_what_decodes_to_another_extent_than_its_headers_announce_is_refused(monkeypatch):
     """Whatever the reason."""
-    monkeypatch.setattr(pipeline.decode, "is_ambiguous", lambda data: False)
-    monkeypatch.setattr(pipeline.decode, "may_be_turned", lambda data: False)
+    monkeypatch.setattr(famt.pipeline.decode, "is_ambiguous", lambda data: False)
+    monkeypatch.setattr(famt.pipeline.decode, "may_be_turned", lambda data: False)
     data = hide_exif(riff(webp_chunks(Random(0))), exif(6), "beyond")
     with pytest.raises(BadImage, match=r"announce \(40, 64\) px .* decodes to \(64, 40\)"):
         decode(data, 16)

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from samples import photo_members, tar_bytes
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.index import index_shards
-from pipeline.precompute import precompute_shard
-from pipeline.sealed import CacheFullError
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.index import index_shards
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.sealed import CacheFullError
 
 
 @pytest.mark.parametrize("number", [28, 122])  # ENOSPC, EDQUOT

@@ -24,12 +24,12 @@ from hostile_tars import TARS
 from PIL import Image
 from samples import encode, photo_members, score, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.decode import decode
-from pipeline.loader import CropLoader, LoaderConfig, RandomView, WholeView
-from pipeline.precompute import precompute_shard, publish
-from pipeline.scores import ScoreSpec
-from pipeline.table import load_maps, load_samples
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.decode import decode
+from famt.pipeline.loader import CropLoader, LoaderConfig, RandomView, WholeView
+from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.table import load_maps, load_samples
 
 SEEDS = [int(seed) for seed in os.environ.get("FAMT_FUZZ_SEEDS", "0").split(",")]
 SPEC = ScoreSpec()

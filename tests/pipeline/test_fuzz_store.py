@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from samples import photo_members, score, tar_bytes
 
-from jobs.cache import Gc, Verify, main
-from pipeline.cache import ScoreCache
-from pipeline.generations import Generation
-from pipeline.scores import ModelScoreSpec, ScoreSpec
-from pipeline.sealed import CacheError
-from pipeline.stale import look_up
-from pipeline.table import load_maps, load_samples
+from famt.jobs.cache import Gc, Verify, main
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.generations import Generation
+from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
+from famt.pipeline.sealed import CacheError
+from famt.pipeline.stale import look_up
+from famt.pipeline.table import load_maps, load_samples
 
 SEED = int(os.environ.get("FAMT_SEED", "0"))
 COUNT = int(os.environ.get("FAMT_FUZZ", "700"))

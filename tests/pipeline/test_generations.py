@@ -1,9 +1,9 @@
 import pytest
 
-from pipeline.cache import ScoreCache
-from pipeline.generations import Generation
-from pipeline.scores import ModelScoreSpec
-from pipeline.sealed import CacheError
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.generations import Generation
+from famt.pipeline.scores import ModelScoreSpec
+from famt.pipeline.sealed import CacheError
 
 
 def _generation(run, step, kind="attention"):

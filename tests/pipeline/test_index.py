@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from samples import encode, photo, photo_members, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.index import index_shards
-from pipeline.precompute import precompute_shard
-from pipeline.stale import look_up
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.index import index_shards
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.stale import look_up
 
 
 def _tars(folder, count, damaged=False):
@@ -82,7 +82,9 @@ def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_pat
     odd = whole[:33] + chunk + whole[33:]
     (tmp_path / "0.tar").write_bytes(tar_bytes([("a.png", odd), ("b.png", b"garbage")]))
     assert index_shards([str(tmp_path / "0.tar")], _cache(tmp_path)) == {}
-    program = "from pipeline.index import index_shards; from pipeline.cache import ScoreCache; "
+    program = (
+        "from famt.pipeline.index import index_shards; from famt.pipeline.cache import ScoreCache; "
+    )
     program += "print(index_shards({!r}, ScoreCache({!r}, create=True)))".format(
         [str(tmp_path / "0.tar")], str(tmp_path / "other")
     )

@@ -5,11 +5,11 @@ import torch
 
 from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, patchify
+from famt.pipeline.join import JoinConfig, crop_scores, split_crops
+from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.options import check_bounds
+from famt.pipeline.table import load_maps, load_samples
 from famt.targets import low_pass
-from pipeline.join import JoinConfig, crop_scores, split_crops
-from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.options import check_bounds
-from pipeline.table import load_maps, load_samples
 
 GRID, PATCH = 7, 8
 SIZES = ModelConfig(width=24, depth=2, heads=3, image_size=GRID * PATCH, patch_size=PATCH)

@@ -7,8 +7,8 @@ import pytest
 from launch import program_file
 from samples import photo_members, score, tar_bytes
 
-from pipeline import limits
-from pipeline.cache import ScoreCache
+from famt.pipeline import limits
+from famt.pipeline.cache import ScoreCache
 
 TARS = int(os.environ.get("FAMT_TARS", "300"))
 

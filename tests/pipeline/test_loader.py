@@ -13,12 +13,12 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from famt.geometry import crop_maps
 from famt.patches import patchify
-from pipeline.cache import ScoreCache
-from pipeline.loader import CentreView, CropLoader, LoaderConfig, RandomView, WholeView
-from pipeline.manifest import CacheError
-from pipeline.scores import ScoreSpec
-from pipeline.shards import list_shard
-from pipeline.table import load_samples
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.loader import CentreView, CropLoader, LoaderConfig, RandomView, WholeView
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.shards import list_shard
+from famt.pipeline.table import load_samples
 
 SMALL = LoaderConfig(batch_size=4, image_size=32, shuffle_buffer=8, threads=2)
 

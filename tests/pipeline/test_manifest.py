@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.manifest import ShardRecord
-from pipeline.sealed import CacheError
-from pipeline.storage import Version
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.sealed import CacheError
+from famt.pipeline.storage import Version
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@ import torch
 from PIL import Image
 from samples import encode, photo_members, score, tar_bytes
 
-from pipeline.loader import CentreView, CropLoader, LoaderConfig, RandomView, WholeView
-from pipeline.masks import crop_masks, decode_mask, read_masks
-from pipeline.table import load_samples
+from famt.pipeline.loader import CentreView, CropLoader, LoaderConfig, RandomView, WholeView
+from famt.pipeline.masks import crop_masks, decode_mask, read_masks
+from famt.pipeline.table import load_samples
 
 SIDE, CELL = 120, 8  # px
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import notices
-from pipeline.notices import Claimed, Claims, Notices
-from pipeline.objects import Objects
-from pipeline.sealed import CacheError, seal
+from famt.pipeline import notices
+from famt.pipeline.notices import Claimed, Claims, Notices
+from famt.pipeline.objects import Objects
+from famt.pipeline.sealed import CacheError, seal
 
 ENTRY = f"shards/{'a' * 32}"
 

@@ -4,7 +4,7 @@ from typing import Annotated
 import pytest
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from pipeline.options import ELASTIC, FREE, Checked, annotated
+from famt.pipeline.options import ELASTIC, FREE, Checked, annotated
 
 
 @dataclass(frozen=True)

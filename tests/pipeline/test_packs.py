@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from cache_layouts import PIXELS, table
 
-from pipeline import packs
-from pipeline.cache import ScoreCache
-from pipeline.packs import Packed, check_pack, pack_loose, read_pack, useful_packs, write_pack
-from pipeline.scores import ScoreSpec
-from pipeline.sealed import CacheError
+from famt.pipeline import packs
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.packs import Packed, check_pack, pack_loose, read_pack, useful_packs, write_pack
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.sealed import CacheError
 
 SHARDS = 70
 OTHER = ScoreSpec(kind="highpass", grid=3)
@@ -74,7 +74,7 @@ IDS = [_id(number) for number in range(SHARDS)]
 
 
 def test_what_is_packed_is_read_from_the_pack_alone(cache, monkeypatch):
-    monkeypatch.setattr("pipeline.arrays._CHUNK", 100)  # chunks of 4 rows, and of 12 maps
+    monkeypatch.setattr("famt.pipeline.arrays._CHUNK", 100)  # chunks of 4 rows, and of 12 maps
     expected = _expected(cache, IDS)
     assert pack_loose(cache, IDS, PIXELS).shards == IDS
     _without_entries(cache)
@@ -85,7 +85,7 @@ def test_what_is_packed_is_read_from_the_pack_alone(cache, monkeypatch):
 @pytest.mark.parametrize("chunk", [1, 24, 100, 1 << 20])
 @pytest.mark.parametrize("seed", range(4))
 def test_any_choice_in_any_order_is_what_the_entries_hold(cache, monkeypatch, chunk, seed):
-    monkeypatch.setattr("pipeline.arrays._CHUNK", chunk)
+    monkeypatch.setattr("famt.pipeline.arrays._CHUNK", chunk)
     monkeypatch.setattr(packs, "_FEW", 1)
     rng = random.Random(seed)
     for _ in range(2):  # packs that overlap, and leave some out

@@ -9,10 +9,10 @@ from PIL import Image
 from samples import encode, photo, photo_members, tar_bytes
 
 from famt.frequency import pixel_frequency
-from pipeline.cache import ScoreCache
-from pipeline.decode import BadImage, decode
-from pipeline.precompute import judge_shard, precompute_shard, score_shard
-from pipeline.scores import ScoreSpec
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.decode import BadImage, decode
+from famt.pipeline.precompute import judge_shard, precompute_shard, score_shard
+from famt.pipeline.scores import ScoreSpec
 
 
 def test_maps_are_the_scores_of_the_images_in_tar_order(spec):
@@ -55,7 +55,7 @@ def test_only_a_decoders_verdict_quarantines(spec, monkeypatch, error):
     def fail(data, size):
         raise error
 
-    monkeypatch.setattr("pipeline.precompute.decode", fail)
+    monkeypatch.setattr("famt.pipeline.precompute.decode", fail)
     with pytest.raises(type(error)):
         score_shard(tar_bytes(photo_members(2)), spec)
 
@@ -101,7 +101,7 @@ def test_a_second_score_goes_by_the_table_of_the_first(tmp_path, spec, monkeypat
     def stricter(data, size):
         raise BadImage("not to my taste")
 
-    monkeypatch.setattr("pipeline.precompute.decode", stricter)
+    monkeypatch.setattr("famt.pipeline.precompute.decode", stricter)
     with pytest.raises(ValueError, match=r"a\.tar: img0000 was kept before.*not to my taste"):
         precompute_shard(str(path), cache, ScoreSpec(kind="highpass", grid=7))
     assert cache.read_table(first.shard_id).key == table.key
@@ -127,7 +127,7 @@ def test_another_verdict_gives_a_shard_another_entry_that_all_scores_then_go_by(
     path.write_bytes(tar_bytes(photo_members(4)))
     ids = []
     for keys in ((0, 1), (1, 2), (0, 1, 2, 3)):
-        monkeypatch.setattr("pipeline.precompute.decode", _keep(*keys))
+        monkeypatch.setattr("famt.pipeline.precompute.decode", _keep(*keys))
         report = precompute_shard(str(path), cache, spec, retry_bad=True)
         assert (report.kept, report.quarantined) == (len(keys), 4 - len(keys))
         assert cache.read_table(report.shard_id).key == [f"img{n:04d}" for n in keys]
@@ -142,7 +142,7 @@ def test_another_verdict_gives_a_shard_another_entry_that_all_scores_then_go_by(
 
 def test_a_worker_that_scores_imports_no_models_and_no_dali():
     """They take 125 MB of each worker and seconds of a job's start."""
-    program = "import sys, pipeline.precompute; print(*{*%s} & {*sys.modules})"
+    program = "import sys, famt.pipeline.precompute; print(*{*%s} & {*sys.modules})"
     program %= ["timm", "torchvision", "nvidia.dali"]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("\n", "")

@@ -7,9 +7,9 @@ from samples import photo_members, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline import refresh
-from pipeline.refresh import refresh_shards
-from pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
+from famt.pipeline import refresh
+from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
 
 
 @pytest.fixture

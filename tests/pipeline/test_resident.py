@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 
-from pipeline import resident
-from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.resident import ResidentLoader
-from pipeline.table import load_samples
+from famt.pipeline import resident
+from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.resident import ResidentLoader
+from famt.pipeline.table import load_samples
 
 CONFIG = LoaderConfig(batch_size=8, image_size=48, shuffle_buffer=16, threads=1)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -21,17 +21,17 @@ from launch import program_file
 from s3_server import environment, free_port, serve
 from samples import encode, photo
 
-from jobs.make_shards import MakeShards, main
-from pipeline import packs, storage
-from pipeline.cache import ScoreCache
-from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.manifest import CacheError
-from pipeline.precompute import precompute_shard, publish
-from pipeline.stale import look_up
-from pipeline.table import load_maps, load_samples
-from train.checkpoint import load
-from train.pretrain import Pretrain
-from train.pretrain import main as pretrain
+from famt.jobs.make_shards import MakeShards, main
+from famt.pipeline import packs, storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.stale import look_up
+from famt.pipeline.table import load_maps, load_samples
+from famt.train.checkpoint import load
+from famt.train.pretrain import Pretrain
+from famt.train.pretrain import main as pretrain
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [int(seed) for seed in os.environ.get("FAMT_FUZZ_SEEDS", "0").split(",")]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from famt.frequency import pixel_frequency
-from pipeline import scores
-from pipeline.model_scores import model_maps
-from pipeline.scores import ModelScoreSpec, ScoreSpec
+from famt.pipeline import scores
+from famt.pipeline.model_scores import model_maps
+from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 
 
 def test_equal_specs_share_an_id_and_any_difference_parts_them():

@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from pipeline.sealed import CacheError, seal, seal_zarr, unseal, unseal_zarr
+from famt.pipeline.sealed import CacheError, seal, seal_zarr, unseal, unseal_zarr
 
 CONTENT = {"folder": "/data/ü", "n": 7, "x": [0.25, None, True], "y": {"b": 1, "a": "\udcff"}}
 

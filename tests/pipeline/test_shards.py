@@ -5,7 +5,7 @@ import pytest
 import webdataset
 from samples import tar_bytes
 
-from pipeline.shards import (
+from famt.pipeline.shards import (
     NO_LABEL,
     Rejected,
     content_id,

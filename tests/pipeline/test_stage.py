@@ -12,13 +12,13 @@ import staging
 from s3_server import environment, free_port, serve
 from samples import encode, score, tar_bytes
 
-from pipeline import stage
-from pipeline.cache import ScoreCache
-from pipeline.loader import CropLoader, LoaderConfig, own_share
-from pipeline.manifest import CacheError
-from pipeline.shards import content_id
-from pipeline.stage import stage_shards
-from pipeline.table import load_samples
+from famt.pipeline import stage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.loader import CropLoader, LoaderConfig, own_share
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.shards import content_id
+from famt.pipeline.stage import stage_shards
+from famt.pipeline.table import load_samples
 
 KILLS = int(os.environ.get("FAMT_STAGE_KILLS", "20"))
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.scores import ScoreSpec
-from pipeline.stale import look_up
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.stale import look_up
 
 
 def test_what_was_scored_and_has_not_changed_lacks_nothing(scored, spec):

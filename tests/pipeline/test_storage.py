@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from pipeline import storage
+from famt.pipeline import storage
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from samples import photo_members, score, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.sealed import CacheError
-from pipeline.table import load_maps, load_samples
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.sealed import CacheError
+from famt.pipeline.table import load_maps, load_samples
 
 
 @pytest.fixture

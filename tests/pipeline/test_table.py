@@ -6,10 +6,10 @@ import pytest
 import torch
 from samples import photo_members, tar_bytes
 
-from pipeline import storage
-from pipeline.manifest import CacheError
-from pipeline.scores import ScoreSpec
-from pipeline.table import load_maps, load_samples
+from famt.pipeline import storage
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.table import load_maps, load_samples
 
 
 def test_rows_follow_the_shards_and_their_samples(scored):
@@ -53,7 +53,7 @@ def test_a_changed_shard_is_found_and_named_with_the_repair(scored, spec):
     with pytest.raises(CacheError, match=r"changed since.*\(its content is new\)") as error:
         load_samples(scored.shards, scored.cache, spec)
     assert str(path) in str(error.value)
-    assert "python jobs/precompute_freq.py --shards" in str(error.value)
+    assert "famt score --shards" in str(error.value)
 
 
 def test_a_shard_whose_times_alone_changed_is_hashed_and_not_scored(scored, spec):

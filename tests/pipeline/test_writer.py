@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.datasets import CIFAR10
 
-from pipeline.writer import check_dataset, open_source, safe_key
+from famt.pipeline.writer import check_dataset, open_source, safe_key
 
 
 def test_keys_hold_letters_digits_dashes_and_underscores():

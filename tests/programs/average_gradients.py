@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
+from famt.pipeline.join import PatchBatch
+from famt.pipeline.loader import Views
 from famt.sampling import PatchSplit
-from pipeline.join import PatchBatch
-from pipeline.loader import Views
-from train.config import Pretrain
-from train.distributed import join_ranks
-from train.optimisation import OptimiserConfig
-from train.pretrain import Run
-from train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.config import Pretrain
+from famt.train.distributed import join_ranks
+from famt.train.optimisation import OptimiserConfig
+from famt.train.pretrain import Run
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 VIEWS = Views(torch.arange(8), torch.ones(8, 4), torch.zeros(8, dtype=torch.bool))
 

@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from train import checkpoint
+from famt.train import checkpoint
 
 folder = Path(sys.argv[1])
 state = checkpoint.load(folder)

@@ -4,10 +4,10 @@ import os
 import signal
 import sys
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.precompute import precompute_shard
-from pipeline.scores import ScoreSpec
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.scores import ScoreSpec
 
 tar, cache, kind, grid = sys.argv[1:]
 put = storage.put

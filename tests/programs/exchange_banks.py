@@ -8,10 +8,10 @@ from samples import context
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.loader import CropBatch
-from train.distributed import join_ranks
-from train.signals.attention import Rolling
-from train.signals.config import AttentionConfig
+from famt.pipeline.loader import CropBatch
+from famt.train.distributed import join_ranks
+from famt.train.signals.attention import Rolling
+from famt.train.signals.config import AttentionConfig
 
 with join_ranks("cpu") as ranks:
     torch.manual_seed(0)

@@ -4,10 +4,10 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.manifest import CacheError
-from train.distributed import join_ranks
-from train.program import run_program
-from train.streams import Stop
+from famt.pipeline.manifest import CacheError
+from famt.train.distributed import join_ranks
+from famt.train.program import run_program
+from famt.train.streams import Stop
 
 folder, deed = Path(sys.argv[1]), sys.argv[2]
 

@@ -6,7 +6,7 @@ import torch
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from train.initial import load_initial
+from famt.train.initial import load_initial
 
 name, file = sys.argv[1:]
 model = MaskedAutoencoder(MODELS["vit_tiny"])

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from train.config import Pretrain
-from train.distributed import join_ranks
-from train.pretrain import Run
-from train.signals.config import AttentionConfig, FrequencyConfig
-from train.streams import Stop
+from famt.train.config import Pretrain
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.streams import Stop
 
 
 class Poisoned(Run):

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from train import distributed
+from famt.train import distributed
 
 name, program, *arguments = sys.argv[1:]
 distributed.machine = lambda: name

@@ -2,7 +2,7 @@
 
 import torch
 
-from jobs.benchmarks.step import _peak_of_process
+from famt.jobs.benchmarks.step import _peak_of_process
 
 
 def work() -> None:

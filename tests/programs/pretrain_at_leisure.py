@@ -1,12 +1,12 @@
-"""`train.pretrain` whose epochs last a second until a job has made maps that it takes up."""
+"""`famt.train.pretrain` whose epochs last a second until a job has made maps that it takes up."""
 
 import sys
 import time
 
-from train import pretrain
-from train.config import parse
-from train.program import run_program
-from train.streams import Stop
+from famt.train import pretrain
+from famt.train.config import parse
+from famt.train.program import run_program
+from famt.train.streams import Stop
 
 
 class Leisurely(pretrain.Run):

@@ -1,12 +1,12 @@
-"""`train.pretrain` where a file takes two seconds to reach the disk."""
+"""`famt.train.pretrain` where a file takes two seconds to reach the disk."""
 
 import os
 import sys
 import time
 
-from train.config import parse
-from train.pretrain import main
-from train.program import run_program
+from famt.train.config import parse
+from famt.train.pretrain import main
+from famt.train.program import run_program
 
 fsync = os.fsync
 

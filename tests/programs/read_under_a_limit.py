@@ -3,9 +3,9 @@
 import resource
 import sys
 
-from pipeline.cache import ScoreCache
-from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.table import load_samples
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.table import load_samples
 
 cache, soft, hard, *shards = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), int(hard)))

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import ray
 
-from jobs import refresh_workers
-from jobs.refresh_scores import RefreshScores, main
+from famt.jobs import refresh_workers
+from famt.jobs.refresh_scores import RefreshScores, main
 
 
 @ray.remote(num_cpus=2)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from train import resume
-from train.config import Pretrain
-from train.distributed import join_ranks
+from famt.train import resume
+from famt.train.config import Pretrain
+from famt.train.distributed import join_ranks
 
 folder = Path(sys.argv[1])
 config = Pretrain(**torch.load(folder / "options.pt"))

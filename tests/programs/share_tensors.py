@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from train.distributed import join_ranks
+from famt.train.distributed import join_ranks
 
 with join_ranks("cpu") as ranks:
     made = []

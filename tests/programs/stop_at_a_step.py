@@ -8,7 +8,7 @@ import runpy
 import signal
 import sys
 
-from train.loop import Training
+from famt.train.loop import Training
 
 rank, steps, module, *arguments = sys.argv[1:]
 update = Training.update

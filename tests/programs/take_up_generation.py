@@ -8,17 +8,17 @@ import torch
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.cache import ScoreCache
-from pipeline.generations import Generation
-from pipeline.loader import CropBatch
-from pipeline.refresh import refresh_shards
-from pipeline.scores import ModelScoreSpec, encoder_digest
-from pipeline.table import load_samples
-from train.config import Pretrain
-from train.distributed import join_ranks
-from train.signals.config import FrequencyConfig, RefreshConfig
-from train.signals.following import FollowedMaps
-from train.streams import Stop
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.generations import Generation
+from famt.pipeline.loader import CropBatch
+from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.scores import ModelScoreSpec, encoder_digest
+from famt.pipeline.table import load_samples
+from famt.train.config import Pretrain
+from famt.train.distributed import join_ranks
+from famt.train.signals.config import FrequencyConfig, RefreshConfig
+from famt.train.signals.following import FollowedMaps
+from famt.train.streams import Stop
 
 folder = Path(sys.argv[1])
 options = torch.load(folder / "options.pt")

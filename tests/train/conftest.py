@@ -6,12 +6,12 @@ from typing import Literal
 import pytest
 from samples import photo_members, score, tar_bytes
 
-from pipeline.cache import ScoreCache
-from pipeline.scores import ScoreSpec
-from train import pretrain
-from train.config import Pretrain
-from train.optimisation import OptimiserConfig
-from train.signals.config import RefreshConfig
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.scores import ScoreSpec
+from famt.train import pretrain
+from famt.train.config import Pretrain
+from famt.train.optimisation import OptimiserConfig
+from famt.train.signals.config import RefreshConfig
 
 
 @pytest.fixture

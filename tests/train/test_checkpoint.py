@@ -11,8 +11,8 @@ from launch import program_file
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from train import checkpoint
-from train.checkpoint import Checkpoint
+from famt.train import checkpoint
+from famt.train.checkpoint import Checkpoint
 
 SEED, FLIPS = int(os.environ.get("FAMT_SEED", "0")), int(os.environ.get("FAMT_FLIPS", "300"))
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from launch import finish, launch, program_file
 
-from train import distributed
-from train.distributed import join_ranks
+from famt.train import distributed
+from famt.train.distributed import join_ranks
 
 
 def test_one_process_is_rank_0_of_1():

@@ -6,10 +6,10 @@ import pytest
 import torch
 from samples import score, tar_bytes
 
-from pipeline.loader import CentreView, CropLoader, LoaderConfig
-from pipeline.table import load_samples
-from train import checkpoint, embed
-from train.embed import Embed, main
+from famt.pipeline.loader import CentreView, CropLoader, LoaderConfig
+from famt.pipeline.table import load_samples
+from famt.train import checkpoint, embed
+from famt.train.embed import Embed, main
 
 
 def _embed(run, scored, out, **options):

@@ -21,9 +21,9 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import gather_patches, normalise, normalise_images
 from famt.sampling import PatchSplit
-from train import checkpoint
-from train.export import Export, main, timm_name
-from train.initial import load_initial
+from famt.train import checkpoint
+from famt.train.export import Export, main, timm_name
+from famt.train.initial import load_initial
 
 
 @pytest.fixture

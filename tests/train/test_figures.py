@@ -6,17 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.join import JoinConfig, crop_scores
-from pipeline.loader import CropLoader, LoaderConfig, RandomView
-from pipeline.table import load_maps, load_samples
-from train import checkpoint, figures
-from train.config import Pretrain
-from train.distributed import join_ranks
-from train.figures import Figures, main
-from train.pretrain import Run
-from train.pretrain import main as pretrain
-from train.signals import weights
-from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
+from famt.pipeline.join import JoinConfig, crop_scores
+from famt.pipeline.loader import CropLoader, LoaderConfig, RandomView
+from famt.pipeline.table import load_maps, load_samples
+from famt.train import checkpoint, figures
+from famt.train.config import Pretrain
+from famt.train.distributed import join_ranks
+from famt.train.figures import Figures, main
+from famt.train.pretrain import Run
+from famt.train.pretrain import main as pretrain
+from famt.train.signals import weights
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
 VIEW = RandomView(area=(0.6, 1.0))
 OFF = AttentionConfig("off")

@@ -1,6 +1,6 @@
 import pytest
 
-from train.files import written_whole
+from famt.train.files import written_whole
 
 
 @pytest.fixture

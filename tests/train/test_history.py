@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from train import history
-from train.log import log_evaluation
+from famt.train import history
+from famt.train.log import log_evaluation
 
 
 def start(step=0, epoch=0, steps_per_epoch=10, batch=8, total=40, **options):

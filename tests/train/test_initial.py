@@ -17,7 +17,7 @@ from samples import TINY
 from famt.export import encoder_state, official_state
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from train.initial import build_initial_encoder, load_initial
+from famt.train.initial import build_initial_encoder, load_initial
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.log import Log, log_evaluation
-from train.timing import Clock
+from famt.train.log import Log, log_evaluation
+from famt.train.timing import Clock
 
 
 def test_a_run_that_is_begun_again_at_its_end_keeps_what_stands_there(tmp_path):

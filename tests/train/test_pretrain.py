@@ -8,13 +8,13 @@ from runs import equal, log_lines, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.models import MODELS
-from pipeline.join import JoinConfig
-from train import checkpoint
-from train.config import Pretrain, parse
-from train.distributed import join_ranks
-from train.optimisation import OptimiserConfig
-from train.pretrain import Run, main
-from train.signals.config import AttentionConfig, FrequencyConfig
+from famt.pipeline.join import JoinConfig
+from famt.train import checkpoint
+from famt.train.config import Pretrain, parse
+from famt.train.distributed import join_ranks
+from famt.train.optimisation import OptimiserConfig
+from famt.train.pretrain import Run, main
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 OFF = {"frequency": FrequencyConfig("off"), "attention": AttentionConfig("off")}
 
@@ -46,7 +46,7 @@ def test_without_signals_options_of_weights_are_told_to_have_no_effect(config, c
         assert option in told
     assert "throw-ratio" not in told
     # Nor has a job that follows the run anything to wait for.
-    from jobs.refresh_scores import RefreshScores, follow  # needs Ray
+    from famt.jobs.refresh_scores import RefreshScores, follow  # needs Ray
 
     assert follow(config.out, RefreshScores(follow=config.out)) == 0
 

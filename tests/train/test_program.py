@@ -9,10 +9,10 @@ import torch
 from launch import program_file
 
 from famt.patches import unpatchify
-from pipeline import storage
-from pipeline.loader import RandomView
-from pipeline.manifest import CacheError
-from train.program import run_program
+from famt.pipeline import storage
+from famt.pipeline.loader import RandomView
+from famt.pipeline.manifest import CacheError
+from famt.train.program import run_program
 
 
 def _exit(main):
@@ -80,7 +80,11 @@ def test_a_ctrl_c_is_one_line(capsys):
 
 @pytest.mark.parametrize(
     "program",
-    [["-m", "train.evaluate", "knn"], ["-m", "train.report"], ["-m", "train.pretrain"]],
+    [
+        ["-m", "famt.train.evaluate", "knn"],
+        ["-m", "famt.train.report"],
+        ["-m", "famt.train.pretrain"],
+    ],
 )
 def test_a_page_that_nobody_reads_to_its_end_is_no_error(program):
     root = Path(__file__).parents[2]
@@ -103,7 +107,8 @@ def test_a_broken_connection_is_no_page_that_nobody_reads(capsys):
 @pytest.mark.parametrize(
     ("program", "name"),
     [
-        (["-m", "train.evaluate", "knn"], "python -m train.evaluate knn"),
+        (["-m", "famt.train.evaluate", "knn"], "famt evaluate knn"),
+        (["-m", "famt", "evaluate", "knn"], "famt evaluate knn"),
         (["jobs/cache.py", "ls"], "python jobs/cache.py ls"),
     ],
 )

@@ -6,18 +6,18 @@ from pathlib import Path
 import pytest
 import tyro
 
-from jobs.make_shards import MakeShards
-from jobs.precompute_freq import PrecomputeFreq
-from jobs.pretrain import RayPretrain
-from jobs.refresh_scores import RefreshScores
-from pipeline.join import JoinConfig
-from pipeline.options import FREE, annotated
-from train import recipe
-from train.config import Pretrain, parse
-from train.evaluate.run import EVALUATORS
-from train.export import Export
-from train.program import run_program
-from train.signals.config import AttentionConfig, FrequencyConfig
+from famt.jobs.make_shards import MakeShards
+from famt.jobs.precompute_freq import PrecomputeFreq
+from famt.jobs.pretrain import RayPretrain
+from famt.jobs.refresh_scores import RefreshScores
+from famt.pipeline.join import JoinConfig
+from famt.pipeline.options import FREE, annotated
+from famt.train import recipe
+from famt.train.config import Pretrain, parse
+from famt.train.evaluate.run import EVALUATORS
+from famt.train.export import Export
+from famt.train.program import run_program
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 ON = ["--shards", "a", "--cache", "c", "--out", "o"]
 
@@ -207,11 +207,11 @@ def test_help_lists_the_recipes_and_shows_what_the_one_given_sets(capsys):
 
 
 PROGRAMS = {
-    "jobs/make_shards.py": MakeShards,
-    "jobs/precompute_freq.py": PrecomputeFreq,
-    "jobs/refresh_scores.py": RefreshScores,
-    "train.export": Export,
-    **{f"train.evaluate {name}": options for name, (options, _) in EVALUATORS.items()},
+    "shards": MakeShards,
+    "score": PrecomputeFreq,
+    "refresh": RefreshScores,
+    "export": Export,
+    **{f"evaluate {name}": options for name, (options, _) in EVALUATORS.items()},
 }
 
 
@@ -224,16 +224,15 @@ def test_every_command_of_a_recipe_is_one_that_its_program_takes(name):
             continue
         if words[0] == "torchrun":
             words = words[words.index("-m") :]
-        elif words[0] == "python":
             words = words[1:]
-        if words[0] == "-m":
-            words = words[1:]
-        if words[0] == "train.evaluate":
+        if words[0] in ("while", "done"):  # the shell's own
+            continue
+        assert words[0] == "famt"
+        words = words[1:]
+        if words[0] == "evaluate":
             words = [" ".join(words[:2]), *words[2:]]
         program, *arguments = words
-        if program in ("while", "done"):  # the shell's own
-            continue
-        if program == "jobs.pretrain":
+        if program == "pretrain":
             ran_with_it |= parse(arguments, None, RayPretrain).recipe == name
         else:
             tyro.cli(PROGRAMS[program], args=arguments)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from train import report
-from train.log import Log, log_evaluation
-from train.report import Report
-from train.timing import Clock
+from famt.train import report
+from famt.train.log import Log, log_evaluation
+from famt.train.report import Report
+from famt.train.timing import Clock
 
 
 def made_up_run(

@@ -9,14 +9,14 @@ import pytest
 import torch
 from launch import finish, launch, program_file
 
-from pipeline.options import ELASTIC, FREE, Checked, Since, annotated
-from train import checkpoint
-from train.checkpoint import Checkpoint
-from train.config import Pretrain
-from train.distributed import Ranks
-from train.evaluate.finetune import Finetune
-from train.pretrain import main
-from train.resume import BusyError, own_folder, resume
+from famt.pipeline.options import ELASTIC, FREE, Checked, Since, annotated
+from famt.train import checkpoint
+from famt.train.checkpoint import Checkpoint
+from famt.train.config import Pretrain
+from famt.train.distributed import Ranks
+from famt.train.evaluate.finetune import Finetune
+from famt.train.pretrain import main
+from famt.train.resume import BusyError, own_folder, resume
 
 RANKS = Ranks(0, 1, "a", torch.device("cpu"))
 CIRCUMSTANCES = {"device": "cpu", "world_size": 1, "data": "photos"}

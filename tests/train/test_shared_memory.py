@@ -5,7 +5,7 @@ import subprocess
 import pytest
 import torch
 
-from train import shared_memory
+from famt.train import shared_memory
 
 
 def _write(packed):

@@ -11,11 +11,11 @@ import torch
 from launch import finish, kill_at_random, launch, program_file
 from runs import equal, log_events, log_points, weights
 
-from train import checkpoint
-from train.distributed import join_ranks
-from train.pretrain import Run, main
-from train.resume import own_folder
-from train.signals.config import AttentionConfig
+from famt.train import checkpoint
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run, main
+from famt.train.resume import own_folder
+from famt.train.signals.config import AttentionConfig
 
 
 def test_a_resumed_run_leaves_one_story_in_its_log(config):
@@ -251,7 +251,7 @@ def test_ranks_log_their_mean_loss_and_stop_together_at_one_that_is_no_number(co
 
 def _command(config, *more):
     return [
-        "-m", "train.pretrain", "--shards", *config.shards, "--cache", config.cache,
+        "-m", "famt.train.pretrain", "--shards", *config.shards, "--cache", config.cache,
         "--recipe", "famt", "--model", "vit_nano", "--epochs", "6", "--batch-size", "4",
         "--spec.grid", "7", "--device", "cpu", "--threads", "1", "--log-steps", "1",
         "--checkpoint-minutes", "0", *more,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pipeline.loader import CropBatch
-from train.streams import SideStream, Stop, _tensors
+from famt.pipeline.loader import CropBatch
+from famt.train.streams import SideStream, Stop, _tensors
 
 
 def test_a_signal_is_noted_and_handlers_are_put_back():

@@ -1,6 +1,6 @@
 """Evaluate a pre-trained encoder.
 
-    python -m train.evaluate knn --checkpoint runs/first --cache scores/ \\
+    famt evaluate knn --checkpoint runs/first --cache scores/ \\
         --train 'shards/train-*.tar' --val 'shards/val-*.tar'
 
     knn       the classes of the nearest training images: nothing is learned
@@ -18,9 +18,9 @@ from collections.abc import Callable
 
 import tyro
 
-from train.evaluate.run import EVALUATORS, run
-from train.evaluate.trunk import Evaluation
-from train.program import called, run_program
+from famt.train.evaluate.run import EVALUATORS, run
+from famt.train.evaluate.trunk import Evaluation
+from famt.train.program import called, run_program
 
 if __name__ == "__main__":
     commands: dict[str, Callable[..., Evaluation]] = {

@@ -25,19 +25,19 @@ from torch import Tensor, nn
 
 from famt.models import ModelConfig
 from famt.patches import normalise_images
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
-from pipeline.options import ELASTIC, FREE
-from train.checkpoint import CLASSIFIER
-from train.distributed import data_parallel
-from train.evaluate.mixing import Mixed, Mixer, Mixing
-from train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
-from train.log import log_evaluation
-from train.loop import Training
-from train.optimisation import Optimisation, OptimiserConfig
-from train.resume import own_folder, resume
-from train.streams import Stop
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
+from famt.pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
+from famt.pipeline.options import ELASTIC, FREE
+from famt.train.checkpoint import CLASSIFIER
+from famt.train.distributed import data_parallel
+from famt.train.evaluate.mixing import Mixed, Mixer, Mixing
+from famt.train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
+from famt.train.log import log_evaluation
+from famt.train.loop import Training
+from famt.train.optimisation import Optimisation, OptimiserConfig
+from famt.train.resume import own_folder, resume
+from famt.train.streams import Stop
 
 
 @dataclass(frozen=True)

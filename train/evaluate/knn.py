@@ -12,7 +12,7 @@ from annotated_types import Ge, Gt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from train.evaluate.trunk import (
+from famt.train.evaluate.trunk import (
     Evaluation,
     Features,
     Images,

@@ -10,15 +10,15 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.models import ModelConfig
-from pipeline.cache import ScoreCache
-from pipeline.stage import stage_shards
-from pipeline.table import load_samples
-from train.distributed import Ranks
-from train.evaluate.knn import predict
-from train.evaluate.probe import Probe, Setting, fit, part
-from train.evaluate.trunk import Features, Images, default_centre, require_labels, top1
-from train.log import Log
-from train.streams import Stop, Stopped
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.stage import stage_shards
+from famt.pipeline.table import load_samples
+from famt.train.distributed import Ranks
+from famt.train.evaluate.knn import predict
+from famt.train.evaluate.probe import Probe, Setting, fit, part
+from famt.train.evaluate.trunk import Features, Images, default_centre, require_labels, top1
+from famt.train.log import Log
+from famt.train.streams import Stop, Stopped
 
 _TESTED = 0.2  # share of the images that is tested; the others are neighbours, and train the probe
 
@@ -37,11 +37,11 @@ class Monitor:
         sizes: of the model in training.
         threads: CPU threads that decode; None takes the machine's cores.
         ranks: the main rank.
-        stage: folder to fetch the shards into; see `pipeline.stage`.
+        stage: folder to fetch the shards into; see `famt.pipeline.stage`.
 
     Raises:
         ValueError: images without a class, or too few.
-        CacheError: see `pipeline.table.load_samples`.
+        CacheError: see `famt.pipeline.table.load_samples`.
     """
 
     def __init__(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from itertools import zip_longest
 
-from pipeline import storage
-from pipeline.dataset import NAME, described
-from pipeline.errors import UserError
-from train.evaluate.trunk import Images
+from famt.pipeline import storage
+from famt.pipeline.dataset import NAME, described
+from famt.pipeline.errors import UserError
+from famt.train.evaluate.trunk import Images
 
 
 def check_pair(train: Images, val: Images) -> None:

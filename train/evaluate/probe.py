@@ -20,8 +20,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline.errors import UserError
-from train.evaluate.trunk import (
+from famt.pipeline.errors import UserError
+from famt.train.evaluate.trunk import (
     Evaluation,
     Features,
     Images,

@@ -11,16 +11,16 @@ from timm.models.vision_transformer import VisionTransformer
 
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
-from train import checkpoint
-from train.distributed import join_ranks
-from train.evaluate.finetune import Finetune, finetune
-from train.evaluate.knn import Knn, knn
-from train.evaluate.pair import check_pair
-from train.evaluate.probe import Probe, probe
-from train.evaluate.segment import Segment, segment
-from train.evaluate.trunk import Evaluation, Evaluator, Value, open_images
-from train.initial import build_initial_encoder
-from train.log import log_evaluation, rounded
+from famt.train import checkpoint
+from famt.train.distributed import join_ranks
+from famt.train.evaluate.finetune import Finetune, finetune
+from famt.train.evaluate.knn import Knn, knn
+from famt.train.evaluate.pair import check_pair
+from famt.train.evaluate.probe import Probe, probe
+from famt.train.evaluate.segment import Segment, segment
+from famt.train.evaluate.trunk import Evaluation, Evaluator, Value, open_images
+from famt.train.initial import build_initial_encoder
+from famt.train.log import log_evaluation, rounded
 
 EVALUATORS: dict[str, tuple[type[Evaluation], Evaluator]] = {
     "knn": (Knn, knn),
@@ -36,8 +36,8 @@ def run(options: Evaluation) -> dict[str, Value]:
     No value at all: it was asked to stop, and the same command goes on with it.
 
     Raises:
-        FileNotFoundError, ValueError: see `train.initial.build_initial_encoder`.
-        CacheError: see `pipeline.table.load_samples`.
+        FileNotFoundError, ValueError: see `famt.train.initial.build_initial_encoder`.
+        CacheError: see `famt.pipeline.table.load_samples`.
     """
     name, evaluator = next(
         (name, evaluator) for name, (kind, evaluator) in EVALUATORS.items() if kind is type(options)

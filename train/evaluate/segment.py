@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from famt.patches import normalise_images
-from pipeline.errors import UserError
-from pipeline.loader import CropBatch, RandomView, WholeView
-from pipeline.masks import IGNORED, crop_masks, decode_mask, read_masks
-from train.evaluate.trunk import Evaluation, Images, Value, warn_of_unlearned
+from famt.pipeline.errors import UserError
+from famt.pipeline.loader import CropBatch, RandomView, WholeView
+from famt.pipeline.masks import IGNORED, crop_masks, decode_mask, read_masks
+from famt.train.evaluate.trunk import Evaluation, Images, Value, warn_of_unlearned
 
 
 @dataclass(frozen=True)

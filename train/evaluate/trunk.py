@@ -18,14 +18,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from famt.patches import normalise_images
-from pipeline.cache import ScoreCache
-from pipeline.errors import UserError
-from pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
-from pipeline.options import FREE, Checked, Seed
-from pipeline.stage import stage_shards
-from pipeline.table import SampleTable, load_samples
-from train.distributed import Ranks
-from train.streams import Stop
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import UserError
+from famt.pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
+from famt.pipeline.options import FREE, Checked, Seed
+from famt.pipeline.stage import stage_shards
+from famt.pipeline.table import SampleTable, load_samples
+from famt.train.distributed import Ranks
+from famt.train.streams import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
 

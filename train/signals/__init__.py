@@ -1,1 +1,1 @@
-"""What makes a patch heavy: a file a source, all behind one protocol (`train.signals.signal`)."""
+"""What makes a patch heavy: a file a source, behind one protocol (`famt.train.signals.signal`)."""

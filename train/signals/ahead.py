@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from pipeline import storage
-from pipeline.generations import Generation
-from pipeline.manifest import CacheError
+from famt.pipeline import storage
+from famt.pipeline.generations import Generation
+from famt.pipeline.manifest import CacheError
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.loader import CropBatch
-from pipeline.model_scores import score_crops
-from pipeline.rolling import RollingScores, half_size
-from pipeline.scores import check_model_kinds
-from train.signals.banked import Banked
-from train.signals.config import AttentionConfig
-from train.signals.signal import Context, Signal
+from famt.pipeline.loader import CropBatch
+from famt.pipeline.model_scores import score_crops
+from famt.pipeline.rolling import RollingScores, half_size
+from famt.pipeline.scores import check_model_kinds
+from famt.train.signals.banked import Banked
+from famt.train.signals.config import AttentionConfig
+from famt.train.signals.signal import Context, Signal
 
 
 class Live(Signal):

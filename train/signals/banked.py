@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from famt.pipeline.bank import MapBank
+from famt.pipeline.loader import CropBatch, Views
+from famt.train.signals.signal import Context, Signal
 from famt.transfer import Fetched
-from pipeline.bank import MapBank
-from pipeline.loader import CropBatch, Views
-from train.signals.signal import Context, Signal
 
 
 class Banked(Signal):

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from pipeline.join import crop_scores
-from pipeline.loader import CropBatch
-from pipeline.table import load_maps
-from train.signals.config import FrequencyConfig
-from train.signals.signal import Context, Signal
+from famt.pipeline.join import crop_scores
+from famt.pipeline.loader import CropBatch
+from famt.pipeline.table import load_maps
+from famt.train.signals.config import FrequencyConfig
+from famt.train.signals.signal import Context, Signal
 
 
 class Cached(Signal):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from pipeline.options import FREE
+from famt.pipeline.options import FREE
 
 OFF = "off"
 

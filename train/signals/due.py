@@ -5,7 +5,7 @@
     <out>/refresh/finished                no encoder will follow
     <out>/refresh/followed                locked by a job as long as it follows the run
 
-Which epoch began with which generation stands in `train.signals.record`'s file.
+Which epoch began with which generation stands in `famt.train.signals.record`'s file.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from train.files import written_whole
+from famt.train.files import written_whole
 
 
 def encoder_path(out: Path, step: int) -> Path:

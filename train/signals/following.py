@@ -1,7 +1,7 @@
-"""A run's side of a generation's life (`pipeline.generations`): due, waited for, taken up.
+"""A run's side of a generation's life (`famt.pipeline.generations`): due, waited for, taken up.
 
-Encoders go to the job by `train.signals.due`; which epoch began with which generation is written
-to <out>/generations.json.
+Encoders go to the job by `famt.train.signals.due`; which epoch began with which generation is
+written to <out>/generations.json.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pipeline import storage
-from pipeline.cache import ScoreCache
-from pipeline.errors import UserError
-from pipeline.generations import Generation
-from pipeline.join import crop_scores
-from pipeline.loader import CropBatch
-from pipeline.manifest import CacheError
-from pipeline.scores import check_model_kinds
-from pipeline.table import SampleTable, load_generation, usable_generations
-from train import checkpoint
-from train.checkpoint import Checkpoint, Encoder
-from train.config import Pretrain
-from train.distributed import Ranks
-from train.log import Log
-from train.signals.ahead import ReadAhead
-from train.signals.due import (
+from famt.pipeline import storage
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import UserError
+from famt.pipeline.generations import Generation
+from famt.pipeline.join import crop_scores
+from famt.pipeline.loader import CropBatch
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.scores import check_model_kinds
+from famt.pipeline.table import SampleTable, load_generation, usable_generations
+from famt.train import checkpoint
+from famt.train.checkpoint import Checkpoint, Encoder
+from famt.train.config import Pretrain
+from famt.train.distributed import Ranks
+from famt.train.log import Log
+from famt.train.signals.ahead import ReadAhead
+from famt.train.signals.due import (
     due_encoders,
     encoder_path,
     failed_path,
@@ -40,8 +40,8 @@ from train.signals.due import (
     remove_encoders,
     write_finished,
 )
-from train.signals.record import Record
-from train.streams import Stop
+from famt.train.signals.record import Record
+from famt.train.streams import Stop
 
 _POLL = 0.2  # seconds
 _PATIENCE = 60.0  # seconds that a job may take to come up beside a run that needs it
@@ -184,7 +184,7 @@ class FollowedMaps:
     @property
     def _job(self) -> str:
         """The command that makes the run's generations."""
-        return f"python -m jobs.refresh_scores --follow {self._config.out}"
+        return f"famt refresh --follow {self._config.out}"
 
     def _find_follower(self) -> bool:
         """Whether a job follows the run; one that waits for its maps can't do without.
@@ -201,7 +201,7 @@ class FollowedMaps:
         while not is_followed(self._config.out):
             if time.monotonic() > until:
                 raise UserError(
-                    f"--refresh.wait: no job follows {self._config.out}. `python -m jobs.pretrain` "
+                    f"--refresh.wait: no job follows {self._config.out}. `famt pretrain` "
                     f"brings one along; else start `{self._job}` first"
                 )
             time.sleep(_POLL)
@@ -258,7 +258,7 @@ class FollowedMaps:
                 )
                 raise CacheError(
                     f"generation {self._source}/{step} of these shards, with maps of "
-                    f"{', '.join(self._kinds)}, is not in the cache: `python jobs/cache.py ls "
+                    f"{', '.join(self._kinds)}, is not in the cache: `famt cache ls "
                     f"--cache {self._cache.url}` lists those that are{remedy}"
                 )
             self.current = found[0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from train.signals.banked import Banked
-from train.signals.config import HardnessConfig
-from train.signals.signal import Context, Taken
+from famt.train.signals.banked import Banked
+from famt.train.signals.config import HardnessConfig
+from famt.train.signals.signal import Context, Taken
 
 
 class Errors(Banked):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.errors import UserError
-from train.files import written_whole
+from famt.pipeline.errors import UserError
+from famt.train.files import written_whole
 
 
 class Record:

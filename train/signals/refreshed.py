@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.loader import CropBatch
-from train.log import Log
-from train.signals.cached import Cached
-from train.signals.config import AttentionConfig, FrequencyConfig
-from train.signals.signal import Context, Signal
-from train.streams import Stop
+from famt.pipeline.loader import CropBatch
+from famt.train.log import Log
+from famt.train.signals.cached import Cached
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.signals.signal import Context, Signal
+from famt.train.streams import Stop
 
 
 class Refreshed(Signal):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from famt.attention import attention_of, attention_scores, cls_attention
-from pipeline.errors import UserError
-from train.signals.banked import Banked
-from train.signals.config import AttentionConfig
-from train.signals.signal import Context, Taken
+from famt.pipeline.errors import UserError
+from famt.train.signals.banked import Banked
+from famt.train.signals.config import AttentionConfig
+from famt.train.signals.signal import Context, Taken
 
 _FORMULAS = {"attention": attention_scores, "cls_attention": cls_attention}
 

@@ -8,15 +8,15 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.loader import CropBatch, Views
+from famt.pipeline.table import SampleTable
 from famt.sampling import PatchSplit
-from pipeline.cache import ScoreCache
-from pipeline.loader import CropBatch, Views
-from pipeline.table import SampleTable
-from train.config import Pretrain
-from train.distributed import Ranks
-from train.log import Log
-from train.signals.following import FollowedMaps
-from train.streams import Stop
+from famt.train.config import Pretrain
+from famt.train.distributed import Ranks
+from famt.train.log import Log
+from famt.train.signals.following import FollowedMaps
+from famt.train.streams import Stop
 
 
 @dataclass(frozen=True)

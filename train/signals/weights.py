@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from famt.models import PatchConfig
+from famt.pipeline.errors import UserError
+from famt.pipeline.join import JoinConfig, PatchBatch, split_crops
+from famt.pipeline.loader import CropBatch
 from famt.sampling import patch_weights
-from pipeline.errors import UserError
-from pipeline.join import JoinConfig, PatchBatch, split_crops
-from pipeline.loader import CropBatch
-from train.config import Pretrain
-from train.signals.attention import Live, Rolling
-from train.signals.cached import Cached, CachedOfOthers
-from train.signals.config import OFF
-from train.signals.hardness import Errors
-from train.signals.refreshed import CachedThenRefreshed, Refreshed
-from train.signals.seen import Seen
-from train.signals.signal import Context, Signal
+from famt.train.config import Pretrain
+from famt.train.signals.attention import Live, Rolling
+from famt.train.signals.cached import Cached, CachedOfOthers
+from famt.train.signals.config import OFF
+from famt.train.signals.hardness import Errors
+from famt.train.signals.refreshed import CachedThenRefreshed, Refreshed
+from famt.train.signals.seen import Seen
+from famt.train.signals.signal import Context, Signal
 
 Scores = dict[str, tuple[Tensor, float]]
 """of each signal, by its slot: scores `[B, N]` of patches, and their power in the weight"""

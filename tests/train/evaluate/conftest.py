@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from train.config import Pretrain
-from train.evaluate.trunk import Evaluation
-from train.pretrain import main as pretrain
+from famt.train.config import Pretrain
+from famt.train.evaluate.trunk import Evaluation
+from famt.train.pretrain import main as pretrain
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from train import checkpoint
-from train.distributed import Ranks
-from train.evaluate.finetune import Finetune, FinetuneOptimiser, Finetuning
-from train.evaluate.mixing import Mixing
-from train.evaluate.run import open_encoder
-from train.evaluate.run import run as evaluate
-from train.evaluate.trunk import Images, open_images
+from famt.train import checkpoint
+from famt.train.distributed import Ranks
+from famt.train.evaluate.finetune import Finetune, FinetuneOptimiser, Finetuning
+from famt.train.evaluate.mixing import Mixing
+from famt.train.evaluate.run import open_encoder
+from famt.train.evaluate.run import run as evaluate
+from famt.train.evaluate.trunk import Images, open_images
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)
@@ -165,7 +165,7 @@ def test_options_out_of_bounds_are_refused(make):
 
 def _command(options, out):
     return [
-        "-m", "train.evaluate", "finetune", "--checkpoint", options.checkpoint,
+        "-m", "famt.train.evaluate", "finetune", "--checkpoint", options.checkpoint,
         "--cache", options.cache, "--train", *options.train, "--val", *options.val,
         "--out", str(out), "--batch-size", "2", "--epochs", "4", "--log-steps", "1",
         "--checkpoint-minutes", "0", "--device", "cpu", "--threads", "1",

@@ -3,9 +3,9 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from train.evaluate import knn as module
-from train.evaluate.knn import Knn, predict
-from train.evaluate.run import run as evaluate
+from famt.train.evaluate import knn as module
+from famt.train.evaluate.knn import Knn, predict
+from famt.train.evaluate.run import run as evaluate
 
 
 def _clouds(count, seed):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from train.evaluate.mixing import Mixer, Mixing
+from famt.train.evaluate.mixing import Mixer, Mixing
 
 PLAIN = {"randaugment": "", "mixup": 0, "cutmix": 0, "label_smoothing": 0}
 

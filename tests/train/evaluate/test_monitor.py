@@ -11,16 +11,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.cache import ScoreCache
-from train import checkpoint
-from train.distributed import Ranks
-from train.evaluate.knn import predict
-from train.evaluate.monitor import Monitor
-from train.evaluate.trunk import Evaluation, Images, open_images, top1
-from train.log import Log
-from train.pretrain import main as pretrain
-from train.streams import Stop
-from train.timing import Clock
+from famt.pipeline.cache import ScoreCache
+from famt.train import checkpoint
+from famt.train.distributed import Ranks
+from famt.train.evaluate.knn import predict
+from famt.train.evaluate.monitor import Monitor
+from famt.train.evaluate.trunk import Evaluation, Images, open_images, top1
+from famt.train.log import Log
+from famt.train.pretrain import main as pretrain
+from famt.train.streams import Stop
+from famt.train.timing import Clock
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 SIZES = MODELS["vit_nano"]
@@ -135,7 +135,7 @@ def test_neither_a_stop_nor_a_kill_costs_a_look(config, scored, tmp_path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(Images, "crops", crops_of_a_look)
-        patch.setattr("train.evaluate.monitor.predict", search)
+        patch.setattr("famt.train.evaluate.monitor.predict", search)
         if asked:
             pretrain(config)
             assert log_events(config.out, "stopped by a signal")

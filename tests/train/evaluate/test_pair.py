@@ -4,8 +4,8 @@ import pytest
 import torch
 from samples import photo_members, score, tar_bytes
 
-from train.evaluate.knn import Knn
-from train.evaluate.run import EVALUATORS, run
+from famt.train.evaluate.knn import Knn
+from famt.train.evaluate.run import EVALUATORS, run
 
 
 @pytest.fixture(autouse=True)

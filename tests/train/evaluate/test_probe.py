@@ -4,9 +4,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from train.evaluate.probe import Probe, Setting, attentive_pool, choose, fit, part, score
-from train.evaluate.run import run as evaluate
-from train.evaluate.trunk import Features
+from famt.train.evaluate.probe import Probe, Setting, attentive_pool, choose, fit, part, score
+from famt.train.evaluate.run import run as evaluate
+from famt.train.evaluate.trunk import Features
 
 CPU = torch.device("cpu")
 

@@ -8,10 +8,10 @@ from runs import log_events
 from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from train.checkpoint import load_model
-from train.evaluate.knn import Knn
-from train.evaluate.run import EVALUATORS, run
-from train.pretrain import main as pretrain
+from famt.train.checkpoint import load_model
+from famt.train.evaluate.knn import Knn
+from famt.train.evaluate.run import EVALUATORS, run
+from famt.train.pretrain import main as pretrain
 
 
 def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
@@ -71,7 +71,7 @@ def test_images_without_a_class_are_named(request, scored, options, tmp_path, na
 @pytest.mark.slow
 def test_the_door_lists_its_evaluators():
     told = subprocess.run(
-        [sys.executable, "-m", "train.evaluate", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "famt.train.evaluate", "--help"], capture_output=True, text=True
     )
     assert told.returncode == 0
     for name in EVALUATORS:

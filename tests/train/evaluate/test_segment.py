@@ -5,13 +5,13 @@ from samples import encode, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.loader import RandomView, WholeView
-from pipeline.masks import IGNORED, crop_masks, read_masks
-from train.distributed import Ranks
-from train.evaluate import segment as module
-from train.evaluate.run import run as evaluate
-from train.evaluate.segment import Segment, segment
-from train.evaluate.trunk import open_images
+from famt.pipeline.loader import RandomView, WholeView
+from famt.pipeline.masks import IGNORED, crop_masks, read_masks
+from famt.train.distributed import Ranks
+from famt.train.evaluate import segment as module
+from famt.train.evaluate.run import run as evaluate
+from famt.train.evaluate.segment import Segment, segment
+from famt.train.evaluate.trunk import open_images
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 

@@ -11,8 +11,8 @@ from samples import photo, photo_members, score, tar_bytes
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
-from train.distributed import Ranks
-from train.evaluate.trunk import Evaluation, open_images, require_labels, standard_error, top1
+from famt.train.distributed import Ranks
+from famt.train.evaluate.trunk import Evaluation, open_images, require_labels, standard_error, top1
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 

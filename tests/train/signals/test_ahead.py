@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from train.signals import ahead
-from train.signals.ahead import ReadAhead
+from famt.train.signals import ahead
+from famt.train.signals.ahead import ReadAhead
 
 
 def _until(condition):

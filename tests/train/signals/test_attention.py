@@ -10,11 +10,11 @@ from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
-from pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView, WholeView
-from pipeline.table import load_samples
-from train.distributed import join_ranks
-from train.signals.attention import Live, Rolling
-from train.signals.config import AttentionConfig
+from famt.pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView, WholeView
+from famt.pipeline.table import load_samples
+from famt.train.distributed import join_ranks
+from famt.train.signals.attention import Live, Rolling
+from famt.train.signals.config import AttentionConfig
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ import dataclasses
 
 import torch
 
-from pipeline.join import crop_scores
-from pipeline.table import load_maps
-from train.distributed import join_ranks
-from train.pretrain import Run
-from train.signals.config import FrequencyConfig
+from famt.pipeline.join import crop_scores
+from famt.pipeline.table import load_maps
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run
+from famt.train.signals.config import FrequencyConfig
 
 
 def test_a_cached_score_is_that_of_the_crops_own_window(config):

@@ -13,24 +13,24 @@ from samples import photo_members, tar_bytes
 from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from pipeline.collector import Collection, collect, collect_superseded
-from pipeline.generations import Generation
-from pipeline.join import crop_scores
-from pipeline.loader import CropLoader, LoaderConfig
-from pipeline.manifest import CacheError
-from pipeline.refresh import refresh_shards
-from pipeline.scores import ModelScoreSpec, encoder_digest
-from pipeline.table import load_maps, load_samples
-from train import checkpoint
-from train.distributed import join_ranks
-from train.log import Log
-from train.pretrain import Run, main
-from train.signals import due, following
-from train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
-from train.signals.due import encoder_path, finished_path, followed, write_failure
-from train.signals.following import FollowedMaps, lost_generations
-from train.streams import Stop
-from train.timing import Clock
+from famt.pipeline.collector import Collection, collect, collect_superseded
+from famt.pipeline.generations import Generation
+from famt.pipeline.join import crop_scores
+from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.manifest import CacheError
+from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.scores import ModelScoreSpec, encoder_digest
+from famt.pipeline.table import load_maps, load_samples
+from famt.train import checkpoint
+from famt.train.distributed import join_ranks
+from famt.train.log import Log
+from famt.train.pretrain import Run, main
+from famt.train.signals import due, following
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
+from famt.train.signals.due import encoder_path, finished_path, followed, write_failure
+from famt.train.signals.following import FollowedMaps, lost_generations
+from famt.train.streams import Stop
+from famt.train.timing import Clock
 
 KIND = "frequency_attention"
 
@@ -308,7 +308,7 @@ def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeyp
     with pytest.raises(ValueError, match=r"-m jobs\.pretrain` brings one .*--follow"):
         main(config)
     assert not log_events(config.out, "start")
-    assert f"start `python -m jobs.refresh_scores --follow {config.out}`" in capfd.readouterr().err
+    assert f"start `famt refresh --follow {config.out}`" in capfd.readouterr().err
 
 
 def test_a_job_may_come_up_after_the_run_that_needs_it(config, scored, capfd):
@@ -330,7 +330,7 @@ def test_a_job_may_come_up_after_the_run_that_needs_it(config, scored, capfd):
 def test_a_run_says_at_its_start_what_to_start_beside_it(config, capfd):
     main(config)
     plan = capfd.readouterr().out
-    assert f"none does: start `python -m jobs.refresh_scores --follow {config.out}`" in plan
+    assert f"none does: start `famt refresh --follow {config.out}`" in plan
 
 
 def test_a_run_says_once_that_the_job_beside_it_ended(config, scored):

@@ -14,12 +14,12 @@ from samples import photo
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
-from pipeline import scores
-from pipeline.model_scores import model_scores
-from train.distributed import join_ranks
-from train.pretrain import Run, main
-from train.signals import weights
-from train.signals.config import AttentionConfig, FrequencyConfig
+from famt.pipeline import scores
+from famt.pipeline.model_scores import model_scores
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run, main
+from famt.train.signals import weights
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
 

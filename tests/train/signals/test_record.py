@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from train.signals.record import Record
+from famt.train.signals.record import Record
 
 
 @pytest.fixture

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from famt.patches import normalise
-from pipeline.join import JoinConfig
-from train.distributed import join_ranks
-from train.pretrain import Run
-from train.signals.config import AttentionConfig, FrequencyConfig
+from famt.pipeline.join import JoinConfig
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run
+from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 
 @pytest.fixture

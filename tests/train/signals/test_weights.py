@@ -4,11 +4,11 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
-from train.distributed import join_ranks
-from train.pretrain import Run
-from train.signals import weights
-from train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
-from train.signals.weights import read_signals, weigh
+from famt.train.distributed import join_ranks
+from famt.train.pretrain import Run
+from famt.train.signals import weights
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
+from famt.train.signals.weights import read_signals, weigh
 
 
 def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
