@@ -1,4 +1,4 @@
-"""The error that a user can act on."""
+"""The errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -8,3 +8,7 @@ class UserError(ValueError):
 
     Programs show it in one line. Any other `ValueError` is a defect, and shows its traceback.
     """
+
+
+class RankError(RuntimeError):
+    """Another rank of a training failed or was lost, and this one can't go on without it."""

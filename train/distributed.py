@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
+import shutil
 import socket
 import sys
+import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -18,13 +23,15 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from famt.pipeline.errors import UserError
-from famt.train.lifeline import Lifeline
-from famt.train.shared_memory import Packed, drop_name, pack, unpack
+from famt.pipeline import storage
+from famt.pipeline.errors import RankError, UserError
 
-# Ranks may wait for a slow disk or a generation of maps; that one is lost, they learn otherwise.
-_PATIENCE = timedelta(days=14)
+# Ranks may wait for a slow disk or a generation of maps. Of a rank that died they learn at once, as
+# the kernel closes its connections.
+_PATIENCE = timedelta(days=1)
+_GRACE = 2.0  # seconds in which ranks that are alive report
 _DRIVER = Path("/proc/driver/nvidia/version")
+_SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 
 Shared = TypeVar("Shared")
 
@@ -38,7 +45,6 @@ class Ranks:
         node: name of the machine; its ranks have it in common (`machine`).
         device: what this process computes on.
         control: group of all ranks for messages, apart from the gradients'.
-        lifeline: word of lost ranks and of signals; None where the launcher has its own.
     """
 
     rank: int
@@ -46,7 +52,6 @@ class Ranks:
     node: str
     device: torch.device
     control: dist.ProcessGroup | None = None
-    lifeline: Lifeline | None = None
 
     @property
     def is_main(self) -> bool:
@@ -94,32 +99,56 @@ class Ranks:
     def share(self, make: Callable[[], Shared]) -> Shared:
         """One result of `make` for all ranks of a machine, its tensors in shared memory.
 
-        The first rank of each machine makes it; what one rank then writes into a tensor, all of
-        that machine read.
+        The first rank of each machine makes it and writes it to a file in /dev/shm, whose name goes
+        as soon as all have mapped it. What one rank then writes into a tensor, all of that machine
+        read.
 
         Raises:
-            Exception: what `make` raised, on every rank.
+            Exception: what `make` raised, on every rank; OSError: /dev/shm is too small.
         """
         if self.world_size == 1:
             return make()
         leads = self.gather(self.node).index(self.node) == self.rank
-        packed: Packed | Exception | None = None
+        made: str | Exception | None = None
         if leads:
             try:
-                packed = pack(make())
+                made = _write_shared(make())
             except Exception as error:  # the other ranks wait for an answer
-                packed = error
-        everyones = self.gather((self.node, packed))
+                made = error
+        paths = self.gather((self.node, made))
         try:
-            for _, each in everyones:
+            for _, each in paths:
                 if isinstance(each, Exception):
                     raise each
-            shared = unpack(next(each for node, each in everyones if node == self.node))
-            self.gather(None)  # all have opened it
-            return shared  # type: ignore[return-value]
+            path = next(each for node, each in paths if each and node == self.node)
+            with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+                shared: Shared = torch.load(path, mmap=True, weights_only=False)
+            self.gather(None)  # all have mapped it
+            return shared
         finally:
-            if isinstance(packed, Packed):
-                drop_name(packed)
+            if isinstance(made, str):
+                os.unlink(made)
+
+
+def _write_shared(value: object) -> str:
+    """Save a value to a new file in /dev/shm; returns its path.
+
+    Raises:
+        OSError: it has not enough room.
+    """
+    path = f"{_SHARED_MEMORY}/famt-{uuid.uuid4().hex}"
+    try:
+        with open(path, "xb") as file:
+            torch.save(value, file)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        Path(path).unlink(missing_ok=True)
+        free = shutil.disk_usage(_SHARED_MEMORY).free
+        raise OSError(
+            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, too few for what the ranks of this "
+            "machine share; enlarge it (docker run --shm-size, or mount -o remount,size=... "
+            f"{_SHARED_MEMORY})"
+        ) from error
+    return path
 
 
 def machine() -> str:
@@ -139,7 +168,8 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the process group that a launcher announces (NCCL on GPUs, gloo on CPUs), and leave it.
 
     A process group that exists already (Ray Train's) is used as it is, and who made it looks after
-    its processes. Otherwise a rank that fails or is lost ends the others at once.
+    its processes. Otherwise a rank that fails or is lost ends the others: their next collective
+    fails, or torchrun kills them 30 s later.
 
     Args:
         device: "auto" for a GPU if there is one, "cpu" or "cuda".
@@ -172,18 +202,37 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     if not ours:
         yield ranks
         return
-    lifeline = Lifeline(rank, os.environ["MASTER_ADDR"], ranks.gather)
+    names = ranks.gather(f"rank {rank} (process {os.getpid()} on {socket.gethostname()})")
     try:
-        yield replace(ranks, lifeline=lifeline)
-    except BaseException as error:
-        explained = lifeline.explain(error)
-        if explained is error:
+        yield ranks
+    except Exception as error:
+        cause = _first_failure(error, rank, names)
+        if cause is None:
             raise
-        raise explained from error
-    else:
-        dist.destroy_process_group()
-    finally:
-        lifeline.close()
+        raise RankError(cause) from error
+    dist.destroy_process_group()
+
+
+def _first_failure(error: Exception, rank: int, names: list[str]) -> str | None:
+    """Why another rank made this one fail, or None if the error is its own.
+
+    Collectives raise RuntimeErrors when a rank is gone. Each rank that fails writes its error to
+    the store that the ranks met in; one that writes nothing is lost.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    in_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+    own = "" if in_collective else f"{names[rank]} failed: {storage.reason(error)}"
+    try:
+        store.set(f"failed/{rank}", own)
+        if not in_collective:
+            return None
+        time.sleep(_GRACE)
+        keys = [f"failed/{each}" for each in range(len(names))]
+        lost = [name for name, key in zip(names, keys, strict=True) if not store.check([key])]
+        causes = [store.get(key).decode() for key in keys if store.check([key])]
+    except RuntimeError:  # the store was in the main rank's process
+        lost, causes = names[:1], []
+    return next(filter(None, causes), f"{', '.join(lost)} was lost" if lost else str(error))
 
 
 def data_parallel(

@@ -55,7 +55,7 @@ def main(config: Pretrain) -> None:
     with (
         join_ranks(config.device) as ranks,
         own_folder(config.out) if ranks.is_main else contextlib.nullcontext(),
-        Stop(ranks.lifeline) as stop,
+        Stop() as stop,
     ):
         Run(config, ranks).train(stop)
 

@@ -15,9 +15,8 @@ import tyro
 
 from famt.__main__ import COMMANDS
 from famt.pipeline import storage
-from famt.pipeline.errors import UserError
+from famt.pipeline.errors import RankError, UserError
 from famt.pipeline.manifest import CacheError
-from famt.train.lifeline import RankError
 
 Config = TypeVar("Config")
 

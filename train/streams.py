@@ -13,9 +13,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from famt.train.lifeline import ASKING, Lifeline
-
 Batch = TypeVar("Batch")
+
+_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class SideStream:
@@ -99,33 +99,24 @@ class Stopped(Exception):
 class Stop:
     """Notes SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) while it is open, and lives on.
 
-    Args:
-        lifeline: by it a signal to any rank of a run is noted on all of them.
-
     Attributes:
-        asked: whether one of them came.
+        asked: whether one of them came to this process; ranks agree on it once a step.
     """
 
-    def __init__(self, lifeline: Lifeline | None = None) -> None:
+    def __init__(self) -> None:
         self.asked = False
-        self._interrupted, self._lifeline = False, lifeline
         self._before: dict[int, object] = {}
-        self._fd_before = -1
 
     def __enter__(self) -> Stop:
         # Only a process's main thread may handle signals; Ray Train runs its function in another.
         if threading.current_thread() is threading.main_thread():
-            if self._lifeline is not None:
-                self._fd_before = self._lifeline.hear_signals(self._ask)
-            for number in ASKING:
+            for number in _ASKING:
                 self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
-        if self._before and self._lifeline is not None:
-            signal.set_wakeup_fd(self._fd_before)
 
     def check(self) -> None:
         """Let work that takes long ask now and then.
@@ -136,14 +127,9 @@ class Stop:
         if self.asked:
             raise Stopped
 
-    def _ask(self) -> None:
-        self.asked = True
-
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
         if number == signal.SIGINT:
-            if self._interrupted:
-                raise KeyboardInterrupt
-            self._interrupted = True
+            signal.signal(number, signal.default_int_handler)
             told = "\nstopping after this step, with a checkpoint; Ctrl-C again leaves at once"
             print(told, flush=True)
-        self._ask()

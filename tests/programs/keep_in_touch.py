@@ -1,30 +1,26 @@
-"""Ranks that talk until they are asked to stop; what one of them does else is an argument."""
+"""Ranks that talk for a while; what one of them does meanwhile is an argument."""
 
+import os
+import signal
 import sys
 import time
-from pathlib import Path
 
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import UserError
 from famt.train.distributed import join_ranks
 from famt.train.program import run_program
-from famt.train.streams import Stop
 
-folder, deed = Path(sys.argv[1]), sys.argv[2]
+deed, doer = sys.argv[1], int(sys.argv[2])
 
 
 def main(_: None) -> None:
-    with join_ranks("cpu") as ranks, Stop(ranks.lifeline) as stop:
-        (folder / f"rank{ranks.rank}").touch()
-        while deed == "main waits" and ranks.is_main and not stop.asked:
-            time.sleep(0.01)
-        if deed == "main writes to a slow disk" and ranks.is_main:
-            time.sleep(600)
+    with join_ranks("cpu") as ranks:
         for n in range(600):
-            if any(ranks.gather(stop.asked)):
-                return
-            if deed == "rank 1 errs" and ranks.rank == 1 and n == 5:
-                raise CacheError("no such thing")
-            if deed == "rank 1 has a defect" and ranks.rank == 1 and n == 5:
+            ranks.gather(n)
+            if ranks.rank == doer and n == 5:
+                if deed == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if deed == "errs":
+                    raise UserError("no such thing")
                 raise RuntimeError("a defect")
             time.sleep(0.05)
 

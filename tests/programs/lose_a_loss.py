@@ -39,7 +39,7 @@ with join_ranks("cpu") as ranks:
         ranks,
     )
     try:
-        with Stop(ranks.lifeline) as stop:
+        with Stop() as stop:
             run.train(stop)
     except FloatingPointError as error:
         Path(folder, f"{ranks.rank}.txt").write_text(str(error))

@@ -1,3 +1,6 @@
+import os
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -45,6 +48,39 @@ def test_ranks_of_a_machine_share_one_memory_and_machines_do_not(tmp_path):
     assert (tmp_path / "1").read_text() == "0 [1.0, 2.0, 0.0, 0.0]"
     assert (tmp_path / "2").read_text() == "1 [0.0, 0.0, 3.0, 0.0]"
     assert len(list(tmp_path.glob("error*"))) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_too_little_shared_memory_is_an_error_that_says_how_to_get_more(tmp_path, monkeypatch):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount here")
+    monkeypatch.setattr(distributed, "_SHARED_MEMORY", str(tmp_path))
+    try:
+        with pytest.raises(OSError, match=r"has 1 MB free.*--shm-size"):
+            distributed._write_shared(torch.zeros(1_000_000))
+        assert not list(tmp_path.iterdir())
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("deed", "doer", "code", "cause"),
+    [
+        ("dies", 0, -signal.SIGKILL, "was lost"),
+        ("dies", 2, -signal.SIGKILL, "was lost"),
+        ("errs", 1, 2, "failed: no such thing"),
+        ("has a defect", 1, 1, "failed: a defect"),
+    ],
+)
+def test_a_rank_that_fails_or_dies_ends_the_others_who_name_it(deed, doer, code, cause):
+    ranks = launch(program_file("keep_in_touch"), deed, str(doer), machines=["a", "a", "b"])
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [each.returncode for each in ranks] == [code if n == doer else 2 for n in range(3)]
+    name = f"error: rank {doer} (process {ranks[doer].pid} on {os.uname().nodename}) {cause}\n"
+    for rank in {0, 1, 2} - {doer}:
+        assert said[rank].endswith(name)
 
 
 @pytest.mark.slow

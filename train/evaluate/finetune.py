@@ -116,7 +116,7 @@ def finetune(
     ranks = train.ranks
     with (
         own_folder(options.out) if ranks.is_main else contextlib.nullcontext(),
-        Stop(ranks.lifeline) as stop,
+        Stop() as stop,
     ):
         run = Finetuning(encoder, train, val, options)
         run.train(stop)
