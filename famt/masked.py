@@ -56,7 +56,7 @@ class MaskedModel(nn.Module):
         masked: Tensor,
         split: PatchSplit,
         loss_weights: Tensor | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Mean error of masked patches, predicted from the visible ones.
 
         Args:
@@ -66,7 +66,8 @@ class MaskedModel(nn.Module):
             loss_weights: `[B, K]`, what each patch's error is multiplied by.
 
         Returns:
-            scalar loss, float32.
+            scalar loss, and each patch's mean error `[B, K]`, which no gradient flows through; both
+            float32.
         """
         prediction = self.predict(visible, split)
         return self.loss(prediction, masked, loss_weights)
@@ -112,11 +113,14 @@ class MaskedModel(nn.Module):
 
     def loss(
         self, prediction: Tensor, masked: Tensor, loss_weights: Tensor | None = None
-    ) -> Tensor:
-        """Mean error against the target of `masked`, in float32 whatever the autocast."""
+    ) -> tuple[Tensor, Tensor]:
+        """Mean error against the target of `masked`, in float32 whatever the autocast, and each
+        patch's own; see `forward`."""
         error = self.error(prediction.float() - self.target(masked))
-        self.patch_errors = error.detach().mean(-1)
-        return error.mean() if loss_weights is None else (error.mean(-1) * loss_weights).mean()
+        of_patches = error.detach().mean(-1)
+        if loss_weights is None:
+            return error.mean(), of_patches
+        return (error.mean(-1) * loss_weights).mean(), of_patches
 
     def target(self, masked: Tensor) -> Tensor:
         """What is to be predicted: pixels, normalised within each patch if the config says so."""

@@ -102,12 +102,12 @@ class MapBank:
         self.refreshed[rows] = refreshed[newer]
         self._told = self._next_step()
 
-    def state(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         """All that the bank holds."""
         return {"maps": self.maps, "refreshed": self.refreshed}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state` of a bank of as many rows said, in place."""
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` of a bank of as many rows said, in place."""
         self.maps.copy_(state["maps"])
         self.refreshed.copy_(state["refreshed"])
         self._told = self._next_step()

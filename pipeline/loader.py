@@ -203,7 +203,6 @@ class CropLoader:
         device: where crops end up; "cuda" decodes there.
         seed: of shuffle, crops and flips; the same on all ranks, who draw from it differently.
         first_epoch: epochs that are counted as done; each has another shuffle and other crops.
-        state: of an earlier loader (`state()`); goes on with the very next batch.
 
     Attributes:
         rows: of the table, those that this rank reads.
@@ -212,7 +211,7 @@ class CropLoader:
         epoch, step: epochs that are done, and batches of the present one.
 
     Raises:
-        ValueError: fewer samples than one batch on every rank, or a state of another set-up.
+        ValueError: fewer samples than one batch on every rank.
     """
 
     def __init__(
@@ -226,7 +225,6 @@ class CropLoader:
         device: torch.device | str = "cpu",
         seed: int = 0,
         first_epoch: int = 0,
-        state: dict[str, object] | None = None,
     ) -> None:
         self.config, self.drop_last = config, drop_last
         self.rank, self.world_size = rank, world_size
@@ -243,23 +241,11 @@ class CropLoader:
         self.steps_per_epoch = least // images if drop_last else self._runs
         self.remainder = len(table) - self.steps_per_epoch * images * world_size if drop_last else 0
         self.epoch, self.step = first_epoch, 0
-        self._checkpoint: bytes | None = None
-        self._state_setup = self._setup(table, seed)
-        if state is not None:
-            if state["setup"] != self._state_setup:
-                raise UserError(
-                    "the loader's state belongs to other shards, another batch size, view, seed "
-                    f"or world size: {state['setup']} then, {self._state_setup} now"
-                )
-            self.epoch, self.step = int(state["epoch"]), int(state["step"])  # type: ignore
-            first_epoch = int(state["first_epoch"])  # type: ignore
-            self._checkpoint = state["dali"]  # type: ignore
         self._first_epoch = first_epoch
-        # Ranks, and runs that begin at another epoch, must not draw the same crops.
-        self._seed = int(np.random.SeedSequence([seed, first_epoch, rank]).generate_state(1)[0])
+        self._seed, self._set_up = seed, self._setup(table, seed)
         self._remote = any(storage.is_remote(table.paths[n]) for n in table.shards_of(self.rows))
-        # A remote one is built when it is first read from: to restore a checkpoint is to read.
-        self._pipeline = None if self._remote else self._build()
+        self._checkpoint: bytes | None = None
+        self._pipeline: Pipeline | None = None  # built when it is first read from
 
     def __iter__(self) -> Iterator[CropBatch]:
         """The rest of the current epoch."""
@@ -277,6 +263,8 @@ class CropLoader:
     def _build(self) -> Pipeline:
         """A pipeline that goes on from the last checkpoint."""
         config, table = self.config, self._table
+        # Ranks, and runs that begin at another epoch, must not draw the same crops.
+        seed = np.random.SeedSequence([self._seed, self._first_epoch, self.rank])
         with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
             shards = table.write_indices(Path(folder), self.rows)
             paths = [table.paths[shard] for shard in shards]
@@ -289,7 +277,7 @@ class CropLoader:
                 batch_size=config.images_per_batch,
                 num_threads=config.threads or own_cores(),
                 device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-                seed=self._seed,
+                seed=int(seed.generate_state(1)[0]),
                 enable_checkpointing=True,
                 checkpoint=self._checkpoint,
                 prefetch_queue_depth=_PREFETCHED,
@@ -297,15 +285,29 @@ class CropLoader:
             pipeline.build()  # reads the index
         return pipeline
 
-    def state(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """All that a loader needs to go on with the batch after the last one yielded."""
         return {
-            "setup": self._state_setup,
+            "setup": self._set_up,
             "first_epoch": self._first_epoch,
             "epoch": self.epoch,
             "step": self.step,
             "dali": self._pipeline.checkpoint() if self._pipeline else self._checkpoint,
         }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the very next batch, in a loader that was not read from yet.
+
+        Raises:
+            ValueError: the state is of another set-up.
+        """
+        if state["setup"] != self._set_up:
+            raise UserError(
+                "the loader's state belongs to other shards, another batch size, view, seed "
+                f"or world size: {state['setup']} then, {self._set_up} now"
+            )
+        self.epoch, self.step = state["epoch"], state["step"]
+        self._first_epoch, self._checkpoint = state["first_epoch"], state["dali"]
 
     def _run(self) -> CropBatch:
         source, anchor, shape, extent, flip, *pixels = self._run_graph()

@@ -29,16 +29,8 @@ ELASTIC = "may differ on resume with --elastic"
 """note beside an option of a run: it may, from the beginning of an epoch"""
 
 
-@dataclasses.dataclass(frozen=True)
-class Since:
-    """Note beside an option of a run that older checkpoints of the same format do not know.
-
-    Attributes:
-        before: value that stands for the behaviour there was before it, as JSON keeps it.
-    """
-
-    before: Any
-
+PLACE = "a path or URL"
+"""note beside an option: it is written down so that it holds in any working directory"""
 
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """seed of a generator, as every library here takes it"""

@@ -2,18 +2,18 @@
 
 import io
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 
-from famt.models import ModelConfig
+from famt.models import MODELS, ModelConfig
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.precompute import precompute_shard, publish
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.table import SampleTable
-from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
 from famt.train.signals.signal import Context
 
@@ -66,9 +66,19 @@ def score(urls: list[Path], cache: ScoreCache, spec: ScoreSpec) -> None:
     publish([precompute_shard(str(url), cache, spec) for url in urls], cache)
 
 
+@dataclass(frozen=True)
+class Rows:
+    """So many rows without images."""
+
+    count: int
+    digest: str = "rows"
+
+    def __len__(self) -> int:
+        return self.count
+
+
 def context(
-    encoder: VisionTransformer, samples: SampleTable | range, ranks: Ranks, **options: object
+    encoder: VisionTransformer, samples: SampleTable | Rows, ranks: Ranks, **options: object
 ) -> Context:
-    """What a signal that reads no cache may ask of a run; a range counts rows without images."""
-    config = Pretrain(shards=[], cache="", out=Path("run"), model="vit_nano", **options)
-    return Context("run-a", config, samples, None, config.sizes.grid, encoder, ranks, None)
+    """What a signal that reads no cache may ask of a run of `vit_nano`."""
+    return Context(samples, MODELS["vit_nano"], encoder, ranks, lambda: None, "", **options)

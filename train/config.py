@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import tyro
 from annotated_types import Ge, Gt
@@ -18,8 +18,8 @@ from famt.models import MODELS, Decoder, ModelConfig
 from famt.pipeline import storage
 from famt.pipeline.errors import UserError
 from famt.pipeline.join import JoinConfig
-from famt.pipeline.loader import DecodeConfig, RandomView
-from famt.pipeline.options import ELASTIC, FREE, Checked, Seed, Since, annotated, restored
+from famt.pipeline.loader import DecodeConfig, LoaderConfig, RandomView
+from famt.pipeline.options import ELASTIC, FREE, PLACE, Checked, Seed, annotated, restored
 from famt.pipeline.scores import ScoreSpec
 from famt.sampling import patch_counts
 from famt.train import recipe
@@ -36,22 +36,69 @@ TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""
 
 
+class TrainingOptions(Checked):
+    """What the options of every kind of training have in common."""
+
+    out: Path
+    batch_size: int
+    precision: str
+    resume: Literal["auto", "never"]
+    elastic: bool
+    checkpoint_minutes: float
+    keep_checkpoints: int
+    log_steps: int
+    seed: int
+    resident: bool = False
+
+    def loader(self, image_size: int) -> LoaderConfig:
+        """How crops of so many px are read; as by default where there is no such option."""
+        names = {each.name for each in dataclasses.fields(LoaderConfig)} - {"image_size"}
+        given = {name: value for name, value in vars(self).items() if name in names}
+        return LoaderConfig(image_size=image_size, **given)
+
+    def absolute(self) -> Self:
+        """The same options with paths that hold in any working directory."""
+        places = {name: value for name, value, notes in annotated(self) if PLACE in notes}
+        changes = {name: _absolute(value) for name, value in places.items()}
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+
+    def describe(self) -> dict[str, Any]:
+        """The options as plain data, as checkpoints keep them."""
+        options = dataclasses.asdict(self.absolute())  # type: ignore[call-overload]
+        plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+        return plain
+
+    @classmethod
+    def from_description(cls, described: dict[str, Any]) -> Self:
+        """The options that `describe` spelled out."""
+        return restored(cls, described)
+
+
+def _absolute(place: Any) -> Any:
+    if isinstance(place, list):
+        return [storage.normalise_url(each) for each in place]
+    if isinstance(place, Path):
+        return place.absolute()
+    is_name = place is None or place.startswith(TIMM)
+    return place if is_name else storage.normalise_url(place)
+
+
 @dataclass(frozen=True)
-class Pretrain(Checked):
+class Pretrain(TrainingOptions):
     """A pre-training run."""
 
-    shards: Annotated[list[str], FREE]
+    shards: Annotated[list[str], FREE, PLACE]
     """tars, folders of tars, wildcards or brace patterns (in quotes)"""
-    cache: Annotated[str, FREE]
+    cache: Annotated[str, FREE, PLACE]
     """folder or object-store URL of the score cache"""
-    out: Annotated[Path, FREE]
+    out: Annotated[Path, FREE, PLACE]
     """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
-    stage: Annotated[Path | None, FREE] = None
+    stage: Annotated[Path | None, FREE, PLACE] = None
     """folder on a fast local disk that each machine fetches its shards into before it begins; what
     is there of any earlier run is used"""
     recipe: Annotated[str, FREE] = recipe.DEFAULT
     """sets the defaults of other options: one of those above, or the path of a file of your own"""
-    init: str | None = None
+    init: Annotated[str | None, PLACE] = None
     """begin with these weights in place of random ones: a run, an MAE checkpoint, a file or folder
     of timm or transformers, or timm:<name>"""
     method: Literal[tuple(METHODS)] = "mae"  # type: ignore[valid-type]
@@ -114,7 +161,7 @@ class Pretrain(Checked):
     """what to train on"""
     threads: Annotated[int | None, Ge(1), FREE] = None
     """CPU threads that decode, on each rank; its share of the machine's cores if left out"""
-    resident: Annotated[bool, Since(before=False)] = False
+    resident: bool = False
     """decode each image once and hold it in the device's memory, where crops are cut from it: for
     small sets, 3 bytes a pixel"""
     decode: Annotated[DecodeConfig, FREE] = field(default_factory=DecodeConfig)
@@ -132,7 +179,7 @@ class Pretrain(Checked):
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
     """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
     none"""
-    monitor: Annotated[list[str], FREE] = field(default_factory=list)
+    monitor: Annotated[list[str], FREE, PLACE] = field(default_factory=list)
     """labelled shards; k-NN and a quick probe of the encoder on them are drawn beside the loss. No
     step is taken meanwhile; the log tells for how long"""
     monitor_epochs: Annotated[int, Ge(1), FREE] = 10
@@ -161,9 +208,18 @@ class Pretrain(Checked):
             )
 
     @property
+    def slots(self) -> dict[str, Any]:
+        """The slots of signals by name."""
+        return {
+            "frequency": self.frequency,
+            "attention": self.attention,
+            "hardness": self.hardness,
+        }
+
+    @property
     def weighs(self) -> bool:
         """Whether a signal weighs patches."""
-        return not (self.frequency.is_off and self.attention.is_off and self.hardness.is_off)
+        return not all(slot.is_off for slot in self.slots.values())
 
     @property
     def refreshed_kinds(self) -> list[str]:
@@ -183,8 +239,7 @@ class Pretrain(Checked):
     def plain_until(self) -> int:
         """The epoch that weights begin with: not before the first generation if all signals are of
         it."""
-        slots = (self.frequency, self.attention, self.hardness)
-        sources = {each.source for each in slots} - {"off"}
+        sources = {each.source for each in self.slots.values()} - {"off"}
         waits = all(each.startswith("refreshed") for each in sources) and not self.refresh.pin
         return self.plain_epochs or (self.refreshes.start if waits else 0)
 
@@ -221,13 +276,8 @@ class Pretrain(Checked):
 
     def without_effect(self) -> list[str]:
         """Options that were given and change nothing beside the others, each with the reason."""
-        slots = {
-            "frequency": self.frequency,
-            "attention": self.attention,
-            "hardness": self.hardness,
-        }
         draws = "join.visible", "join.thrown", "join.blend", "join.loss_exponent"
-        of_weights = (*(f"{name}." for name in slots), "spec.", "refresh.", *draws)
+        of_weights = (*(f"{name}." for name in self.slots), "spec.", "refresh.", *draws)
         never_due = bool(self.refreshed_kinds) and not self.refresh.pin and not self.refreshes
         rules: list[tuple[bool, tuple[str, ...], str]] = [
             (not self.weighs, of_weights, "no signal weighs patches"),
@@ -236,7 +286,10 @@ class Pretrain(Checked):
                 (*of_weights, "join."),
                 f"all {self.epochs} epochs are of --plain-epochs",
             ),
-            *((slot.is_off, (f"{name}.",), "its source is off") for name, slot in slots.items()),
+            *(
+                (slot.is_off, (f"{name}.",), "its source is off")
+                for name, slot in self.slots.items()
+            ),
             (
                 not self.frequency.is_cached,
                 ("spec.", "frequency.cached_exponent"),
@@ -278,31 +331,6 @@ class Pretrain(Checked):
                     found.append(f"--{name.replace('_', '-')} ({reason})")
                     break
         return found
-
-    def describe(self) -> dict[str, Any]:
-        """The options as plain data, as checkpoints keep them."""
-        options = dataclasses.asdict(self.absolute())
-        plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
-        return plain
-
-    @classmethod
-    def from_description(cls, described: dict[str, Any]) -> Pretrain:
-        """The options that `describe` spelled out."""
-        return restored(cls, described)
-
-    def absolute(self) -> Pretrain:
-        """The same options with paths that hold in any working directory."""
-        return dataclasses.replace(
-            self,
-            shards=[storage.normalise_url(pattern) for pattern in self.shards],
-            monitor=[storage.normalise_url(pattern) for pattern in self.monitor],
-            cache=storage.normalise_url(self.cache),
-            out=self.out.absolute(),
-            stage=self.stage and self.stage.absolute(),
-            init=self.init
-            if self.init is None or self.init.startswith(TIMM)
-            else storage.normalise_url(self.init),
-        )
 
 
 Options = TypeVar("Options", bound=Pretrain)

@@ -38,7 +38,7 @@ from famt.pipeline.join import PatchBatch
 from famt.pipeline.loader import CropLoader, LoaderConfig, RandomView
 from famt.pipeline.model_scores import model_scores
 from famt.pipeline.options import Checked, Seed
-from famt.pipeline.table import load_samples
+from famt.pipeline.table import load_maps, load_samples
 from famt.sampling import PatchSplit, blended_weights
 from famt.train.checkpoint import Checkpoint, load, load_model
 from famt.train.config import Pretrain
@@ -49,7 +49,7 @@ from famt.train.signals.banked import Banked
 from famt.train.signals.cached import Cached
 from famt.train.signals.config import AttentionConfig
 from famt.train.signals.signal import Context, Signal
-from famt.train.signals.weights import SOURCES, Weighed, build_signal, weigh_crops
+from famt.train.signals.weights import Weighed, build_signal, weigh_crops
 
 
 @dataclass(frozen=True)
@@ -92,11 +92,20 @@ def main(config: Figures) -> Path:
     )
     crops = next(iter(loader))
     alone = Ranks(0, 1, "", torch.device("cpu"))
-    grid = model.config.grid
-    context = Context(run.run, options, samples, cache, grid, model.encoder, alone, None)
+    context = Context(
+        samples=samples,
+        sizes=model.config,
+        encoder=model.encoder,
+        ranks=alone,
+        cached=lambda: load_maps(samples, cache, options.spec),
+        score=options.spec.id,
+        seed=options.seed,
+        parts=options.accumulate,
+        bf16=options.precision == "bf16",
+    )
     weighed = weigh_crops(
         options,
-        _signals(run, context),
+        _signals(run, options, context),
         crops,
         epoch=run.epoch,
         step=run.step,
@@ -109,12 +118,12 @@ def main(config: Figures) -> Path:
     return config.out
 
 
-def _signals(run: Checkpoint, context: Context) -> list[Signal]:
+def _signals(run: Checkpoint, options: Pretrain, context: Context) -> list[Signal]:
     """The signals of a run at a checkpoint, for images that may be others than its own."""
     signals: list[Signal] = []
     own = run.config["data"] == context.samples.digest
-    for name in SOURCES:
-        slot, state = getattr(context.config, name), run.signals.get(name, {})
+    for name, slot in options.slots.items():
+        state = run.signals.get(name, {})
         signal: Signal | None = None
         if slot.is_refreshed:
             if state.get("generation") is not None:
@@ -122,11 +131,11 @@ def _signals(run: Checkpoint, context: Context) -> list[Signal]:
             elif slot.is_cached:
                 signal = Cached(slot, context)
         elif not slot.is_off:
-            signal = build_signal(name, context)
+            signal = build_signal(name, slot, context)
             if isinstance(signal, Banked) and isinstance(slot, AttentionConfig) and not own:
                 signal = Live(slot, context)
             elif state:
-                signal.load_state(state, epoch=run.epoch, exact=True, same_rows=own)
+                signal.load_state_dict(state)
         if signal is not None:
             signal.name = name
             signals.append(signal)

@@ -156,7 +156,7 @@ def _from_run(path: Path, *, ema: bool = False) -> Initial:
 
 def _from_file(path: Path) -> Initial:
     content = _read(path)
-    if {"run", "step", "model"} <= content.keys():
+    if {"run", "step", "components"} <= content.keys():
         return _from_run(path)
     weights = _tensors(content)
     if any(name.endswith(_TRANSFORMERS) for name in weights):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from PIL import Image
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from famt.models import ModelConfig
 from famt.pipeline.loader import CropBatch, CropLoader
+from famt.pipeline.resident import ResidentLoader
 from famt.pipeline.table import SampleTable
-from famt.train import checkpoint, resume
-from famt.train.checkpoint import Checkpoint
+from famt.train import checkpoint
+from famt.train.checkpoint import Checkpoint, Component, resume
+from famt.train.config import TrainingOptions
 from famt.train.distributed import Ranks
 from famt.train.log import Log
 from famt.train.optimisation import Optimisation
@@ -30,25 +33,14 @@ Batch = TypeVar("Batch")
 _SHOWN = 6  # crops in a picture
 
 
-class Options(resume.Options, Protocol):
-    """What the loop asks of a run's options."""
-
-    @property
-    def precision(self) -> str: ...
-    @property
-    def log_steps(self) -> int: ...
-    @property
-    def checkpoint_minutes(self) -> float: ...
-    @property
-    def keep_checkpoints(self) -> int: ...
-
-
 class Training(ABC, Generic[Batch]):
     """A run that the loop can drive. All ranks call the same methods in the same order.
 
     Attributes:
         name: of the work, for the progress bar.
         id: of the run.
+        resumed: the checkpoint that it goes on from, until it is restored, if there is one.
+        exact: whether with the very next batch; if not, from the beginning of an epoch.
         config: its options.
         ranks: this rank among those of the run.
         clock: times of the stages of a step.
@@ -61,8 +53,7 @@ class Training(ABC, Generic[Batch]):
     """
 
     name = "train"
-    id: str
-    config: Options
+    config: TrainingOptions
     loader: CropLoader
     model: nn.Module
     method: str
@@ -70,9 +61,48 @@ class Training(ABC, Generic[Batch]):
     optimisation: Optimisation
     log: Log | None = None
 
-    def __init__(self, config: Options, samples: SampleTable, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: TrainingOptions,
+        samples: SampleTable,
+        ranks: Ranks,
+        lost: Callable[[Checkpoint], list[str]] = lambda _: [],
+    ) -> None:
         self.config, self.samples, self.ranks = config, samples, ranks
         self.clock, self.side_stream = Clock(ranks.device), SideStream(ranks.device)
+        self.resumed, self.exact = resume(config, self.identity(), ranks, lost)
+        new = f"run-{uuid.uuid4().hex[:12]}"
+        self.id: str = self.resumed.run if self.resumed else ranks.from_main(lambda: new)
+        torch.manual_seed(config.seed)
+
+    def open_loader(self, image_size: int) -> CropLoader:
+        """The loader of this rank's crops, of so many px a side."""
+        return (ResidentLoader if self.config.resident else CropLoader)(
+            self.samples,
+            self.config.loader(image_size),
+            drop_last=True,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=self.ranks.device,
+            seed=self.config.seed,
+            first_epoch=self.resumed.epoch if self.resumed else 0,
+        )
+
+    def components(self) -> dict[str, Component]:
+        """The parts of the run whose state a checkpoint keeps, in the order of their restoring."""
+        return {"model": self.model, "optimisation": self.optimisation}
+
+    def own_components(self) -> dict[str, Component]:
+        """Those that each rank has for itself."""
+        return {"loader": self.loader}
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, if there is one; all components are built."""
+        if self.resumed and self.exact:
+            self.resumed.restore(self.components(), self.own_components(), self.ranks.rank)
+        elif self.resumed:
+            self.resumed.restart(self.components())
+        self.resumed = None  # it holds all weights once more
 
     @property
     def step(self) -> int:
@@ -122,27 +152,19 @@ class Training(ABC, Generic[Batch]):
             self.optimisation.update()
         self.side_stream.weights_are_ready()
 
-    def state_of_rank(self) -> dict[str, Any]:
-        """What a checkpoint must keep of each rank."""
-        return {"loader": self.loader.state()}
-
-    def state_of_signals(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint must keep of each signal, by its slot."""
-        return {}
-
     def save(self) -> None:
         """Write a checkpoint of all ranks' state."""
-        of_ranks = self.ranks.gather(self.state_of_rank())
+        of_ranks = self.ranks.gather(_states(self.own_components()))
         if self.ranks.is_main:
             state = Checkpoint(
                 run=self.id,
+                step=self.step,
+                epoch=self.optimisation.epoch,
                 method=self.method,
                 sizes=dataclasses.asdict(self.sizes),
-                model=self.model.state_dict(),
-                signals=self.state_of_signals(),
+                components=_states(self.components()),
                 ranks=of_ranks,
                 config={**self.config.describe(), **self.identity()},
-                **self.optimisation.state(),
             )
             path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
             if self.log:
@@ -309,3 +331,7 @@ class _Next(Generic[Batch]):
 
     content: Batch
     rows: Tensor
+
+
+def _states(components: dict[str, Component]) -> dict[str, dict[str, Any]]:
+    return {name: component.state_dict() for name, component in components.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -116,39 +115,38 @@ class Optimisation:
             self._average.update(self._averaged)
         self.step += 1
 
-    def state(self) -> dict[str, Any]:
-        """Its fields of a `famt.train.checkpoint.Checkpoint`."""
+    @property
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return (self.step - self.schedule_start) // self.steps_per_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on beside the model's weights."""
         return {
             "step": self.step,
             "schedule_start": self.schedule_start,
-            "epoch": (self.step - self.schedule_start) // self.steps_per_epoch,
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
         }
 
-    def load_state(self, state: Mapping[str, Any], *, exact: bool) -> None:
-        """Go on from a checkpoint, after the model's weights were loaded.
-
-        Args:
-            state: what `state` gave.
-            exact: with the very next step; if not, from the beginning of its epoch, by the options
-                of this run.
-        """
-        own = [dict(group) for group in self.optimizer.param_groups]
-        self.step = state["step"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the very next step, after the model's weights were loaded."""
+        self.step, self.schedule_start = state["step"], state["schedule_start"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self._average:
             if state["ema"]:
                 self._average.module.load_state_dict(state["ema"])
             else:  # the run begins to keep one
                 self._average.set(self._averaged)
-        if exact:
-            self.schedule_start = state["schedule_start"]
-        else:
-            # Steps only grow, or a checkpoint would be older than those it follows.
-            self.schedule_start = self.step - state["epoch"] * self.steps_per_epoch
-            for group, now in zip(self.optimizer.param_groups, own, strict=True):
-                group.update({name: now[name] for name in now if name != "params"})
+
+    def restart(self, state: dict[str, Any], epoch: int) -> None:
+        """Go on from the beginning of an epoch, by the options of this run."""
+        own = [dict(group) for group in self.optimizer.param_groups]
+        self.load_state_dict(state)
+        # Steps only grow, or a checkpoint would be older than those it follows.
+        self.schedule_start = self.step - epoch * self.steps_per_epoch
+        for group, now in zip(self.optimizer.param_groups, own, strict=True):
+            group.update({name: now[name] for name in now if name != "params"})
 
     def describe(self) -> dict[str, str]:
         """Lines of a run's plan, by their names."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import uuid
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,24 +28,23 @@ from famt.models import ModelConfig
 from famt.patches import normalise
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.join import JoinConfig, PatchBatch
-from famt.pipeline.loader import CropBatch, CropLoader, LoaderConfig, own_share
-from famt.pipeline.resident import ResidentLoader
+from famt.pipeline.loader import CropBatch, own_share
 from famt.pipeline.stage import stage_shards
-from famt.pipeline.table import load_samples
+from famt.pipeline.table import load_maps, load_samples
 from famt.sampling import patch_counts
 from famt.train import figures
-from famt.train.checkpoint import Checkpoint
+from famt.train.checkpoint import Component
 from famt.train.config import Pretrain, parse
 from famt.train.distributed import Ranks, data_parallel, join_ranks
 from famt.train.evaluate.monitor import Monitor
+from famt.train.files import own_folder
 from famt.train.initial import load_initial
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
 from famt.train.program import run_program
-from famt.train.resume import own_folder, resume
 from famt.train.signals.due import write_finished
 from famt.train.signals.following import FollowedMaps, lost_generations
-from famt.train.signals.signal import Context, Signal, Taken
+from famt.train.signals.signal import Context, Signal, Step
 from famt.train.signals.weights import Weighed, build_signals, weigh_crops
 from famt.train.streams import Stop
 
@@ -70,52 +69,23 @@ class Run(Training[PatchBatch]):
     def __init__(self, config: Pretrain, ranks: Ranks) -> None:
         scored = config.cached_score
         cache = ScoreCache(config.cache, create=scored is None)
+        samples = ranks.share(lambda: load_samples(config.shards, cache, scored))
         super().__init__(
-            config, ranks.share(lambda: load_samples(config.shards, cache, scored)), ranks
+            config, samples, ranks, lambda found: lost_generations(found, config, samples, cache)
         )
-        resumed, exact = resume(
-            config,
-            self.identity(),
-            ranks,
-            lambda found: lost_generations(found, config, self.samples, cache),
-        )
-        self.id: str = resumed.run if resumed else ranks.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
-
-        torch.manual_seed(config.seed)
         self.method, self.sizes = config.method, config.sizes
         self.model = METHODS[config.method](self.sizes).to(ranks.device)
         self.began_with = (
-            load_initial(self.model, config.init) if config.init and not resumed else None
+            load_initial(self.model, config.init) if config.init and not self.resumed else None
         )
-        first_epoch = resumed.epoch if resumed else 0
-        own = resumed.ranks[ranks.rank] if resumed and exact else None
+        first_epoch = self.resumed.epoch if self.resumed else 0
         self.generator = torch.Generator(ranks.device).manual_seed(
             (config.seed + first_epoch) * ranks.world_size + ranks.rank
         )
-        count, size = len(self.samples), ranks.world_size
+        count, size = len(samples), ranks.world_size
         parts = [own_share(count, rank, size) for rank in ranks.of_machine()]
-        self.samples = stage_shards(self.samples, cache, config.stage, parts, show=ranks.is_main)
-        self.loader = (ResidentLoader if config.resident else CropLoader)(
-            self.samples,
-            LoaderConfig(
-                batch_size=config.batch_size,
-                image_size=self.sizes.image_size,
-                view=config.view,
-                interpolation=config.interpolation,
-                shuffle_buffer=config.shuffle_buffer,
-                threads=config.threads,
-                crops_per_image=config.crops_per_image,
-                decode=config.decode,
-                resident=config.resident,
-            ),
-            drop_last=True,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            device=ranks.device,
-            seed=config.seed,
-            first_epoch=first_epoch,
-            state=own["loader"] if own else None,
-        )
+        self.samples = stage_shards(samples, cache, config.stage, parts, show=ranks.is_main)
+        self.loader = self.open_loader(self.sizes.image_size)
         encoder = self.model.encoder
         followed = (
             FollowedMaps(self.id, config, self.samples, cache, encoder, ranks)
@@ -125,9 +95,18 @@ class Run(Training[PatchBatch]):
         if followed is None and ranks.is_main:
             write_finished(config.out)  # a job that follows this run need not wait for an encoder
         self.context = Context(
-            self.id, config, self.samples, cache, self.sizes.grid, encoder, ranks, followed
+            samples=self.samples,
+            sizes=self.sizes,
+            encoder=encoder,
+            ranks=ranks,
+            cached=lambda: load_maps(self.samples, cache, config.spec),
+            score=config.spec.id,
+            seed=config.seed,
+            parts=config.accumulate,
+            bf16=config.precision == "bf16",
+            followed=followed,
         )
-        self.signals: list[Signal] = build_signals(self.context)
+        self.signals: list[Signal] = build_signals(config, self.context)
         self.optimisation = Optimisation(
             config.optimiser,
             self.model,
@@ -143,8 +122,7 @@ class Run(Training[PatchBatch]):
             if config.monitor and ranks.is_main
             else None
         )
-        if resumed:
-            self._restore(resumed, exact)
+        self.restore()
         self.trained, self._no_sync = data_parallel(self.model, ranks, compile=config.compile)
         self.model.train()
 
@@ -169,16 +147,17 @@ class Run(Training[PatchBatch]):
             with now() if number == len(parts) else no_sync():
                 with self.clock.stage("forward"), self.autocast():
                     visible, masked = normalise(part.visible), normalise(part.masked)
-                    loss = self.trained(visible, masked, part.split, part.loss_weights) / len(parts)
+                    loss, of_patches = self.trained(visible, masked, part.split, part.loss_weights)
+                    loss = loss / len(parts)
                 with self.clock.stage("backward"):
                     loss.backward()
             total += loss.detach()
-            errors.append(self.model.patch_errors)
+            errors.append(of_patches)
         if self.signals:
             with self.clock.stage("signals"):
-                taken = Taken(batch.views, batch.split, torch.cat(errors), self.step)
+                step = Step(batch.views, batch.split, torch.cat(errors), self.step)
                 for signal in self.signals:
-                    signal.learn(taken)
+                    signal.learn(step)
         return total
 
     def scalars(self) -> dict[str, float]:
@@ -199,11 +178,11 @@ class Run(Training[PatchBatch]):
                 done = self.monitor.look(self.model.encoder, self.step, self.log, stop)
         return all(self.ranks.gather(done))  # gradients would wait ten minutes at most
 
-    def state_of_rank(self) -> dict[str, Any]:
-        return {**super().state_of_rank(), "generator": self.generator.get_state()}
+    def components(self) -> dict[str, Component]:
+        return super().components() | {each.name: each for each in self.signals}
 
-    def state_of_signals(self) -> dict[str, dict[str, Any]]:
-        return {each.name: each.state() for each in self.signals}
+    def own_components(self) -> dict[str, Component]:
+        return super().own_components() | {"generator": _Generator(self.generator)}
 
     def save(self) -> None:
         for signal in self.signals:
@@ -271,16 +250,18 @@ class Run(Training[PatchBatch]):
     def _monitor_is_due(self, epoch: int) -> bool:
         return (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
 
-    def _restore(self, resumed: Checkpoint, exact: bool) -> None:
-        self.model.load_state_dict(resumed.model)
-        self.optimisation.load_state(vars(resumed), exact=exact)
-        if exact:
-            self.generator.set_state(resumed.ranks[self.ranks.rank]["generator"])
-        same_rows = resumed.config["data"] == self.samples.digest
-        for signal in self.signals:
-            if signal.name in resumed.signals:
-                state = resumed.signals[signal.name]
-                signal.load_state(state, epoch=resumed.epoch, exact=exact, same_rows=same_rows)
+
+@dataclass(frozen=True)
+class _Generator:
+    """A generator of torch's, with its state by the names that components have."""
+
+    generator: torch.Generator
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["state"])
 
 
 def _counts(sizes: ModelConfig, join: JoinConfig) -> str:

@@ -25,7 +25,7 @@ def main(shards, cache, epochs=1, batch_size=64, grid=14):
     )  # fmt: skip
     for step, batch in enumerate(batches):
         patches = batch.patches
-        loss = model(normalise(patches.visible), normalise(patches.masked), patches.split)
+        loss, _ = model(normalise(patches.visible), normalise(patches.masked), patches.split)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

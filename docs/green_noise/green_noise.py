@@ -16,7 +16,7 @@ class GreenNoise(Signal):
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.exponent, context.grid
-        self._seed, self._rank = context.config.seed, context.ranks.rank
+        self._seed, self._rank = context.seed, context.ranks.rank
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
         seed = hash((self._seed, self._rank, step)) % 2**63

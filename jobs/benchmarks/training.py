@@ -38,7 +38,7 @@ class Training:
     def signals(self, **slots: object) -> list[Signal]:
         """Signals for this run by other options, `attention=AttentionConfig(...)` say."""
         config = dataclasses.replace(self.run.config, **slots)  # type: ignore[arg-type]
-        return build_signals(dataclasses.replace(self.run.context, config=config))
+        return build_signals(config, self.run.context)
 
     def step(self) -> None:
         """Weigh, sample, gather; forward, backward and update."""

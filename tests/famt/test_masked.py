@@ -43,8 +43,9 @@ class _AllGrey(MaskedModel):
 def test_a_method_is_a_prediction_and_an_error():
     model = _AllGrey(dataclasses.replace(TINY, normalise_targets=False))
     masked, split = torch.randn(2, 7, 192), sample_patches(torch.ones(2, 16), 0.45, 0.40)
-    loss = model(torch.randn(2, 3, 192), masked, split)
+    loss, errors = model(torch.randn(2, 3, 192), masked, split)
     torch.testing.assert_close(loss, masked.abs().mean())
+    torch.testing.assert_close(errors, masked.abs().mean(-1))
 
 
 def test_the_encoder_stays_in_eval_mode_and_nothing_in_it_depends_on_the_mode():

@@ -44,7 +44,7 @@ def _loss(model, images, split, weights=None):
     visible, masked = (
         normalise(gather_patches(images, index, 4)) for index in (split.visible, split.predicted)
     )
-    return model(visible, masked, split, weights)
+    return model(visible, masked, split, weights)[0]
 
 
 def _naive_loss(model, images, masked):

@@ -132,7 +132,7 @@ def test_news_are_what_was_refreshed_since_the_last_news():
     _write(first, 1, torch.rand(1, 4), step=4)
     second.merge(*first.news())
     assert second.news()[0].tolist() == []  # others know it already
-    again.load_state(second.state())
+    again.load_state_dict(second.state_dict())
     assert again.news()[0].tolist() == []
     _write(again, 2, torch.rand(1, 4), step=5)
     assert again.news()[0].tolist() == [2]
@@ -152,7 +152,7 @@ def test_a_row_that_was_refreshed_later_is_not_overwritten():
 def test_a_bank_comes_back_as_it_was():
     bank, again = MapBank(3, 4), MapBank(3, 4)
     _write(bank, 1, torch.rand(1, 16), step=9)
-    again.load_state(bank.state())
+    again.load_state_dict(bank.state_dict())
     assert torch.equal(bank.maps, again.maps)
     assert torch.equal(bank.refreshed, again.refreshed)
 

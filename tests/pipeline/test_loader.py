@@ -175,7 +175,9 @@ def test_a_state_goes_on_with_the_very_next_batch(table, steps, crops_per_image)
     batches = stream(loader)
     for _ in range(steps):
         next(batches)
-    resumed = stream(CropLoader(table, config, drop_last=True, seed=3, state=loader.state()))
+    again = CropLoader(table, config, drop_last=True, seed=3)
+    again.load_state_dict(loader.state_dict())
+    resumed = stream(again)
     for _ in range(10):
         expected, actual = next(batches), next(resumed)
         for name in ("images", "rows", "windows", "flips"):
@@ -192,7 +194,7 @@ def test_a_loader_leaves_no_index_that_a_kill_would_leave(table, tmp_path, monke
 
 @pytest.mark.parametrize("change", ["world size", "batch size", "crops", "shards", "seed"])
 def test_a_state_of_another_set_up_is_refused(table, scored, change):
-    state = CropLoader(table, SMALL, drop_last=True).state()
+    state = CropLoader(table, SMALL, drop_last=True).state_dict()
     config, keywords = SMALL, {}
     if change == "world size":
         keywords["world_size"] = 2
@@ -204,8 +206,9 @@ def test_a_state_of_another_set_up_is_refused(table, scored, change):
         keywords["seed"] = 9
     else:
         table = load_samples(scored.shards[:2], scored.cache)
+    other = CropLoader(table, config, drop_last=True, **keywords)
     with pytest.raises(ValueError, match="belongs to other shards"):
-        CropLoader(table, config, drop_last=True, state=state, **keywords)
+        other.load_state_dict(state)
 
 
 def test_a_batch_stays_as_it_was_while_others_are_read(table):

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from samples import context
+from samples import Rows, context
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
@@ -16,7 +16,7 @@ from famt.train.signals.config import AttentionConfig
 with join_ranks("cpu") as ranks:
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
-    rolling = Rolling(AttentionConfig(every=1), context(encoder, range(9), ranks))
+    rolling = Rolling(AttentionConfig(every=1), context(encoder, Rows(9), ranks))
     images = torch.randint(0, 256, (9, 32, 32, 3), dtype=torch.uint8)
     for step in range(2):
         rows = torch.arange(9)[ranks.rank + 4 * step :: 3][: 2 - step]
@@ -24,4 +24,4 @@ with join_ranks("cpu") as ranks:
         flips = torch.zeros(len(rows), dtype=torch.bool)
         rolling.read(CropBatch(images[rows], rows, windows, flips), step)
         rolling.synchronise()
-    torch.save(rolling.state(), Path(sys.argv[1], f"{ranks.rank}.pt"))
+    torch.save(rolling.state_dict(), Path(sys.argv[1], f"{ranks.rank}.pt"))

@@ -7,17 +7,18 @@ from pathlib import Path
 
 import torch
 
-from famt.train import resume
+from famt.train import checkpoint
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
+from famt.train.files import own_folder
 
 folder = Path(sys.argv[1])
 config = Pretrain(**torch.load(folder / "options.pt"))
-resume._SEEN_WITHIN = 1.0
+checkpoint._SEEN_WITHIN = 1.0
 with join_ranks("cpu") as ranks:
     own = dataclasses.replace(config, out=folder / ranks.node)
     try:
-        with resume.own_folder(own.out) if ranks.is_main else contextlib.nullcontext():
-            resume.resume(own, {}, ranks)
+        with own_folder(own.out) if ranks.is_main else contextlib.nullcontext():
+            checkpoint.resume(own, {}, ranks)
     except ValueError as error:
         (folder / f"error{ranks.rank}").write_text(str(error))

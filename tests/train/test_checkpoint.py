@@ -21,20 +21,19 @@ def _state(step, model=None):
     return Checkpoint(
         run="run-a",
         step=step,
-        schedule_start=0,
         epoch=0,
         method="mae",
         sizes=dataclasses.asdict(MODELS["vit_nano"]),
-        model=(model or MaskedAutoencoder(MODELS["vit_nano"])).state_dict(),
-        ema=None,
-        optimizer={"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"betas": (0.9, 1)}]},
+        components={
+            "model": (model or MaskedAutoencoder(MODELS["vit_nano"])).state_dict(),
+            "optimisation": {"ema": None, "optimizer": {"param_groups": [{"betas": (0.9, 1)}]}},
+        },
         ranks=[
             {
                 "loader": {"setup": "x", "epoch": 1, "step": 2, "dali": b"\x00bytes"},
                 "generator": torch.Generator().get_state(),
             }
         ],
-        signals={},
         config={"seed": 0, "shards": ["a"]},
     )
 
@@ -45,7 +44,7 @@ def test_a_checkpoint_comes_back_whole(tmp_path):
     path = checkpoint.save(tmp_path, _state(7, model), keep=2)
     loaded = checkpoint.load(path)
     assert (loaded.step, loaded.ranks[0]["loader"]["dali"]) == (7, b"\x00bytes")
-    assert loaded.optimizer["param_groups"][0]["betas"] == (0.9, 1)
+    assert loaded.components["optimisation"]["optimizer"]["param_groups"][0]["betas"] == (0.9, 1)
     for name, value in checkpoint.load_model(tmp_path).state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
 
@@ -77,19 +76,16 @@ def test_another_file_is_refused_by_name(tmp_path):
             checkpoint.load(tmp_path)
 
 
-def test_another_format_is_refused_and_the_first_files_did_not_name_theirs(tmp_path):
+def test_another_format_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, _state(1), keep=2)
     state = torch.load(path)
     torch.save({**state, "format": 99}, path)
     with pytest.raises(checkpoint.FormatError, match=r"00000001\.pt has format 99.*; use it with"):
         checkpoint.load(tmp_path)
-    del state["format"]
-    torch.save(state, path)
-    assert checkpoint.load(tmp_path).step == 1
 
 
 def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
-    small = dataclasses.replace(_state(1), model={"w": torch.rand(600)})
+    small = dataclasses.replace(_state(1), components={"model": {"w": torch.rand(600)}})
     path = checkpoint.save(tmp_path, small, keep=2)
     content, draw, refused = path.read_bytes(), random.Random(SEED), 0
     for _ in range(FLIPS):

@@ -105,20 +105,20 @@ def _stopped(config=CONFIG, steps=5, **length):
     for _ in range(steps):
         _step(model, optimisation)
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    return model, optimisation, weights, copy.deepcopy(optimisation.state())
+    return model, optimisation, weights, copy.deepcopy(optimisation.state_dict())
 
 
 def _resumed(weights, state, config=CONFIG, *, exact, **length):
     model, optimisation = _make(config, **length)
     model.load_state_dict(weights)
-    optimisation.load_state(state, exact=exact)
+    optimisation.load_state_dict(state) if exact else optimisation.restart(state, epoch=1)
     return model, optimisation
 
 
 def test_a_resumed_run_ends_with_the_same_weights():
     config = dataclasses.replace(CONFIG, clip_norm=1.0)
     model, optimisation, weights, state = _stopped(config)
-    assert (state["step"], state["epoch"]) == (5, 1)
+    assert (optimisation.step, optimisation.epoch) == (5, 1)
     resumed, after = _resumed(weights, state, config, exact=True)
     while optimisation.step < optimisation.last_step:
         _step(model, optimisation)
@@ -138,8 +138,8 @@ def test_an_elastic_run_counts_on_and_lays_the_schedule_out_anew_by_its_own_opti
     _step(model, after)  # the last of the warm-up is behind it
     assert after.present_learning_rate == pytest.approx(0.2 * 128 / 256)
     assert {group["weight_decay"] for group in after.optimizer.param_groups} == {0.0, 0.1}
-    again = after.state()
-    assert (again["step"], again["epoch"]) == (6, 1)
+    again = after.state_dict()
+    assert (again["step"], after.epoch) == (6, 1)
     assert _resumed(weights, again, other, exact=True, steps_per_epoch=10)[1].last_step == 25
 
 

@@ -1,5 +1,4 @@
 import dataclasses
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +8,12 @@ import pytest
 import torch
 from launch import finish, launch, program_file
 
-from famt.pipeline.options import ELASTIC, FREE, Checked, Since, annotated
+from famt.pipeline.options import ELASTIC, FREE, Checked
 from famt.train import checkpoint
-from famt.train.checkpoint import Checkpoint
-from famt.train.config import Pretrain
+from famt.train.checkpoint import Checkpoint, resume
 from famt.train.distributed import Ranks
-from famt.train.evaluate.finetune import Finetune
+from famt.train.files import BusyError, own_folder
 from famt.train.pretrain import main
-from famt.train.resume import BusyError, own_folder, resume
 
 RANKS = Ranks(0, 1, "a", torch.device("cpu"))
 CIRCUMSTANCES = {"device": "cpu", "world_size": 1, "data": "photos"}
@@ -51,8 +48,7 @@ def options(tmp_path):
 
 def _save(options, step=3):
     state = Checkpoint(
-        run="run-a", step=step, schedule_start=0, epoch=1, method="mae", sizes={}, model={},
-        ema=None, optimizer={}, signals={}, ranks=[],
+        run="run-a", step=step, epoch=1, method="mae", sizes={}, components={}, ranks=[],
         config={**options.describe(), **CIRCUMSTANCES},
     )  # fmt: skip
     return checkpoint.save(options.out, state, keep=9)
@@ -115,44 +111,6 @@ def test_another_run_is_refused_even_if_elastic(options, other, circumstances, n
         ValueError, match=rf"other options \({named}\); use the same, or anot[^;]*$"
     ):
         _resume(dataclasses.replace(options, elastic=True, **other), **circumstances)
-
-
-def test_an_option_that_is_new_counts_as_what_there_was_before_it(options):
-    @dataclass(frozen=True)
-    class Newer(Options):
-        added: Annotated[int, Since(before=0)] = 7
-        undeclared: int = 0
-
-    newer = Newer(options.out, added=0)
-    path = _save(options)
-    with pytest.raises(ValueError, match=r"other options \(undeclared: None -> 0\)"):
-        _resume(newer)
-    state = torch.load(path)
-    state["config"]["undeclared"] = 0
-    torch.save(state, path)
-    assert _resume(newer)[1]
-    with pytest.raises(ValueError, match=r"other options \(added: 0 -> 7\)"):
-        _resume(dataclasses.replace(newer, added=7))
-
-
-@pytest.mark.parametrize(
-    ("options", "digest"),
-    [
-        (Pretrain(shards=[], cache="", out=Path()), "12c6490f8cd2"),
-        (Finetune(checkpoint=Path(), train=[], val=[], cache="", out=Path()), "4b75721feba0"),
-    ],
-    ids=["pretrain", "finetune"],
-)
-def test_no_option_is_added_without_saying_what_there_was_before_it(options, digest):
-    names = [
-        name
-        for name, _, notes in annotated(options)
-        if FREE not in notes and not any(isinstance(note, Since) for note in notes)
-    ]
-    found = hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:12]
-    assert (checkpoint.FORMAT, found) == (1, digest), (
-        "a new option takes a note Since(before=...); to rename or remove one, raise FORMAT"
-    )
 
 
 def test_what_an_exact_continuation_needs_must_be_there(options):

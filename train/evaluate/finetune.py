@@ -6,14 +6,11 @@ A run of its own in `--out`: checkpoints, resumes, signals and log are those of 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import sys
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -25,18 +22,18 @@ from torch import Tensor, nn
 
 from famt.models import ModelConfig
 from famt.patches import normalise_images
-from famt.pipeline import storage
 from famt.pipeline.errors import UserError
-from famt.pipeline.loader import CropBatch, CropLoader, LoaderConfig, RandomView
-from famt.pipeline.options import ELASTIC, FREE
+from famt.pipeline.loader import CropBatch, RandomView
+from famt.pipeline.options import ELASTIC, FREE, PLACE
 from famt.train.checkpoint import CLASSIFIER
+from famt.train.config import TrainingOptions
 from famt.train.distributed import data_parallel
 from famt.train.evaluate.mixing import Mixed, Mixer, Mixing
 from famt.train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
+from famt.train.files import own_folder
 from famt.train.log import log_evaluation
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation, OptimiserConfig
-from famt.train.resume import own_folder, resume
 from famt.train.streams import Stop
 
 
@@ -53,10 +50,10 @@ class FinetuneOptimiser(OptimiserConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Evaluation):
+class Finetune(Evaluation, TrainingOptions):
     """Encoder and classifier trained together; a run of its own."""
 
-    out: Annotated[Path, FREE]
+    out: Annotated[Path, FREE, PLACE]
     """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
     epochs: Annotated[int, Ge(1)] = 100
     """passes over the images"""
@@ -91,18 +88,6 @@ class Finetune(Evaluation):
             raise UserError(
                 f"--batch-size {self.batch_size} must be even, as mixup and CutMix take pairs"
             )
-
-    def describe(self) -> dict[str, Any]:
-        """The options as plain data, as checkpoints keep them; paths hold in any directory."""
-        absolute = dataclasses.replace(
-            self,
-            train=[storage.normalise_url(pattern) for pattern in self.train],
-            val=[storage.normalise_url(pattern) for pattern in self.val],
-            cache=storage.normalise_url(self.cache),
-            out=self.out.absolute(),
-        )
-        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(absolute), default=str))
-        return plain
 
 
 def finetune(
@@ -155,29 +140,9 @@ class Finetuning(Training[Mixed]):
         super().__init__(options, train.table, ranks)
         self.val = val
         self.classes = max(train.classes, val.classes)
-        resumed, exact = resume(options, self.identity(), ranks)
-        self.id = resumed.run if resumed else ranks.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
-
-        torch.manual_seed(options.seed)
         self.model = classifier(encoder, self.classes, options).to(ranks.device)
         self.sizes = ModelConfig.of(self.model)
-        self.loader = CropLoader(
-            train.table,
-            LoaderConfig(
-                batch_size=options.batch_size,
-                image_size=train.image_size,
-                view=options.view,
-                shuffle_buffer=options.shuffle_buffer,
-                threads=options.threads,
-            ),
-            drop_last=True,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            device=ranks.device,
-            seed=options.seed,
-            first_epoch=resumed.epoch if resumed else 0,
-            state=resumed.ranks[ranks.rank]["loader"] if resumed and exact else None,
-        )
+        self.loader = self.open_loader(train.image_size)
         self.mixer = Mixer(options.mixing, self.classes)
         self.optimisation = Optimisation(
             options.optimiser,
@@ -194,9 +159,7 @@ class Finetuning(Training[Mixed]):
             steps_per_epoch=self.loader.steps_per_epoch,
             effective_batch=options.batch_size * ranks.world_size,
         )
-        if resumed:
-            self.model.load_state_dict(resumed.model)
-            self.optimisation.load_state(vars(resumed), exact=exact)
+        self.restore()
         self.trained, _ = data_parallel(self.model, ranks)
         self.model.train()
 

@@ -21,7 +21,7 @@ from famt.patches import normalise_images
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import UserError
 from famt.pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
-from famt.pipeline.options import FREE, Checked, Seed
+from famt.pipeline.options import FREE, PLACE, Checked, Seed
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import SampleTable, load_samples
 from famt.train.distributed import Ranks
@@ -39,13 +39,13 @@ class Evaluation(Checked):
 
     checkpoint: str
     """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
-    cache: Annotated[str, FREE]
+    cache: Annotated[str, FREE, PLACE]
     """score cache; it comes to know the shards that it does not"""
-    train: Annotated[list[str], FREE]
+    train: Annotated[list[str], FREE, PLACE]
     """shards to learn from"""
-    val: Annotated[list[str], FREE]
+    val: Annotated[list[str], FREE, PLACE]
     """shards to test on"""
-    stage: Annotated[Path | None, FREE] = None
+    stage: Annotated[Path | None, FREE, PLACE] = None
     """folder on a fast local disk that each machine fetches the shards into before it begins; what
     is there of any earlier run is used"""
     ema: bool = False

@@ -26,8 +26,8 @@ class Live(Signal):
     ) -> None:
         check_model_kinds([slot.kind])
         self.exponent, self._kind, self.size = slot.exponent, slot.kind, image_size
-        self._encoder, self._parts = context.encoder, context.config.accumulate
-        self._bf16 = context.config.precision == "bf16"
+        self._encoder, self._parts = context.encoder, context.parts
+        self._bf16 = context.bf16
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
         return self.score(crops.images)
@@ -50,8 +50,7 @@ class Rolling(Banked):
     def __init__(self, slot: AttentionConfig, context: Context) -> None:
         super().__init__(slot.exponent, context)
         self._kind, self._every = slot.kind, slot.every
-        sizes = context.config.sizes
-        half = half_size(sizes.image_size, sizes.patch_size)
+        half = half_size(context.sizes.image_size, context.sizes.patch_size)
         self._live = Live(slot, context, slot.image_size or half)
         self._rolling = RollingScores(
             self.bank, self.grid, self._live.score, slot.every, write=self.write

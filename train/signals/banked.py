@@ -23,7 +23,7 @@ class Banked(Signal):
     def __init__(self, exponent: float, context: Context) -> None:
         self.exponent, self.grid = exponent, context.grid
         self._ranks = context.ranks
-        rows = len(context.samples)
+        self._data, rows = context.samples.digest, len(context.samples)
         self.bank = self._ranks.share(lambda: MapBank(rows, context.grid))
         self._unwritten: tuple[Views, Fetched, int, Fetched | None] | None = None
 
@@ -62,14 +62,12 @@ class Banked(Signal):
                     self.bank.merge(*news)
             ranks.gather(None)
 
-    def state(self) -> dict[str, Any]:
-        return self.bank.state()
+    def state_dict(self) -> dict[str, Any]:
+        return {"data": self._data, **self.bank.state_dict()}
 
-    def load_state(
-        self, state: dict[str, Any], *, epoch: int, exact: bool, same_rows: bool
-    ) -> None:
-        if same_rows:
-            self.bank.load_state(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["data"] == self._data:  # rows of other images mean nothing here
+            self.bank.load_state_dict(state)
 
     def scalars(self) -> dict[str, float]:
         return {f"{self.name}_coverage": self.bank.coverage}

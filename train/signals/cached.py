@@ -9,26 +9,22 @@ from torch import Tensor
 
 from famt.pipeline.join import crop_scores
 from famt.pipeline.loader import CropBatch
-from famt.pipeline.table import load_maps
 from famt.train.signals.config import FrequencyConfig
 from famt.train.signals.signal import Context, Signal
 
 
 class Cached(Signal):
-    """Maps of `--spec`, once in the RAM of each machine."""
+    """Maps of the pixel score (`--spec`), once in the RAM of each machine."""
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.cached_exponent, context.grid
-        self._spec = context.config.spec
-        self._maps = context.ranks.share(
-            lambda: load_maps(context.samples, context.cache, self._spec)
-        )
+        self._maps, self._score = context.ranks.share(context.cached), context.score
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
         return crop_scores(self._maps, crops, self._grid)
 
     def describe(self) -> str:
-        return f"cached {self._spec.id} to the power {self.exponent:g}"
+        return f"cached {self._score} to the power {self.exponent:g}"
 
 
 class CachedOfOthers(Cached):
@@ -39,7 +35,7 @@ class CachedOfOthers(Cached):
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         super().__init__(slot, context)
-        generator = torch.Generator().manual_seed(context.config.seed)
+        generator = torch.Generator().manual_seed(context.seed)
         circle = torch.randperm(len(context.samples), generator=generator)
         self._other = torch.empty_like(circle)
         self._other[circle] = circle.roll(1)

@@ -12,7 +12,9 @@ from famt.pipeline.options import FREE
 OFF = "off"
 
 
-class _Slot:
+class Slot:
+    """What a run's weights can be made of: a source and its options."""
+
     source: str
 
     @property
@@ -32,7 +34,7 @@ class _Slot:
 
 
 @dataclass(frozen=True)
-class FrequencyConfig(_Slot):
+class FrequencyConfig(Slot):
     """How much frequency content a patch has, in the image's pixels or in the encoder's tokens."""
 
     source: str = "cached-then-refreshed"
@@ -51,7 +53,7 @@ class FrequencyConfig(_Slot):
 
 
 @dataclass(frozen=True)
-class AttentionConfig(_Slot):
+class AttentionConfig(Slot):
     """What the encoder looks at."""
 
     source: str = "rolling"
@@ -70,7 +72,7 @@ class AttentionConfig(_Slot):
 
 
 @dataclass(frozen=True)
-class HardnessConfig(_Slot):
+class HardnessConfig(Slot):
     """What the model finds hard to reconstruct."""
 
     source: str = "off"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from famt.train.signals.banked import Banked
 from famt.train.signals.config import HardnessConfig
-from famt.train.signals.signal import Context, Taken
+from famt.train.signals.signal import Context, Step
 
 
 class Errors(Banked):
@@ -18,9 +18,9 @@ class Errors(Banked):
     def __init__(self, slot: HardnessConfig, context: Context) -> None:
         super().__init__(slot.exponent, context)
 
-    def learn(self, taken: Taken) -> None:
-        ranks = taken.errors.argsort(dim=1, stable=True).argsort(1).float() + 1
-        self.write_at(taken.views, taken.split.predicted, ranks / ranks.shape[1], taken.step)
+    def learn(self, step: Step) -> None:
+        ranks = step.errors.argsort(dim=1, stable=True).argsort(1).float() + 1
+        self.write_at(step.views, step.split.predicted, ranks / ranks.shape[1], step.number)
 
     def describe(self) -> str:
         return f"reconstruction errors by rank, to the power {self.exponent:g}"

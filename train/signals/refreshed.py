@@ -27,17 +27,16 @@ class Refreshed(Signal):
     def read(self, crops: CropBatch, step: int) -> Tensor | None:
         return self._followed.read(self._kind, crops)
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         current = self._followed.current
         return {"generation": current.step if current else None}
 
-    def load_state(
-        self, state: dict[str, Any], *, epoch: int, exact: bool, same_rows: bool
-    ) -> None:
-        if not exact:
-            self._followed.restart(epoch)
-        elif state["generation"] is not None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["generation"] is not None:
             self._followed.restore(state["generation"])
+
+    def restart(self, state: dict[str, Any], epoch: int) -> None:
+        self._followed.restart(epoch)
 
     def saved(self, step: int, log: Log | None) -> None:
         self._followed.saved(step, log)

@@ -11,7 +11,7 @@ from famt.attention import attention_of, attention_scores, cls_attention
 from famt.pipeline.errors import UserError
 from famt.train.signals.banked import Banked
 from famt.train.signals.config import AttentionConfig
-from famt.train.signals.signal import Context, Taken
+from famt.train.signals.signal import Context, Step
 
 _FORMULAS = {"attention": attention_scores, "cls_attention": cls_attention}
 
@@ -35,17 +35,17 @@ class Seen(Banked):
         self._seen: list[Tensor] = []  # queries, keys and values of the parts of a step
         self._hook = self._attention.qkv.register_forward_hook(self._see)
 
-    def learn(self, taken: Taken) -> None:
+    def learn(self, step: Step) -> None:
         with torch.no_grad():
             parts = [self._formula(attention_of(self._attention, qkv)) for qkv in self._seen]
         scores = torch.cat(parts)
         self._seen.clear()
-        if scores.shape[1] != taken.split.visible.shape[1]:
+        if scores.shape[1] != step.split.visible.shape[1]:
             raise UserError(
                 "--attention.source seen: the encoder of this method sees more than the visible "
                 "patches; use rolling"
             )
-        self.write_at(taken.views, taken.split.visible, scores, taken.step)
+        self.write_at(step.views, step.split.visible, scores, step.number)
 
     def close(self, *, finished: bool) -> None:
         self._hook.remove()

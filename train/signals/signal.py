@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.pipeline.cache import ScoreCache
+from famt.models import PatchConfig
 from famt.pipeline.loader import CropBatch, Views
 from famt.pipeline.table import SampleTable
 from famt.sampling import PatchSplit
-from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
 from famt.train.log import Log
 from famt.train.signals.following import FollowedMaps
@@ -24,41 +24,50 @@ class Context:
     """What a signal may ask of its run.
 
     Attributes:
-        run: id of the run.
-        config: its options.
         samples: the images that it trains on, a row each.
-        cache: where score maps are.
-        grid: patches a side of a crop.
+        sizes: of the crops and their patches.
         encoder: of the model in training.
         ranks: this rank among those of the run.
+        cached: gives the maps `[R, G, G]` of the pixel score, from the cache.
+        score: name of that score.
+        seed: of the run.
+        parts: that a batch goes through the model in, one after another.
+        bf16: whether the model computes under autocast.
         followed: the generations of maps that the run takes up, if it has refreshed signals.
     """
 
-    run: str
-    config: Pretrain
     samples: SampleTable
-    cache: ScoreCache
-    grid: int
+    sizes: PatchConfig
     encoder: VisionTransformer
     ranks: Ranks
-    followed: FollowedMaps | None
+    cached: Callable[[], Tensor]
+    score: str
+    seed: int = 0
+    parts: int = 1
+    bf16: bool = False
+    followed: FollowedMaps | None = None
+
+    @property
+    def grid(self) -> int:
+        """Patches a side of a crop."""
+        return self.sizes.grid
 
 
 @dataclass(frozen=True)
-class Taken:
-    """A step that was just taken, but for the update of the weights.
+class Step:
+    """A training step before the update of the weights.
 
     Attributes:
         views: the crops, `[B]`.
         split: which of their patches were masked, thrown and visible.
         errors: `[B, K]` float32, mean error of each masked patch that was predicted.
-        step: of the run.
+        number: of the step.
     """
 
     views: Views
     split: PatchSplit
     errors: Tensor
-    step: int
+    number: int
 
 
 class Signal:
@@ -87,27 +96,22 @@ class Signal:
         """An epoch begins; returns False if the run was asked to stop while the signal waited."""
         return True
 
-    def learn(self, taken: Taken) -> None:
-        """A step was taken."""
+    def learn(self, step: Step) -> None:
+        """Take up what a training step computed."""
 
     def synchronise(self) -> None:
         """Bring all machines to the same content: an epoch ended, or a checkpoint is due."""
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint must keep; tensors and plain data."""
         return {}
 
-    def load_state(
-        self, state: dict[str, Any], *, epoch: int, exact: bool, same_rows: bool
-    ) -> None:
-        """Go on from a checkpoint.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint with the very next batch."""
 
-        Args:
-            state: what `state` gave.
-            epoch: the one that the run is in.
-            exact: with the very next batch; if not, from the beginning of an epoch.
-            same_rows: the samples are those of the checkpoint.
-        """
+    def restart(self, state: dict[str, Any], epoch: int) -> None:
+        """Go on from a checkpoint at the beginning of an epoch, with other options or images."""
+        self.load_state_dict(state)
 
     def saved(self, step: int, log: Log | None) -> None:
         """A checkpoint was written."""

@@ -19,7 +19,7 @@ from famt.sampling import patch_weights
 from famt.train.config import Pretrain
 from famt.train.signals.attention import Live, Rolling
 from famt.train.signals.cached import Cached, CachedOfOthers
-from famt.train.signals.config import OFF
+from famt.train.signals.config import OFF, Slot
 from famt.train.signals.hardness import Errors
 from famt.train.signals.refreshed import CachedThenRefreshed, Refreshed
 from famt.train.signals.seen import Seen
@@ -42,24 +42,23 @@ SOURCES: dict[str, dict[str, Callable[[Any, Context], Signal]]] = {
 }
 
 
-def build_signals(context: Context) -> list[Signal]:
+def build_signals(config: Pretrain, context: Context) -> list[Signal]:
     """The signals of a run, one for each slot that is not off.
 
     Raises:
         ValueError: no such source.
     """
     return [
-        build_signal(name, context) for name in SOURCES if not getattr(context.config, name).is_off
+        build_signal(name, slot, context) for name, slot in config.slots.items() if not slot.is_off
     ]
 
 
-def build_signal(name: str, context: Context) -> Signal:
+def build_signal(name: str, slot: Slot, context: Context) -> Signal:
     """The signal of a slot that is not off.
 
     Raises:
         ValueError: no such source.
     """
-    slot = getattr(context.config, name)
     signal = _source(name, slot.source)(slot, context)
     signal.name = name
     return signal

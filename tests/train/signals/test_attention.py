@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from samples import context
+from samples import Rows, context
 
 from famt.attention import attention_scores, last_attention, last_block
 from famt.frequency import token_frequency
@@ -35,27 +35,27 @@ def _relative(scores):
 
 def _live(encoder, **options):
     with join_ranks("cpu") as ranks:
-        return Live(AttentionConfig("live"), context(encoder, range(26), ranks, **options))
+        return Live(AttentionConfig("live"), context(encoder, Rows(26), ranks, **options))
 
 
 def _rolling(encoder, rows, every, **options):
     with join_ranks("cpu") as ranks:
         slot = AttentionConfig(every=every, **({"image_size": 32} | options))
-        return Rolling(slot, context(encoder, range(rows), ranks))
+        return Rolling(slot, context(encoder, Rows(rows), ranks))
 
 
 def test_live_scores_are_those_of_the_last_attention(encoder, scored):
     crops = next(iter(_loader(scored, RandomView())))
     expected = attention_scores(last_attention(encoder, normalise_images(crops.images)))
     torch.testing.assert_close(_live(encoder).read(crops, 0), expected)
-    in_parts = _live(encoder, accumulate=4, batch_size=8).read(crops, 0)
+    in_parts = _live(encoder, parts=4).read(crops, 0)
     torch.testing.assert_close(in_parts, expected)
 
 
 def test_any_score_of_a_model_can_be_live(encoder, scored):
     crops = next(iter(_loader(scored, RandomView())))
     with join_ranks("cpu") as ranks:
-        live = Live(AttentionConfig(kind="token_frequency"), context(encoder, range(26), ranks))
+        live = Live(AttentionConfig(kind="token_frequency"), context(encoder, Rows(26), ranks))
     tokens = last_block(encoder, normalise_images(crops.images))[1]
     torch.testing.assert_close(live.read(crops, 0), token_frequency(tokens))
 

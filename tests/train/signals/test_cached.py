@@ -3,7 +3,6 @@ import dataclasses
 import torch
 
 from famt.pipeline.join import crop_scores
-from famt.pipeline.table import load_maps
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 from famt.train.signals.config import FrequencyConfig
@@ -14,7 +13,7 @@ def test_a_cached_score_is_that_of_the_crops_own_window(config):
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
-        maps = load_maps(run.samples, run.context.cache, config.spec)
+        maps = run.context.cached()
         assert torch.equal(run.signals[0].read(crops, 0), crop_scores(maps, crops, 8))
 
 
@@ -23,7 +22,7 @@ def test_the_control_gives_every_image_the_map_of_another_always_the_same(config
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
-        maps = load_maps(run.samples, run.context.cache, config.spec)
+        maps = run.context.cached()
         found = run.signals[0].read(crops, 0)
         used = set()
         for number, row in enumerate(crops.rows.tolist()):
