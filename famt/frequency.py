@@ -7,34 +7,14 @@ decoded at half size scores like the full one.
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PixelKind = Literal[
-    "hypercomplex_fourier",
-    "hypercomplex_fourier_scales",
-    "frequency_tuned",
-    "lowpass",
-    "highpass",
-    "bandpass",
-    "spectral_residual",
-    "border_geodesic",
-]
-PIXEL_KINDS: tuple[PixelKind, ...] = get_args(PixelKind)
-DEFAULT_KIND: PixelKind = "hypercomplex_fourier"
+from famt.kinds import BANDS, DEFAULT_KIND, PixelKind, check_pixel_score
 
-# (low, high) edges of the Gaussian pass band, in cycles per image side.
-_BANDS: dict[str, tuple[float, float]] = {
-    "lowpass": (0.0, 6.7),
-    "highpass": (6.7, math.inf),
-    "bandpass": (4.5, 22.4),
-    "frequency_tuned": (0.0, 24.0),
-    "border_geodesic": (0.0, 8.0),
-}
 # Widths in cycles per image side by which amplitude spectra are smoothed.
 _SCALES: dict[str, tuple[float, ...]] = {
     "hypercomplex_fourier": (4.0,),
@@ -104,7 +84,7 @@ def pixel_frequency(
         saliency = _hypercomplex_fourier(lab, _SCALES[kind])
         blurred = _band_cells(saliency, 0.0, _blur_edge(_SALIENCY_BLUR), grid)
         return _unit_mean(blurred.squeeze(1).masked_fill(flat[:, None, None], 0.0))
-    low, high = _BANDS[kind] if band is None else band
+    low, high = BANDS[kind] if band is None else band
     if kind == "border_geodesic":
         colour = rgb_to_lab(_finite(_band_cells(images, low, high, grid)).clamp(0, 1))
         return _unit_mean(_distance_from_border(colour), _FLAT_LAB)
@@ -115,25 +95,6 @@ def pixel_frequency(
     if tuned:
         return _unit_mean(cells.squeeze(1), _FLAT_LAB)
     return _unit_mean(_smooth(cells).squeeze(1))
-
-
-def check_pixel_score(grid: int, kind: str, band: tuple[float, float] | None) -> None:
-    """Refuse what `pixel_frequency` can't compute, whatever the images.
-
-    Raises:
-        ValueError: says which of the three, and its bounds.
-    """
-    if grid < 2:
-        raise ValueError(f"grid must be at least 2 cells a side, got {grid}")
-    if kind not in PIXEL_KINDS:
-        raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(PIXEL_KINDS)}")
-    if band is None:
-        return
-    if kind not in _BANDS:
-        raise ValueError(f"{kind} looks at the whole spectrum and takes no band")
-    low, high = band
-    if not 0 <= low < high:
-        raise ValueError(f"band must be 0 <= low < high, got {low} {high}")
 
 
 def token_frequency(tokens: Tensor, cutoff: float = 0.15) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,14 +22,7 @@ class MaskedModel(nn.Module):
         config: all that it is built from.
         encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
             are timm's own.
-        defaults: fields of the config that the method sets apart from MAE's.
-        plain_mask_ratio: what the paper masks at random, with nothing thrown.
-        has_decoder: whether the config's decoder is built.
     """
-
-    defaults: ClassVar[dict[str, Any]] = {}
-    plain_mask_ratio: ClassVar[float] = 0.75
-    has_decoder: ClassVar[bool] = True
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

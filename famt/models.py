@@ -1,15 +1,17 @@
-"""How large a model is, and what it is given: names for both, and what may be set apart."""
+"""How large a model is, and what it is given: names for both, and what may be set apart.
+
+The command line reads these sizes, so torch and timm are imported where an encoder is built.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from timm.layers import build_sincos2d_pos_embed
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
 
 Decoder = Literal["self", "cross"]
 
@@ -114,6 +116,9 @@ class ModelConfig(PatchConfig):
 
     def encoder(self) -> VisionTransformer:
         """A timm ViT with fixed 2-D sin-cos positions and no head, not initialised for training."""
+        from timm.models.vision_transformer import VisionTransformer
+        from torch import nn
+
         encoder = VisionTransformer(
             img_size=self.image_size,
             patch_size=self.patch_size,
@@ -130,9 +135,12 @@ class ModelConfig(PatchConfig):
 
 def sincos_positions(grid: int, width: int) -> nn.Parameter:
     """`[1, 1 + grid**2, width]`, not trained; the class token's is zero (MAE, appendix A.1)."""
+    import torch
+    from timm.layers import build_sincos2d_pos_embed
+
     patches = build_sincos2d_pos_embed([grid, grid], width)
     positions = torch.cat([torch.zeros(1, width), patches])[None]
-    return nn.Parameter(positions, requires_grad=False)
+    return torch.nn.Parameter(positions, requires_grad=False)
 
 
 # A name stands for widths, depths and heads, and for the image and patch size that it is made for.

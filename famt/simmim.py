@@ -9,8 +9,6 @@ goes wherever MAE's does.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +23,6 @@ class SimMIM(MaskedModel):
     Raises:
         ValueError: a config that asks for a decoder of another kind.
     """
-
-    defaults: ClassVar[dict[str, Any]] = {"unit": 2, "normalise_targets": False}
-    plain_mask_ratio: ClassVar[float] = 0.6
-    has_decoder: ClassVar[bool] = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

@@ -35,6 +35,7 @@ from typing import Protocol
 
 import tyro
 
+from famt.__main__ import called
 from famt.jobs.benchmarks.attention import Attention
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.measure import Report
@@ -44,7 +45,7 @@ from famt.jobs.benchmarks.refresh import Refresh
 from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.scale import Scale
 from famt.jobs.benchmarks.step import Step
-from famt.train.program import called, run_program
+from famt.train.program import run_program
 
 
 class Benchmark(Protocol):

@@ -29,9 +29,10 @@ from tqdm import tqdm
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.collector import Collection, collect
-from famt.pipeline.loader import CropLoader, LoaderConfig, WholeView
-from famt.pipeline.manifest import CacheError, ShardRecord
-from famt.pipeline.options import Checked, Seed
+from famt.pipeline.errors import CacheError
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.options import Checked, LoaderConfig, Seed, WholeView
 from famt.pipeline.packs import check_pack, read_pack
 from famt.pipeline.precompute import score_shard
 from famt.pipeline.scores import ScoreSpec, is_generation

@@ -23,18 +23,18 @@ from annotated_types import Ge
 
 from famt.jobs import make_shards, precompute_freq
 from famt.jobs.cluster import start_ray
+from famt.jobs.options import RefreshWorkers
 from famt.jobs.refresh_scores import following
-from famt.jobs.refresh_workers import RefreshWorkers
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.loader import RandomView
-from famt.pipeline.options import Checked
+from famt.pipeline.options import Checked, RandomView
 from famt.pipeline.table import load_samples
 from famt.pipeline.writer import DIGITS
 from famt.train import figures, pretrain, report
 from famt.train.config import Pretrain, parse
-from famt.train.evaluate.probe import Probe
+from famt.train.evaluate.options import Probe
 from famt.train.evaluate.run import run as evaluate
+from famt.train.options import Figures
 from famt.train.program import parsed, run_program
 
 
@@ -105,9 +105,7 @@ def main(demo: Demo) -> None:
             accuracy[name] = float(found["top1"])
     with _stage("5. a picture, and a page of the run"):
         picture = figures.main(
-            figures.Figures(
-                checkpoint=run, cache=cache, shards=val, out=folder / "pictures" / "split.png"
-            )
+            Figures(checkpoint=run, cache=cache, shards=val, out=folder / "pictures" / "split.png")
         )
         page = report.main(report.Report([run], folder / "report.html"))
     minutes = (time.monotonic() - started) / 60

@@ -20,8 +20,8 @@ from famt.jobs.costs import StepCost, measured
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import FREE
 from famt.train.config import Pretrain, parse
+from famt.train.evaluate.options import Evaluation
 from famt.train.evaluate.run import EVALUATORS
-from famt.train.evaluate.trunk import Evaluation
 from famt.train.history import History
 from famt.train.report import METRICS, last, percent
 

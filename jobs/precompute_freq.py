@@ -39,8 +39,7 @@ from tqdm import tqdm
 from famt.jobs.cluster import failure, start_ray
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.errors import UserError
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.options import Checked
 from famt.pipeline.packs import pack_loose
 from famt.pipeline.precompute import ShardReport, precompute_shard, publish

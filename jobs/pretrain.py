@@ -21,14 +21,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
 import ray
 import torch
-from annotated_types import Ge
 from ray.train import (
     ControllerError,
     FailureConfig,
@@ -40,30 +37,15 @@ from ray.train.torch import TorchTrainer
 
 from famt.jobs import failures
 from famt.jobs.cluster import start_ray
+from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.refresh_scores import following
-from famt.jobs.refresh_workers import GPU_SHARE, RefreshWorkers
+from famt.jobs.refresh_workers import GPU_SHARE
 from famt.pipeline.errors import UserError
 from famt.train import pretrain
-from famt.train.config import Pretrain, parse
-from famt.train.program import run_program
+from famt.train.config import Pretrain
+from famt.train.program import parsed, run_program
 
 _MOST_THREADS = 16  # decode as many photos as a GPU's step takes, docs/scale.md
-
-
-@dataclass(frozen=True)
-class RayPretrain(Pretrain):
-    """A pre-training run and the workers that it runs on."""
-
-    workers: Annotated[int, Ge(0)] = 0
-    """ranks that Ray Train starts on the cluster; 0 trains in this process, without Ray Train"""
-    gpu: bool = False
-    """a GPU for each of them"""
-    cpus_per_worker: Annotated[int | None, Ge(1)] = None
-    """CPU cores for each worker; also its decoding threads, unless --threads says otherwise. If
-    left out, 1 without GPUs, and with them a GPU's share of its machine's cores, 16 at most"""
-    max_failures: Annotated[int, Ge(-1)] = 3
-    """times that the run is started again after a worker was lost; -1 for any number"""
-    refresher: RefreshWorkers = field(default_factory=RefreshWorkers)
 
 
 def main(args: RayPretrain) -> None:
@@ -162,4 +144,4 @@ def _cores_of_a_gpu(args: RayPretrain, nodes: list[dict[str, Any]]) -> int:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(parse(arguments, __doc__, RayPretrain)), sys.argv[1:])
+    run_program(main, parsed(RayPretrain, __doc__))

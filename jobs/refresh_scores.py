@@ -40,7 +40,8 @@ from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.jobs.cluster import start_ray
-from famt.jobs.refresh_workers import RefreshWorkers, UnwantedError, refresh_on_ray
+from famt.jobs.options import RefreshWorkers
+from famt.jobs.refresh_workers import UnwantedError, refresh_on_ray
 from famt.models import ModelConfig
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache

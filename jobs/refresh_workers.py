@@ -9,15 +9,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import obstore.exceptions
 import ray
 import torch
-from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.jobs.cluster import failure
+from famt.jobs.options import RefreshWorkers
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import UserError
 from famt.pipeline.refresh import refresh_shards
@@ -32,21 +32,6 @@ _NICE = 19
 _PATIENCE = 60.0  # seconds that actors may take to come up
 _SHARDS_A_TASK = 16  # a task builds one DALI graph; what a lost worker did not finish is done again
 _TRIES = 3  # of tars whose worker was lost
-
-
-@dataclass(frozen=True)
-class RefreshWorkers:
-    """What a refresh may use of the cluster."""
-
-    workers: Annotated[int | None, Ge(1)] = None
-    """actors; as many as the cluster has room for now if left out"""
-    cpus_per_worker: Annotated[int, Ge(1)] = 1
-    """CPU cores, and decoding threads, of each"""
-    gpus_per_worker: Annotated[float | None, Ge(0)] = None
-    """share of a GPU for each; 0 computes on the CPU. A quarter if left out, where the run trains
-    on GPUs and the cluster has any"""
-    batch_size: Annotated[int, Ge(1)] = 32
-    """images at a time"""
 
 
 class UnwantedError(Exception):

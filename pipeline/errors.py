@@ -10,5 +10,9 @@ class UserError(ValueError):
     """
 
 
+class CacheError(RuntimeError):
+    """The cache lacks what was asked of it; the message names the shard and the remedy."""
+
+
 class RankError(RuntimeError):
     """Another rank of a training failed or was lost, and this one can't go on without it."""

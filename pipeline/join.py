@@ -3,57 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor
 
 from famt.geometry import crop_maps
 from famt.models import PatchConfig
 from famt.patches import gather_patches
 from famt.pipeline.loader import CropBatch, Views
-from famt.sampling import (
-    PatchSplit,
-    Predicted,
-    Thrown,
-    Visible,
-    loss_weights,
-    predict_some,
-    sample_patches,
-)
+from famt.pipeline.options import JoinConfig
+from famt.sampling import PatchSplit, loss_weights, predict_some, sample_patches
 from famt.targets import low_pass
 from famt.transfer import send
 from famt.units import split_of_patches, unit_weights
-
-
-@dataclass(frozen=True)
-class JoinConfig:
-    """How weights become a split."""
-
-    mask_ratio: Annotated[float, Ge(0), Lt(1)] = 0.45
-    """share of the patches that are hidden and reconstructed"""
-    throw_ratio: Annotated[float, Ge(0), Lt(1)] = 0.40
-    """share of the patches that are left out of everything"""
-    visible: Visible = "lightest"
-    """the visible patches are the lightest, which masking and throwing leave over, or a uniform
-    draw made first, as MAE's are"""
-    thrown: Thrown = "heaviest"
-    """the thrown patches are the heaviest after the masked ones, or the lightest of all"""
-    blend: Annotated[tuple[float, float], Ge(0), Le(1)] = (1.0, 1.0)
-    """how much the weights count at the first and at the last step, and linearly between: 0 draws
-    uniformly, 1 by weight alone"""
-    predicted_share: Annotated[float, Gt(0), Le(1)] = 1.0
-    """share of the masked patches that are reconstructed; the others cost nothing"""
-    predicted: Predicted = "random"
-    """which ones: a uniform draw, or spread as far from each other as can be"""
-    loss_exponent: Annotated[float, Ge(0)] = 0.0
-    """power of a patch's weight in its share of the loss; 0 counts all patches alike"""
-
-    def blend_at(self, progress: float) -> float:
-        """How much the weights count when `progress` in [0, 1] of the run's steps are done."""
-        first, last = self.blend
-        return first + (last - first) * min(max(progress, 0.0), 1.0)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from annotated_types import Ge, Gt, Le
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
@@ -31,107 +30,21 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from famt.pipeline import storage
-from famt.pipeline.errors import UserError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.limits import allow_open_files
-from famt.pipeline.manifest import CacheError
-from famt.pipeline.options import Checked
+from famt.pipeline.options import CentreView, LoaderConfig, RandomView, View
 from famt.pipeline.table import SampleTable
 from famt.transfer import send
 
-Interpolation = Literal["bicubic", "bilinear"]
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new attempt to read from a store that failed
 _PREFETCHED = 2  # batches
-
-
-@dataclass(frozen=True)
-class RandomView:
-    """A random resized crop and flip, drawn as torchvision's RandomResizedCrop does."""
-
-    area: Annotated[tuple[float, float], Gt(0), Le(1)] = (0.2, 1.0)
-    """range of the crop's share of the image area"""
-    aspect_ratio: Annotated[tuple[float, float], Gt(0)] = (3 / 4, 4 / 3)
-    """range of the crop's width over height, before it is squashed to a square"""
-    flip: Annotated[float, Ge(0), Le(1)] = 0.5
-    """probability of a left-right flip"""
-
-    def __post_init__(self) -> None:
-        for name in ("area", "aspect_ratio"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise UserError(f"{name} {low} {high} must be the smaller end, then the larger")
-
-
-@dataclass(frozen=True)
-class CentreView:
-    """The central square, `fraction` of the image's shorter side."""
-
-    fraction: Annotated[float, Gt(0), Le(1)] = 0.875
-
-
-@dataclass(frozen=True)
-class WholeView:
-    """The whole image, squashed to a square."""
-
-
-View = RandomView | CentreView | WholeView
 
 
 def own_cores() -> int:
     """CPU cores of this machine that are this rank's share."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How images are decoded for a GPU; for a CPU nothing of it counts."""
-
-    on: Literal["gpu", "cpu"] = "gpu"
-    """where; on cpu the threads decode, and the GPU resizes what they send"""
-    hardware_share: Annotated[float, Ge(0), Le(1)] = 0.65
-    """share of a batch for the hardware decoder of a GPU that has one; the others are decoded by
-    threads and CUDA cores, so more threads want a smaller share"""
-    preallocate: Annotated[int, Ge(0)] = 0
-    """side of images, px, that the hardware decoder gets memory for at the start; 0 lets it grow
-    with the images"""
-
-
-@dataclass(frozen=True)
-class LoaderConfig(Checked):
-    """How crops are read and cut."""
-
-    batch_size: Annotated[int, Ge(1)] = 64
-    """crops a step on this rank"""
-    image_size: Annotated[int, Ge(1)] = 224
-    """side of the square crops, px"""
-    view: View = field(default_factory=RandomView)
-    """which part of an image a crop shows"""
-    interpolation: Interpolation = "bicubic"
-    """how crops are resized, with antialiasing"""
-    shuffle_buffer: Annotated[int, Ge(0)] = 4096
-    """encoded samples held to draw from at random; 0 reads in shard order"""
-    threads: Annotated[int | None, Ge(1)] = None
-    """CPU threads that decode; a rank's share of the machine's cores if left out"""
-    crops_per_image: Annotated[int, Ge(1)] = 1
-    """crops of each image that is decoded, all in one batch; an epoch is one decode of each image,
-    so it has as many times the steps"""
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
-    resident: bool = False
-    """the images are held decoded and cut there; see `ResidentLoader`"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size % self.crops_per_image:
-            raise UserError(
-                f"a batch of {self.batch_size} crops is not made of images with "
-                f"{self.crops_per_image} crops each"
-            )
-
-    @property
-    def images_per_batch(self) -> int:
-        """Images that are decoded for a batch."""
-        return self.batch_size // self.crops_per_image
 
 
 @dataclass(frozen=True)

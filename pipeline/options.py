@@ -1,4 +1,9 @@
-"""Bounds of options, stated beside each option, and checked in one place for every program.
+"""Options: bounds and notes beside each of them, and those of the loader and of the join.
+
+This module imports nothing heavy, and neither does any other that holds options of a program: a
+command line is parsed before torch is imported.
+
+Bounds are checked in one place for every program:
 
     epochs: Annotated[int, Ge(1)] = 800
     flip: Annotated[float, Ge(0), Le(1)] = 0.5
@@ -13,13 +18,15 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from famt.pipeline.errors import UserError
+from famt.policy import Predicted, Thrown, Visible
 
 Options = TypeVar("Options")
 
@@ -29,6 +36,8 @@ ELASTIC = "may differ on resume with --elastic"
 """note beside an option of a run: it may, from the beginning of an epoch"""
 
 
+MAIN = "shown by --help"
+"""note beside one of the options that matter most, where a program has many"""
 PLACE = "a path or URL"
 """note beside an option: it is written down so that it holds in any working directory"""
 
@@ -76,10 +85,8 @@ def check_bounds(options: Any) -> None:
 
 def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """(dotted name, value, notes beside its type) of every option in a dataclass."""
-    hints = _hints(cast(Hashable, type(options)))
-    for field in dataclasses.fields(options):
-        value, name = getattr(options, field.name), above + field.name
-        notes = tuple(getattr(hints[field.name], "__metadata__", ()))
+    for own_name, notes in notes_of(type(options)).items():
+        value, name = getattr(options, own_name), above + own_name
         if dataclasses.is_dataclass(value):
             for inner, held, own in annotated(value, f"{name}."):
                 yield inner, held, (*notes, *own)
@@ -117,6 +124,129 @@ def restored(kind: type[Options], plain: dict[str, Any]) -> Options:
     return kind(**values)
 
 
+def notes_of(kind: type) -> dict[str, tuple[Any, ...]]:
+    """Notes beside the type of each option of a dataclass, by its name."""
+    return _notes_of(cast(Hashable, kind))
+
+
 @cache
-def _hints(kind: Hashable) -> dict[str, Any]:
-    return get_type_hints(kind, include_extras=True)
+def _notes_of(kind: Any) -> dict[str, tuple[Any, ...]]:
+    hints = get_type_hints(kind, include_extras=True)
+    names = (each.name for each in dataclasses.fields(kind))
+    return {name: tuple(getattr(hints[name], "__metadata__", ())) for name in names}
+
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+
+@dataclass(frozen=True)
+class RandomView:
+    """A random resized crop and flip, drawn as torchvision's RandomResizedCrop does."""
+
+    area: Annotated[tuple[float, float], Gt(0), Le(1)] = (0.2, 1.0)
+    """range of the crop's share of the image area"""
+    aspect_ratio: Annotated[tuple[float, float], Gt(0)] = (3 / 4, 4 / 3)
+    """range of the crop's width over height, before it is squashed to a square"""
+    flip: Annotated[float, Ge(0), Le(1)] = 0.5
+    """probability of a left-right flip"""
+
+    def __post_init__(self) -> None:
+        for name in ("area", "aspect_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise UserError(f"{name} {low} {high} must be the smaller end, then the larger")
+
+
+@dataclass(frozen=True)
+class CentreView:
+    """The central square, `fraction` of the image's shorter side."""
+
+    fraction: Annotated[float, Gt(0), Le(1)] = 0.875
+
+
+@dataclass(frozen=True)
+class WholeView:
+    """The whole image, squashed to a square."""
+
+
+View = RandomView | CentreView | WholeView
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How images are decoded for a GPU; for a CPU nothing of it counts."""
+
+    on: Literal["gpu", "cpu"] = "gpu"
+    """where; on cpu the threads decode, and the GPU resizes what they send"""
+    hardware_share: Annotated[float, Ge(0), Le(1)] = 0.65
+    """share of a batch for the hardware decoder of a GPU that has one; the others are decoded by
+    threads and CUDA cores, so more threads want a smaller share"""
+    preallocate: Annotated[int, Ge(0)] = 0
+    """side of images, px, that the hardware decoder gets memory for at the start; 0 lets it grow
+    with the images"""
+
+
+@dataclass(frozen=True)
+class LoaderConfig(Checked):
+    """How crops are read and cut."""
+
+    batch_size: Annotated[int, Ge(1)] = 64
+    """crops a step on this rank"""
+    image_size: Annotated[int, Ge(1)] = 224
+    """side of the square crops, px"""
+    view: View = field(default_factory=RandomView)
+    """which part of an image a crop shows"""
+    interpolation: Interpolation = "bicubic"
+    """how crops are resized, with antialiasing"""
+    shuffle_buffer: Annotated[int, Ge(0)] = 4096
+    """encoded samples held to draw from at random; 0 reads in shard order"""
+    threads: Annotated[int | None, Ge(1)] = None
+    """CPU threads that decode; a rank's share of the machine's cores if left out"""
+    crops_per_image: Annotated[int, Ge(1)] = 1
+    """crops of each image that is decoded, all in one batch; an epoch is one decode of each image,
+    so it has as many times the steps"""
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    resident: bool = False
+    """the images are held decoded and cut there; see `ResidentLoader`"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.crops_per_image:
+            raise UserError(
+                f"a batch of {self.batch_size} crops is not made of images with "
+                f"{self.crops_per_image} crops each"
+            )
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images that are decoded for a batch."""
+        return self.batch_size // self.crops_per_image
+
+
+@dataclass(frozen=True)
+class JoinConfig:
+    """How weights become a split."""
+
+    mask_ratio: Annotated[float, Ge(0), Lt(1)] = 0.45
+    """share of the patches that are hidden and reconstructed"""
+    throw_ratio: Annotated[float, Ge(0), Lt(1)] = 0.40
+    """share of the patches that are left out of everything"""
+    visible: Visible = "lightest"
+    """the visible patches are the lightest, which masking and throwing leave over, or a uniform
+    draw made first, as MAE's are"""
+    thrown: Thrown = "heaviest"
+    """the thrown patches are the heaviest after the masked ones, or the lightest of all"""
+    blend: Annotated[tuple[float, float], Ge(0), Le(1)] = (1.0, 1.0)
+    """how much the weights count at the first and at the last step, and linearly between: 0 draws
+    uniformly, 1 by weight alone"""
+    predicted_share: Annotated[float, Gt(0), Le(1)] = 1.0
+    """share of the masked patches that are reconstructed; the others cost nothing"""
+    predicted: Predicted = "random"
+    """which ones: a uniform draw, or spread as far from each other as can be"""
+    loss_exponent: Annotated[float, Ge(0)] = 0.0
+    """power of a patch's weight in its share of the loss; 0 counts all patches alike"""
+
+    def blend_at(self, progress: float) -> float:
+        """How much the weights count when `progress` in [0, 1] of the run's steps are done."""
+        first, last = self.blend
+        return first + (last - first) * min(max(progress, 0.0), 1.0)

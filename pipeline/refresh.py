@@ -10,8 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.loader import CropLoader, LoaderConfig, WholeView
+from famt.pipeline.loader import CropLoader
 from famt.pipeline.model_scores import model_maps
+from famt.pipeline.options import LoaderConfig, WholeView
 from famt.pipeline.scores import ModelScoreSpec
 from famt.pipeline.table import load_samples, require_shards
 

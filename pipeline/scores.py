@@ -15,21 +15,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from annotated_types import Ge
 from blake3 import blake3
-from torch import Tensor
 
-from famt.frequency import (
-    DEFAULT_KIND,
-    PIXEL_KINDS,
-    check_pixel_score,
-    pixel_frequency,
-)
+from famt.kinds import DEFAULT_KIND, PIXEL_KINDS, check_pixel_score
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import Checked
+
+if TYPE_CHECKING:  # options of programs are here, and parsed before torch is imported
+    from torch import Tensor
 
 # Raise these with any change that alters the numbers of an existing kind.
 _CODE_VERSION = 2  # 1 decoded all images by Pillow
@@ -38,7 +34,7 @@ _MODEL_CODE_VERSION = 1
 _GENERATION = "generation-"
 _MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 
-PixelScore = Callable[[Tensor, int], Tensor]
+PixelScore = Callable[["Tensor", int], "Tensor"]
 """images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
 MODEL_KINDS = ("attention", "cls_attention", "token_frequency", "frequency_attention")
 """scores that a model gives; `famt.pipeline.model_scores` computes them"""
@@ -112,6 +108,10 @@ class ScoreSpec(Checked):
         Raises:
             ValueError: no such kind here, or another package's score is not what it must be.
         """
+        import torch
+
+        from famt.frequency import pixel_frequency
+
         if self.kind not in PIXEL_KINDS:
             scores = named("famt.scores", PIXEL_KINDS, self.kind).load()(images, self.grid)
             return unit_mean(scores, (len(images), self.grid, self.grid), self.kind)
@@ -171,6 +171,8 @@ def is_generation(spec_id: str) -> bool:
 
 def encoder_digest(weights: Mapping[str, Tensor]) -> str:
     """Hash of an encoder's weights: 32 hex digits."""
+    import torch
+
     digest = blake3()
     for name in sorted(weights):
         value = weights[name].detach().cpu().contiguous()
@@ -224,6 +226,8 @@ def unit_mean(scores: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
     Raises:
         ValueError: they are not of that shape, finite and >= 0; names their kind.
     """
+    import torch
+
     if scores.shape != shape or not scores.isfinite().all() or (scores < 0).any():
         raise UserError(
             f"scores of kind {kind!r} must be finite, >= 0 and {list(shape)}, "

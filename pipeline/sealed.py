@@ -14,14 +14,12 @@ from typing import Any
 
 from blake3 import blake3
 
+from famt.pipeline.errors import CacheError as CacheError
+
 FORMAT = (
     4  # 1 named shards by their SHA-256; 2 had no checksums; those of 3 did not know their place
 )
 _FIELD, _CHUNKS = "checksum", "chunks"
-
-
-class CacheError(RuntimeError):
-    """The cache lacks what was asked of it; the message names the shard and the remedy."""
 
 
 class CacheFullError(CacheError):

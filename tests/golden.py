@@ -26,8 +26,9 @@ from pathlib import Path
 import torch
 from samples import photo_members, score, tar_bytes
 
+from famt.kinds import PIXEL_KINDS
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.scores import PIXEL_KINDS, ScoreSpec
+from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.table import load_maps, load_samples
 from famt.train import checkpoint
 

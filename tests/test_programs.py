@@ -2,7 +2,10 @@
 
 import dataclasses
 import math
+import re
 import runpy
+import subprocess
+import sys
 import typing
 from pathlib import Path
 
@@ -10,20 +13,20 @@ import pytest
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
+from famt.__main__ import COMMANDS
 from famt.jobs.benchmark import BENCHMARKS
 from famt.jobs.cache import Command
 from famt.jobs.demo import Demo
 from famt.jobs.gpu_check import GpuCheck
 from famt.jobs.make_shards import MakeShards
+from famt.jobs.options import RayPretrain
 from famt.jobs.precompute_freq import PrecomputeFreq
-from famt.jobs.pretrain import RayPretrain
 from famt.jobs.refresh_scores import RefreshScores
 from famt.jobs.results import Results
 from famt.train.config import Pretrain
-from famt.train.embed import Embed
 from famt.train.evaluate.run import EVALUATORS
-from famt.train.export import Export
-from famt.train.figures import Figures
+from famt.train.options import Embed, Export, Figures
+from famt.train.program import parsed
 from famt.train.report import Report
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +107,35 @@ def test_every_option_that_is_a_number_has_a_bound_beside_it(program):
         if not any(isinstance(note, bounds) for note in notes)
     ]
     assert not free, f"state bounds as pipeline/options.py says: {', '.join(free)}"
+
+
+def test_command_lines_are_parsed_before_anything_heavy_is_imported():
+    code = """
+import sys
+from pkgutil import resolve_name
+import famt.train.program
+for options in sys.argv[1:]:
+    resolve_name(options)
+print(*{name.partition(".")[0] for name in sys.modules})
+"""
+    options = [each.options for each in COMMANDS.values() if each.options]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "timm", "nvidia", "ray", "zarr", "sklearn"} & {*done.stdout.split()}
+
+
+def test_help_shows_the_options_that_matter_and_help_all_the_others(capsys, monkeypatch):
+    shown = {}
+    for asked in ("--help", "--help-all"):
+        monkeypatch.setattr("sys.argv", ["famt pretrain", asked])
+        with pytest.raises(SystemExit):
+            parsed(RayPretrain, "Train.")
+        found = re.findall(r"(?m)^\W*--([a-z][a-z.-]+)", capsys.readouterr().out)
+        shown[asked] = {*found} - {"help-all"}
+    assert len(shown["--help"]) == 15
+    assert {"shards", "out", "model", "workers"} < shown["--help"] < shown["--help-all"]
+    assert "join.mask-ratio" in shown["--help-all"]
 
 
 _LONG = (

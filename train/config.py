@@ -8,23 +8,34 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
 
 import tyro
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Lt
 
+from famt.__main__ import called
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
 from famt.pipeline import storage
 from famt.pipeline.errors import UserError
-from famt.pipeline.join import JoinConfig
-from famt.pipeline.loader import DecodeConfig, LoaderConfig, RandomView
-from famt.pipeline.options import ELASTIC, FREE, PLACE, Checked, Seed, annotated, restored
+from famt.pipeline.options import (
+    ELASTIC,
+    FREE,
+    MAIN,
+    PLACE,
+    Checked,
+    DecodeConfig,
+    JoinConfig,
+    LoaderConfig,
+    RandomView,
+    Seed,
+    annotated,
+    notes_of,
+    restored,
+)
 from famt.pipeline.scores import ScoreSpec
-from famt.sampling import patch_counts
+from famt.policy import patch_counts
 from famt.train import recipe
-from famt.train.optimisation import OptimiserConfig
-from famt.train.program import called
 from famt.train.signals.config import (
     AttentionConfig,
     FrequencyConfig,
@@ -34,6 +45,23 @@ from famt.train.signals.config import (
 
 TIMM = "timm:"
 """What a source of initial weights begins with that is a name of timm's, and no path."""
+
+
+@dataclass(frozen=True)
+class OptimiserConfig:
+    """AdamW with cosine decay after a linear warm-up, as MAE pre-trains (appendix A.1)."""
+
+    base_learning_rate: Annotated[float, Ge(0)] = 1.5e-4
+    """learning rate for 256 images a step; it grows with the effective batch"""
+    weight_decay: Annotated[float, Ge(0)] = 0.05
+    """not applied to biases and norms"""
+    warmup_epochs: Annotated[float, Ge(0)] = 40.0
+    """epochs of linear warm-up from 0"""
+    clip_norm: Annotated[float, Ge(0)] = 0.0
+    """largest norm of all gradients together; 0 leaves them as they are"""
+    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """keeps an exponential moving average of the weights as well (of the encoder's, in
+    pre-training), 0.9999 say; 0 keeps none"""
 
 
 class TrainingOptions(Checked):
@@ -87,26 +115,26 @@ def _absolute(place: Any) -> Any:
 class Pretrain(TrainingOptions):
     """A pre-training run."""
 
-    shards: Annotated[list[str], FREE, PLACE]
+    shards: Annotated[list[str], FREE, PLACE, MAIN]
     """tars, folders of tars, wildcards or brace patterns (in quotes)"""
-    cache: Annotated[str, FREE, PLACE]
+    cache: Annotated[str, FREE, PLACE, MAIN]
     """folder or object-store URL of the score cache"""
-    out: Annotated[Path, FREE, PLACE]
+    out: Annotated[Path, FREE, PLACE, MAIN]
     """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
     stage: Annotated[Path | None, FREE, PLACE] = None
     """folder on a fast local disk that each machine fetches its shards into before it begins; what
     is there of any earlier run is used"""
-    recipe: Annotated[str, FREE] = recipe.DEFAULT
+    recipe: Annotated[str, FREE, MAIN] = recipe.DEFAULT
     """sets the defaults of other options: one of those above, or the path of a file of your own"""
-    init: Annotated[str | None, PLACE] = None
+    init: Annotated[str | None, PLACE, MAIN] = None
     """begin with these weights in place of random ones: a run, an MAE checkpoint, a file or folder
     of timm or transformers, or timm:<name>"""
-    method: Literal[tuple(METHODS)] = "mae"  # type: ignore[valid-type]
+    method: Annotated[Literal[tuple(METHODS)], MAIN] = "mae"  # type: ignore[valid-type]
     """what is learned from masked images"""
-    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
+    model: Annotated[Literal[tuple(MODELS)], MAIN] = "vit_base"  # type: ignore[valid-type]
     """widths and depths of encoder and decoder; nano and micro are made for 32-px images in 4-px
     patches, huge for 224 px in 14, the others for 224 px in 16"""
-    image_size: Annotated[int | None, Ge(1)] = None
+    image_size: Annotated[int | None, Ge(1), MAIN] = None
     """side of the crops, px, in place of the model's"""
     patch_size: Annotated[int | None, Ge(1)] = None
     """side of a patch, px, in place of the model's"""
@@ -128,11 +156,11 @@ class Pretrain(TrainingOptions):
     fused: Annotated[tuple[int, ...], Ge(0)] = ()
     """blocks, from 0, whose output reaches the decoder beside that of the last (MFF): 0 2 4 6 8 of
     vit_base say"""
-    epochs: Annotated[int, Ge(1)] = 800
+    epochs: Annotated[int, Ge(1), MAIN] = 800
     """passes over the data"""
-    batch_size: Annotated[int, Ge(1), ELASTIC] = 64
+    batch_size: Annotated[int, Ge(1), ELASTIC, MAIN] = 64
     """crops a step on each rank"""
-    crops_per_image: Annotated[int, Ge(1), ELASTIC] = 1
+    crops_per_image: Annotated[int, Ge(1), ELASTIC, MAIN] = 1
     """crops of each image in a batch (repeated augmentation): an image is decoded once for all of
     them. An epoch is one decode of each image and has as many times the steps, so 800 epochs of 1
     crop are 200 of 4"""
@@ -153,11 +181,11 @@ class Pretrain(TrainingOptions):
     """how crops are resized"""
     shuffle_buffer: Annotated[int, Ge(0)] = 4096
     """encoded images held to draw from at random"""
-    precision: Literal["bf16", "fp32"] = "fp32"
+    precision: Annotated[Literal["bf16", "fp32"], MAIN] = "fp32"
     """bf16 computes under autocast; it pays on GPUs and, for wide models, on recent CPUs"""
     compile: Annotated[bool, FREE] = False
     """compile the model (torch.compile)"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], MAIN] = "auto"
     """what to train on"""
     threads: Annotated[int | None, Ge(1), FREE] = None
     """CPU threads that decode, on each rank; its share of the machine's cores if left out"""
@@ -179,7 +207,7 @@ class Pretrain(TrainingOptions):
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
     """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
     none"""
-    monitor: Annotated[list[str], FREE, PLACE] = field(default_factory=list)
+    monitor: Annotated[list[str], FREE, PLACE, MAIN] = field(default_factory=list)
     """labelled shards; k-NN and a quick probe of the encoder on them are drawn beside the loss. No
     step is taken meanwhile; the log tells for how long"""
     monitor_epochs: Annotated[int, Ge(1), FREE] = 10
@@ -256,7 +284,7 @@ class Pretrain(TrainingOptions):
             "normalise_targets", "low_pass",
         )  # fmt: skip
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        changes = METHODS[self.method].defaults | given
+        changes = {**METHODS[self.method].defaults, **given}
         if METHODS[self.method].has_decoder:
             changes["decoder"] = self.decoder
         return dataclasses.replace(MODELS[self.model], fused=self.fused, **changes)
@@ -359,7 +387,25 @@ def parse(
     unsaid = {each: tyro.MISSING for each, value in _UNSAID.items() if getattr(told, each) == value}
     default = dataclasses.replace(told, recipe=name, **unsaid)
     about = f"{description or ''}\nRecipes:\n\n{recipe.overview()}"
+    if {"-h", "--help"} & {*arguments}:
+        short = _short(program)
+        default = short(**vars(default))
+        about = "\n\n".join((description or "").split("\n\n")[:2])
+        about += f"\n\nRecipes: {', '.join(recipe.names())}\n\n--help-all shows all options."
+        return tyro.cli(short, prog=called(), args=arguments, default=default, description=about)
+    arguments = ["--help" if each == "--help-all" else each for each in arguments]
     return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
+
+
+def _short(program: type[Options]) -> type[Options]:
+    """The same options, of which those noted `MAIN` alone are shown."""
+    hints = get_type_hints(program, include_extras=True)
+    hidden = [
+        (each.name, Annotated[hints[each.name], tyro.conf.Suppress], each)
+        for each in dataclasses.fields(program)
+        if MAIN not in notes_of(program)[each.name]
+    ]
+    return dataclasses.make_dataclass(program.__name__, hidden, bases=(program,), frozen=True)
 
 
 def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:

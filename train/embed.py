@@ -18,57 +18,28 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from annotated_types import Ge, Gt, Le
 from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.options import Checked
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import SampleTable, load_samples
 from famt.train.distributed import join_ranks
 from famt.train.evaluate.trunk import Images, default_centre
 from famt.train.initial import build_initial_encoder
+from famt.train.options import Embed
 from famt.train.program import parsed, run_program
 
 _ROW_GROUP = 4096  # images that are in memory at a time, and a row group of the file
-
-
-@dataclass(frozen=True)
-class Embed(Checked):
-    """Which images to embed, and with what."""
-
-    checkpoint: str
-    """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
-    cache: str
-    """score cache; it comes to know the shards that it does not"""
-    shards: list[str]
-    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
-    out: Path
-    """<name>.parquet, or a folder for .npy files; must not be there yet"""
-    stage: Path | None = None
-    """folder on a fast local disk that the shards are fetched into first; what is there of any
-    earlier run is used"""
-    ema: bool = False
-    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
-    centre: Annotated[float | None, Gt(0), Le(1)] = None
-    """share of the shorter side that is shown; 0.875, or all of it up to 64 px"""
-    batch_size: Annotated[int, Ge(1)] = 256
-    """images at a time"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """what to compute on"""
-    threads: Annotated[int | None, Ge(1)] = None
-    """CPU threads that decode; all of the machine's cores if left out"""
 
 
 def main(args: Embed) -> None:

@@ -22,14 +22,12 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import timm
 import torch
-import tyro
 from torch import Tensor
 
 from famt.export import encoder_state, is_decoder, official_state, to_transformers
@@ -38,22 +36,8 @@ from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from famt.pipeline.errors import UserError
 from famt.train import checkpoint
+from famt.train.options import Export
 from famt.train.program import parsed, run_program
-
-
-@dataclass(frozen=True)
-class Export:
-    """What to export, and where to."""
-
-    checkpoint: tyro.conf.Positional[Path]
-    """checkpoint file, or folder of a run (its latest one)"""
-    to: Literal["timm", "mae", "hf"]
-    """whose layout: timm's, the MAE authors', or that of Hugging Face transformers"""
-    out: Path
-    """folder to write; must not be there yet"""
-    ema: bool = False
-    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay; the decoder,
-    which is not averaged, stays behind"""
 
 
 def main(args: Export) -> list[str]:

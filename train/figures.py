@@ -11,13 +11,10 @@ images; of others attention is asked anew, and nothing is known of hardness, whi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import torch
-from annotated_types import Ge
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -35,14 +32,15 @@ from famt.patches import (
 )
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.join import PatchBatch
-from famt.pipeline.loader import CropLoader, LoaderConfig, RandomView
+from famt.pipeline.loader import CropLoader
 from famt.pipeline.model_scores import model_scores
-from famt.pipeline.options import Checked, Seed
+from famt.pipeline.options import LoaderConfig
 from famt.pipeline.table import load_maps, load_samples
 from famt.sampling import PatchSplit, blended_weights
 from famt.train.checkpoint import Checkpoint, load, load_model
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
+from famt.train.options import Figures
 from famt.train.program import parsed, run_program
 from famt.train.signals.attention import Live
 from famt.train.signals.banked import Banked
@@ -50,25 +48,6 @@ from famt.train.signals.cached import Cached
 from famt.train.signals.config import AttentionConfig
 from famt.train.signals.signal import Context, Signal
 from famt.train.signals.weights import Weighed, build_signal, weigh_crops
-
-
-@dataclass(frozen=True)
-class Figures(Checked):
-    """A picture of a checkpoint at work."""
-
-    checkpoint: Path
-    """checkpoint file, or folder of a run"""
-    cache: str
-    """score cache that knows the shards"""
-    shards: list[str]
-    """where the images come from"""
-    out: Path
-    """PNG file to write"""
-    images: Annotated[int, Ge(1)] = 6
-    """rows of the picture"""
-    view: RandomView = field(default_factory=lambda: RandomView(area=(0.6, 1.0)))
-    seed: Seed = 0
-    """of the choice of images, their crops and their splits"""
 
 
 @torch.inference_mode()

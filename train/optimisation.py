@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from annotated_types import Ge, Lt
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-
-@dataclass(frozen=True)
-class OptimiserConfig:
-    """AdamW with cosine decay after a linear warm-up, as MAE pre-trains (appendix A.1)."""
-
-    base_learning_rate: Annotated[float, Ge(0)] = 1.5e-4
-    """learning rate for 256 images a step; it grows with the effective batch"""
-    weight_decay: Annotated[float, Ge(0)] = 0.05
-    """not applied to biases and norms"""
-    warmup_epochs: Annotated[float, Ge(0)] = 40.0
-    """epochs of linear warm-up from 0"""
-    clip_norm: Annotated[float, Ge(0)] = 0.0
-    """largest norm of all gradients together; 0 leaves them as they are"""
-    ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """keeps an exponential moving average of the weights as well (of the encoder's, in
-    pre-training), 0.9999 say; 0 keeps none"""
+from famt.train.config import OptimiserConfig
 
 
 class Optimisation:

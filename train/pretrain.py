@@ -13,7 +13,6 @@ A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it w
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,21 +26,22 @@ from famt.methods import METHODS
 from famt.models import ModelConfig
 from famt.patches import normalise
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.join import JoinConfig, PatchBatch
+from famt.pipeline.join import PatchBatch
 from famt.pipeline.loader import CropBatch, own_share
+from famt.pipeline.options import JoinConfig
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import load_maps, load_samples
-from famt.sampling import patch_counts
+from famt.policy import patch_counts
 from famt.train import figures
 from famt.train.checkpoint import Component
-from famt.train.config import Pretrain, parse
+from famt.train.config import Pretrain
 from famt.train.distributed import Ranks, data_parallel, join_ranks
 from famt.train.evaluate.monitor import Monitor
 from famt.train.files import own_folder
 from famt.train.initial import load_initial
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
-from famt.train.program import run_program
+from famt.train.program import parsed, run_program
 from famt.train.signals.due import write_finished
 from famt.train.signals.following import FollowedMaps, lost_generations
 from famt.train.signals.signal import Context, Signal, Step
@@ -213,7 +213,7 @@ class Run(Training[PatchBatch]):
             "run": f"{config.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
             f"{config.precision}",
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
-            f"{sizes.patch_size} px, {config.decoder if self.model.has_decoder else 'no'} decoder: "
+            f"{sizes.patch_size} px, {config.decoder if METHODS[self.method].has_decoder else 'no'} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches"
@@ -279,4 +279,4 @@ def _counts(sizes: ModelConfig, join: JoinConfig) -> str:
 
 
 if __name__ == "__main__":
-    run_program(lambda arguments: main(parse(arguments, __doc__)), sys.argv[1:])
+    run_program(main, parsed(Pretrain, __doc__))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import select
@@ -9,14 +10,17 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from famt.__main__ import COMMANDS
+from famt.__main__ import Command, called, program_of
 from famt.pipeline import storage
-from famt.pipeline.errors import RankError, UserError
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError, RankError, UserError
+from famt.train import config
 
 Config = TypeVar("Config")
 
@@ -32,22 +36,20 @@ def is_users(error: BaseException) -> bool:
     return isinstance(error, kinds)
 
 
-def called() -> str:
-    """How the program that runs is called on a command line: `famt report`, say."""
-    spec = sys.modules["__main__"].__spec__
-    if spec is None:  # by its path
-        return f"python {sys.argv[0]}"
-    name = spec.name.removesuffix(".__main__")
-    return next(
-        (f"famt {word}" for word, (module, _) in COMMANDS.items() if module == name),
-        f"python -m {name}",
-    )
-
-
 def parsed(kind: Any, description: str | None) -> Any:
     """The options of a program, a dataclass or a union of them, as its command line gives them."""
     with _ending():
+        if isinstance(kind, type) and issubclass(kind, config.Pretrain):
+            return config.parse(sys.argv[1:], description, kind)
         return tyro.cli(kind, prog=called(), description=description)
+
+
+def run_command(command: Command) -> NoReturn:
+    """Parse the command line, then import the program and run it."""
+    source = Path(str(find_spec(program_of(command)).origin))  # type: ignore[union-attr]
+    about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+    options = parsed(resolve_name(command.options), about)
+    run_program(lambda each: resolve_name(command.main)(each), options)
 
 
 def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:

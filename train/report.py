@@ -34,7 +34,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.options import FREE, annotated
 from famt.train import history
 from famt.train.config import Pretrain
-from famt.train.evaluate.finetune import Finetune
+from famt.train.evaluate.options import Finetune
 from famt.train.history import Basis, Found, History
 from famt.train.program import parsed, run_program
 

@@ -11,7 +11,7 @@ from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from famt.patches import normalise
 from famt.pipeline.batches import famt_loader
-from famt.pipeline.loader import LoaderConfig
+from famt.pipeline.options import LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 
 

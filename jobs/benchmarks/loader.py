@@ -34,9 +34,9 @@ from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.join import JoinConfig, crop_scores, split_crops
-from famt.pipeline.loader import CropLoader, LoaderConfig, own_cores
-from famt.pipeline.options import Checked
+from famt.pipeline.join import crop_scores, split_crops
+from famt.pipeline.loader import CropLoader, own_cores
+from famt.pipeline.options import Checked, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.table import SampleTable, load_maps, load_samples
 from famt.sampling import patch_weights

@@ -16,9 +16,10 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from famt.frequency import PIXEL_KINDS, pixel_frequency
+from famt.frequency import pixel_frequency
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
+from famt.kinds import PIXEL_KINDS
 from famt.pipeline.options import Checked
 from famt.pipeline.scores import ScoreSpec
 

@@ -9,8 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famt.frequency import (
-    DEFAULT_KIND,
-    PIXEL_KINDS,
     _band_cells,
     _distance_from_border,
     _gaussian_band,
@@ -19,6 +17,7 @@ from famt.frequency import (
     rgb_to_lab,
     token_frequency,
 )
+from famt.kinds import DEFAULT_KIND, PIXEL_KINDS
 
 
 @pytest.mark.parametrize("kind", PIXEL_KINDS)

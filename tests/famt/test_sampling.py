@@ -7,14 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famt.sampling import (
-    PatchSplit,
-    loss_weights,
-    patch_counts,
-    patch_weights,
-    predict_some,
-    sample_patches,
-)
+from famt.policy import patch_counts
+from famt.sampling import PatchSplit, loss_weights, patch_weights, predict_some, sample_patches
 
 
 def _generator(seed=0):

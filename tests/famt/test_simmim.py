@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from famt.export import encoder_state, official_state
 from famt.initial import load_weights
+from famt.methods import METHODS
 from famt.models import MODELS, ModelConfig
 from famt.patches import gather_patches, normalise, normalise_images
 from famt.sampling import PatchSplit, predict_some, sample_patches
@@ -15,7 +16,7 @@ from famt.simmim import SimMIM
 from famt.units import split_of_patches
 
 TINY = ModelConfig(
-    image_size=32, patch_size=4, width=24, depth=2, heads=3, **SimMIM.defaults
+    image_size=32, patch_size=4, width=24, depth=2, heads=3, **METHODS["simmim"].defaults
 )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def test_the_loss_can_be_learned(images):
 
 
 def test_its_encoder_goes_wherever_maes_does():
-    model = SimMIM(dataclasses.replace(MODELS["vit_nano"], **SimMIM.defaults))
+    model = SimMIM(dataclasses.replace(MODELS["vit_nano"], **METHODS["simmim"].defaults))
     with pytest.raises(ValueError, match="SimMIM head"):
         official_state(model)
     other = SimMIM(model.config)

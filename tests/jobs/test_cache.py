@@ -17,9 +17,9 @@ from samples import photo_members, score, tar_bytes
 
 from famt.jobs.cache import Gc, Ls, Show, Verify, main
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.packs import write_pack
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheError
 from famt.pipeline.table import load_maps, load_samples
 
 

@@ -4,8 +4,7 @@ import json
 import pytest
 
 from famt.jobs.costs import StepCost, measured
-from famt.train.config import Pretrain, parse
-from famt.train.optimisation import OptimiserConfig
+from famt.train.config import OptimiserConfig, Pretrain, parse
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 
 

@@ -17,7 +17,7 @@ from samples import photo_members, tar_bytes
 from famt.jobs.precompute_freq import PrecomputeFreq, main
 from famt.pipeline import packs
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError
 from famt.pipeline.precompute import score_shard
 from famt.pipeline.shards import Rejected, content_id
 from famt.pipeline.table import load_maps, load_samples

@@ -10,8 +10,8 @@ import psutil
 import pytest
 from runs import equal, log_events
 
-from famt.jobs.pretrain import RayPretrain, beside, main, worker_resources
-from famt.jobs.refresh_workers import RefreshWorkers
+from famt.jobs.options import RayPretrain, RefreshWorkers
+from famt.jobs.pretrain import beside, main, worker_resources
 from famt.train import checkpoint
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from famt.train.signals.due import is_followed

@@ -1,6 +1,7 @@
 import pytest
 
-from famt.jobs.refresh_workers import Place, RefreshWorkers
+from famt.jobs.options import RefreshWorkers
+from famt.jobs.refresh_workers import Place
 
 CPUS, GPUS = {"CPU": 64.0}, {"CPU": 64.0, "GPU": 8.0}
 

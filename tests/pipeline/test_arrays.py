@@ -6,9 +6,9 @@ import pytest
 import zarr
 
 from famt.pipeline.arrays import CheckedStore, maps_objects, read_array, remedy, table_objects
+from famt.pipeline.errors import CacheError
 from famt.pipeline.objects import Objects
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheError
 
 ENTRY = f"shards/{'a' * 32}"
 

@@ -10,9 +10,10 @@ import pytest
 from samples import photo_members, tar_bytes
 
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.precompute import score_shard
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheError, seal_zarr
+from famt.pipeline.sealed import seal_zarr
 from famt.pipeline.shards import Rejected
 
 ID = "0123abcd" * 4

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.collector import Collection, collect, collect_superseded
+from famt.pipeline.errors import CacheError
 from famt.pipeline.generations import Generation
 from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.packs import sound_packs, write_pack
-from famt.pipeline.sealed import CacheError, seal
+from famt.pipeline.sealed import seal
 from famt.pipeline.storage import Version
 
 NOW = Collection(older_than=timedelta(0))

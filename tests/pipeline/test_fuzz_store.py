@@ -16,9 +16,9 @@ from samples import photo_members, score, tar_bytes
 
 from famt.jobs.cache import Gc, Verify, main
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.generations import Generation
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
-from famt.pipeline.sealed import CacheError
 from famt.pipeline.stale import look_up
 from famt.pipeline.table import load_maps, load_samples
 

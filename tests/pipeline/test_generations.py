@@ -1,9 +1,9 @@
 import pytest
 
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.generations import Generation
 from famt.pipeline.scores import ModelScoreSpec
-from famt.pipeline.sealed import CacheError
 
 
 def _generation(run, step, kind="attention"):

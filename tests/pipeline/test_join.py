@@ -5,9 +5,9 @@ import torch
 
 from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, patchify
-from famt.pipeline.join import JoinConfig, crop_scores, split_crops
-from famt.pipeline.loader import CropLoader, LoaderConfig
-from famt.pipeline.options import check_bounds
+from famt.pipeline.join import crop_scores, split_crops
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.options import JoinConfig, LoaderConfig, check_bounds
 from famt.pipeline.table import load_maps, load_samples
 from famt.targets import low_pass
 

@@ -5,8 +5,8 @@ import pytest
 
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.manifest import ShardRecord
-from famt.pipeline.sealed import CacheError
 from famt.pipeline.storage import Version
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from famt.pipeline import notices
+from famt.pipeline.errors import CacheError
 from famt.pipeline.notices import Claimed, Claims, Notices
 from famt.pipeline.objects import Objects
-from famt.pipeline.sealed import CacheError, seal
+from famt.pipeline.sealed import seal
 
 ENTRY = f"shards/{'a' * 32}"
 

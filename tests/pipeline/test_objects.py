@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
+from famt.pipeline.errors import CacheError
 from famt.pipeline.objects import Objects, is_run, is_shard_id, is_spec_id
-from famt.pipeline.sealed import CacheError
 
 ID = "0123abcd" * 4
 OWN = [

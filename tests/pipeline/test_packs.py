@@ -10,9 +10,9 @@ from cache_layouts import PIXELS, table
 
 from famt.pipeline import packs
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.packs import Packed, check_pack, pack_loose, read_pack, useful_packs, write_pack
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheError
 
 SHARDS = 70
 OTHER = ScoreSpec(kind="highpass", grid=3)

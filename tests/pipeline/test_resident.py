@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from famt.pipeline import resident
-from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.options import LoaderConfig
 from famt.pipeline.resident import ResidentLoader
 from famt.pipeline.table import load_samples
 

@@ -24,8 +24,9 @@ from samples import encode, photo
 from famt.jobs.make_shards import MakeShards, main
 from famt.pipeline import packs, storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.loader import CropLoader, LoaderConfig
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.options import LoaderConfig
 from famt.pipeline.precompute import precompute_shard, publish
 from famt.pipeline.stale import look_up
 from famt.pipeline.table import load_maps, load_samples

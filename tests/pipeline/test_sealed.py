@@ -3,7 +3,8 @@ import random
 
 import pytest
 
-from famt.pipeline.sealed import CacheError, seal, seal_zarr, unseal, unseal_zarr
+from famt.pipeline.errors import CacheError
+from famt.pipeline.sealed import seal, seal_zarr, unseal, unseal_zarr
 
 CONTENT = {"folder": "/data/ü", "n": 7, "x": [0.25, None, True], "y": {"b": 1, "a": "\udcff"}}
 

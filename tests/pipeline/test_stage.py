@@ -14,8 +14,9 @@ from samples import encode, score, tar_bytes
 
 from famt.pipeline import stage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.loader import CropLoader, LoaderConfig, own_share
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError
+from famt.pipeline.loader import CropLoader, own_share
+from famt.pipeline.options import LoaderConfig
 from famt.pipeline.shards import content_id
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import load_samples

@@ -8,7 +8,7 @@ import pytest
 from samples import photo_members, score, tar_bytes
 
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.sealed import CacheError
+from famt.pipeline.errors import CacheError
 from famt.pipeline.table import load_maps, load_samples
 
 

@@ -7,7 +7,7 @@ import torch
 from samples import photo_members, tar_bytes
 
 from famt.pipeline import storage
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.table import load_maps, load_samples
 

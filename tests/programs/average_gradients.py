@@ -8,9 +8,8 @@ import torch
 from famt.pipeline.join import PatchBatch
 from famt.pipeline.loader import Views
 from famt.sampling import PatchSplit
-from famt.train.config import Pretrain
+from famt.train.config import OptimiserConfig, Pretrain
 from famt.train.distributed import join_ranks
-from famt.train.optimisation import OptimiserConfig
 from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 

@@ -4,7 +4,8 @@ import resource
 import sys
 
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.loader import CropLoader, LoaderConfig
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.options import LoaderConfig
 from famt.pipeline.table import load_samples
 
 cache, soft, hard, *shards = sys.argv[1:]

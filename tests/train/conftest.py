@@ -9,8 +9,7 @@ from samples import photo_members, score, tar_bytes
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
 from famt.train import pretrain
-from famt.train.config import Pretrain
-from famt.train.optimisation import OptimiserConfig
+from famt.train.config import OptimiserConfig, Pretrain
 from famt.train.signals.config import RefreshConfig
 
 

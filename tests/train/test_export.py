@@ -22,8 +22,9 @@ from famt.models import MODELS
 from famt.patches import gather_patches, normalise, normalise_images
 from famt.sampling import PatchSplit
 from famt.train import checkpoint
-from famt.train.export import Export, main, timm_name
+from famt.train.export import main, timm_name
 from famt.train.initial import load_initial
+from famt.train.options import Export
 
 
 @pytest.fixture

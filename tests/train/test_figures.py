@@ -6,13 +6,15 @@ import pytest
 import torch
 from PIL import Image
 
-from famt.pipeline.join import JoinConfig, crop_scores
-from famt.pipeline.loader import CropLoader, LoaderConfig, RandomView
+from famt.pipeline.join import crop_scores
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.options import JoinConfig, LoaderConfig, RandomView
 from famt.pipeline.table import load_maps, load_samples
 from famt.train import checkpoint, figures
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
-from famt.train.figures import Figures, main
+from famt.train.figures import main
+from famt.train.options import Figures
 from famt.train.pretrain import Run
 from famt.train.pretrain import main as pretrain
 from famt.train.signals import weights

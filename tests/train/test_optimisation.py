@@ -9,7 +9,8 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from famt.train.optimisation import Optimisation, OptimiserConfig
+from famt.train.config import OptimiserConfig
+from famt.train.optimisation import Optimisation
 
 CONFIG = OptimiserConfig(base_learning_rate=0.1, weight_decay=0.3, warmup_epochs=1, ema_decay=0.5)
 

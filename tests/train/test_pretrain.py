@@ -8,11 +8,10 @@ from runs import equal, log_lines, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.models import MODELS
-from famt.pipeline.join import JoinConfig
+from famt.pipeline.options import JoinConfig
 from famt.train import checkpoint
-from famt.train.config import Pretrain, parse
+from famt.train.config import OptimiserConfig, Pretrain, parse
 from famt.train.distributed import join_ranks
-from famt.train.optimisation import OptimiserConfig
 from famt.train.pretrain import Run, main
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 

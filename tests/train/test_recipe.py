@@ -7,15 +7,14 @@ import pytest
 import tyro
 
 from famt.jobs.make_shards import MakeShards
+from famt.jobs.options import RayPretrain
 from famt.jobs.precompute_freq import PrecomputeFreq
-from famt.jobs.pretrain import RayPretrain
 from famt.jobs.refresh_scores import RefreshScores
-from famt.pipeline.join import JoinConfig
-from famt.pipeline.options import FREE, annotated
+from famt.pipeline.options import FREE, JoinConfig, annotated
 from famt.train import recipe
 from famt.train.config import Pretrain, parse
 from famt.train.evaluate.run import EVALUATORS
-from famt.train.export import Export
+from famt.train.options import Export
 from famt.train.program import run_program
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
@@ -199,7 +198,7 @@ def test_a_wrong_recipe_is_one_line_on_the_terminal(capsys):
 
 def test_help_lists_the_recipes_and_shows_what_the_one_given_sets(capsys):
     with pytest.raises(SystemExit):
-        parse(["--recipe", "mae", "--help"], "Train.")
+        parse(["--recipe", "mae", "--help-all"], "Train.")
     text = capsys.readouterr().out
     for name in recipe.names():
         assert re.search(rf"^ *.? *{name} +{re.escape(recipe.load(name).about[:30])}", text, re.M)

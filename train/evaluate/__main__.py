@@ -13,24 +13,9 @@ Prints one JSON line, which is also added to the log of the run and to its Tenso
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-
-import tyro
-
-from famt.train.evaluate.run import EVALUATORS, run
-from famt.train.evaluate.trunk import Evaluation
-from famt.train.program import called, run_program
+from famt.train.evaluate.options import Evaluate
+from famt.train.evaluate.run import run
+from famt.train.program import parsed, run_program
 
 if __name__ == "__main__":
-    commands: dict[str, Callable[..., Evaluation]] = {
-        name: options for name, (options, _) in EVALUATORS.items()
-    }
-    run_program(
-        lambda arguments: run(
-            tyro.extras.subcommand_cli_from_dict(
-                commands, prog=called(), args=arguments, description=__doc__
-            )
-        ),
-        sys.argv[1:],
-    )
+    run_program(run, parsed(Evaluate, __doc__))

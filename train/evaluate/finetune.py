@@ -8,86 +8,27 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Le
 from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from famt.models import ModelConfig
 from famt.patches import normalise_images
-from famt.pipeline.errors import UserError
-from famt.pipeline.loader import CropBatch, RandomView
-from famt.pipeline.options import ELASTIC, FREE, PLACE
+from famt.pipeline.loader import CropBatch
 from famt.train.checkpoint import CLASSIFIER
-from famt.train.config import TrainingOptions
 from famt.train.distributed import data_parallel
-from famt.train.evaluate.mixing import Mixed, Mixer, Mixing
-from famt.train.evaluate.trunk import Evaluation, Images, Value, require_labels, standard_error
+from famt.train.evaluate.mixing import Mixed, Mixer
+from famt.train.evaluate.options import Finetune
+from famt.train.evaluate.trunk import Images, Value, require_labels, standard_error
 from famt.train.files import own_folder
 from famt.train.log import log_evaluation
 from famt.train.loop import Training
-from famt.train.optimisation import Optimisation, OptimiserConfig
+from famt.train.optimisation import Optimisation
 from famt.train.streams import Stop
-
-
-@dataclass(frozen=True)
-class FinetuneOptimiser(OptimiserConfig):
-    """AdamW with cosine decay after a linear warm-up, as MAE fine-tunes (appendix A.1)."""
-
-    base_learning_rate: Annotated[float, Gt(0)] = 5e-4
-    """learning rate for 256 images a step; it grows with the effective batch"""
-    warmup_epochs: Annotated[float, Ge(0)] = 5.0
-    """epochs of linear warm-up from 0"""
-    layer_decay: Annotated[float, Gt(0), Le(1)] = 0.65
-    """learning rate of a block, of that of the block after it"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finetune(Evaluation, TrainingOptions):
-    """Encoder and classifier trained together; a run of its own."""
-
-    out: Annotated[Path, FREE, PLACE]
-    """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
-    epochs: Annotated[int, Ge(1)] = 100
-    """passes over the images"""
-    batch_size: Annotated[int, Ge(1), ELASTIC] = 64
-    """images a step on each rank; even with mixup or CutMix"""
-    optimiser: Annotated[FinetuneOptimiser, ELASTIC] = field(default_factory=FinetuneOptimiser)
-    mixing: Mixing = field(default_factory=Mixing)
-    view: RandomView = field(default_factory=lambda: RandomView(area=(0.08, 1.0)))
-    pooling: Literal["mean", "cls"] = "mean"
-    """the classifier takes the mean of the patch tokens, as MAE's, or the class token"""
-    shuffle_buffer: Annotated[int, Ge(0)] = 4096
-    """encoded images held to draw from at random"""
-    precision: Literal["bf16", "fp32"] = "fp32"
-    """bf16 computes under autocast"""
-    val_epochs: Annotated[int, Ge(1), FREE] = 1
-    """epochs between tests on --val; the last one is tested in any case"""
-    resume: Annotated[Literal["auto", "never"], FREE] = "auto"
-    """go on from the last checkpoint in --out, or refuse a folder that holds one"""
-    elastic: Annotated[bool, FREE] = False
-    """resume with other shards, batch size, optimiser options or ranks too, from the beginning of
-    the epoch"""
-    checkpoint_minutes: Annotated[float, Ge(0), FREE] = 10.0
-    """time between checkpoints; one is written at the end and on SIGTERM or SIGUSR1 as well"""
-    keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
-    """how many of the last checkpoints stay"""
-    log_steps: Annotated[int, Ge(1), ELASTIC] = 20
-    """steps between log points, at which checkpoints are written that are due"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.mixing.mixup or self.mixing.cutmix) and self.batch_size % 2:
-            raise UserError(
-                f"--batch-size {self.batch_size} must be even, as mixup and CutMix take pairs"
-            )
 
 
 def finetune(

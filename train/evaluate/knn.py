@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.train.evaluate.trunk import (
-    Evaluation,
-    Features,
-    Images,
-    Value,
-    require_labels,
-    standard_error,
-    top1,
-)
+from famt.train.evaluate.options import Knn
+from famt.train.evaluate.trunk import Features, Images, Value, require_labels, standard_error, top1
 
 _QUERIES, _KEYS = 4096, 65536  # similarities of so many images are in memory at a time: 1 GB
-
-
-@dataclass(frozen=True)
-class Knn(Evaluation):
-    """The classes of the nearest training images vote; nothing is learned."""
-
-    k: Annotated[int, Ge(1)] = 20
-    """neighbours that vote"""
-    temperature: Annotated[float, Gt(0)] = 0.07
-    """a neighbour of cosine similarity s has exp(s / temperature) votes"""
 
 
 def knn(

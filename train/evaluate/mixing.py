@@ -5,36 +5,19 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import numpy as np
 import torch
-from annotated_types import Ge, Lt
 from PIL import Image
 from timm.data import Mixup
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from famt.patches import normalise_images
+from famt.train.evaluate.options import Mixing
 
 # At timm's full 10 a posterized image keeps 0 bits, which Pillow refuses.
 _STRONGEST = 9.99
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """How images and classes are blurred, so that a model does not learn them by heart."""
-
-    randaugment: str = "rand-m9-mstd0.5-inc1"
-    """timm's name of a RandAugment; it runs on the CPU, image by image; '' for none"""
-    mixup: Annotated[float, Ge(0)] = 0.8
-    """alpha of mixup; 0 for none"""
-    cutmix: Annotated[float, Ge(0)] = 1.0
-    """alpha of CutMix; 0 for none. Where both are wanted, each takes half of the batches"""
-    label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """share of a target that all classes have in common"""
-    drop_path: Annotated[float, Ge(0), Lt(1)] = 0.1
-    """share of the images that skip the last block; it grows from 0 in the first"""
 
 
 @dataclass(frozen=True)

@@ -11,49 +11,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt, Le, MinLen
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from famt.pipeline.errors import UserError
-from famt.train.evaluate.trunk import (
-    Evaluation,
-    Features,
-    Images,
-    Pooling,
-    Value,
-    require_labels,
-    standard_error,
-    top1,
-)
-
-
-@dataclass(frozen=True)
-class Probe(Evaluation):
-    """Linear classifiers on the frozen encoder, and attentive pooling."""
-
-    poolings: Annotated[tuple[Pooling, ...], MinLen(1)] = ("cls", "mean", "attentive")
-    """features are the class token, as in MAE's own probe, the mean of the patch tokens, or a mean
-    of the patch tokens by learned attention, for which all of them are kept: N x C x 2 bytes an
-    image"""
-    learning_rates: Annotated[tuple[float, ...], Gt(0), MinLen(1)] = (1e-2, 3e-2)
-    """of Adam, with cosine decay; all are tried"""
-    penalties: Annotated[tuple[float, ...], Ge(0), MinLen(1)] = (0.1, 1.0, 10.0, 100.0)
-    """times half the squared weights, beside the sum of the cross-entropy over the images: 1 / C of
-    scikit-learn's LogisticRegression; all are tried"""
-    epochs: Annotated[int, Ge(1)] = 20
-    """passes over the stored features"""
-    steps: Annotated[int, Ge(1)] = 1000
-    """steps to take at least, with few images in more passes"""
-    step_images: Annotated[int, Ge(1)] = 1024
-    """images a step"""
-    hold_out: Annotated[float, Gt(0), Le(0.5)] = 0.1
-    """share of the training images by which learning rate, penalty and pooling are chosen"""
+from famt.train.evaluate.options import Pooling, Probe
+from famt.train.evaluate.trunk import Features, Images, Value, require_labels, standard_error, top1
 
 
 @dataclass(frozen=True)

@@ -5,37 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from annotated_types import Ge, Gt
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from famt.patches import normalise_images
 from famt.pipeline.errors import UserError
-from famt.pipeline.loader import CropBatch, RandomView, WholeView
+from famt.pipeline.loader import CropBatch
 from famt.pipeline.masks import IGNORED, crop_masks, decode_mask, read_masks
-from famt.train.evaluate.trunk import Evaluation, Images, Value, warn_of_unlearned
-
-
-@dataclass(frozen=True)
-class Segment(Evaluation):
-    """A linear classifier of patch tokens against masks, `<key>.mask.png` in the shards."""
-
-    learning_rate: Annotated[float, Gt(0)] = 1e-2
-    """of Adam, with cosine decay"""
-    epochs: Annotated[int, Ge(1)] = 20
-    """passes over the images, each through other crops"""
-    steps: Annotated[int, Ge(1)] = 500
-    """steps to take at least, with few images in more passes"""
-    step_images: Annotated[int, Ge(1)] = 32
-    """crops a step"""
-    view: RandomView = field(default_factory=lambda: RandomView(area=(0.25, 1.0)))
-    """which part of an image a crop to learn from shows; all of it is tested"""
+from famt.pipeline.options import WholeView
+from famt.train.evaluate.options import Segment
+from famt.train.evaluate.trunk import Images, Value, warn_of_unlearned
 
 
 def segment(

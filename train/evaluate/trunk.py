@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TypeVar
 
 import torch
-from annotated_types import Ge, Gt, Le
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
@@ -20,67 +16,17 @@ from tqdm import tqdm
 from famt.patches import normalise_images
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.loader import CentreView, CropBatch, CropLoader, LoaderConfig, View
-from famt.pipeline.options import FREE, PLACE, Checked, Seed
+from famt.pipeline.loader import CropBatch, CropLoader
+from famt.pipeline.options import CentreView, LoaderConfig, View
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import SampleTable, load_samples
 from famt.train.distributed import Ranks
+from famt.train.evaluate.options import Evaluation
 from famt.train.streams import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
 
 Value = float | int | str
-Pooling = Literal["cls", "mean", "attentive"]
-
-
-@dataclass(frozen=True)
-class Evaluation(Checked):
-    """What every evaluation needs to know."""
-
-    checkpoint: str
-    """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
-    cache: Annotated[str, FREE, PLACE]
-    """score cache; it comes to know the shards that it does not"""
-    train: Annotated[list[str], FREE, PLACE]
-    """shards to learn from"""
-    val: Annotated[list[str], FREE, PLACE]
-    """shards to test on"""
-    stage: Annotated[Path | None, FREE, PLACE] = None
-    """folder on a fast local disk that each machine fetches the shards into before it begins; what
-    is there of any earlier run is used"""
-    ema: bool = False
-    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
-    untrained: bool = False
-    """take the same encoder with fresh random weights instead: the floor to beat"""
-    centre: Annotated[float | None, Gt(0), Le(1)] = None
-    """share of the shorter side that is shown; 0.875, or all of it for models of up to 64 px"""
-    batch_size: Annotated[int, Ge(1)] = 256
-    """images at a time"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """what to compute on"""
-    threads: Annotated[int | None, Ge(1), FREE] = None
-    """CPU threads that decode; a rank's share of the machine's cores if left out"""
-    seed: Seed = 0
-    """of all that is drawn at random"""
-
-    def told(self) -> dict[str, Any]:
-        """What its values depend on beside the encoder, as plain data: the shards, and the options
-        that are not as they come."""
-        aside = {"checkpoint", "cache", "stage", "ema", "untrained", "device", "threads"}
-        options = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if field.name not in aside and getattr(self, field.name) != field.default
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
-        return plain
-
-    @property
-    def weights(self) -> str:
-        """Which of the checkpoint's weights it asks for: trained, ema or untrained."""
-        return "untrained" if self.untrained else "ema" if self.ema else "trained"
-
-
 Options = TypeVar("Options", bound=Evaluation)
 Results = Iterable[tuple[str, Value]]
 Evaluator = Callable[[VisionTransformer, "Images", "Images", Options], Results]

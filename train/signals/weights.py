@@ -13,8 +13,9 @@ from torch import Tensor
 
 from famt.models import PatchConfig
 from famt.pipeline.errors import UserError
-from famt.pipeline.join import JoinConfig, PatchBatch, split_crops
+from famt.pipeline.join import PatchBatch, split_crops
 from famt.pipeline.loader import CropBatch
+from famt.pipeline.options import JoinConfig
 from famt.sampling import patch_weights
 from famt.train.config import Pretrain
 from famt.train.signals.attention import Live, Rolling

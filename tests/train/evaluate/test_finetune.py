@@ -17,8 +17,8 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.train import checkpoint
 from famt.train.distributed import Ranks
-from famt.train.evaluate.finetune import Finetune, FinetuneOptimiser, Finetuning
-from famt.train.evaluate.mixing import Mixing
+from famt.train.evaluate.finetune import Finetuning
+from famt.train.evaluate.options import Finetune, FinetuneOptimiser, Mixing
 from famt.train.evaluate.run import open_encoder
 from famt.train.evaluate.run import run as evaluate
 from famt.train.evaluate.trunk import Images, open_images

@@ -4,7 +4,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from famt.train.evaluate import knn as module
-from famt.train.evaluate.knn import Knn, predict
+from famt.train.evaluate.knn import predict
+from famt.train.evaluate.options import Knn
 from famt.train.evaluate.run import run as evaluate
 
 

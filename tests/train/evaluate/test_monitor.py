@@ -16,7 +16,8 @@ from famt.train import checkpoint
 from famt.train.distributed import Ranks
 from famt.train.evaluate.knn import predict
 from famt.train.evaluate.monitor import Monitor
-from famt.train.evaluate.trunk import Evaluation, Images, open_images, top1
+from famt.train.evaluate.options import Evaluation
+from famt.train.evaluate.trunk import Images, open_images, top1
 from famt.train.log import Log
 from famt.train.pretrain import main as pretrain
 from famt.train.streams import Stop

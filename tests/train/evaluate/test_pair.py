@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import photo_members, score, tar_bytes
 
-from famt.train.evaluate.knn import Knn
+from famt.train.evaluate.options import Knn
 from famt.train.evaluate.run import EVALUATORS, run
 
 

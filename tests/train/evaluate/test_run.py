@@ -9,7 +9,7 @@ from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.train.checkpoint import load_model
-from famt.train.evaluate.knn import Knn
+from famt.train.evaluate.options import Knn
 from famt.train.evaluate.run import EVALUATORS, run
 from famt.train.pretrain import main as pretrain
 

@@ -14,10 +14,11 @@ from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.collector import Collection, collect, collect_superseded
+from famt.pipeline.errors import CacheError
 from famt.pipeline.generations import Generation
 from famt.pipeline.join import crop_scores
-from famt.pipeline.loader import CropLoader, LoaderConfig
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.options import LoaderConfig
 from famt.pipeline.refresh import refresh_shards
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 from famt.pipeline.table import load_maps, load_samples

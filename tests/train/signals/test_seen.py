@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from famt.patches import normalise
-from famt.pipeline.join import JoinConfig
+from famt.pipeline.options import JoinConfig
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
