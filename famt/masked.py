@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from famt.fusion import BlockFusion
 from famt.models import ModelConfig
@@ -27,6 +30,8 @@ class MaskedModel(nn.Module):
         defaults: fields of the config that the method sets apart from MAE's.
         plain_mask_ratio: what the paper masks at random, with nothing thrown.
         has_decoder: whether the config's decoder is built.
+        checkpoint_blocks: whether a backward pass computes the blocks' insides again: less memory
+            for a third more time.
     """
 
     defaults: ClassVar[dict[str, Any]] = {}
@@ -38,6 +43,7 @@ class MaskedModel(nn.Module):
         self.config = config
         self.encoder = config.encoder()
         self.fusion = BlockFusion(config.width, config.fused) if config.fused else None
+        self.checkpoint_blocks = False
         self.encoder.eval()
 
     def train(self, mode: bool = True) -> MaskedModel:
@@ -102,9 +108,19 @@ class MaskedModel(nn.Module):
         encoder = self.encoder
         cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([cls, tokens], dim=1)
-        if self.fusion is None:
-            return encoder.norm(encoder.blocks(tokens))
-        return encoder.norm(self.fusion(encoder.blocks, tokens))
+        blocks = self.stages(encoder.blocks)
+        if self.fusion is not None:
+            return encoder.norm(self.fusion(blocks, tokens))
+        for block in blocks:
+            tokens = block(tokens)
+        return encoder.norm(tokens)
+
+    def stages(self, blocks: Iterable[nn.Module]) -> list[Callable[..., Tensor]]:
+        """Blocks as they are to be called: with `checkpoint_blocks`, their insides are computed
+        again in the backward pass in place of being kept (Chen et al., arXiv 1604.06174)."""
+        if not self.checkpoint_blocks or not torch.is_grad_enabled():
+            return list(blocks)
+        return [partial(checkpoint, block, use_reentrant=False) for block in blocks]
 
     def encode(self, patches: Tensor, index: Tensor) -> Tensor:
         """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, 1+V, width]`."""
