@@ -8,7 +8,7 @@ none of this.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class BlockFusion(nn.Module):
         self.projections = nn.ModuleList(nn.Linear(width, width) for _ in blocks)
         self.weights = nn.Parameter(torch.ones(len(blocks) + 1))
 
-    def forward(self, blocks: Iterable[nn.Module], tokens: Tensor) -> Tensor:
+    def forward(self, blocks: Iterable[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
         """Run all `blocks` on tokens `[B, T, width]`; returns the average, of the same shape."""
         projections, shallow = dict(zip(self.blocks, self.projections, strict=True)), []
         for number, block in enumerate(blocks):

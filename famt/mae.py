@@ -58,13 +58,14 @@ class MaskedAutoencoder(MaskedModel):
         )
         hidden = self.mask_token + position[0, 1 + split.predicted]
         seen = seen + seen_at
+        blocks = self.stages(self.decoder_blocks)
         if self.config.decoder == "self":
             tokens = torch.cat([seen, hidden], dim=1)
-            for block in self.decoder_blocks:
+            for block in blocks:
                 tokens = block(tokens)
             hidden = tokens[:, seen.shape[1] :]
         else:
-            for block in self.decoder_blocks:
+            for block in blocks:
                 hidden = block(hidden, seen)
         return self.decoder_pred(self.decoder_norm(hidden))
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from famt.fusion import BlockFusion
 from famt.models import ModelConfig
@@ -22,6 +26,8 @@ class MaskedModel(nn.Module):
         config: all that it is built from.
         encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
             are timm's own.
+        checkpoint_blocks: whether a backward pass computes the blocks' insides again: less memory
+            for a third more time.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -29,6 +35,7 @@ class MaskedModel(nn.Module):
         self.config = config
         self.encoder = config.encoder()
         self.fusion = BlockFusion(config.width, config.fused) if config.fused else None
+        self.checkpoint_blocks = False
         self.encoder.eval()
 
     def train(self, mode: bool = True) -> MaskedModel:
@@ -94,9 +101,19 @@ class MaskedModel(nn.Module):
         encoder = self.encoder
         cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
         tokens = torch.cat([cls, tokens], dim=1)
-        if self.fusion is None:
-            return encoder.norm(encoder.blocks(tokens))
-        return encoder.norm(self.fusion(encoder.blocks, tokens))
+        blocks = self.stages(encoder.blocks)
+        if self.fusion is not None:
+            return encoder.norm(self.fusion(blocks, tokens))
+        for block in blocks:
+            tokens = block(tokens)
+        return encoder.norm(tokens)
+
+    def stages(self, blocks: Iterable[nn.Module]) -> list[Callable[..., Tensor]]:
+        """Blocks as they are to be called: with `checkpoint_blocks`, their insides are computed
+        again in the backward pass in place of being kept (Chen et al., arXiv 1604.06174)."""
+        if not self.checkpoint_blocks or not torch.is_grad_enabled():
+            return list(blocks)
+        return [partial(checkpoint, block, use_reentrant=False) for block in blocks]
 
     def encode(self, patches: Tensor, index: Tensor) -> Tensor:
         """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, 1+V, width]`."""

@@ -3,11 +3,13 @@
     famt shards --source photos/ --out shards/
     famt shards --source camera/ --out shards/ --unlabelled
     famt shards --source people/ --out shards/ --holdout 0.2
+    famt shards --source photos/ --out shards/ --labels labels.csv
     famt shards --source cifar10 --out cifar/ --split train
     famt shards --source imagenet/val --out s3://bucket/imagenet --split val
 
 The folders in a folder are the classes of the images in them. A folder with images right in it has
-no classes, nor has one with --unlabelled; pre-training needs none.
+no classes, nor has one with --unlabelled; pre-training needs none. With --labels the classes are
+those of a table, and folders tell only where images lie.
 
 In a folder with `images` and `masks` in it, `masks/<name>.png` tells the class of every pixel of
 `images/<name>.jpg`: its number, 255 for none. If all masks are black and white, white is class 1.
@@ -26,6 +28,7 @@ import dataclasses
 import re
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -61,6 +64,9 @@ class MakeShards(Checked):
     """share of the images that goes to split "val" in place of this one"""
     samples_per_shard: Annotated[int, Ge(1)] = 1000
     """images a tar; ImageNet is usually cut at 1000 (about 110 MB)"""
+    labels: Path | None = None
+    """a table of the images' classes: CSV with columns like file_name and label, or Tiny ImageNet's
+    val_annotations.txt"""
     unlabelled: bool = False
     """folders tell where images lie, not what they show: leave classes out"""
     seed: Seed = 0
@@ -71,6 +77,8 @@ class MakeShards(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.labels and self.unlabelled:
+            raise UserError("--labels and --unlabelled contradict each other")
         if self.holdout and self.split == "val":
             raise UserError('holdout makes a split "val" of its own; give this one another split')
         # Shards are found by <split>-*.tar, and DALI must be able to read their names.
@@ -80,7 +88,9 @@ class MakeShards(Checked):
 
 def main(args: MakeShards) -> int:
     """Write the shards; returns 1 if any image had to be skipped."""
-    classes, items, passed_over = open_source(args.source, args.split, args.download_to)
+    classes, items, passed_over, unlisted = open_source(
+        args.source, args.split, args.download_to, args.labels
+    )
     if args.unlabelled:
         classes, items = [], [dataclasses.replace(item, label=NO_LABEL) for item in items]
     order = np.random.default_rng(args.seed).permutation(len(items))
@@ -110,6 +120,12 @@ def main(args: MakeShards) -> int:
         for name, reason in written.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         skipped += len(written.skipped)
+    if unlisted:
+        print(
+            f"{len(unlisted)} images are not in {args.labels} and have no class: "
+            f"{', '.join(unlisted[:3])}{', ...' if len(unlisted) > 3 else ''}",
+            file=sys.stderr,
+        )
     if passed_over:
         print(f"passed over: {count_endings(passed_over)}, which are no images", file=sys.stderr)
     return 1 if skipped else 0

@@ -25,6 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extensi
 from famt.pipeline import storage
 from famt.pipeline.dataset import NAME, described
 from famt.pipeline.errors import UserError
+from famt.pipeline.labels import class_names, find_label, read_labels
 from famt.pipeline.masks import decode_mask
 from famt.pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL, count_endings
 
@@ -47,11 +48,17 @@ class Item:
 
 
 class Source(NamedTuple):
-    """Class names and images of a source, and how many other files its folder holds, by ending."""
+    """Class names and images of a source, and what was left out.
+
+    Attributes:
+        passed_over: how many other files its folder holds, by ending.
+        unlisted: images that the file of labels does not list; they have no class.
+    """
 
     classes: list[str]
     items: list[Item]
     passed_over: dict[str, int]
+    unlisted: list[str] = []  # noqa: RUF012
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,9 @@ class Written:
     skipped: list[tuple[str, str]]
 
 
-def open_source(source: str, split: str, download_to: str | None = None) -> Source:
+def open_source(
+    source: str, split: str, download_to: str | None = None, labels: Path | None = None
+) -> Source:
     """What an image folder, a torchvision data set, or scikit-learn's digits hold.
 
     An image right in the folder has no class; so if there is any, no image of the folder has, at
@@ -85,11 +94,15 @@ def open_source(source: str, split: str, download_to: str | None = None) -> Sour
             of `TORCHVISION_SOURCES`, or "digits".
         split: "train" for the training half of a torchvision data set, else its test half.
         download_to: where torchvision keeps its files; it downloads what is not there.
+        labels: a file that lists the classes of a folder's images; see `famt.pipeline.labels`.
 
     Raises:
-        FileNotFoundError: no such folder, no images in it, or an image without its mask.
-        ValueError: the digits, of which there is but one set, as anything but "train".
+        FileNotFoundError: no such folder or file, no images in it, or an image without its mask.
+        UserError: the digits, of which there is but one set, as anything but "train"; labels of
+            what is no folder, or that list none of its images.
     """
+    if labels and not Path(source).is_dir():
+        raise UserError(f"--labels lists the classes of a folder's images, and {source} is none")
     if source == DIGITS:
         if split != "train":
             raise UserError(
@@ -105,6 +118,8 @@ def open_source(source: str, split: str, download_to: str | None = None) -> Sour
             f"{source} is no folder; give a folder of images or of class folders, or one of "
             f"{', '.join((DIGITS, *TORCHVISION_SOURCES))}"
         )
+    if labels:
+        return _listed(Path(source), labels)
     if {"images", "masks"} <= {path.name for path in Path(source).iterdir() if path.is_dir()}:
         return _masked(Path(source))
     images, others = _files(source)
@@ -248,6 +263,26 @@ def _files(folder: str) -> tuple[list[Path], dict[str, int]]:
         but = f", but {count_endings(others)}" if others else ""
         raise FileNotFoundError(f"{folder} holds no images{but}")
     return sorted(images), dict(others)
+
+
+def _listed(folder: Path, path: Path) -> Source:
+    """Images whose classes stand in a file."""
+    images, others = _files(str(folder))
+    labels = read_labels(path)
+    classes = class_names(labels)
+    number = {name: each for each, name in enumerate(classes)}
+    found = {image: find_label(labels, image) for image in images}
+    unlisted = [str(image) for image, label in found.items() if label is None]
+    if len(unlisted) == len(images):
+        raise UserError(
+            f"{path} lists none of the images in {folder}: {next(iter(labels))} is one of its, "
+            f"{images[0]} one of the folder's"
+        )
+    items = [
+        Item(str(image), NO_LABEL if label is None else number[label], partial(Path, folder, image))
+        for image, label in found.items()
+    ]
+    return Source(classes, items, others, unlisted)
 
 
 def _masked(folder: Path) -> Source:

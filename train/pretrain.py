@@ -209,11 +209,12 @@ class Run(Training[PatchBatch]):
             "encoder": sum(p.numel() for p in self.model.encoder.parameters()),
             "in all": sum(p.numel() for p in self.model.parameters()),
         }
+        decoder = config.decoder if METHODS[self.method].has_decoder else "no"
         lines = {
             "run": f"{config.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
             f"{config.precision}",
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
-            f"{sizes.patch_size} px, {config.decoder if METHODS[self.method].has_decoder else 'no'} decoder: "
+            f"{sizes.patch_size} px, {decoder} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
             "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches"
