@@ -14,58 +14,51 @@ class Command:
     """A program.
 
     Attributes:
+        module: where its `main` is, below `famt`.
+        options: what `main` takes, `module:name`. A command line is parsed before the module of the
+            program is imported, which takes seconds. "" where the program parses for itself.
         about: what it does, in a line.
-        main: its function of its options, `module:name`.
-        options: their type. A command line is parsed before the module of `main` is imported, which
-            takes seconds, so options that are in another module are quick to ask for. "" where the
-            program parses for itself.
     """
 
+    module: str
+    options: str
     about: str
-    main: str
-    options: str = ""
+
+    @property
+    def path(self) -> str:
+        """The module as it is imported."""
+        return f"famt.{self.module}"
 
 
+_JOBS, _TRAIN, _EVALUATE = "jobs.options", "train.options", "train.evaluate.options"
+
+# fmt: off
 COMMANDS = {
-    "shards": Command("put folders of images into tar shards", "famt.jobs.make_shards:main"),
-    "score": Command(
-        "compute the frequency scores of shards into a cache", "famt.jobs.precompute_freq:main"
-    ),
-    "pretrain": Command(
-        "pre-train a vision transformer, with all that it needs",
-        "famt.jobs.pretrain:main",
-        "famt.jobs.options:RayPretrain",
-    ),
-    "evaluate": Command(
-        "k-NN, probe, segmentation or fine-tuning of an encoder",
-        "famt.train.evaluate.__main__:run",
-        "famt.train.evaluate.options:Evaluate",
-    ),
-    "export": Command(
-        "an encoder for timm or transformers",
-        "famt.train.export:main",
-        "famt.train.options:Export",
-    ),
-    "embed": Command(
-        "features of every image, as Parquet or NumPy",
-        "famt.train.embed:main",
-        "famt.train.options:Embed",
-    ),
-    "report": Command("one page that compares runs", "famt.train.report:main"),
-    "figures": Command(
-        "pictures of what is masked and thrown",
-        "famt.train.figures:main",
-        "famt.train.options:Figures",
-    ),
-    "refresh": Command(
-        "scores by a model: beside a run elsewhere, or once", "famt.jobs.refresh_scores:main"
-    ),
-    "cache": Command("list, check and clean a score cache", "famt.jobs.cache:main"),
-    "results": Command("train and compare a declared grid of runs", "famt.jobs.results:main"),
-    "benchmark": Command("speed of each part, beside its bound", "famt.jobs.benchmark:main"),
-    "gpu-check": Command("what only a GPU can show, before a long run", "famt.jobs.gpu_check:main"),
-    "demo": Command("the whole path on small images, in minutes", "famt.jobs.demo:main"),
+    "shards": Command("jobs.make_shards", f"{_JOBS}:MakeShards",
+        "put folders of images into tar shards"),
+    "score": Command("jobs.precompute_freq", f"{_JOBS}:PrecomputeFreq",
+        "compute the frequency scores of shards into a cache"),
+    "pretrain": Command("jobs.pretrain", f"{_JOBS}:RayPretrain",
+        "pre-train a vision transformer, with all that it needs"),
+    "evaluate": Command("train.evaluate.__main__", f"{_EVALUATE}:Evaluate",
+        "k-NN, probe, segmentation or fine-tuning of an encoder"),
+    "export": Command("train.export", f"{_TRAIN}:Export",
+        "an encoder for timm or transformers"),
+    "embed": Command("train.embed", f"{_TRAIN}:Embed",
+        "features of every image, as Parquet or NumPy"),
+    "report": Command("train.report", f"{_TRAIN}:Report", "one page that compares runs"),
+    "figures": Command("train.figures", f"{_TRAIN}:Figures",
+        "pictures of what is masked and thrown"),
+    "refresh": Command("jobs.refresh_scores", f"{_JOBS}:RefreshScores",
+        "scores by a model: beside a run elsewhere, or once"),
+    "cache": Command("jobs.cache", "", "list, check and clean a score cache"),
+    "results": Command("jobs.results", f"{_JOBS}:Results",
+        "train and compare a declared grid of runs"),
+    "benchmark": Command("jobs.benchmark", "", "speed of each part, beside its bound"),
+    "gpu-check": Command("jobs.gpu_check", "", "what only a GPU can show, before a long run"),
+    "demo": Command("jobs.demo", f"{_JOBS}:Demo", "the whole path on small images, in minutes"),
 }
+# fmt: on
 
 _USAGE = """usage: famt COMMAND [OPTIONS]
 
@@ -81,11 +74,6 @@ frequency content and the model's own attention.
 `famt COMMAND --help` tells more. On eight GPUs: torchrun --nproc-per-node 8 -m famt pretrain ..."""
 
 
-def program_of(command: Command) -> str:
-    """The module of a program."""
-    return command.main.partition(":")[0]
-
-
 def called() -> str:
     """How the program that runs is called on a command line: `famt report`, say."""
     if sys.argv[0].startswith("famt "):  # as `main` has it
@@ -94,7 +82,7 @@ def called() -> str:
     if spec is None:  # by its path
         return f"python {sys.argv[0]}"
     name = spec.name.removesuffix(".__main__")
-    words = {program_of(each).removesuffix(".__main__"): word for word, each in COMMANDS.items()}
+    words = {each.path.removesuffix(".__main__"): word for word, each in COMMANDS.items()}
     return f"famt {words[name]}" if name in words else f"python -m {name}"
 
 
@@ -114,7 +102,7 @@ def main() -> None:
             resolve_name("famt.train.program:run_command")(COMMANDS[word])
         else:
             sys.argv = [sys.argv[0], *rest]
-            runpy.run_module(program_of(COMMANDS[word]), run_name="__main__", alter_sys=True)
+            runpy.run_module(COMMANDS[word].path, run_name="__main__", alter_sys=True)
     except KeyboardInterrupt:  # while it was imported
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -14,40 +14,26 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
 
 import ray
-from annotated_types import Ge
 
 from famt.jobs import make_shards, precompute_freq
 from famt.jobs.cluster import start_ray
-from famt.jobs.options import RefreshWorkers
+from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RefreshWorkers
 from famt.jobs.refresh_scores import following
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.options import Checked, RandomView
+from famt.pipeline.options import RandomView
 from famt.pipeline.table import load_samples
 from famt.pipeline.writer import DIGITS
 from famt.train import figures, pretrain, report
 from famt.train.config import Pretrain, parse
 from famt.train.evaluate.options import Probe
 from famt.train.evaluate.run import run as evaluate
-from famt.train.options import Figures
+from famt.train.options import Figures, Report
 from famt.train.program import parsed, run_program
-
-
-@dataclass(frozen=True)
-class Demo(Checked):
-    """What to run the demo on."""
-
-    data: str = DIGITS
-    """a folder of images or of class folders; scikit-learn's digits if left out"""
-    out: Path = Path("demo")
-    """folder for shards, scores, the run and pictures; a fresh one inside it each time"""
-    images_seen: Annotated[int, Ge(1)] = 120_000
-    """training is as many epochs as show the model about this many images"""
 
 
 def main(demo: Demo) -> None:
@@ -60,15 +46,11 @@ def main(demo: Demo) -> None:
 
     with _stage("1. images into webdataset shards"):
         make_shards.main(
-            make_shards.MakeShards(
-                source=demo.data, out=str(shards), holdout=0.2, samples_per_shard=500
-            )
+            MakeShards(source=demo.data, out=str(shards), holdout=0.2, samples_per_shard=500)
         )
     with _stage("2. frequency scores by Ray into the cache"):
         start_ray()
-        precompute_freq.main(
-            precompute_freq.PrecomputeFreq(shards=[*train, *val], cache=cache, max_bad=1.0)
-        )
+        precompute_freq.main(PrecomputeFreq(shards=[*train, *val], cache=cache, max_bad=1.0))
     labels = load_samples(train, ScoreCache(cache)).labels
     images = len(labels)
     recipe: Pretrain = parse(
@@ -107,7 +89,7 @@ def main(demo: Demo) -> None:
         picture = figures.main(
             Figures(checkpoint=run, cache=cache, shards=val, out=folder / "pictures" / "split.png")
         )
-        page = report.main(report.Report([run], folder / "report.html"))
+        page = report.main(Report([run], folder / "report.html"))
     minutes = (time.monotonic() - started) / 60
     print(
         f"\nprobe, top-1 on {len(storage.expand(val))} held-out shard(s): "

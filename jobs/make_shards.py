@@ -25,65 +25,15 @@ Exit code: 0 done; 1 some images could not be read and were skipped, each named.
 from __future__ import annotations
 
 import dataclasses
-import re
 import sys
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-from annotated_types import Ge, Lt
 from tqdm import tqdm
 
-from famt.pipeline.errors import UserError
-from famt.pipeline.options import Checked, Seed
+from famt.jobs.options import MakeShards
 from famt.pipeline.shards import NO_LABEL, count_endings
-from famt.pipeline.writer import (
-    Encoding,
-    check_dataset,
-    describe_dataset,
-    open_source,
-    write_shards,
-)
+from famt.pipeline.writer import check_dataset, describe_dataset, open_source, write_shards
 from famt.train.program import parsed, run_program
-
-
-@dataclass(frozen=True)
-class MakeShards(Checked):
-    """What to write where."""
-
-    source: str
-    """a folder of images, of class folders, or of images and masks; or a data set: digits, cifar10,
-    cifar100, flowers102, food101 or stl10"""
-    out: str
-    """folder or object-store URL for the shards"""
-    split: str = "train"
-    """prefix of the shards; a named data set gives its training images for "train", else its test
-    images"""
-    holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """share of the images that goes to split "val" in place of this one"""
-    samples_per_shard: Annotated[int, Ge(1)] = 1000
-    """images a tar; ImageNet is usually cut at 1000 (about 110 MB)"""
-    labels: Path | None = None
-    """a table of the images' classes: CSV with columns like file_name and label, or Tiny ImageNet's
-    val_annotations.txt"""
-    unlabelled: bool = False
-    """folders tell where images lie, not what they show: leave classes out"""
-    seed: Seed = 0
-    """of the shuffle"""
-    encoding: Encoding = field(default_factory=Encoding)
-    download_to: str | None = None
-    """where torchvision keeps what it downloads"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.labels and self.unlabelled:
-            raise UserError("--labels and --unlabelled contradict each other")
-        if self.holdout and self.split == "val":
-            raise UserError('holdout makes a split "val" of its own; give this one another split')
-        # Shards are found by <split>-*.tar, and DALI must be able to read their names.
-        if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.split):
-            raise UserError(f"split {self.split!r} may hold letters, digits, _, . and - alone")
 
 
 def main(args: MakeShards) -> int:

@@ -21,26 +21,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import obstore.exceptions
 import ray
 import torch
-from annotated_types import Ge, Le
 from tqdm import tqdm
 
 from famt.jobs.cluster import failure, start_ray
+from famt.jobs.options import PrecomputeFreq, seconds
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError, UserError
-from famt.pipeline.options import Checked
 from famt.pipeline.packs import pack_loose
 from famt.pipeline.precompute import ShardReport, precompute_shard, publish
 from famt.pipeline.scores import ScoreSpec
@@ -55,39 +51,6 @@ _PUBLISH_EVERY = 10.0  # seconds; a driver that is killed loses at most this muc
 _SHOWN = 10  # quarantined samples named on the terminal
 
 
-@dataclass(frozen=True)
-class PrecomputeFreq(Checked):
-    """What to score and where to put it."""
-
-    shards: list[str]
-    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
-    cache: str
-    """folder or object-store URL of the score cache; made if it is not there"""
-    spec: ScoreSpec = field(default_factory=ScoreSpec)
-    watch: str | None = None
-    """run for ever: look again after this time (30s, 10m, 2h) for shards that are new or changed;
-    a training run that starts after that takes them up"""
-    workers: Annotated[int | None, Ge(1)] = None
-    """tasks at a time; all CPUs of the cluster if left out"""
-    max_bad: Annotated[float, Ge(0), Le(1)] = 0.01
-    """share of images that may be quarantined before the job counts as failed"""
-    max_damaged: Annotated[int, Ge(0)] = 0
-    """tars that may be cut off or broken before the job counts as failed"""
-    retry_bad: bool = False
-    """judge all images of these shards again, the quarantined among them. A shard on which a
-    verdict changes gets new rows: its maps of other scores have to be computed again, and runs that
-    trained on it can't be resumed"""
-    summary: str | None = None
-    """file to write the JSON summary to as well"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.watch is not None:
-            _seconds(self.watch)
-            if self.retry_bad:
-                raise UserError("retry_bad is for one run; it would judge all again at each look")
-
-
 @ray.remote(num_cpus=1, max_retries=3, retry_exceptions=[OSError, obstore.exceptions.GenericError])
 def _score(url: str, cache: ScoreCache, spec: ScoreSpec, retry_bad: bool) -> ShardReport:
     torch.set_num_threads(1)
@@ -96,7 +59,7 @@ def _score(url: str, cache: ScoreCache, spec: ScoreSpec, retry_bad: bool) -> Sha
 
 def main(args: PrecomputeFreq) -> int:
     """Run the job; see the module's docstring for the exit code."""
-    pause = None if args.watch is None else _seconds(args.watch)
+    pause = None if args.watch is None else seconds(args.watch)
     if pause is None:
         return _run_once(args)
     while True:
@@ -105,13 +68,6 @@ def main(args: PrecomputeFreq) -> int:
         except _PASSING as error:
             print(f"{type(error).__name__}: {storage.reason(error)}; trying again", file=sys.stderr)
         time.sleep(pause)
-
-
-def _seconds(duration: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", duration)
-    if match is None:
-        raise UserError(f"--watch {duration}: give a time such as 30s, 10m or 2h")
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _run_once(args: PrecomputeFreq) -> int:

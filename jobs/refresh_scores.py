@@ -31,16 +31,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import ray
-from annotated_types import Ge
 from tqdm import tqdm
 
 from famt.jobs.cluster import start_ray
-from famt.jobs.options import RefreshWorkers
+from famt.jobs.options import RefreshScores, RefreshWorkers
 from famt.jobs.refresh_workers import UnwantedError, refresh_on_ray
 from famt.models import ModelConfig
 from famt.pipeline import storage
@@ -48,7 +46,6 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.collector import collect_superseded
 from famt.pipeline.errors import UserError
 from famt.pipeline.generations import Generation
-from famt.pipeline.options import Checked
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from famt.pipeline.table import load_samples
 from famt.train.checkpoint import Encoder, load_encoder
@@ -65,32 +62,6 @@ from famt.train.signals.due import (
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds
-
-
-@dataclass(frozen=True)
-class RefreshScores(RefreshWorkers, Checked):
-    """Which encoder to score with, and on what."""
-
-    checkpoint: Path | None = None
-    """checkpoint, folder of a run (its latest one), or an encoder that a run left for refresh"""
-    follow: Path | None = None
-    """folder of a run: score with every encoder that it leaves for refresh, until it is finished"""
-    init: str | None = None
-    """any other encoder, as --init of pre-training takes it: a run that pins the generation weighs
-    by a trained model from its first step on"""
-    image_size: Annotated[int | None, Ge(1)] = None
-    """side of the images that an --init sees, px, in place of its own; its patches must be as many
-    as those of the crops of the run that pins the maps"""
-    shards: list[str] | None = None
-    """tars to score; those of the run if left out"""
-    cache: str | None = None
-    """score cache; that of the run if left out"""
-    kinds: list[str] | None = None
-    """token_frequency, attention, cls_attention, frequency_attention (the first times the second,
-    the paper's weight), or kinds that an installed package adds; what the run weighs by if left
-    out"""
-    precision: Literal["bf16", "fp32"] | None = None
-    """bf16 computes under autocast; the run's if left out"""
 
 
 def main(args: RefreshScores) -> int:

@@ -23,22 +23,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import ray
-import tyro
-from annotated_types import Ge
 from ray.exceptions import RayTaskError
 from tqdm import tqdm
 
 from famt.jobs.cluster import start_ray
 from famt.jobs.costs import StepCost, known, measured
 from famt.jobs.grid import Grid, Row, load, table
+from famt.jobs.options import Results
 from famt.pipeline.errors import UserError
-from famt.pipeline.options import Checked
 from famt.train import report
 from famt.train.config import Pretrain
 from famt.train.history import History, read
@@ -46,22 +42,6 @@ from famt.train.program import parsed, run_program
 
 _POLL = 0.5  # seconds
 _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
-
-
-@dataclass(frozen=True)
-class Results(Checked):
-    """Which grid, how much of it, and what each run is given."""
-
-    grid: Annotated[Path, tyro.conf.Positional]
-    """TOML file"""
-    out: Path | None = None
-    """folder of runs, table and page, in place of the one that the file names"""
-    minutes: Annotated[float | None, Ge(0)] = None
-    """stop after so many; runs go on another time"""
-    cpus: Annotated[int, Ge(1)] = 1
-    """CPU cores of each run; small models train fastest with many runs of one core"""
-    gpus: Annotated[int, Ge(0)] = 0
-    """GPUs of each run, all on one machine"""
 
 
 def main(results: Results) -> int:

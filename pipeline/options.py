@@ -250,3 +250,13 @@ class JoinConfig:
         """How much the weights count when `progress` in [0, 1] of the run's steps are done."""
         first, last = self.blend
         return first + (last - first) * min(max(progress, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored. Files are copied byte for byte unless `max_side` is given."""
+
+    max_side: Annotated[int | None, Ge(1)] = None
+    """shrink images whose longer side is above this many px, and store them as JPEG"""
+    quality: Annotated[int, Ge(1), Le(100)] = 90
+    """JPEG quality of what is re-encoded, 1 to 100"""

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import obstore
 import torchvision.datasets
 import webdataset
-from annotated_types import Ge, Le
 from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
@@ -27,6 +26,7 @@ from famt.pipeline.dataset import NAME, described
 from famt.pipeline.errors import UserError
 from famt.pipeline.labels import class_names, find_label, read_labels
 from famt.pipeline.masks import decode_mask
+from famt.pipeline.options import Encoding
 from famt.pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL, count_endings
 
 TORCHVISION_SOURCES = ("cifar10", "cifar100", "flowers102", "food101", "stl10")
@@ -59,16 +59,6 @@ class Source(NamedTuple):
     items: list[Item]
     passed_over: dict[str, int]
     unlisted: list[str] = []  # noqa: RUF012
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How images are stored. Files are copied byte for byte unless `max_side` is given."""
-
-    max_side: Annotated[int | None, Ge(1)] = None
-    """shrink images whose longer side is above this many px, and store them as JPEG"""
-    quality: Annotated[int, Ge(1), Le(100)] = 90
-    """JPEG quality of what is re-encoded, 1 to 100"""
 
 
 @dataclass(frozen=True)

@@ -16,18 +16,12 @@ from annotated_types import Ge, Gt, Le, Lt
 from famt.__main__ import COMMANDS
 from famt.jobs.benchmark import BENCHMARKS
 from famt.jobs.cache import Command
-from famt.jobs.demo import Demo
 from famt.jobs.gpu_check import GpuCheck
-from famt.jobs.make_shards import MakeShards
-from famt.jobs.options import RayPretrain
-from famt.jobs.precompute_freq import PrecomputeFreq
-from famt.jobs.refresh_scores import RefreshScores
-from famt.jobs.results import Results
+from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RayPretrain, RefreshScores, Results
 from famt.train.config import Pretrain
 from famt.train.evaluate.run import EVALUATORS
-from famt.train.options import Embed, Export, Figures
+from famt.train.options import Embed, Export, Figures, Report
 from famt.train.program import parsed
-from famt.train.report import Report
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,7 +112,7 @@ for options in sys.argv[1:]:
     resolve_name(options)
 print(*{name.partition(".")[0] for name in sys.modules})
 """
-    options = [each.options for each in COMMANDS.values() if each.options]
+    options = [f"famt.{each.options}" for each in COMMANDS.values() if each.options]
     done = subprocess.run(
         [sys.executable, "-c", code, *options], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""The options of the programs that read what a training left: export, embed and figures."""
+"""The options of the programs that read what a training left: export, embed, figures and report."""
 
 from __future__ import annotations
 
@@ -71,3 +71,13 @@ class Figures(Checked):
     view: RandomView = field(default_factory=lambda: RandomView(area=(0.6, 1.0)))
     seed: Seed = 0
     """of the choice of images, their crops and their splits"""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Which runs to tell of."""
+
+    runs: Annotated[list[Path], tyro.conf.Positional]
+    """folders of runs"""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
+    """page to write"""

@@ -17,7 +17,7 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from famt.__main__ import Command, called, program_of
+from famt.__main__ import Command, called
 from famt.pipeline import storage
 from famt.pipeline.errors import CacheError, RankError, UserError
 from famt.train import config
@@ -46,10 +46,10 @@ def parsed(kind: Any, description: str | None) -> Any:
 
 def run_command(command: Command) -> NoReturn:
     """Parse the command line, then import the program and run it."""
-    source = Path(str(find_spec(program_of(command)).origin))  # type: ignore[union-attr]
+    source = Path(str(find_spec(command.path).origin))  # type: ignore[union-attr]
     about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
-    options = parsed(resolve_name(command.options), about)
-    run_program(lambda each: resolve_name(command.main)(each), options)
+    options = parsed(resolve_name(f"famt.{command.options}"), about)
+    run_program(lambda each: resolve_name(f"{command.path}:main")(each), options)
 
 
 def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:

@@ -23,9 +23,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import tyro
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 from plotly.offline import get_plotlyjs
@@ -36,6 +35,7 @@ from famt.train import history
 from famt.train.config import Pretrain
 from famt.train.evaluate.options import Finetune
 from famt.train.history import Basis, Found, History
+from famt.train.options import Report
 from famt.train.program import parsed, run_program
 
 METRICS = {
@@ -54,16 +54,6 @@ _COLOURS = [
 _DATA = "images trained on (digest)"
 _STAGES = ["#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#e76f51", "#8d6a9f"]
 _PICTURES, _PICTURE_WIDTH = 6, 720  # of a run, and px
-
-
-@dataclass(frozen=True)
-class Report:
-    """Which runs to tell of."""
-
-    runs: Annotated[list[Path], tyro.conf.Positional]
-    """folders of runs"""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """page to write"""
 
 
 @dataclass(frozen=True)

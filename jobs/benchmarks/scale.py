@@ -23,6 +23,7 @@ from tqdm import tqdm
 from famt.jobs import precompute_freq
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
+from famt.jobs.options import PrecomputeFreq
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache, ShardTable
 from famt.pipeline.manifest import ShardRecord
@@ -63,7 +64,7 @@ class Scale(Checked):
             for name in ("precompute_that_only_packs", "precompute_with_nothing_to_do"):
                 started = time.perf_counter()
                 with contextlib.redirect_stdout(sys.stderr):
-                    job = precompute_freq.PrecomputeFreq([f"{folder}/shards"], cache.url)
+                    job = PrecomputeFreq([f"{folder}/shards"], cache.url)
                     done = precompute_freq.main(job)
                 seconds[name] = time.perf_counter() - started
             before = measure.resident_bytes()

@@ -9,8 +9,9 @@ import webdataset
 from PIL import Image
 from samples import encode, photo
 
-from famt.jobs.make_shards import MakeShards, main
-from famt.pipeline.writer import Encoding
+from famt.jobs.make_shards import main
+from famt.jobs.options import MakeShards
+from famt.pipeline.options import Encoding
 
 
 @pytest.fixture

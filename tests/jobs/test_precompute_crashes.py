@@ -15,7 +15,8 @@ import pytest
 from ray_clusters import cluster, lose
 from samples import photo_members, tar_bytes
 
-from famt.jobs.precompute_freq import PrecomputeFreq, main, try_publish
+from famt.jobs.options import PrecomputeFreq
+from famt.jobs.precompute_freq import main, try_publish
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.precompute import precompute_shard
 from famt.pipeline.scores import ScoreSpec

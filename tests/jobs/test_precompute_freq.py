@@ -14,7 +14,8 @@ import torch
 from s3_server import environment, free_port, serve
 from samples import photo_members, tar_bytes
 
-from famt.jobs.precompute_freq import PrecomputeFreq, main
+from famt.jobs.options import PrecomputeFreq
+from famt.jobs.precompute_freq import main
 from famt.pipeline import packs
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from famt.jobs.refresh_scores import RefreshScores, initial_encoder, main
+from famt.jobs.options import RefreshScores
+from famt.jobs.refresh_scores import initial_encoder, main
 from famt.models import MODELS, ModelConfig
 from famt.pipeline.errors import UserError
 from famt.pipeline.scores import encoder_digest

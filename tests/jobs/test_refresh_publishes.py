@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from famt.jobs import refresh_scores
-from famt.jobs.refresh_scores import RefreshScores
+from famt.jobs.options import RefreshScores
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS, ModelConfig
 from famt.pipeline.refresh import refresh_shards

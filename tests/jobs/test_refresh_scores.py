@@ -16,7 +16,8 @@ from runs import equal, log_events, weights
 from famt.jobs import refresh_scores
 from famt.jobs.cache import Gc, Ls
 from famt.jobs.cache import main as cache_main
-from famt.jobs.refresh_scores import RefreshScores, follow
+from famt.jobs.options import RefreshScores
+from famt.jobs.refresh_scores import follow
 from famt.jobs.refresh_scores import main as refresh
 from famt.pipeline.scores import is_generation
 from famt.pipeline.table import load_samples

@@ -21,7 +21,8 @@ from launch import program_file
 from s3_server import environment, free_port, serve
 from samples import encode, photo
 
-from famt.jobs.make_shards import MakeShards, main
+from famt.jobs.make_shards import main
+from famt.jobs.options import MakeShards
 from famt.pipeline import packs, storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError

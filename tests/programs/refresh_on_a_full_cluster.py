@@ -6,7 +6,8 @@ from pathlib import Path
 import ray
 
 from famt.jobs import refresh_workers
-from famt.jobs.refresh_scores import RefreshScores, main
+from famt.jobs.options import RefreshScores
+from famt.jobs.refresh_scores import main
 
 
 @ray.remote(num_cpus=2)

@@ -45,7 +45,8 @@ def test_without_signals_options_of_weights_are_told_to_have_no_effect(config, c
         assert option in told
     assert "throw-ratio" not in told
     # Nor has a job that follows the run anything to wait for.
-    from famt.jobs.refresh_scores import RefreshScores, follow  # needs Ray
+    from famt.jobs.options import RefreshScores
+    from famt.jobs.refresh_scores import follow
 
     assert follow(config.out, RefreshScores(follow=config.out)) == 0
 

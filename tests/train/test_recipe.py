@@ -6,10 +6,7 @@ from pathlib import Path
 import pytest
 import tyro
 
-from famt.jobs.make_shards import MakeShards
-from famt.jobs.options import RayPretrain
-from famt.jobs.precompute_freq import PrecomputeFreq
-from famt.jobs.refresh_scores import RefreshScores
+from famt.jobs.options import MakeShards, PrecomputeFreq, RayPretrain, RefreshScores
 from famt.pipeline.options import FREE, JoinConfig, annotated
 from famt.train import recipe
 from famt.train.config import Pretrain, parse

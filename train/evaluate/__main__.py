@@ -14,8 +14,8 @@ Prints one JSON line, which is also added to the log of the run and to its Tenso
 from __future__ import annotations
 
 from famt.train.evaluate.options import Evaluate
-from famt.train.evaluate.run import run
+from famt.train.evaluate.run import run as main
 from famt.train.program import parsed, run_program
 
 if __name__ == "__main__":
-    run_program(run, parsed(Evaluate, __doc__))
+    run_program(main, parsed(Evaluate, __doc__))
