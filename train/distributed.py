@@ -206,14 +206,16 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     try:
         yield ranks
     except Exception as error:
-        cause = _first_failure(error, rank, names)
+        cause = _first_failure(error, rank, names, control)
         if cause is None:
             raise
         raise RankError(cause) from error
     dist.destroy_process_group()
 
 
-def _first_failure(error: Exception, rank: int, names: list[str]) -> str | None:
+def _first_failure(
+    error: Exception, rank: int, names: list[str], control: dist.ProcessGroup
+) -> str | None:
     """Why another rank made this one fail, or None if the error is its own.
 
     Collectives raise RuntimeErrors when a rank is gone. Each rank that fails writes its error to
@@ -222,17 +224,24 @@ def _first_failure(error: Exception, rank: int, names: list[str]) -> str | None:
     store = dist.distributed_c10d._get_default_store()
     in_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
     own = "" if in_collective else f"{names[rank]} failed: {storage.reason(error)}"
+    keys = [f"failed/{each}" for each in range(len(names))]
     try:
-        store.set(f"failed/{rank}", own)
+        store.set(keys[rank], own)
         if not in_collective:
-            return None
-        time.sleep(_GRACE)
-        keys = [f"failed/{each}" for each in range(len(names))]
-        lost = [name for name, key in zip(names, keys, strict=True) if not store.check([key])]
+            dist.destroy_process_group(control)  # closes connections, which the others notice
+        until = time.monotonic() + _GRACE
+        while not store.check(keys) and time.monotonic() < until:
+            time.sleep(0.1)
+        silent = [name for name, key in zip(names, keys, strict=True) if not store.check([key])]
         causes = [store.get(key).decode() for key in keys if store.check([key])]
-    except RuntimeError:  # the store was in the main rank's process
-        lost, causes = names[:1], []
-    return next(filter(None, causes), f"{', '.join(lost)} was lost" if lost else str(error))
+        if rank == 0:
+            time.sleep(_GRACE)  # the store may be in this process, and others read it still
+    except RuntimeError:
+        silent, causes = names[:1], []
+    if not in_collective:
+        return None
+    lost = f"{silent[0]} was lost" if len(silent) == 1 else f"one was lost of {', '.join(silent)}"
+    return next(filter(None, causes), lost if silent else str(error))
 
 
 def data_parallel(

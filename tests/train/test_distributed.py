@@ -70,6 +70,7 @@ def test_too_little_shared_memory_is_an_error_that_says_how_to_get_more(tmp_path
     [
         ("dies", 0, -signal.SIGKILL, "was lost"),
         ("dies", 2, -signal.SIGKILL, "was lost"),
+        ("errs", 0, 2, "failed: no such thing"),
         ("errs", 1, 2, "failed: no such thing"),
         ("has a defect", 1, 1, "failed: a defect"),
     ],

@@ -13,7 +13,6 @@ from runs import equal, log_events, log_points, weights
 
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
-from famt.train.files import own_folder
 from famt.train.pretrain import Run, main
 from famt.train.signals.config import AttentionConfig
 
@@ -26,12 +25,6 @@ def test_a_resumed_run_leaves_one_story_in_its_log(config):
         file.write('{"step": 1, "cut o')
     main(config)
     assert [line["step"] for line in log_points(config.out)] == list(range(1, 10))
-
-
-def test_never_resuming_refuses_a_folder_with_checkpoints(config):
-    main(config)
-    with pytest.raises(ValueError, match="--resume never"):
-        main(dataclasses.replace(config, resume="never"))
 
 
 @pytest.mark.parametrize(("batch_size", "steps_an_epoch"), [(4, 4), (17, 1)])
@@ -56,15 +49,6 @@ def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config, batch_si
     assert checkpoint.load(config.out).step == run.last_step
     steps = [line["step"] for line in log_points(config.out)]
     assert steps == list(range(1, run.last_step + 1))
-
-
-def test_two_runs_in_one_folder_are_refused(config):
-    with (
-        own_folder(config.out),
-        pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on"),
-    ):
-        main(config)
-    main(dataclasses.replace(config, epochs=1))
 
 
 def test_garbage_in_the_log_stops_no_run(config):
@@ -93,20 +77,6 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_says_so(config, tmp_
         (7, "checkpoint-00000009.damaged"),
         (7, "checkpoint-00000008.damaged"),
     ]
-
-
-def test_a_run_of_damaged_checkpoints_alone_does_not_begin_anew_unasked(config):
-    main(dataclasses.replace(config, epochs=1))
-    (path,) = config.out.glob("checkpoint-*.pt")
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"00000003\.pt is damaged .* remove it to begin anew"):
-        main(dataclasses.replace(config, epochs=1))
-
-
-def test_another_model_is_refused_even_by_an_elastic_run(config):
-    main(dataclasses.replace(config, epochs=1))
-    with pytest.raises(ValueError, match="model: vit_nano -> vit_micro"):
-        main(dataclasses.replace(config, model="vit_micro", elastic=True))
 
 
 class _Stop(Exception):
@@ -176,12 +146,6 @@ def test_a_finished_run_is_left_alone(config):
     main(config)
     after = checkpoint.latest(config.out).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-
-
-def test_another_run_in_the_same_folder_is_refused(config):
-    main(config)
-    with pytest.raises(ValueError, match="batch_size: 8 -> 4"):
-        main(dataclasses.replace(config, batch_size=4))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config, monkeypatch):
@@ -394,5 +358,5 @@ def test_ranks_on_a_slow_disk_end_within_30_s_and_say_why(config, machines, sent
         assert checkpoint.load(config.out).step == len(log_points(config.out))
     else:
         assert codes == [-9 if each == rank else 2 for each in range(len(machines))]
-        name = f"error: rank {rank} (process {processes[rank].pid} on "
-        assert all(name in text for each, text in enumerate(said) if each != rank)
+        name = f"rank {rank} (process {processes[rank].pid} on "
+        assert all(name in text.splitlines()[-1] for each, text in enumerate(said) if each != rank)
