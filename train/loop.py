@@ -118,9 +118,9 @@ class Training(ABC, Generic[Batch]):
     def plan(self) -> str:
         """Every number of the run that follows from its options, for a reader to check."""
 
-    @abstractmethod
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
         """Before the first step of an epoch; False if the run was asked to stop meanwhile."""
+        return True
 
     @abstractmethod
     def prepare(self, crops: CropBatch, step: int) -> Batch:
@@ -141,7 +141,6 @@ class Training(ABC, Generic[Batch]):
         Then it is called again when the run goes on.
         """
 
-    @abstractmethod
     def close(self, *, finished: bool) -> None:
         """The run ends: finished, or to be gone on with."""
 

@@ -104,9 +104,6 @@ class Finetuning(Training[Mixed]):
         self.trained, _ = data_parallel(self.model, ranks)
         self.model.train()
 
-    def begin_epoch(self, epoch: int, stop: Stop) -> bool:
-        return True
-
     def prepare(self, crops: CropBatch, step: int) -> Mixed:
         """Augment and mix: from crops to what the model takes."""
         with self.clock.stage("augment"):
@@ -162,9 +159,6 @@ class Finetuning(Training[Mixed]):
             return None
         tested = sum(count for _, count, _ in everywhere)
         return {name: sum(each[name] for each, *_ in everywhere) / tested for name in models}
-
-    def close(self, *, finished: bool) -> None:
-        pass
 
     def plan(self) -> str:
         options = self.config
