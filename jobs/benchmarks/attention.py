@@ -17,7 +17,7 @@ from famt.frequency import pixel_frequency
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.jobs.benchmarks.step import Step
-from famt.jobs.benchmarks.training import Training, training, unweighed
+from famt.jobs.benchmarks.training import Steps, training, unweighed
 from famt.models import MODELS
 from famt.pipeline.loader import CropBatch
 from famt.pipeline.options import Checked
@@ -134,7 +134,7 @@ class Attention(Checked):
 
     def _stepper(
         self,
-        steps: Training,
+        steps: Steps,
         slots: dict[str, Any],
         stages: list[dict[str, float]],
         added: list[Signal],
@@ -152,7 +152,7 @@ class Attention(Checked):
         """Median time of a stage, ms an image."""
         return 1000 * statistics.median(each[stage] for each in stages) / self.batch_size
 
-    def _agreement(self, steps: Training) -> Report:
+    def _agreement(self, steps: Steps) -> Report:
         """How alike full and half resolution rank the patches of the crops."""
         run, images = steps.run, steps.crops.images
         slot, half = AttentionConfig("live"), steps.run.sizes.image_size // 2

@@ -24,7 +24,7 @@ from famt.train.signals.weights import build_signals
 
 
 @dataclass(frozen=True)
-class Training:
+class Steps:
     """A run that takes its steps on the same crops, so that no step waits for data.
 
     Attributes:
@@ -69,14 +69,14 @@ def take_steps(run: Run, count: int) -> None:
 
 
 @contextmanager
-def training(config: Pretrain) -> Iterator[Training]:
+def training(config: Pretrain) -> Iterator[Steps]:
     """A run by these options, but in a temporary folder and unwatched."""
     with tempfile.TemporaryDirectory(prefix="famt-run-") as out, join_ranks(config.device) as ranks:
         refresh = dataclasses.replace(config.refresh, wait=False)  # no job makes maps here
         run = Run(dataclasses.replace(config, out=Path(out), monitor=[], refresh=refresh), ranks)
         run.model.train()
         try:
-            yield Training(run, next(iter(run.loader)))
+            yield Steps(run, next(iter(run.loader)))
         finally:
             run.close(finished=False)
 
