@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from famt.jobs.benchmarks import measure
-from famt.jobs.benchmarks.training import Steps, training
+from famt.jobs.benchmarks.training import Steps, open_steps
 from famt.patches import normalise_images
 from famt.pipeline.model_scores import model_scores
 from famt.train.config import Pretrain
@@ -77,7 +77,7 @@ def measured(run: Pretrain, reference: Pretrain) -> StepCost:
     if run.plain_until:
         timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)
     with ExitStack() as stack:
-        runs = {name: stack.enter_context(training(each)) for name, each in timed.items()}
+        runs = {name: stack.enter_context(open_steps(each)) for name, each in timed.items()}
         rivals: dict[str, Callable[[], None]] = {name: each.step for name, each in runs.items()}
         if step_key(run) == step_key(reference):
             del rivals["weighed"]  # 1 by definition
