@@ -36,6 +36,7 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt
 
+from famt.jobs.benchmark import Benchmark
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.refresh import Refresh
@@ -114,17 +115,20 @@ def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
         "shards": urls, "model": check.model, "batch_size": check.batch_size,
         "precision": "bf16", "device": check.device,
     }  # fmt: skip
-    rounds = {"rounds": check.rounds}
-    loader = Loader(
-        urls, batch_size=check.batch_size, images=4 * check.photos, device=check.device, **rounds
-    )
-    benchmarks = {
+    count = check.rounds
+    benchmarks: dict[str, Benchmark] = {
         "runs": Runs(steps=check.steps, **options),
         "compiled": Runs(steps=check.steps, options="--compile", **options),
-        "step": Step(**options, **rounds),
-        "loader": loader,
-        "refresh": Refresh(scored_at_once=check.batch_size, **options, **rounds),
-        "attention": Attention(**options, **rounds),
+        "step": Step(rounds=count, **options),
+        "loader": Loader(
+            urls,
+            rounds=count,
+            batch_size=check.batch_size,
+            images=4 * check.photos,
+            device=check.device,
+        ),
+        "refresh": Refresh(rounds=count, scored_at_once=check.batch_size, **options),
+        "attention": Attention(rounds=count, **options),
     }
     return {
         "tests": _tests(check),

@@ -80,6 +80,7 @@ class History:
         stages: share of the training's time -> spent in what; they sum to 1 at most.
         total_steps: of the whole run.
         finished: whether all of them are done, and their last checkpoint is written.
+        images: of an epoch, without those of its last, incomplete batch.
         data: digest of the images that it trains on, if its log tells it.
         corrupt: how many lines of its log can't be read, and are passed over.
     """
@@ -91,6 +92,7 @@ class History:
     stages: dict[str, float]
     total_steps: int
     finished: bool
+    images: int
     data: str | None
     corrupt: int
 
@@ -161,6 +163,7 @@ def parse(folder: Path, lines: Iterable[dict[str, Any]], corrupt: int = 0) -> Hi
         stages=reader.stages(),
         total_steps=reader.total_steps,
         finished=reader.finished,
+        images=reader.images,
         data=reader.data,
         corrupt=corrupt,
     )
@@ -187,6 +190,7 @@ class _Reader:
         self.data: str | None = None
         self.total_steps = 0
         self._batch, self._steps_per_epoch = 0, 1
+        self.images = 0
         self._from_step = 0  # that epochs are counted from
         self.points: list[Point] = []
         self.found: list[Found] = []
@@ -223,6 +227,8 @@ class _Reader:
         self._from_step = total - options["epochs"] * an_epoch
         self._batch, self._steps_per_epoch, self.total_steps = batch, an_epoch, total
         self.options, self.data = options, line.get("data")
+        crops = [value for name, value in options.items() if name.endswith("crops_per_image")]
+        self.images = an_epoch * batch // (crops[0] if crops else 1)
 
     def _advance(self, line: dict[str, Any], step: int) -> None:
         images = (step - self._step) * self._batch

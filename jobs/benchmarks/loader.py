@@ -132,9 +132,13 @@ class Loader(Checked):
         augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
         samples = webdataset.WebDataset(urls, resampled=True, shardshuffle=False, empty_check=False)
         samples = samples.shuffle(1000).decode("pilrgb").to_tuple("jpg").map_tuple(augment)
-        # DALI's threads do not survive a fork.
-        workers = {"num_workers": self.threads, "multiprocessing_context": "spawn"}
-        return partial(next, iter(DataLoader(samples, self.batch_size, **workers)))
+        loader: DataLoader[torch.Tensor] = DataLoader(
+            samples,
+            self.batch_size,
+            num_workers=self.threads,
+            multiprocessing_context="spawn",  # DALI's threads do not survive a fork
+        )
+        return partial(next, iter(loader))
 
     def _config(self) -> LoaderConfig:
         return LoaderConfig(batch_size=self.batch_size, threads=self.threads)

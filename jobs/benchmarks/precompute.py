@@ -50,7 +50,7 @@ class Precompute(Checked):
             samples = list_shard(data).samples[: self.images]
             data = data[: samples[-1].offset + samples[-1].size] + bytes(1024)
             jpegs = [data[s.offset : s.offset + s.size] for s in samples]
-            rivals = {
+            rivals: dict[str, Callable[[], object]] = {
                 "score": lambda: (content_id(data), score_shard(data, spec)),
                 "Pillow, scaled": partial(_pillow, jpegs, spec.size),
                 "DALI, whole": _dali_decoder(shards[:1], len(jpegs)),
