@@ -1,24 +1,17 @@
 """Measure what the project promises, each figure beside the bound it is held against.
 
-    famt benchmark precompute --shards 'shards/train-*.tar'
-    famt benchmark loader --shards 'shards/train-*.tar'
     famt benchmark step --model vit_base
-    famt benchmark attention --model vit_base
-    famt benchmark refresh --model vit_base
-    famt benchmark runs --model vit_small --batch-size 64
-    famt benchmark quality --photos human-seg/images --masks human-seg/masks
-    famt benchmark scale --shards 20000
     famt benchmark precompute loader --threads 2 step    # one after another
 
-    precompute  images/s of scoring on one core, beside those of only decoding
-    loader      images/s of the loader with join and sampling, beside the bare DALI graph
-                and torchvision's DataLoader
-    step        time and peak memory of FAMT's training steps, beside plain MAE's
-    attention   time of a step with rolling and live attention, and of the join, beside one without
+    precompute  images/s of scoring on one core, beside those of only decoding (--shards)
+    loader      crops/s of the loader with join and sampling, beside the bare DALI graph and
+                torchvision's DataLoader (--shards)
+    step        time, FLOPs and memory of FAMT's training steps, beside plain MAE's
+    attention   time of a step with each signal, beside one without
     refresh     images/s of making maps anew with an encoder, beside its bare forward, and what
                 that costs beside an epoch of training
     runs        crops/s of whole trainings by recipe, beside MAE's, and what they wait for
-    quality     how well each kind of map tells objects from background
+    quality     how well each kind of map tells objects from background (--photos --masks)
     scale       time and memory to start with many shards
 
 Prints JSON lines: the figure, the bound from the same run, and their ratio. Rivals are measured in
@@ -30,13 +23,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import tyro
 
 from famt.__main__ import called
-from famt.jobs.benchmarks.attention import Attention
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.measure import Report
 from famt.jobs.benchmarks.precompute import Precompute
@@ -44,7 +36,7 @@ from famt.jobs.benchmarks.quality import Quality
 from famt.jobs.benchmarks.refresh import Refresh
 from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.scale import Scale
-from famt.jobs.benchmarks.step import Step
+from famt.jobs.benchmarks.step import Attention, Step
 from famt.train.program import run_program
 
 
@@ -56,7 +48,7 @@ class Benchmark(Protocol):
         ...
 
 
-BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
+BENCHMARKS: dict[str, Any] = {
     "precompute": Precompute,
     "loader": Loader,
     "step": Step,
@@ -71,16 +63,10 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
 def parse(arguments: list[str]) -> list[Benchmark]:
     """The benchmarks named on a command line, each with the options that follow its name."""
     starts = [n for n, argument in enumerate(arguments) if n and argument in BENCHMARKS]
-    parts = [
-        arguments[start:end]
-        for start, end in zip([0, *starts], [*starts, len(arguments)], strict=True)
-    ]
-    return [
-        tyro.extras.subcommand_cli_from_dict(
-            BENCHMARKS, prog=called(), args=part, description=__doc__
-        )
-        for part in parts
-    ]
+    ends = [*starts, len(arguments)]
+    parts = [arguments[start:end] for start, end in zip([0, *starts], ends, strict=True)]
+    parser = tyro.extras.subcommand_cli_from_dict
+    return [parser(BENCHMARKS, prog=called(), args=each, description=__doc__) for each in parts]
 
 
 def main(benchmarks: list[Benchmark]) -> None:

@@ -56,10 +56,9 @@ def main(demo: Demo) -> None:
     recipe: Pretrain = parse(
         ["--recipe", "digits", "--shards", *train, "--cache", cache, "--out", str(run)], None
     )
-    epochs = max(1, round(demo.images_seen / images))
     config = replace(
         recipe,
-        epochs=epochs,
+        epochs=max(1, round(demo.images_seen / images)),
         batch_size=min(recipe.batch_size, images),
         # A mirrored digit is another sign; a mirrored photo is a photo.
         view=recipe.view if demo.data == DIGITS else RandomView(),
@@ -71,20 +70,14 @@ def main(demo: Demo) -> None:
         pretrain.main(config)
     ray.shutdown()
     accuracy = {}
-    probed = {"trained": False, "untrained": True} if len(labels.unique()) > 1 else {}
-    for name, untrained in probed.items():
+    for name in ("trained", "untrained") if len(labels.unique()) > 1 else ():
         with _stage(f"4. probe of the {name} encoder"):
-            found = evaluate(
-                Probe(
-                    checkpoint=str(run),
-                    cache=cache,
-                    train=train,
-                    val=val,
-                    untrained=untrained,
-                    poolings=("cls", "mean"),  # a third takes as long as the training does
-                )
-            )
-            accuracy[name] = float(found["top1"])
+            probe = Probe(
+                checkpoint=str(run), cache=cache, train=train, val=val,
+                untrained=name == "untrained",
+                poolings=("cls", "mean"),  # a third takes as long as the training does
+            )  # fmt: skip
+            accuracy[name] = float(evaluate(probe)["top1"])
     with _stage("5. a picture, and a page of the run"):
         picture = figures.main(
             Figures(checkpoint=run, cache=cache, shards=val, out=folder / "pictures" / "split.png")
@@ -103,16 +96,8 @@ def main(demo: Demo) -> None:
         f"encoder: famt export {run} --to timm --out {folder / 'exported'}\n"
         f"took {minutes:.1f} minutes"
     )
-    print(
-        json.dumps(
-            {
-                "demo": accuracy,
-                "minutes": round(minutes, 2),
-                "picture": str(picture),
-                "page": str(page),
-            }
-        )
-    )
+    found = {"demo": accuracy, "minutes": round(minutes, 2)}
+    print(json.dumps({**found, "picture": str(picture), "page": str(page)}))
 
 
 @contextmanager

@@ -24,36 +24,30 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
 
+from famt.jobs.benchmark import Benchmark
 from famt.jobs.benchmarks import measure
-from famt.jobs.benchmarks.attention import Attention
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.refresh import Refresh
 from famt.jobs.benchmarks.runs import Runs
-from famt.jobs.benchmarks.step import Step
-from famt.jobs.benchmarks.training import take_steps
+from famt.jobs.benchmarks.step import Attention, Step
+from famt.jobs.benchmarks.training import TrainingOptions, open_run, take_steps
 from famt.models import MODELS
-from famt.pipeline.loader import CropLoader, own_cores
+from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import Checked
-from famt.pipeline.scores import ScoreSpec
-from famt.train.config import Pretrain
-from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 from famt.train.program import parsed, run_program
-from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 _SYNC = "called a synchronizing CUDA operation"
 _CLOSE = 0.5  # of 255, mean over an image: another decoder and another resampling kernel
@@ -90,43 +84,61 @@ class GpuCheck(Checked):
 
 def main(check: GpuCheck) -> int:
     """Try part after part; returns 1 if one failed, 0 if all passed or were skipped."""
-    missing = None if check.device == "cpu" else _why_no_gpu()
-    page = [f"# {_device_name(check.device)}", "", f"torch {torch.__version__}, {check}", ""]
+    on_gpu = check.device == "cuda" and torch.cuda.is_available()
+    missing = None if on_gpu or check.device == "cpu" else "no GPU that torch can use"
+    name = torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}"
+    built = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
+    page = [f"# {name}", "", f"{built}, {check}", ""]
     failed, began = False, time.monotonic()
     with contextlib.ExitStack() as opened:
         urls = [] if missing else opened.enter_context(measure.shards(check.shards, check.photos))
-        for name, part in _PARTS.items():
+        for part, lines in _parts(check, urls).items():
             started = time.monotonic()
             late = started - began > 60 * check.minutes
             skipped = missing or (f"{check.minutes:g} minutes are over" if late else None)
-            page += [f"## {name}", ""]
             verdict = f"skipped: {skipped}" if skipped else "passed"
+            page += [f"## {part}", ""]
             try:
-                for line in [] if skipped else part(check, urls):
-                    page.append(f"    {line}")
+                page += [] if skipped else (f"    {line}" for line in lines)
             except (AssertionError, OSError, RuntimeError, ValueError) as error:
                 failed, verdict = True, f"FAILED: {type(error).__name__}: {error}"
             page += ["", f"{verdict}, {time.monotonic() - started:.0f} s", ""]
-            print(f"{name}: {verdict}", flush=True)
+            print(f"{part}: {verdict}", flush=True)
             check.out.write_text("\n".join(page))
     print(f"results are in {check.out}")
     return int(failed)
 
 
-def _why_no_gpu() -> str | None:
-    if torch.cuda.is_available():
-        return None
-    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-    return f"no GPU that torch can use (torch {torch.__version__} is {built})"
+def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
+    """Lines of the page by the name of a part; a part is tried as its lines are read."""
+    options: dict[str, Any] = {
+        "shards": urls, "model": check.model, "batch_size": check.batch_size,
+        "precision": "bf16", "device": check.device,
+    }  # fmt: skip
+    count = check.rounds
+    benchmarks: dict[str, Benchmark] = {
+        "runs": Runs(steps=check.steps, **options),
+        "compiled": Runs(steps=check.steps, options="--compile", **options),
+        "step": Step(rounds=count, **options),
+        "loader": Loader(
+            urls,
+            rounds=count,
+            batch_size=check.batch_size,
+            images=4 * check.photos,
+            device=check.device,
+        ),
+        "refresh": Refresh(rounds=count, scored_at_once=check.batch_size, **options),
+        "attention": Attention(rounds=count, **options),
+    }
+    return {
+        "tests": _tests(check),
+        "parity": _parity(check, urls),
+        "waits": _waits(check, urls),
+        **{name: map(json.dumps, each.run()) for name, each in benchmarks.items()},
+    }
 
 
-def _device_name(device: str) -> str:
-    if device == "cuda" and torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"CPU, {platform.machine()}"
-
-
-def _tests(check: GpuCheck, urls: list[str]) -> Iterator[str]:
+def _tests(check: GpuCheck) -> Iterator[str]:
     if not check.tests:
         yield "not asked for"
         return
@@ -166,16 +178,9 @@ def _parity(check: GpuCheck, urls: list[str]) -> Iterator[str]:
 def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
     with _run(check, urls) as run:
         take_steps(run, check.steps)  # what is compiled or allocated once, is by now
-        on_gpu = check.device == "cuda"
-        if on_gpu:
-            torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, _sync_debug(check.device):
             warnings.simplefilter("always")
-            try:
-                take_steps(run, check.steps)
-            finally:
-                if on_gpu:
-                    torch.cuda.set_sync_debug_mode("default")
+            take_steps(run, check.steps)
         waits = Counter(
             f"{Path(each.filename).name}:{each.lineno}"
             for each in caught
@@ -185,93 +190,32 @@ def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
             yield f"the host waited {times} times at {place}"
         if waits:
             raise RuntimeError(f"the hot loop waits for the GPU at {len(waits)} places")
-        yield "the host never waited" if on_gpu else "no GPU to wait for"
+        yield "the host never waited" if check.device == "cuda" else "no GPU to wait for"
+
+
+@contextmanager
+def _sync_debug(device: str) -> Iterator[None]:
+    """Let torch warn of every operation that makes the host wait for the GPU."""
+    if device == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @contextmanager
 def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
-    """A run with the cached score and rolling attention, on made-up photos."""
-    with (
-        measure.scored(urls, ScoreSpec()) as (_, cache),
-        tempfile.TemporaryDirectory(prefix="famt-run-") as out,
-        join_ranks(check.device) as ranks,
-    ):
-        config = Pretrain(
-            shards=urls,
-            cache=cache.url,
-            out=Path(out),
-            model=check.model,
-            batch_size=check.batch_size,
-            frequency=FrequencyConfig(source="cached"),
-            attention=AttentionConfig(source="rolling"),
-            precision="bf16",
-            device=check.device,
-            picture_epochs=0,
-        )
-        yield Run(config, ranks)
-
-
-def _runs(check: GpuCheck, urls: list[str], options: str = "") -> Iterator[str]:
-    benchmark = Runs(
-        urls,
-        options=options,
-        model=check.model,
-        batch_size=check.batch_size,
-        steps=check.steps,
-        precision="bf16",
-        device=check.device,
+    """A run with the cached score and rolling attention."""
+    options = TrainingOptions(
+        model=check.model, batch_size=check.batch_size, precision="bf16", device=check.device
     )
-    yield from map(json.dumps, benchmark.run())
-
-
-def _step(check: GpuCheck, urls: list[str]) -> Iterator[str]:
-    yield from map(json.dumps, Step(batch_size=check.batch_size, **_options(check)).run())
-
-
-def _loader(check: GpuCheck, urls: list[str]) -> Iterator[str]:
-    benchmark = Loader(
-        urls,
-        batch_size=check.batch_size,
-        images=4 * check.photos,
-        rounds=check.rounds,
-        device=check.device,
-    )
-    yield from map(json.dumps, benchmark.run())
-
-
-def _refresh(check: GpuCheck, urls: list[str]) -> Iterator[str]:
-    benchmark = Refresh(
-        urls, batch_size=check.batch_size, step_batch_size=check.batch_size, **_options(check)
-    )
-    yield from map(json.dumps, benchmark.run())
-
-
-def _attention(check: GpuCheck, urls: list[str]) -> Iterator[str]:
-    benchmark = Attention(urls, batch_size=check.batch_size, **_options(check))
-    yield from map(json.dumps, benchmark.run())
-
-
-def _options(check: GpuCheck) -> dict[str, Any]:
-    return {
-        "model": check.model,
-        "precision": "bf16",
-        "rounds": check.rounds,
-        "threads": own_cores(),
-        "device": check.device,
-    }
-
-
-_PARTS: dict[str, Callable[[GpuCheck, list[str]], Iterator[str]]] = {
-    "tests": _tests,
-    "parity": _parity,
-    "waits": _waits,
-    "runs": _runs,
-    "compiled": partial(_runs, options="--compile"),
-    "step": _step,
-    "loader": _loader,
-    "refresh": _refresh,
-    "attention": _attention,
-}
+    with measure.scored(urls) as (_, cache):
+        config = options.config(urls, cache.url, "--recipe famt --frequency.source cached")
+        with open_run(config) as run:
+            yield run
 
 
 if __name__ == "__main__":

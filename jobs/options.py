@@ -157,15 +157,15 @@ class Results(Checked):
     """Which grid, how much of it, and what each run is given."""
 
     grid: Annotated[Path, tyro.conf.Positional]
-    """TOML file"""
+    """TOML file, or the .json.gz of logs of a grid that is published"""
     out: Path | None = None
     """folder of runs, table and page, in place of the one that the file names"""
     minutes: Annotated[float | None, Ge(0)] = None
     """stop after so many; runs go on another time"""
     cpus: Annotated[int, Ge(1)] = 1
     """CPU cores of each run; small models train fastest with many runs of one core"""
-    gpus: Annotated[int, Ge(0)] = 0
-    """GPUs of each run, all on one machine"""
+    gpus: Annotated[float, Ge(0)] = 0
+    """GPUs of each run, all on one machine; 0.25 lets four small runs share one"""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.options import flat
 
 NO_STAGE = "everything else"
-"""What the stages that a run times leave over."""
+"""Time outside the measured stages."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class History:
         stages: share of the training's time -> spent in what; they sum to 1 at most.
         total_steps: of the whole run.
         finished: whether all of them are done, and their last checkpoint is written.
+        images: of an epoch, without those of its last, incomplete batch.
         data: digest of the images that it trains on, if its log tells it.
         corrupt: how many lines of its log can't be read, and are passed over.
     """
@@ -90,6 +92,7 @@ class History:
     stages: dict[str, float]
     total_steps: int
     finished: bool
+    images: int
     data: str | None
     corrupt: int
 
@@ -105,32 +108,63 @@ def read(folder: Path) -> History:
     Raises:
         UserError: the folder holds no run, or one without a log point yet.
     """
+    return parse(folder, *read_lines(folder))
+
+
+def read_lines(folder: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a run's log, and how many cannot be read.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
     path = folder / "log.jsonl"
     if not path.is_file():
         raise UserError(
             f"{folder} is no run: there is no {path.name} in it; give the --out of a training"
         )
-    story = _Story()
-    *lines, unfinished = path.read_text(errors="replace").split("\n")
-    corrupt = 0
-    for text in (*lines, unfinished) if unfinished.endswith("}") else lines:
+    *texts, unfinished = path.read_text(errors="replace").split("\n")
+    lines, corrupt = [], 0
+    for text in (*texts, unfinished) if unfinished.endswith("}") else texts:
         try:
-            story.take(json.loads(text))
-        except (ValueError, KeyError, TypeError, AttributeError):  # a kill, or a disk, garbled it
+            line = json.loads(text)
+            line["step"] = int(line["step"])
+            lines.append(line)
+        except (ValueError, KeyError, TypeError):  # a kill, or a disk, garbled it
             corrupt += 1
-    if not story.options:
-        raise UserError(f"{path}: no start of a run with its options stands in it")
-    if not story.points:
-        raise UserError(f"{path}: the run has not reached its first log point")
+    return lines, corrupt
+
+
+def parse(folder: Path, lines: Iterable[dict[str, Any]], corrupt: int = 0) -> History:
+    """The history that the lines of a log tell.
+
+    Args:
+        folder: of the run, by whose name errors and reports call it; it need not be there.
+        lines: of its log.
+        corrupt: how many others could not be read.
+
+    Raises:
+        UserError: they hold no start of a run, or no log point.
+    """
+    reader = _Reader()
+    for line in lines:
+        try:
+            reader.take(line)
+        except (ValueError, KeyError, TypeError, AttributeError):  # garbled, but still JSON
+            corrupt += 1
+    if not reader.options:
+        raise UserError(f"{folder}: its log holds no start of a run with its options")
+    if not reader.points:
+        raise UserError(f"{folder}: the run has not reached its first log point")
     return History(
         folder=folder,
-        options=story.options,
-        points=story.points,
-        found=story.found,
-        stages=story.stages(),
-        total_steps=story.total_steps,
-        finished=story.finished,
-        data=story.data,
+        options=reader.options,
+        points=reader.points,
+        found=reader.found,
+        stages=reader.stages(),
+        total_steps=reader.total_steps,
+        finished=reader.finished,
+        images=reader.images,
+        data=reader.data,
         corrupt=corrupt,
     )
 
@@ -148,14 +182,15 @@ def pictures(folder: Path, most: int) -> list[tuple[int, Image.Image]]:
     return [(step, Image.open(io.BytesIO(drawn[step])).convert("RGB")) for step in steps]
 
 
-class _Story:
-    """What the lines of a log come to, over all starts of a run."""
+class _Reader:
+    """Adds up the lines of a log over all starts of a run."""
 
     def __init__(self) -> None:
         self.options: dict[str, Any] = {}  # of the last start, as all that follows
         self.data: str | None = None
         self.total_steps = 0
         self._batch, self._steps_per_epoch = 0, 1
+        self.images = 0
         self._from_step = 0  # that epochs are counted from
         self.points: list[Point] = []
         self.found: list[Found] = []
@@ -167,9 +202,9 @@ class _Story:
         """Take up the next line.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: it is none of a run's log.
+            ValueError, KeyError, TypeError, AttributeError: no run writes such a line.
         """
-        step, event = int(line["step"]), line.get("event")
+        step, event = line["step"], line.get("event")
         if event == "start":
             self._begin(line)
         elif event == "evaluation":
@@ -192,6 +227,8 @@ class _Story:
         self._from_step = total - options["epochs"] * an_epoch
         self._batch, self._steps_per_epoch, self.total_steps = batch, an_epoch, total
         self.options, self.data = options, line.get("data")
+        crops = [value for name, value in options.items() if name.endswith("crops_per_image")]
+        self.images = an_epoch * batch // (crops[0] if crops else 1)
 
     def _advance(self, line: dict[str, Any], step: int) -> None:
         images = (step - self._step) * self._batch

@@ -117,6 +117,43 @@ def rounded(line: Mapping[str, object]) -> dict[str, object]:
     }
 
 
+_WORDS = {
+    "top1": "top-1", "held_out_top1": "top-1, held out", "miou": "mean IoU", "iou": "IoU",
+    "cls": "class token", "mean": "mean of patches", "attentive": "attentive pooling",
+}  # fmt: skip
+_SHARES = ("top1", "held_out_top1", "miou", "iou", "pixel_accuracy")
+
+
+def evaluation_table(line: Mapping[str, object]) -> str:
+    """What an evaluation found, as the terminal shows it.
+
+    Shares are in percent; their standard error is that of as many draws as there are images to
+    test on (binomial).
+
+    Args:
+        line: evaluator, checkpoint, weights, numbers of images and values, as `--json` prints them.
+    """
+    rows = []
+    for name, value in line.items():
+        kind = next((each for each in _SHARES if name.startswith(each)), None)
+        if kind and isinstance(value, float):
+            error = line.get(name.replace("top1", "stderr")) if kind == "top1" else None
+            end = f" ± {100 * error:.1f} %" if isinstance(error, float) else " %"
+            place = name.removeprefix(kind).strip("_")
+            label = ", ".join(_WORDS.get(each, each) for each in (kind, place) if each)
+            rows.append((label, f"{100 * value:5.1f}{end}"))
+        elif not name.startswith(("stderr", "train_", "val_")) and name not in _ABOUT:
+            rows.append((name.replace("_", " "), f"{value}"))
+    step = f", step {line['step']}" if "step" in line else ""
+    head = f"{line['evaluate']} of {line['checkpoint']} ({line['weights']} weights{step})"
+    images = f"{line['val_images']} images to test on, {line['train_images']} to learn from"
+    width = max((len(label) for label, _ in rows), default=0)
+    return "\n".join([head, images, *(f"  {label:{width}}  {value}" for label, value in rows)])
+
+
+_ABOUT = {"evaluate", "checkpoint", "weights", "step"}
+
+
 def _append(path: Path, line: dict[str, object]) -> None:
     try:
         with open(path, "ab+") as file:

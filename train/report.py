@@ -2,15 +2,18 @@
 
     famt report runs/mae-0 runs/mae-1 runs/famt-0 -o report.html
 
-Loss, k-NN and probe against epochs and against training time, a table, where the time went, what
-differs between the options, and the pictures of masks along the training. Runs whose options are
-the same but for the seed are one row of the table and one colour. k-NN and probe stand in the log
-of a run that had `--monitor`, or that `famt evaluate` looked at.
+A sentence on what each run is and reached, a table, loss, k-NN and probe against epochs and against
+training time, where the time went, the options of a single run or what differs between several, and
+the pictures of masks along the training. Runs whose options are the same but for the seed are one
+row of the table and one colour, with their mean and standard error. k-NN and probe are in the log
+of a run that had `--monitor`, or that `famt evaluate` looked at; `famt evaluate --untrained` adds
+the floor.
 """
 
 from __future__ import annotations
 
 import base64
+import dataclasses
 import gzip
 import io
 import itertools
@@ -30,7 +33,7 @@ from PIL import Image
 from plotly.offline import get_plotlyjs
 
 from famt.pipeline.errors import UserError
-from famt.pipeline.options import FREE, annotated
+from famt.pipeline.options import FREE, annotated, flat
 from famt.train import history
 from famt.train.config import Pretrain
 from famt.train.evaluate.options import Finetune
@@ -125,7 +128,6 @@ def write(
     groups: Sequence[Group],
     title: str,
     cost_title: str | None = None,
-    introduction: str = "",
     notes: Sequence[str] = (),
 ) -> None:
     """Write a page about runs.
@@ -133,28 +135,28 @@ def write(
     Args:
         out: HTML file; its folder is made.
         cost_title: what the cost of the groups is, if their steps have one.
-        introduction: HTML that stands first.
         notes: what a reader must know of the runs.
     """
     scale, cost_title = (1.0, cost_title) if cost_title else _time_scale(groups)
     colours = {group.name: _COLOURS[n % len(_COLOURS)] for n, group in enumerate(groups)}
+    columns = _columns(groups)
     curves = [
-        (name, [_curves(groups, name, scale, title) for title in (None, cost_title)])
+        (name, [_curves(groups, name, columns, scale, title) for title in (None, cost_title)])
         for name in ("Loss", *METRICS)
     ]
-    columns = _columns(groups)
+    floors = [_floor(group, columns) for group in groups]
     page = _template().render(
         title=title,
-        introduction=introduction,
+        headlines=[_headline(group, columns) for group in groups],
         colours=colours,
         curves=[(name, figures) for name, figures in curves if figures[0]["data"]],
         notes=notes,
         bases=list(dict.fromkeys((each.kind, each.basis.text) for each in columns)),
         header=["runs", "seeds", "epochs", cost_title, "loss", *(each.title for each in columns)],
-        rows=[_row(group, columns, scale) for group in groups],
+        rows=[*(_row(group, columns, scale) for group in groups), *filter(None, floors)],
         few=min(group.seeds for group in groups) < 3,
         time=_time(groups),
-        differences=_differences(groups),
+        options=_differences(groups) if len(groups) > 1 else _changed(groups[0]),
         masks=[
             {
                 "name": _run_name(run, group),
@@ -171,13 +173,26 @@ def write(
     out.write_text(page)
 
 
-def last(run: History, evaluator: str, value: str, basis: Basis | None = None) -> float | None:
-    """The value that an evaluator found of the trained encoder at the latest step it looked at.
+def last(
+    run: History,
+    evaluator: str,
+    value: str,
+    basis: Basis | None = None,
+    weights: str = "trained",
+) -> float | None:
+    """The value that an evaluator found of an encoder at the latest step it looked at.
 
     Args:
         basis: that it was measured on; None takes any.
+        weights: of the encoder: trained, ema or untrained.
     """
-    found = [each for each in _of(run, evaluator, value) if basis in (None, each.basis)]
+    found = [
+        each
+        for each in run.found
+        if (each.evaluator, each.weights) == (evaluator, weights)
+        and value in each.values
+        and basis in (None, each.basis)
+    ]
     return float(max(reversed(found), key=lambda each: each.step).values[value]) if found else None
 
 
@@ -197,50 +212,56 @@ def percent(values: Sequence[float]) -> str:
 
 
 def _curves(
-    groups: Sequence[Group], metric: str, scale: float, cost_title: str | None
+    groups: Sequence[Group],
+    metric: str,
+    columns: Sequence[_Column],
+    scale: float,
+    cost_title: str | None,
 ) -> dict[str, Any]:
     """A chart of a metric or the loss; against epochs, or against cost if it has a title."""
     traces: list[dict[str, Any]] = []
+    for group, colour in zip(groups, itertools.cycle(_COLOURS), strict=False):
 
-    def trace(
-        n: int, run: History, steps: list[tuple[int, float]], ys: list[float], **look: Any
-    ) -> None:
-        group = groups[n]
-        xs = [epoch if not cost_title else group.cost(run, step) / scale for step, epoch in steps]
-        if ys:
-            traces.append(
-                {
-                    "x": [float(f"{x:.5g}") for x in xs],
-                    "y": [float(f"{y:.5g}") for y in ys],
-                    "name": _label(run, group),
-                    "line": {"color": _COLOURS[n % len(_COLOURS)], "width": 2},
-                    "opacity": 0.85,
-                    **look,
-                }
-            )
+        def x(run: History, step: int, epoch: float, group: Group = group) -> float:
+            return group.cost(run, step) / scale if cost_title else epoch
 
-    for n, group in enumerate(groups):
-        for run in group.runs:
-            if metric == "Loss":
-                steps = [(point.step, point.epoch) for point in run.points]
-                trace(n, run, steps, [point.loss for point in run.points], mode="lines")
+        line = {"line": {"color": colour, "width": 2}, "opacity": 0.85}
+        if metric == "Loss":
+            for run in group.runs:
+                points = [(x(run, each.step, each.epoch), each.loss) for each in run.points]
+                traces.append(
+                    {"name": _label(run, group), "mode": "lines", **_rounded(points), **line}
+                )
+        for column in columns:
+            seeds: dict[int, list[tuple[float, float]]] = {}  # step -> x and value of each seed
+            for run in group.runs if column.metric == metric else ():
+                for each in run.found:
+                    if column.holds(each):
+                        at = x(run, each.step, each.epoch), 100 * each.values[column.value]
+                        seeds.setdefault(each.step, []).append(at)
+            if not seeds:
                 continue
-            for evaluator, value in METRICS[metric].items():
-                for kind, basis in _bases(groups, evaluator).items():
-                    found = [each for each in _of(run, evaluator, value) if each.basis == basis]
-                    trace(
-                        n,
-                        run,
-                        [(each.step, each.epoch) for each in found],
-                        [100 * each.values[value] for each in found],
-                        name=f"{_label(run, group)}, {kind}",
-                        **_LOOKS["monitor" if evaluator == "monitor" else "evaluation"],
-                    )
+            means = [
+                tuple(statistics.mean(each) for each in zip(*at, strict=True))
+                for _, at in sorted(seeds.items())
+            ]
+            errors = [mean_and_error([y for _, y in at])[1] or 0 for _, at in sorted(seeds.items())]
+            look = _LOOKS["monitor" if column.evaluator == "monitor" else "evaluation"]
+            trace = {"name": f"{_escaped(group.name)}, {column.kind}", **_rounded(means), **look}
+            if any(errors):
+                bars = [round(each, 3) for each in errors]
+                trace["error_y"] = {"type": "data", "array": bars, "thickness": 1.2}
+            traces.append({**trace, **line})
     return {
         "data": traces,
         "x": cost_title or "epochs",
         "y": "loss" if metric == "Loss" else "right, %",
     }
+
+
+def _rounded(points: Sequence[tuple[float, ...]]) -> dict[str, list[float]]:
+    """Coordinates of a trace to five digits, for a small page."""
+    return {name: [float(f"{each[n]:.5g}") for each in points] for n, name in enumerate("xy")}
 
 
 _LOOKS: dict[str, dict[str, Any]] = {
@@ -250,14 +271,6 @@ _LOOKS: dict[str, dict[str, Any]] = {
         "marker": {"size": 11, "symbol": "diamond", "line": {"color": "white", "width": 1}},
     },
 }
-
-
-def _of(run: History, evaluator: str, value: str) -> list[Found]:
-    return [
-        each
-        for each in run.found
-        if each.evaluator == evaluator and each.weights == "trained" and value in each.values
-    ]
 
 
 class _Column(NamedTuple):
@@ -273,8 +286,15 @@ class _Column(NamedTuple):
     def title(self) -> str:
         return f"{self.metric} ({self.kind.rpartition(', ')[2]}, %)"
 
-    def of(self, run: History) -> float | None:
-        return last(run, self.evaluator, self.value, self.basis)
+    def of(self, run: History, weights: str = "trained") -> float | None:
+        return last(run, self.evaluator, self.value, self.basis, weights)
+
+    def of_all(self, group: Group, weights: str = "trained") -> list[float]:
+        return [each for run in group.runs if (each := self.of(run, weights)) is not None]
+
+    def holds(self, found: Found) -> bool:
+        place = found.evaluator, found.weights, found.basis
+        return place == (self.evaluator, "trained", self.basis) and self.value in found.values
 
 
 def _columns(groups: Sequence[Group]) -> list[_Column]:
@@ -305,9 +325,6 @@ def _bases(groups: Sequence[Group], evaluator: str) -> dict[str, Basis]:
 def _row(group: Group, columns: Sequence[_Column], scale: float) -> list[str]:
     ends = [run.points[-1] for run in group.runs]
     costs = [group.cost(run, end.step) / scale for run, end in zip(group.runs, ends, strict=True)]
-    figures = [
-        [found for run in group.runs if (found := column.of(run)) is not None] for column in columns
-    ]
     epochs = f"{min(end.epoch for end in ends):.4g}"
     unfinished = "" if all(run.finished for run in group.runs) else " (unfinished)"
     return [
@@ -318,9 +335,53 @@ def _row(group: Group, columns: Sequence[_Column], scale: float) -> list[str]:
         f"{statistics.mean(end.loss for end in ends):.4f}",
         *(
             percent(each) + (f" (of {len(each)})" if 0 < len(each) < len(group.runs) else "")
-            for each in figures
+            for each in (column.of_all(group) for column in columns)
         ),
     ]
+
+
+def _floor(group: Group, columns: Sequence[_Column]) -> list[str] | None:
+    """The row of a group's encoder with random weights, if it was evaluated."""
+    figures = [column.of_all(group, "untrained") for column in columns]
+    if not any(figures):
+        return None
+    seeds = str(max(map(len, figures)))
+    return [f"{group.name}, untrained", seeds, *["–"] * 3, *map(percent, figures)]
+
+
+def _headline(group: Group, columns: Sequence[_Column]) -> dict[str, str]:
+    """What runs are, on what data, what they reached, in what time, and whether they are done."""
+    run = group.runs[0]
+    model, recipe = (_option(run, name) for name in ("model", "recipe"))
+    what = ", ".join(str(each) for each in (model, recipe and f"recipe {recipe}") if each)
+    shards = _option(run, "shards") or _option(run, "train") or []
+    data = f"{run.images:,} images" + (f" of {' '.join(shards)}" if shards else "")
+    reached = f"loss {statistics.mean(each.points[-1].loss for each in group.runs):.4f}"
+    # Probes last in METRICS say most; what an evaluation found, more than the monitor.
+    told = [each for each in columns if each.of_all(group) and each.metric.startswith("Probe")]
+    for column in sorted(told or [each for each in columns if each.of_all(group)], key=_weight)[
+        -1:
+    ]:
+        reached = f"{percent(column.of_all(group))} % by {column.title.rpartition(',')[0]})"
+        if floor := column.of_all(group, "untrained"):
+            reached += f", untrained {percent(floor)} %"
+    epoch, epochs = min(each.points[-1].epoch for each in group.runs), _option(run, "epochs")
+    seconds = statistics.mean(each.points[-1].seconds for each in group.runs)
+    unit, name = next((unit, name) for unit, name, least in _UNITS if seconds >= least)
+    done = all(each.finished for each in group.runs)
+    state = "finished" if done else f"not finished, {epochs} epochs are planned"
+    time = f"{epoch:.4g} epochs in {seconds / unit:.3g} {name}"
+    seeds = f", {group.seeds} seeds" if group.seeds > 1 else ""
+    return {"name": group.name, "text": f"({what}{seeds}) on {data}: {reached}; {time}, {state}."}
+
+
+def _weight(column: _Column) -> tuple[bool, int]:
+    return column.evaluator != "monitor", list(METRICS).index(column.metric)
+
+
+def _option(run: History, name: str) -> Any:
+    """An option by its own name, whatever section it is in."""
+    return next((v for each, v in run.options.items() if each.rpartition(".")[2] == name), None)
 
 
 def _time(groups: Sequence[Group]) -> dict[str, Any]:
@@ -361,6 +422,21 @@ def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def _changed(group: Group) -> list[tuple[str, list[str]]]:
+    """Model and recipe of a run, and its options that are not the defaults."""
+    run = group.runs[0]
+    program = _programs()["checkpoint" in run.options]
+    plain = json.loads(json.dumps(dataclasses.asdict(program), default=str))
+    defaults = {"model": None, "recipe": None} | {
+        name: value for name, value in flat(plain).items() if name not in ("model", "recipe")
+    }
+    return [
+        ("--" + name.replace("_", "-"), [_show(run.options[name])])
+        for name, default in defaults.items()
+        if name in run.options and run.options[name] != default
+    ]
+
+
 def _pictures(run: History) -> list[dict[str, str]]:
     """Pictures of masks, small enough for a page."""
     shown = []
@@ -374,12 +450,13 @@ def _pictures(run: History) -> list[dict[str, str]]:
     return shown
 
 
+_UNITS = (3600, "h", 10800), (60, "min", 180), (1, "s", 0)  # seconds, name, least seconds
+
+
 def _time_scale(groups: Sequence[Group]) -> tuple[float, str]:
     longest = max(run.points[-1].seconds for group in groups for run in group.runs)
     return next(
-        (seconds, f"training time, {name}")
-        for seconds, name, least in ((3600, "h", 10800), (60, "min", 180), (1, "s", 0))
-        if longest >= least
+        (unit, f"training time, {name}") for unit, name, least in _UNITS if longest >= least
     )
 
 
@@ -392,12 +469,16 @@ def _told(run: History) -> dict[str, Any]:
 @cache
 def _free() -> set[str]:
     """Options that nothing which is learned depends on, and the seed."""
-    programs = (
+    free = (name for each in _programs() for name, _, notes in annotated(each) if FREE in notes)
+    return {"seed", *free}
+
+
+def _programs() -> tuple[Pretrain, Finetune]:
+    """Both kinds of training, with their default options."""
+    return (
         Pretrain(shards=[], cache="", out=Path()),
         Finetune(checkpoint="", cache="", train=[], val=[], out=Path()),
     )
-    free = (name for each in programs for name, _, notes in annotated(each) if FREE in notes)
-    return {"seed", *free}
 
 
 def _common_name(runs: Sequence[History]) -> str:
@@ -413,8 +494,12 @@ def _run_name(run: History, group: Group) -> str:
 
 
 def _label(run: History, group: Group) -> str:
-    """A run's name for Plotly, which takes `<` for the beginning of a tag."""
-    return _run_name(run, group).replace("<", "&lt;")
+    return _escaped(_run_name(run, group))
+
+
+def _escaped(name: str) -> str:
+    """A name for Plotly, which takes `<` for the beginning of a tag."""
+    return name.replace("<", "&lt;")
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What all benchmarks share: lines that state a bound, rivals in turns, shards to measure on."""
+"""What all benchmarks share: lines with a bound, rivals in turns, shards to measure on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -38,11 +37,9 @@ def line(name: str, unit: str, figure: float, against: str, bound: float) -> Rep
     }
 
 
-def rates(
-    rivals: Mapping[str, Callable[[], object]], images: int, rounds: int, pause: float = 0.0
-) -> dict[str, float]:
+def rates(rivals: Mapping[str, Callable[[], object]], images: int, rounds: int) -> dict[str, float]:
     """Median images/s of each rival; other arguments as in `seconds`."""
-    taken = seconds(rivals, rounds, pause)
+    taken = seconds(rivals, rounds)
     return {name: images / statistics.median(each) for name, each in taken.items()}
 
 
@@ -69,12 +66,6 @@ def seconds(
             if round_:
                 taken[name].append(clock() - started)
     return taken
-
-
-def rank_correlations(a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """Spearman's rank correlation of two score maps `[B, N]` of each image."""
-    ranks = [scores.argsort(1).argsort(1).float() for scores in (a, b)]
-    return [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in zip(*ranks, strict=True)]
 
 
 def resident_bytes() -> int:
@@ -114,12 +105,10 @@ def _made_up_photo(seed: int) -> Image.Image:
 
 
 @contextmanager
-def scored(
-    patterns: list[str], spec: ScoreSpec, photos: int = 500
-) -> Iterator[tuple[list[str], ScoreCache]]:
-    """The shards as `shards` gives them, and a temporary cache that knows their scores."""
+def scored(patterns: list[str], photos: int = 500) -> Iterator[tuple[list[str], ScoreCache]]:
+    """The shards as `shards` gives them, and a temporary cache that holds their default score."""
     with shards(patterns, photos) as urls, tempfile.TemporaryDirectory() as folder:
         cache = ScoreCache(folder, create=True)
         for url in tqdm(urls, desc="scoring", unit="shard"):
-            publish([precompute_shard(url, cache, spec)], cache)
+            publish([precompute_shard(url, cache, ScoreSpec())], cache)
         yield urls, cache

@@ -1,12 +1,10 @@
-"""How fast images are scored, and what the scaled decoding costs in agreement."""
+"""How fast shards are scored, on one core and by Ray workers."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import ray
 import torch
 from annotated_types import Ge
@@ -28,7 +25,6 @@ from famt.jobs.cluster import start_ray
 from famt.jobs.precompute_freq import score_shards
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.decode import decode
 from famt.pipeline.options import Checked
 from famt.pipeline.precompute import ShardReport, score_shard
 from famt.pipeline.scores import ScoreSpec
@@ -48,87 +44,51 @@ class Precompute(Checked):
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(1)
-        spec, former = ScoreSpec(), ScoreSpec("border_geodesic")
+        spec = ScoreSpec()
         with measure.shards(self.shards) as shards:
             data = storage.read(shards[0])
             samples = list_shard(data).samples[: self.images]
             data = data[: samples[-1].offset + samples[-1].size] + bytes(1024)
             jpegs = [data[s.offset : s.offset + s.size] for s in samples]
-            rates = measure.rates(
-                {
-                    "score": lambda: (content_id(data), score_shard(data, spec)),
-                    former.kind: lambda: (content_id(data), score_shard(data, former)),
-                    "pillow_draft": partial(_pillow, jpegs, spec.size),
-                    "pillow_full": partial(_pillow, jpegs, None),
-                    "dali": _dali_decoder(shards[:1], len(jpegs)),
-                },
-                len(jpegs),
-                self.rounds,
-            )
+            rivals: dict[str, Callable[[], object]] = {
+                "score": lambda: (content_id(data), score_shard(data, spec)),
+                "Pillow, scaled": partial(_pillow, jpegs, spec.size),
+                "DALI, whole": _dali_decoder(shards[:1], len(jpegs)),
+            }
+            rates = measure.rates(rivals, len(jpegs), self.rounds)
             figure = rates.pop("score")
-            unit = f"images/s, one core, {spec.kind}"
             for name, bound in rates.items():
-                against = name if name == former.kind else f"decode only, {name}"
-                yield measure.line("precompute", unit, figure, against, bound)
-            yield _agreement(jpegs, spec)
+                unit = f"images/s, one core, {spec.kind}"
+                yield measure.line("precompute", unit, figure, f"decode only, {name}", bound)
             yield _two_workers(data, spec, self.rounds)
 
 
-def _agreement(jpegs: list[bytes], spec: ScoreSpec) -> Report:
-    """Scores of DCT-scaled decodes against those of full decodes."""
-    full = []
-    for jpeg in jpegs:
-        with Image.open(io.BytesIO(jpeg)) as image:
-            whole = image.convert("RGB").resize((spec.size,) * 2, Image.Resampling.BOX)
-            full.append(np.array(whole))
-    scaled = [decode(jpeg, spec.size) for jpeg in jpegs]
-    a, b = (spec.score(torch.from_numpy(np.stack(each))).flatten(1) for each in (scaled, full))
-    correlations = measure.rank_correlations(a, b)
-    return {
-        **measure.line(
-            "precompute",
-            "rank correlation of scores from scaled and full decodes, mean over photos",
-            statistics.mean(correlations),
-            "perfect agreement",
-            1.0,
-        ),
-        "worst_photo": round(min(correlations), 4),
-        "mean_absolute_error": round(float((a - b).abs().mean()), 4),
-    }
-
-
 def _two_workers(data: bytes, spec: ScoreSpec, rounds: int) -> Report:
-    """Rate of two Ray workers over that of one, on eight copies of a shard, each scored anew."""
+    """Rate of two Ray workers over that of one, on eight shards, each scored anew."""
     os.environ["RAY_ADDRESS"] = "local"  # a cluster that is there has other numbers of cores
     start_ray(num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:
-        urls = []
-        for number in range(8):
-            path = Path(folder) / f"{number}.tar"
-            path.write_bytes(data + bytes(512 * number))  # other bytes, so another entry
-            urls.append(str(path))
-        turn = itertools.count()
+        paths = [Path(folder, f"{number}.tar") for number in range(8)]
+        for number, path in enumerate(paths):
+            path.write_bytes(data + bytes(512 * number))  # other bytes, so another shard
 
         def score(workers: int) -> None:
-            cache = ScoreCache(f"{folder}/cache-{next(turn)}", create=True)
-            for _, report in score_shards(urls, cache, spec, workers):
+            cache = ScoreCache(tempfile.mkdtemp(dir=folder), create=True)
+            for _, report in score_shards([*map(str, paths)], cache, spec, workers):
                 if not isinstance(report, ShardReport):
                     raise RuntimeError(report)
 
-        rates = measure.rates(
-            {"one": partial(score, 1), "two": partial(score, 2)}, len(urls), rounds
-        )
+        rivals = {"one": partial(score, 1), "two": partial(score, 2)}
+        rates = measure.rates(rivals, len(paths), rounds)
     ray.shutdown()
-    return measure.line(
-        "precompute", "shards/s of two Ray workers", rates["two"], "of one worker", rates["one"]
-    )
+    unit, bound = "shards/s of two Ray workers", "of one worker"
+    return measure.line("precompute", unit, rates["two"], bound, rates["one"])
 
 
-def _pillow(jpegs: list[bytes], size: int | None) -> None:
+def _pillow(jpegs: list[bytes], size: int) -> None:
     for jpeg in jpegs:
         with Image.open(io.BytesIO(jpeg)) as image:
-            if size is not None:
-                image.draft("RGB", (size, size))
+            image.draft("RGB", (size, size))
             image.load()
 
 

@@ -4,138 +4,80 @@ from __future__ import annotations
 
 import statistics
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
-from timm.models.vision_transformer import VisionTransformer
 
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
-from famt.jobs.benchmarks.training import training, unweighed
-from famt.mae import MaskedAutoencoder
-from famt.models import MODELS
-from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
+from famt.jobs.benchmarks.training import TrainingOptions, open_steps
 from famt.pipeline.model_scores import model_maps
-from famt.pipeline.options import Checked
 from famt.pipeline.refresh import refresh_shards
-from famt.pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
+from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 
 
 @dataclass(frozen=True)
-class Refresh(Checked):
+class Refresh(TrainingOptions):
     """Images/s of scoring shards with an encoder, beside its bare forward; its cost in epochs.
 
-    The bound gives the same scores of tensors that are ready in memory.
+    The bound gives the same scores of tensors that are ready in memory. `--batch-size` is that of
+    the training step.
     """
 
-    shards: list[str] = field(default_factory=list)
-    """tars to measure on; the first is used"""
-    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
-    """which model"""
     kind: str = "frequency_attention"
     """which score"""
-    images: Annotated[int, Ge(1)] = 128
-    """photos of the made-up shard, where none is given"""
-    batch_size: Annotated[int, Ge(1)] = 32
+    scored_at_once: Annotated[int, Ge(1)] = 32
     """images that are scored at a time"""
-    step_batch_size: Annotated[int, Ge(1)] = 16
-    """images of the training step that the cost is held against"""
     rounds: Annotated[int, Ge(1)] = 3
     """times that each rival is measured"""
-    threads: Annotated[int, Ge(1)] = 2
-    """CPU threads, for the encoder as for decoding"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """of the step that the cost is held against; bf16 computes under autocast"""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """what to compute on"""
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(self.threads)
-        sizes = MODELS[self.model]
-        encoder = MaskedAutoencoder(sizes).encoder.eval().to(self.device)
-        spec = ModelScoreSpec(
-            self.kind,
-            sizes.grid,
-            sizes.image_size,
-            encoder_digest(encoder.state_dict()),
-            precision=self.precision,
-        )
-        given = storage.expand(self.shards)[:1] if self.shards else []
         with (
-            measure.scored(given, ScoreSpec(), self.images) as (urls, cache),
-            training(
-                unweighed(
-                    urls,
-                    cache,
-                    self.model,
-                    self.step_batch_size,
-                    self.threads,
-                    self.device,
-                    self.precision,
-                )
-            ) as steps,
+            measure.scored(self.shards, self.photos) as (urls, cache),
+            open_steps(self.config(urls, cache.url, "--recipe uniform")) as steps,
         ):
-            count = len(steps.run.samples)
-            taken = measure.seconds(
-                {
-                    "refresh": self._refresh(encoder, urls, cache, spec),
-                    "forward": self._forward(encoder, spec, count),
-                    "step": steps.step,
-                },
-                self.rounds,
+            encoder, sizes = steps.run.model.encoder.eval(), steps.run.sizes
+            digest = encoder_digest(encoder.state_dict())
+            spec = ModelScoreSpec(
+                self.kind, sizes.grid, sizes.image_size, digest, precision=self.precision
             )
+            count = len(steps.run.samples)
+            shape = (min(count, self.scored_at_once), 3, sizes.image_size, sizes.image_size)
+            ready = torch.randn(shape, device=self.device)
+
+            def refresh() -> None:
+                other = replace(spec, encoder=uuid.uuid4().hex)  # what is there is not made again
+                device, size = torch.device(self.device), self.scored_at_once
+                list(
+                    refresh_shards(
+                        encoder, urls, cache, [other],
+                        batch_size=size, threads=self.threads, device=device,
+                    )
+                )  # fmt: skip
+
+            def forward() -> None:
+                for first in range(0, count, self.scored_at_once):
+                    model_maps([spec], encoder, ready[: count - first])
+
+            rivals = {"refresh": refresh, "forward": forward, "step": steps.step}
+            taken = measure.seconds(rivals, self.rounds)
         median = {name: statistics.median(each) for name, each in taken.items()}
-        refreshed = count / median["refresh"]
-        setting = (
-            f"{self.model}, {self.kind}, {self.device}, batch {self.batch_size}, "
-            f"{self.threads} threads"
-        )
+        rate = count / median["refresh"]
         yield measure.line(
             "refresh",
-            f"images/s of refreshed maps, {setting}",
-            refreshed,
+            f"images/s of refreshed maps, {self.kind}, {self.setting}",
+            rate,
             "images/s of the bare forward on tensors in memory",
             count / median["forward"],
         )
         yield measure.line(
             "refresh",
-            f"seconds to refresh the maps of 1,000 images, {setting}",
-            1000 / refreshed,
-            f"seconds to train on them for an epoch, at batch {self.step_batch_size}",
-            1000 * median["step"] / self.step_batch_size,
+            f"seconds to refresh the maps of 1,000 images, {self.kind}, {self.setting}",
+            1000 / rate,
+            "seconds to train on them for an epoch",
+            1000 * median["step"] / self.batch_size,
         )
-
-    def _refresh(
-        self, encoder: VisionTransformer, urls: list[str], cache: ScoreCache, spec: ModelScoreSpec
-    ) -> Callable[[], None]:
-        def work() -> None:
-            done = refresh_shards(
-                encoder,
-                urls,
-                cache,
-                # What is there would not be made again.
-                [replace(spec, encoder=uuid.uuid4().hex)],
-                batch_size=self.batch_size,
-                threads=self.threads,
-                device=torch.device(self.device),
-            )
-            assert list(done) == urls
-
-        return work
-
-    def _forward(
-        self, encoder: VisionTransformer, spec: ModelScoreSpec, count: int
-    ) -> Callable[[], None]:
-        ready = torch.randn(
-            min(count, self.batch_size), 3, spec.image_size, spec.image_size, device=self.device
-        )
-
-        def work() -> None:
-            for first in range(0, count, self.batch_size):
-                model_maps([spec], encoder, ready[: count - first])
-
-        return work

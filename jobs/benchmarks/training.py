@@ -1,56 +1,111 @@
-"""A real training run, of which single steps are timed."""
+"""Training runs whose steps benchmarks time."""
 
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 
-from famt.pipeline.cache import ScoreCache
+from famt.models import MODELS
 from famt.pipeline.join import PatchBatch
-from famt.pipeline.loader import CropBatch
-from famt.train.config import Pretrain
+from famt.pipeline.loader import CropBatch, own_cores
+from famt.pipeline.options import Checked
+from famt.train.config import Pretrain, parse
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
-from famt.train.signals.config import AttentionConfig, FrequencyConfig
-from famt.train.signals.signal import Signal
-from famt.train.signals.weights import build_signals
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingOptions(Checked):
+    """Options of the benchmarks that train."""
+
+    shards: list[str] = field(default_factory=list)
+    """tars to train on; a shard of photos is made up if left out"""
+    photos: Annotated[int, Ge(1)] = 256
+    """photos of the made-up shard"""
+    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
+    """which model"""
+    batch_size: Annotated[int, Ge(1)] = 16
+    """crops a step"""
+    threads: Annotated[int, Ge(1)] = field(default_factory=own_cores)
+    """CPU threads that compute and decode"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes under autocast"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """what to compute on"""
+
+    @property
+    def setting(self) -> str:
+        """For the unit of a figure."""
+        return (
+            f"{self.model}, {self.precision}, {self.device}, batch {self.batch_size}, "
+            f"{self.threads} threads"
+        )
+
+    def config(self, urls: list[str], cache: str, options: str) -> Pretrain:
+        """Options of a training, on top of these, as `famt pretrain` takes them."""
+        arguments = [
+            "--shards", *urls, "--cache", cache, "--out", "unused", "--model", self.model,
+            "--batch-size", str(self.batch_size), "--threads", str(self.threads),
+            "--precision", self.precision, "--device", self.device, "--picture-epochs", "0",
+        ]  # fmt: skip
+        return parse([*arguments, *shlex.split(options)], None)
+
+
+@contextmanager
+def open_run(config: Pretrain) -> Iterator[Run]:
+    """A run by these options, but in a temporary folder, unwatched and without a refresh job."""
+    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, join_ranks(config.device) as ranks:
+        refresh = dataclasses.replace(config.refresh, wait=False)
+        run = Run(dataclasses.replace(config, out=Path(out), monitor=[], refresh=refresh), ranks)
+        run.model.train()
+        try:
+            yield run
+        finally:
+            run.close(finished=False)
+
+
+@dataclass(frozen=True)
+class Steps:
     """A run that takes its steps on the same crops, so that no step waits for data.
 
     Attributes:
-        run: by its options; give it other signals to weigh patches by.
+        run: the run.
         crops: a batch from its loader.
     """
 
     run: Run
     crops: CropBatch
 
-    def signals(self, **slots: object) -> list[Signal]:
-        """Signals for this run by other options, `attention=AttentionConfig(...)` say."""
-        config = dataclasses.replace(self.run.config, **slots)  # type: ignore[arg-type]
-        return build_signals(config, self.run.context)
+    def accumulate(self) -> None:
+        """Weigh, sample, gather; forward and backward."""
+        self.run.forward_backward(self.run.prepare(self.crops, self.run.step))
 
     def step(self) -> None:
-        """Weigh, sample, gather; forward, backward and update."""
-        self.run.forward_backward(self.run.prepare(self.crops, self.run.step))
+        """A whole training step, waited for."""
+        self.accumulate()
         self.run.update()
         if self.run.ranks.device.type == "cuda":
             torch.cuda.synchronize()
 
 
+@contextmanager
+def open_steps(config: Pretrain) -> Iterator[Steps]:
+    """Steps of `open_run`'s run."""
+    with open_run(config) as run:
+        yield Steps(run, next(iter(run.loader)))
+
+
 def take_steps(run: Run, count: int) -> None:
     """Train for so many steps as the loop does, the next batch ahead in the side stream."""
-    run.model.train()
     crops: Iterator[CropBatch] = iter(())
     ahead: PatchBatch | None = None
     for _ in range(count + 1):
@@ -59,47 +114,8 @@ def take_steps(run: Run, count: int) -> None:
             run.forward_backward(now)
         with run.side_stream:
             with run.clock.stage("data_wait", on_host=True):
-                found = next(crops, None)
-                while found is None:  # what is left of an epoch may be nothing
+                while (loaded := next(crops, None)) is None:  # the rest of an epoch may be empty
                     crops = iter(run.loader)
-                    found = next(crops, None)
-            ahead = run.prepare(found, run.step + 1)
+            ahead = run.prepare(loaded, run.step + 1)
         if now is not None:
             run.update()
-
-
-@contextmanager
-def training(config: Pretrain) -> Iterator[Training]:
-    """A run by these options, but in a temporary folder and unwatched."""
-    with tempfile.TemporaryDirectory(prefix="famt-run-") as out, join_ranks(config.device) as ranks:
-        refresh = dataclasses.replace(config.refresh, wait=False)  # no job makes maps here
-        run = Run(dataclasses.replace(config, out=Path(out), monitor=[], refresh=refresh), ranks)
-        run.model.train()
-        try:
-            yield Training(run, next(iter(run.loader)))
-        finally:
-            run.close(finished=False)
-
-
-def unweighed(
-    urls: list[str],
-    cache: ScoreCache,
-    model: str,
-    batch_size: int,
-    threads: int,
-    device: Literal["cpu", "cuda"] = "cpu",
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> Pretrain:
-    """Options of a FAMT run without signals, over shards that are in the cache."""
-    return Pretrain(
-        shards=urls,
-        cache=cache.url,
-        out=Path(),
-        model=model,
-        batch_size=batch_size,
-        frequency=FrequencyConfig(source="off"),
-        attention=AttentionConfig(source="off"),
-        threads=threads,
-        device=device,
-        precision=precision,
-    )

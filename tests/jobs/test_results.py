@@ -7,14 +7,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from samples import photo_members, score, tar_bytes
 
-from famt.jobs import costs, results
-from famt.jobs.costs import StepCost
-from famt.jobs.grid import load, table
-from famt.jobs.results import histories, left
+from famt.jobs import results
+from famt.jobs.grid import load
+from famt.jobs.tables import GridResult, table
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
 
@@ -39,7 +39,7 @@ options = "--join.mask-ratio 0.75 --join.throw-ratio 0"
 """
 ROW = '[[row]]\nname = "uniform"\n'
 ROOT = Path(__file__).parents[2]
-TABLES = sorted((ROOT / "docs").glob("results/*/results.md"))
+PUBLISHED = sorted((ROOT / "docs").glob("results/*.json.gz"))
 
 
 @pytest.fixture(scope="module")
@@ -59,29 +59,53 @@ def start(grid, *arguments: str, by: tuple[str, ...] = ()) -> subprocess.Popen[s
     )  # fmt: skip
 
 
-def test_a_grid_that_nothing_was_done_of_needs_every_command(data, tmp_path):
-    path = tmp_path / "grid.toml"
-    path.write_text(GRID.format(out=tmp_path, data=data) + ROW)
-    grid = load(path, lambda file, runs, reference: dict.fromkeys(runs, StepCost(1.0)))
-    modules = [[command[2] for command in left(grid, row, 0)] for row in grid.rows]
-    assert modules == [["famt.jobs.pretrain", "famt.train.evaluate"]] * 2
+def first(path):
+    """The first training of a grid."""
+    grid = load(path)
+    return grid.trainings(grid.row[0], grid.epochs)[0]
 
 
-@pytest.mark.parametrize("published", TABLES, ids=lambda path: path.parent.name)
-def test_a_published_table_is_that_of_the_logs_beside_it_and_stands_on_the_page(
-    published, monkeypatch
-):
-    def refuse(*_):
-        raise AssertionError("steps of a published grid are to be timed anew")
-
-    monkeypatch.setattr(costs, "_measure", refuse)
-    folder = published.parent
-    grid = load(ROOT / "docs" / "grids" / f"{folder.name}.toml", out=folder)
-    runs = {row.name: histories(grid, row) for row in grid.rows}
-    told = table(grid, runs)
-    assert told == published.read_text()
+@pytest.mark.parametrize("published", PUBLISHED, ids=lambda path: path.name)
+def test_a_published_table_is_that_of_its_logs(published):
     page = (ROOT / "docs" / "results.md").read_text().splitlines()
-    assert {line for line in told.splitlines() if line.startswith("|")} <= set(page)
+    lines = [
+        each for each in table(GridResult.read(published)).splitlines() if each.startswith("|")
+    ]
+    start = page.index(lines[2]) - 2
+    assert page[start : start + len(lines)] == lines
+
+
+def test_a_run_needs_what_its_log_lacks_of_what_the_grid_asks_for(data, tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.format(out=tmp_path, data=data))
+    training = first(path)
+
+    def modules():
+        return [command[2] for command in training.left()]
+
+    def add(event, **line):
+        with open(training.folder / "log.jsonl", "a") as log:
+            log.write(json.dumps({"step": 12, "event": event, **line}) + "\n")
+
+    both = ["famt.jobs.pretrain", "famt.train.evaluate"]
+    assert modules() == both
+    training.folder.mkdir(parents=True)
+    add("start", total_steps=12)
+    assert modules() == both
+    add("finished")
+    assert modules() == both[1:]
+    asked = {"train": [f"{data}/train.tar"], "val": [f"{data}/val.tar"]}
+    for other in (
+        {"step": 6, "options": asked, "weights": "trained"},
+        {"options": asked, "weights": "untrained"},
+        {"options": {**asked, "val": ["other.tar"]}, "weights": "trained"},
+        {"options": {**asked, "k": 1}, "weights": "trained"},
+    ):
+        add("evaluation", evaluator="knn", **other)
+    assert modules() == both[1:]
+    add("evaluation", evaluator="knn", options=asked, weights="trained", top1_cls=0.5)
+    assert modules() == []
+    assert [line["top1_cls"] for line in training.log() if "evaluator" in line] == [0.5]
 
 
 @pytest.mark.slow
@@ -104,11 +128,10 @@ def test_a_stop_has_runs_write_a_checkpoint_also_where_a_script_began_them(data,
 def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, monkeypatch):
     path = tmp_path / "grid.toml"
     path.write_text(GRID.format(out=tmp_path, data=data).replace("epochs = 2", "epochs = 2000"))
-    grid = load(path, lambda file, runs, reference: dict.fromkeys(runs, StepCost(1.0)))
-    started = []
+    training, started, popen = first(path), [], subprocess.Popen
 
-    def start(command, *_, **__):
-        started.append(subprocess.Popen(command))
+    def start(command, **options):
+        started.append(popen(command, **options))
         return started[-1]
 
     def stop():
@@ -116,13 +139,14 @@ def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, mo
             time.sleep(0.1)
         started[0].terminate()
 
-    monkeypatch.setattr(results, "_start", start)
+    monkeypatch.setattr(results.subprocess, "Popen", start)
+    monkeypatch.setattr(results.ray, "get_runtime_context", lambda: Mock(gcs_address="local"))
     stopper = threading.Thread(target=stop)
     stopper.start()
-    assert results._run._function(grid, grid.rows[0], 0, 1, 0, None) == ""
+    assert results.run(training, 1, 0) == ""
     stopper.join()
-    assert [each.args[2] for each in started] == ["famt.jobs.pretrain"]
-    assert len(left(grid, grid.rows[0], 0)) == 2
+    assert len(started) == 1
+    assert len(training.left()) == 2
 
 
 @pytest.mark.slow

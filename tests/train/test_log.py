@@ -1,7 +1,7 @@
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from famt.train.log import Log, log_evaluation
+from famt.train.log import Log, evaluation_table, log_evaluation
 from famt.train.timing import Clock
 
 
@@ -28,3 +28,19 @@ def test_a_run_that_is_begun_again_at_its_end_keeps_what_stands_there(tmp_path):
     log_evaluation(tmp_path, 3, "knn", "trained", {"top1_cls": 0.5}, {})
     log.close()
     assert drawn() == {"loss": [2], "monitor/knn_cls": [3], "knn/top1_cls": [3]}
+
+
+def test_an_evaluation_is_shown_in_percent_with_its_standard_error():
+    line = {
+        "evaluate": "probe", "checkpoint": "run/checkpoint-00000003.pt", "weights": "trained",
+        "step": 3, "train_images": 25000, "train_data": "0ab", "val_images": 10000,
+        "val_data": "1cd", "top1_cls": 0.50234, "stderr_cls": 0.005, "held_out_top1_cls": 0.504,
+        "learning_rate_cls": 0.03,
+    }  # fmt: skip
+    assert evaluation_table(line).splitlines() == [
+        "probe of run/checkpoint-00000003.pt (trained weights, step 3)",
+        "10000 images to test on, 25000 to learn from",
+        "  top-1, class token             50.2 ± 0.5 %",
+        "  top-1, held out, class token   50.4 %",
+        "  learning rate cls             0.03",
+    ]

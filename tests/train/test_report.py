@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
 def cells(page: str, section: str) -> list[list[str]]:
     """The text of a section's table."""
     table = page.partition(f'<section id="{section}">')[2].partition("</table>")[0]
-    rows = re.findall(r"<tr>(.*?)</tr>", table, re.S)
+    rows = re.findall(r"<tr.*?>(.*?)</tr>", table, re.S)
     return [
         [
             unescape(re.sub("<[^>]+>", "", cell))
@@ -80,11 +80,35 @@ def charts(page: str) -> list[dict]:
 
 def test_seeds_are_one_row_with_mean_and_standard_error(runs, tmp_path):
     report.main(Report(runs, tmp_path / "page.html"))
-    header, *rows = cells((tmp_path / "page.html").read_text(), "table")
+    header, *rows, mae_floor, famt_floor = cells((tmp_path / "page.html").read_text(), "table")
     assert header[:3] == ["runs", "seeds", "epochs"]
     assert [row[:3] for row in rows] == [["mae", "2", "6"], ["<famt>", "2", "6"]]
     probe = header.index("Probe, class token (test, %)")
-    assert [row[probe] for row in rows] == ["48.5 ± 0.5", "50.5 ± 0.5"]  # not the untrained one
+    assert [row[probe] for row in rows] == ["48.5 ± 0.5", "50.5 ± 0.5"]
+    assert (mae_floor[0], famt_floor[0]) == ("mae, untrained", "<famt>, untrained")
+    assert mae_floor[probe] == "10.0 ± 0.0"
+
+
+def test_a_headline_says_what_on_what_reached_what_in_what_time(runs, tmp_path):
+    unfinished = made_up_run(tmp_path / "mae-0", 0, 0.5, model="vit_nano", shards=["a.tar"])
+    log = unfinished / "log.jsonl"
+    kept = [line for line in log.read_text().splitlines() if '"finished"' not in line]
+    log.write_text("".join(f"{line}\n" for line in kept))
+    for folders, expected in (
+        (runs[:2], r"mae</strong> \(mae, 2 seeds\) on 80 images: 48\.5 ± 0\.5 % by Probe, class "
+         r"token \(test\), untrained 10\.0 ± 0\.0 %; 6 epochs in \S+ s, finished\."),
+        ([unfinished], r"mae-0</strong> \(vit_nano\) on 80 images of a.tar: 50\.0 % by .*; "
+         r"6 epochs in \S+ s, not finished, 6 epochs are planned\."),
+    ):  # fmt: skip
+        report.main(Report(folders, tmp_path / "page.html"))
+        assert re.search(expected, unescape((tmp_path / "page.html").read_text()))
+
+
+def test_of_a_single_run_model_recipe_and_changed_options_are_listed(tiny_run, tmp_path):
+    report.main(Report([tiny_run], tmp_path / "page.html"))
+    _, *rows = cells((tmp_path / "page.html").read_text(), "options")
+    assert {row[0] for row in rows} >= {"--model", "--recipe", "--epochs"}
+    assert "--join.mask-ratio" not in {row[0] for row in rows}  # as by default
 
 
 def test_what_fewer_runs_tell_or_seeds_that_come_twice_are_no_three_seeds(tmp_path):
@@ -94,7 +118,7 @@ def test_what_fewer_runs_tell_or_seeds_that_come_twice_are_no_three_seeds(tmp_pa
     log.write_text("".join(f"{line}\n" for line in lines))
     report.main(Report(runs, tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
-    header, row = cells(page, "table")
+    header, row, _ = cells(page, "table")
     assert row[1] == "2"
     assert row[header.index("Probe, class token (test, %)")] == "50.0 ± 0.0 (of 2)"
     assert "Fewer than three seeds" in page
@@ -108,9 +132,10 @@ def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
     assert all("training time" in each["x"] for each in drawn[1:6:2])
     losses, knn = drawn[0]["data"], drawn[2]["data"]
     assert losses[-1]["name"] == "&lt;famt>, seed 1"  # Plotly reads tags
-    assert len(losses) == len(knn) == 4
+    assert (len(losses), len(knn)) == (4, 2)
     assert knn[0]["x"] == [1, 2, 3, 4, 5, 6]
-    assert knn[0]["y"][-1] == pytest.approx(48)
+    assert knn[0]["y"][-1] == pytest.approx(48.5)  # the mean of 48 and 49
+    assert knn[0]["error_y"]["array"][-1] == pytest.approx(0.5)
 
 
 def test_only_what_differs_between_options_is_listed(runs, tmp_path):
@@ -123,7 +148,6 @@ def test_a_run_without_pictures_and_evaluations_has_a_page_too(tiny_run, tmp_pat
     report.main(Report([tiny_run], tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
     assert [each["y"] for each in charts(page)] == ["loss", "loss", ""]
-    assert "Nothing but seeds and folders" in page
 
 
 def test_a_page_needs_nothing_but_itself_and_stays_small(runs, tmp_path):
@@ -151,7 +175,7 @@ def test_a_column_is_a_metric_on_a_data_set(tmp_path):
     evaluate(runs[1], 0.8, "old.tar", 20)
     report.main(Report(runs, tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
-    header, row = cells(page, "table")
+    header, row, _ = cells(page, "table")
     figures = {n: row[header.index(f"k-NN, class token (test {n}, %)")] for n in range(1, 6)}
     assert figures == {
         1: "28.3 ± 0.1", 2: "90.0 (of 1)", 3: "10.0 (of 1)", 4: "70.0 (of 1)", 5: "80.0 (of 1)",
@@ -164,13 +188,13 @@ def test_a_column_is_a_metric_on_a_data_set(tmp_path):
     assert "<em>knn, test 3</em>: 1000 images of a/val.tar" in told
     assert told.count("--k 1") == 1
     marks = [each["name"] for each in charts(page)[2]["data"] if each["mode"] == "markers"]
-    assert sorted(marks)[:2] == ["run, seed 0, knn, test 1", "run, seed 0, knn, test 2"]
+    assert sorted(marks)[:2] == ["run, knn, test 1", "run, knn, test 2"]
 
 
 def test_looks_of_the_monitor_at_other_images_are_another_column(tmp_path):
     runs = [made_up_run(tmp_path / f"run-{n}", n, 0.5, monitor=[f"{n}.tar"]) for n in range(2)]
     report.main(Report(runs, tmp_path / "page.html"))
-    header, row = cells((tmp_path / "page.html").read_text(), "table")
+    header, row, _ = cells((tmp_path / "page.html").read_text(), "table")
     assert row[header.index("k-NN, class token (monitor 2, %)")] == "50.0 (of 1)"
 
 
@@ -182,7 +206,7 @@ def test_runs_that_differ_in_what_nothing_depends_on_are_one_row(tmp_path):
     others = made_up_run(tmp_path / "others", 0, 0.5, data="abc")
     report.main(Report([*runs, others], tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
-    assert [row[:2] for row in cells(page, "table")[1:]] == [["run", "2"], ["others", "1"]]
+    assert [row[:2] for row in cells(page, "table")[1:3]] == [["run", "2"], ["others", "1"]]
     assert cells(page, "options")[1:] == [["images trained on (digest)", "–", "abc"]]
 
 
@@ -194,8 +218,10 @@ def test_a_folder_that_is_no_run_is_named_and_takes_no_other_along(runs, tmp_pat
     with open(broken / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lo\n{"step": 4, "loss": "x"}\n[]\n')
     report.main(Report([*runs, tmp_path, broken], tmp_path / "page.html"))
-    page = unescape((tmp_path / "page.html").read_text())
-    assert len(cells(page, "table")) == 4
+    page = (tmp_path / "page.html").read_text()
+    rows = [row[0] for row in cells(page, "table")[1:]]
+    page = unescape(page)
+    assert [each for each in rows if "untrained" not in each] == ["mae", "<famt>", "broken"]
     said = capsys.readouterr().err
     for text in (f"Left out: {tmp_path} is no run", f"{broken}/log.jsonl: 3 line(s) can't be read"):
         assert text in page.partition('<ul id="notes">')[2].partition("</ul>")[0]

@@ -8,7 +8,8 @@
     segment   a linear classifier of the patches of the frozen encoder, against masks
     finetune  encoder and classifier trained together; a run of its own in --out
 
-Prints one JSON line, which is also added to the log of the run and to its TensorBoard curves.
+Prints a table, or one JSON line (--json), which is also added to the log of the run and to its
+TensorBoard curves.
 """
 
 from __future__ import annotations

@@ -49,6 +49,8 @@ class Evaluation(Checked):
     """CPU threads that decode; a rank's share of the machine's cores if left out"""
     seed: Seed = 0
     """of all that is drawn at random"""
+    json: Annotated[bool, FREE, APART] = False
+    """print one JSON line in place of a table"""
 
     def told(self) -> dict[str, Any]:
         """What its values depend on beside the encoder, as plain data: the shards, and the options

@@ -21,7 +21,7 @@ from famt.train.evaluate.probe import probe
 from famt.train.evaluate.segment import segment
 from famt.train.evaluate.trunk import Evaluator, Value, open_images
 from famt.train.initial import build_initial_encoder
-from famt.train.log import log_evaluation, rounded
+from famt.train.log import evaluation_table, log_evaluation, rounded
 
 EVALUATORS: dict[str, tuple[type[Evaluation], Evaluator]] = {
     "knn": (Knn, knn),
@@ -59,7 +59,8 @@ def run(options: Evaluation) -> dict[str, Value]:
     values |= found
     step = {"step": of_run[1]} if of_run else {}
     which = {"checkpoint": options.checkpoint, "weights": options.weights, **step}
-    print(json.dumps(rounded({"evaluate": name, **which, **values})))
+    line = rounded({"evaluate": name, **which, **values})
+    print(json.dumps(line) if options.json else evaluation_table(line))
     if of_run:
         log_evaluation(*of_run, name, options.weights, values, options.told())
     return found

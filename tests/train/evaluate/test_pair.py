@@ -89,7 +89,7 @@ def test_what_was_found_names_its_data_and_is_printed_as_one_reads_it(options, s
     lines = []
     for val in (first, second, first):
         torch.manual_seed(0)
-        run(options(Knn, train=train, val=val))
+        run(options(Knn, train=train, val=val, json=True))
         lines.append(json.loads(capsys.readouterr().out))
     assert lines[0] == lines[2]
     assert lines[0]["val_data"] != lines[1]["val_data"]

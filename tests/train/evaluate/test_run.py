@@ -17,7 +17,7 @@ from famt.train.pretrain import main as pretrain
 def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
     config = request.getfixturevalue("run")
     capsys.readouterr()
-    values = run(options(Knn))
+    values = run(options(Knn, json=True))
     printed = json.loads(capsys.readouterr().out)
     assert {name: printed[name] for name in values} == pytest.approx(values, rel=1e-5)
     assert printed["evaluate"] == "knn"
@@ -47,7 +47,8 @@ def test_an_encoder_that_is_from_no_run_is_evaluated_too(request, options, tmp_p
     config = request.getfixturevalue("run")
     of_run = run(options(Knn))
     torch.save(load_model(config.out).encoder.state_dict(), tmp_path / "elsewhere.pth")
-    assert run(options(Knn, checkpoint=str(tmp_path / "elsewhere.pth"))) == of_run
+    elsewhere = options(Knn, checkpoint=str(tmp_path / "elsewhere.pth"), json=True)
+    assert run(elsewhere) == of_run
     assert "step" not in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 

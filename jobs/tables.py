@@ -1,0 +1,136 @@
+"""The table of what a grid's runs reached, and the file of logs that it can be made from anew."""
+
+from __future__ import annotations
+
+import gzip
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from famt.train import history
+from famt.train.history import History
+from famt.train.report import METRICS, last, percent
+
+_NOTHING = "–"  # in a cell
+
+
+class RowResult(BaseModel):
+    """What the runs of a row reached.
+
+    Attributes:
+        name: of the row.
+        epochs: of its runs.
+        cost: of a step, refreshes of scores included, over that of the reference; None if its
+            steps have not been timed yet.
+        logs: lines of the log of each run that is trained and evaluated.
+    """
+
+    name: str
+    epochs: int
+    cost: float | None
+    logs: list[list[dict[str, Any]]]
+
+    @property
+    def runs(self) -> list[History]:
+        """The logs, read."""
+        return [history.parse(Path(self.name), log) for log in self.logs]
+
+
+class GridResult(BaseModel):
+    """What a grid reached: its title, the name of the row that costs are shares of, and rows."""
+
+    title: str
+    reference: str
+    rows: list[RowResult]
+
+    def write(self, path: Path) -> None:
+        """Write what the table needs as compressed JSON: of losses, only the last of each run."""
+        needed, kept = ("start", "evaluation", "finished"), []
+        for row in self.rows:
+            ends = [[each for each in log if "event" not in each][-1] for log in row.logs]
+            logs = [
+                [line for line in log if line is end or line.get("event") in needed]
+                for log, end in zip(row.logs, ends, strict=True)
+            ]
+            kept.append(row.model_copy(update={"logs": logs}))
+        text = self.model_copy(update={"rows": kept}).model_dump_json()
+        path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+    @classmethod
+    def read(cls, path: Path) -> GridResult:
+        """Read what `write` wrote."""
+        return cls.model_validate_json(gzip.decompress(path.read_bytes()))
+
+
+def table(result: GridResult) -> str:
+    """Markdown of what the finished runs reached.
+
+    A row's cost is its steps times their relative time, as a share of the reference's. `reached at`
+    is the least cost at which the held-out probe, as the monitor saw it, was the reference's last
+    one; both are means over seeds.
+    """
+    runs = {row.name: row.runs for row in result.rows}
+    known = {
+        f"{name} ({where})": (evaluator, start + value)
+        for name, by in METRICS.items()
+        for evaluator, value in by.items()
+        if evaluator != "monitor"
+        for where, start in (("held out", "held_out_"), ("val", ""))
+    }
+    every = [run for each in runs.values() for run in each]
+    places = {
+        name: place
+        for name, place in known.items()
+        if any(last(run, *place) is not None for run in every)
+    }
+    reference = runs[result.reference]
+    whole = reference[0].total_steps if reference else None
+    lines = []
+    for row in result.rows:
+        mine = runs[row.name]
+        line = {"recipe": row.name, "seeds": str(len(mine)), "epochs": "not measured yet"}
+        if mine:
+            line["seeds"] += "" if len(mine) >= 3 else " (no claim)"
+            line["epochs"] = str(row.epochs)
+            if whole and row.cost is not None:
+                cost = mine[0].total_steps * row.cost / whole
+                line["cost"] = f"{cost:.2f}"
+                line["reached at"] = _reached(cost, mine, reference)
+            for name, place in places.items():
+                values = [value for run in mine if (value := last(run, *place)) is not None]
+                line[name] = percent(values)
+        lines.append(line)
+    heads = ["recipe", "seeds", "epochs", "cost", "reached at", *places]
+    if all(line.get("reached at", _NOTHING) == _NOTHING for line in lines):
+        heads.remove("reached at")
+    cells = [heads, ["---"] * len(heads)]
+    cells += [[line.get(head, _NOTHING) for head in heads] for line in lines]
+    rules = (
+        "Percent of images, mean ± standard error over seeds; rows of fewer than 3 seeds claim "
+        "nothing. Choices are made by the figures on images held out of the training set; val is "
+        "read once, after the last step. Cost: steps x the measured time of a step, as a share of "
+        f"that of `{result.reference}`."
+    )
+    text = [f"# {result.title}", "", rules, "", *(f"| {' | '.join(each)} |" for each in cells)]
+    return "\n".join(text) + "\n"
+
+
+def _reached(cost: float, mine: Sequence[History], reference: Sequence[History]) -> str:
+    goal, curve = _monitored(reference), _monitored(mine)
+    if not goal or len(curve) < 2:  # a single look at the end says nothing about when
+        return _NOTHING
+    steps = [step for step, value in curve.items() if value >= goal[max(goal)]]
+    return f"{min(steps) / mine[0].total_steps * cost:.2f}" if steps else "not reached"
+
+
+def _monitored(runs: Sequence[History]) -> dict[int, float]:
+    """Mean over runs of the held-out probe, by the steps at which the monitor looked at all."""
+    curves = [
+        {each.step: each.values["probe_mean"] for each in run.found if each.evaluator == "monitor"}
+        for run in runs
+    ]
+    steps = set.intersection(*map(set, curves)) if curves else set()
+    return {step: statistics.mean(curve[step] for curve in curves) for step in steps}
