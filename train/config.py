@@ -299,6 +299,9 @@ class Pretrain(Checked):
             cache=storage.normalise_url(self.cache),
             out=self.out.absolute(),
             stage=self.stage and self.stage.absolute(),
+            refresh=dataclasses.replace(
+                self.refresh, pin=self.refresh.pin and self.refresh.pin.absolute()
+            ),
             init=self.init
             if self.init is None or self.init.startswith(TIMM)
             else storage.normalise_url(self.init),

@@ -43,8 +43,8 @@ from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
 from famt.train.program import run_program
 from famt.train.resume import own_folder, resume
-from famt.train.signals.due import write_finished
-from famt.train.signals.following import FollowedMaps, lost_generations
+from famt.train.signals.refresh_folder import RefreshFolder
+from famt.train.signals.refreshed import RefreshedMaps, lost_generations
 from famt.train.signals.signal import Context, Signal, Taken
 from famt.train.signals.weights import Weighed, build_signals, weigh_crops
 from famt.train.streams import Stop
@@ -77,7 +77,7 @@ class Run(Training[PatchBatch]):
             config,
             self.identity(),
             ranks,
-            lambda found: lost_generations(found, config, self.samples, cache),
+            lambda found: lost_generations(found, config, self.samples),
         )
         self.id: str = resumed.run if resumed else ranks.gather(f"run-{uuid.uuid4().hex[:12]}")[0]
 
@@ -117,15 +117,15 @@ class Run(Training[PatchBatch]):
             state=own["loader"] if own else None,
         )
         encoder = self.model.encoder
-        followed = (
-            FollowedMaps(self.id, config, self.samples, cache, encoder, ranks)
+        refreshed = (
+            RefreshedMaps(self.id, config, self.samples, encoder, ranks)
             if config.refreshed_kinds
             else None
         )
-        if followed is None and ranks.is_main:
-            write_finished(config.out)  # a job that follows this run need not wait for an encoder
+        if refreshed is None and ranks.is_main:
+            RefreshFolder(config.out).finish()  # a job that follows this run need not wait
         self.context = Context(
-            self.id, config, self.samples, cache, self.sizes.grid, encoder, ranks, followed
+            self.id, config, self.samples, cache, self.sizes.grid, encoder, ranks, refreshed
         )
         self.signals: list[Signal] = build_signals(self.context)
         self.optimisation = Optimisation(

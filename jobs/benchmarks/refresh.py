@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import torch
@@ -18,11 +17,11 @@ from famt.jobs.benchmarks.training import training, unweighed
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
 from famt.pipeline.model_scores import model_maps
 from famt.pipeline.options import Checked
-from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec, encoder_digest
+from famt.pipeline.table import SampleTable
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class Refresh(Checked):
             count = len(steps.run.samples)
             taken = measure.seconds(
                 {
-                    "refresh": self._refresh(encoder, urls, cache, spec),
+                    "refresh": self._refresh(encoder, steps.run.samples, spec),
                     "forward": self._forward(encoder, spec, count),
                     "step": steps.step,
                 },
@@ -110,20 +109,17 @@ class Refresh(Checked):
         )
 
     def _refresh(
-        self, encoder: VisionTransformer, urls: list[str], cache: ScoreCache, spec: ModelScoreSpec
+        self, encoder: VisionTransformer, samples: SampleTable, spec: ModelScoreSpec
     ) -> Callable[[], None]:
         def work() -> None:
-            done = refresh_shards(
+            score_images(
                 encoder,
-                urls,
-                cache,
-                # What is there would not be made again.
-                [replace(spec, encoder=uuid.uuid4().hex)],
+                samples,
+                [spec],
                 batch_size=self.batch_size,
                 threads=self.threads,
                 device=torch.device(self.device),
             )
-            assert list(done) == urls
 
         return work
 

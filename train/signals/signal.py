@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -15,8 +15,10 @@ from famt.sampling import PatchSplit
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
 from famt.train.log import Log
-from famt.train.signals.following import FollowedMaps
 from famt.train.streams import Stop
+
+if TYPE_CHECKING:
+    from famt.train.signals.refreshed import RefreshedMaps
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Context:
         grid: patches a side of a crop.
         encoder: of the model in training.
         ranks: this rank among those of the run.
-        followed: the generations of maps that the run takes up, if it has refreshed signals.
+        refreshed: the maps of the run's refreshed signals, if it has any.
     """
 
     run: str
@@ -41,7 +43,7 @@ class Context:
     grid: int
     encoder: VisionTransformer
     ranks: Ranks
-    followed: FollowedMaps | None
+    refreshed: RefreshedMaps | None
 
 
 @dataclass(frozen=True)
