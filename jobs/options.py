@@ -137,6 +137,8 @@ class RefreshScores(RefreshWorkers, Checked):
     init: str | None = None
     """any other encoder, as --init of pre-training takes it: a run that pins the generation weighs
     by a trained model from its first step on"""
+    out: Path | None = None
+    """folder for the generation of a --checkpoint or an --init"""
     image_size: Annotated[int | None, Ge(1)] = None
     """side of the images that an --init sees, px, in place of its own; its patches must be as many
     as those of the crops of the run that pins the maps"""

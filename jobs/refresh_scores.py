@@ -1,20 +1,20 @@
-"""Score whole images with the encoder of a run: a new generation of maps for its training.
+"""Score whole images with an encoder: a new generation of maps for a training.
 
-    famt refresh --follow runs/first        # beside a training, as long as it runs
-    famt refresh --checkpoint runs/first    # once, from the latest checkpoint
-    famt refresh --init exported --shards shards --cache scores
+    famt refresh --follow runs/first                     # beside a training, as long as it runs
+    famt refresh --checkpoint runs/first --out maps      # once, from the latest checkpoint
+    famt refresh --init exported --shards shards --cache scores --out maps
     ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/weighed
 
-Ray actors, on CPUs or on shares of GPUs, load the encoder once and write the maps of tar after tar
-into the score cache, all kinds that the run asks for by one forward pass. When all tars are done
-the generation is published, and the training takes it up with its next epoch. Run it again after a
-crash: tars that are done are not done again. Beside a training that holds all of the cluster's CPUs
-the job makes do with one actor of low priority.
+Ray actors, on CPUs or on shares of GPUs, load the encoder once and score tar after tar, all kinds
+that the run asks for by one forward pass. When all tars are done this job writes the generation, a
+file in the run's folder `refresh` or in --out, and the training takes it up with its next epoch;
+other runs may pin it. Beside a training that holds all of the cluster's CPUs the job makes do with
+one actor of low priority.
 
 With --follow, a generation that can't be made is tried again every minute while the run wants it.
 `famt pretrain` starts this job beside its training, and ends it.
 
-Exit code: 0 done; 1 a tar could not be scored, and no generation was published.
+Exit code: 0 done; 1 a tar could not be scored, and no generation was written.
 """
 
 from __future__ import annotations
@@ -34,31 +34,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from tqdm import tqdm
 
 from famt.jobs.cluster import start_ray
 from famt.jobs.options import RefreshScores, RefreshWorkers
-from famt.jobs.refresh_workers import UnwantedError, refresh_on_ray
+from famt.jobs.refresh_workers import Maps, UnwantedError, refresh_on_ray
 from famt.models import ModelConfig
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.collector import collect_superseded
 from famt.pipeline.errors import UserError
-from famt.pipeline.generations import Generation
+from famt.pipeline.generation import generation_path, write_generation
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
-from famt.pipeline.table import load_samples
+from famt.pipeline.table import SampleTable, load_samples
 from famt.train.checkpoint import Encoder, load_encoder
+from famt.train.files import written_whole
 from famt.train.initial import build_initial_encoder
 from famt.train.program import is_users, parsed, run_program
 from famt.train.signals.config import FrequencyConfig
-from famt.train.signals.due import (
-    due_encoders,
-    failed_path,
-    finished_path,
-    followed,
-    write_failure,
-)
+from famt.train.signals.refresh_folder import RefreshFolder
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds
@@ -72,10 +67,19 @@ def main(args: RefreshScores) -> int:
     """
     if [args.checkpoint, args.follow, args.init].count(None) != 2:
         raise UserError("give one of --checkpoint, --follow and --init")
-    if args.follow is None:
+    if (args.out is None) != (args.follow is not None):
+        raise UserError(
+            "--out is the folder for the generation of a --checkpoint or an --init; --follow puts "
+            "its generations into the run's folder"
+        )
+    if args.out is not None:
         encoder = load_encoder(args.checkpoint) if args.checkpoint else initial_encoder(args)
+        path = generation_path(args.out, encoder.step)
+        if path.exists():
+            raise UserError(f"{path} is there already; give another --out, or remove it")
         start_ray()
-        return 1 if _refresh(encoder, args) else 0
+        return 1 if _refresh(encoder, path, args) else 0
+    assert args.follow is not None
     start_ray()
     left = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: left.set())
@@ -118,7 +122,7 @@ def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
     environment = dict(os.environ)
     if ray.is_initialized():
         environment["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
-    with followed(run) as shown, open(run / "refresh.log", "ab") as log:
+    with RefreshFolder(run).followed() as shown, open(run / "refresh.log", "ab") as log:
         job = subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", __name__, "--follow", str(run),
              *options],
@@ -144,61 +148,64 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
     """
     if not run.is_dir():
         print(f"{run} is not there yet; waiting for a run to begin in it", file=sys.stderr)
-    with followed(run):
-        return _follow(run, args, left)
+    folder = RefreshFolder(run)
 
-
-def _follow(run: Path, args: RefreshScores, left: threading.Event | None) -> int:
     def over() -> bool:
-        return finished_path(run).exists() or (left is not None and left.is_set())
+        return folder.finished.exists() or (left is not None and left.is_set())
 
-    done: set[tuple[Path, int]] = set()  # with the time: a run begun anew writes the same names
     retry_at, failure = 0.0, None
-    with tqdm(desc=f"following {run}", unit=" generations") as bar:
+    with folder.followed(), tqdm(desc=f"following {run}", unit=" generations") as bar:
         while not over():
-            newest = _newest(run)
-            if newest is None or newest in done or (failure and time.monotonic() < retry_at):
+            step = folder.due()
+            if step is None or (failure and time.monotonic() < retry_at):
                 time.sleep(_POLL)
                 continue
-            path, _ = newest
-            failure = _try(path, args, over)
+            failure = _try(folder, step, args, over)
             if failure:
                 retry_at = time.monotonic() + _RETRY
-                with contextlib.suppress(OSError):
-                    write_failure(path, failure)
-                tqdm.write(f"{path}: {failure}", file=sys.stderr)
+                with contextlib.suppress(OSError), written_whole(folder.failure(step)) as file:
+                    file.write(f"{failure}\n".encode())
+                tqdm.write(f"step {step}: {failure}", file=sys.stderr)
             else:
-                failed_path(path).unlink(missing_ok=True)
-                done.add(newest)
+                folder.failure(step).unlink(missing_ok=True)
                 bar.update()
     return 1 if failure else 0
 
 
-def _newest(run: Path) -> tuple[Path, int] | None:
-    """The newest encoder that a run has left, and the time of its writing."""
+def _try(
+    folder: RefreshFolder, step: int, args: RefreshScores, over: Callable[[], bool]
+) -> str | None:
+    """Make the generation of a run's encoder; returns why it could not be made."""
+    path = folder.encoder(step)
+    written = _written(path)
     try:
-        return max(((each, each.stat().st_mtime_ns) for each in due_encoders(run)), default=None)
-    except FileNotFoundError:  # taken up just now
-        return None
-
-
-def _try(path: Path, args: RefreshScores, over: Callable[[], bool]) -> str | None:
-    """Make the generation of an encoder; returns why it could not be made."""
-    try:
-        failed = _refresh(load_encoder(path), args, over)
+        failed = _refresh(
+            load_encoder(path),
+            folder.generation(step),
+            args,
+            lambda: over() or _written(path) != written,  # it was taken up, or is of another run
+        )
         return "; ".join(f"{tar}: {reason}" for tar, reason in failed.items()) or None
     except UnwantedError:
         return None
     except Exception as error:  # whatever it is, the run may wait for the maps or for the reason
-        if isinstance(error, FileNotFoundError) and not path.exists():
-            return None  # taken up meanwhile, and removed
+        if _written(path) != written:
+            return None
         if not is_users(error):
             traceback.print_exc()
         return storage.reason(error)
 
 
+def _written(path: Path) -> int | None:
+    """When a file was written, ns; None if it is gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def _refresh(
-    encoder: Encoder, args: RefreshScores, over: Callable[[], bool] = lambda: False
+    encoder: Encoder, path: Path, args: RefreshScores, over: Callable[[], bool] = lambda: False
 ) -> dict[str, str]:
     """Make one generation, unless it is `over`; returns which tars could not be scored, and why."""
     run: dict[str, Any] = encoder.config
@@ -224,55 +231,49 @@ def _refresh(
     check_model_kinds(spec.kind for spec in specs)
     samples = load_samples(urls, cache)
     started = time.perf_counter()
-    with cache.claims.claimed(spec.id for spec in specs):  # what is there already must stay
-        failed = _score_all(urls, encoder, cache, specs, args, over)
-        lost = set() if failed else set(cache.lacking(samples.shard_ids, specs))
-        failed |= {
-            url: "its maps were deleted while others were made; try again"
-            for url, shard_id in zip(samples.urls, samples.shard_ids, strict=True)
-            if shard_id in lost
-        }
-        if not failed:
-            cache.generations.publish(
-                Generation(encoder.run, encoder.step, specs, samples.digest, len(samples))
-            )
-            collect_superseded(cache, encoder.run, samples.shard_ids)
-    seconds = time.perf_counter() - started
+    shape = (len(samples), sizes.grid, sizes.grid)
+    maps = {spec: np.empty(shape, np.float16) for spec in specs}
+    failed = _score_all(samples, encoder, cache, maps, args, over)
+    if over():
+        raise UnwantedError
+    if not failed:
+        write_generation(path, encoder.run, samples.digest, maps)
     summary = {
         "run": encoder.run,
         "step": encoder.step,
-        "pin": f"{encoder.run}/{encoder.step}",
-        "specs": [spec.id for spec in specs],
-        "shards": len(urls),
+        "generation": str(path),
+        "kinds": [spec.kind for spec in specs],
         "images": len(samples),
         "failed": failed,
-        "images_per_second": round(len(samples) / seconds, 1),
-        "seconds": round(seconds, 1),
-        "cache": cache.url,
+        "seconds": round(time.perf_counter() - started, 1),
     }
     print(json.dumps(summary), flush=True)
     return failed
 
 
 def _score_all(
-    urls: list[str],
+    samples: SampleTable,
     encoder: Encoder,
     cache: ScoreCache,
-    specs: list[ModelScoreSpec],
+    maps: Maps,
     args: RefreshScores,
     over: Callable[[], bool],
 ) -> dict[str, str]:
-    """Make the cache hold the maps of some tars; returns what failed, with the reason."""
-    failed = {}
-    names = ", ".join(spec.kind for spec in specs)
+    """Fill in the maps of all images; returns which tars failed, with the reason."""
+    failed, urls = {}, samples.urls
+    names = ", ".join(spec.kind for spec in maps)
     with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
         bar.set_postfix_str("starting workers")
-        for tars, outcome in refresh_on_ray(urls, encoder, cache, specs, args, over):
+        for part, outcome in refresh_on_ray(samples, encoder, cache, [*maps], args, over):
             if isinstance(outcome, str):
-                failed[tars[0]] = outcome
-                tqdm.write(f"{tars[0]} to {tars[-1]}: {outcome}", file=sys.stderr)
+                failed[urls[part.start]] = outcome
+                tqdm.write(f"{urls[part.start]} to {urls[part.stop - 1]}: {outcome}", sys.stderr)
+            else:
+                rows = slice(samples.first_row[part.start], samples.first_row[part.stop])
+                for spec, scored in outcome.items():
+                    maps[spec][rows] = scored
             bar.set_postfix_str("", refresh=False)
-            bar.update(len(tars))
+            bar.update(len(part))
     return failed
 
 

@@ -1,27 +1,29 @@
-"""The actors of a refresh: what they use of the cluster, and how tars are handed to them."""
+"""Score images on Ray: actors, what they use of the cluster, and how they share the shards."""
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import obstore.exceptions
 import ray
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from famt.jobs.cluster import failure
 from famt.jobs.options import RefreshWorkers
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec
+from famt.pipeline.table import SampleTable, load_samples
 from famt.train.checkpoint import Encoder
 
 GPU_SHARE = 0.25
@@ -31,7 +33,10 @@ _POLL = 2.0  # seconds
 _NICE = 19
 _PATIENCE = 60.0  # seconds that actors may take to come up
 _SHARDS_A_TASK = 16  # a task builds one DALI graph; what a lost worker did not finish is done again
-_TRIES = 3  # of tars whose worker was lost
+_TRIES = 3  # of shards whose worker was lost
+
+Maps = dict[ModelScoreSpec, NDArray[np.float16]]
+"""of each score, `[R, G, G]`"""
 
 
 class UnwantedError(Exception):
@@ -77,7 +82,7 @@ class Place:
 _LAST_RESORT = Place(0, 0.0, _NICE)
 
 
-# Ray restarts none of them: one that waits for room would keep the tars that it was given.
+# Ray restarts none of them: one that waits for room would keep the shards that it was given.
 @ray.remote(max_restarts=0, max_task_retries=3)
 class _Refresher:
     def __init__(
@@ -94,127 +99,109 @@ class _Refresher:
         self._encoder = encoder.build().to(self._device)
         self._cache, self._specs, self._threads = cache, specs, threads
 
-    def ready(self) -> bool:
-        """Answers when the actor is up."""
-        return True
+    def ready(self) -> None:
+        """Returns when the actor is up."""
 
     @ray.method(retry_exceptions=[OSError, obstore.exceptions.GenericError])
-    def refresh(self, urls: list[str], batch_size: int) -> int:
-        """Put the maps of some tars into the cache; returns how many tars."""
-        done = refresh_shards(
+    def refresh(self, urls: list[str], shard_ids: list[str], batch_size: int) -> Maps:
+        """The maps of some tars, whose contents must be those of the ids."""
+        samples = load_samples(urls, self._cache)
+        if samples.shard_ids != shard_ids:
+            raise UserError("the tars were changed meanwhile; try again")
+        return score_images(
             self._encoder,
-            urls,
-            self._cache,
+            samples,
             self._specs,
             batch_size=batch_size,
             threads=self._threads,
             device=self._device,
         )
-        return sum(1 for _ in done)
 
 
 def refresh_on_ray(
-    urls: list[str],
+    samples: SampleTable,
     encoder: Encoder,
     cache: ScoreCache,
     specs: list[ModelScoreSpec],
     workers: RefreshWorkers,
     over: Callable[[], bool],
-) -> Iterator[tuple[list[str], int | str]]:
-    """Put the maps of tars into the cache, on actors that take part after part.
+) -> Iterator[tuple[range, Maps | str]]:
+    """Score images on actors that take part after part of the shards.
 
     Parts are handed only to actors that are up: what is free now may be taken before they come. A
     lost actor's part goes to another one, and a new one comes when there is room for it. Where
-    nobody comes up within a minute, one actor on CPUs, of low priority, does all.
+    none can, or none comes up within a minute, one actor on CPUs, of low priority, does all.
 
     Args:
         over: whether nobody wants the maps any more; asked every few seconds.
 
     Yields:
-        tars and how many were done, or why they were not, as the actors finish them.
+        numbers of shards and the maps of their rows, or why there are none, as actors finish them.
 
     Raises:
         UnwantedError: it is over.
-        ValueError: the whole cluster has no room for one actor.
-        CacheFullError: no room is left in the cache.
+        UserError: the whole cluster has no room for one actor.
     """
     place = Place.of(workers, encoder.config.get("device"), ray.cluster_resources())
     free = place.room(ray.available_resources())
-    count = min(workers.workers or max(1, free), len(urls))
-    size = max(1, min(_SHARDS_A_TASK, len(urls) // (4 * count)))
-    waiting = deque(urls[first : first + size] for first in range(0, len(urls), size))
+    shards = len(samples.urls)
+    count = min(workers.workers or max(1, free), shards)
+    size = max(1, min(_SHARDS_A_TASK, shards // (4 * count)))
+    parts = (range(shards)[first : first + size] for first in range(0, shards, size))
+    waiting = deque(part for part in parts if sum(samples.counts[part.start : part.stop]))
     state = ray.put(encoder)
-    coming: dict[ray.ObjectRef, tuple[Any, Place]] = {}
+    # What each actor does: a part, or None while it comes up.
+    busy: dict[ray.ObjectRef, tuple[Any, Place, range | None]] = {}
     idle: list[tuple[Any, Place]] = []
-    running: dict[ray.ObjectRef, tuple[tuple[Any, Place], list[str]]] = {}
-    tries: Counter[str] = Counter()  # of a part, by its first tar
-    lost_coming, reason = 0, ""
+    losses: Counter[range | None] = Counter()
+    reason, alone = "", False
 
     def start(place: Place) -> None:
         actor = _Refresher.options(num_cpus=place.cpus, num_gpus=place.gpus).remote(  # type: ignore[attr-defined]
             state, cache, specs, workers.cpus_per_worker, place
         )
-        coming[actor.ready.remote()] = actor, place
+        busy[actor.ready.remote()] = actor, place, None
 
     for _ in range(count if free else 0):
         start(place)
-    patient_until = time.monotonic() + _PATIENCE if free else 0.0
-    while waiting or running:
+    patient_until = time.monotonic() + _PATIENCE
+    while waiting or any(part for _, _, part in busy.values()):
         while idle and waiting:
-            worker, part = idle.pop(), waiting.popleft()
-            running[worker[0].refresh.remote(part, workers.batch_size)] = worker, part
-        if running:
-            patient_until = max(patient_until, time.monotonic() + _PATIENCE)
-        elif not coming and patient_until == math.inf:
+            (actor, its), new = idle.pop(), waiting.popleft()
+            urls, ids = (each[new.start : new.stop] for each in (samples.urls, samples.shard_ids))
+            busy[actor.refresh.remote(urls, ids, workers.batch_size)] = actor, its, new
+        if any(part for _, _, part in busy.values()):
+            patient_until = time.monotonic() + _PATIENCE
+        elif alone and not busy:
             yield from ((part, reason) for part in waiting)
             return
-        elif time.monotonic() > patient_until:
+        elif not alone and (not busy or time.monotonic() > patient_until):
             tqdm.write("no actor came up: one actor on CPUs at low priority", sys.stderr)
             start(_LAST_RESORT)
-            patient_until = math.inf
+            alone = True
         if over():
             raise UnwantedError
-        ready, _ = ray.wait([*running, *coming], timeout=_POLL) if running or coming else ([], [])
-        if not ready:
-            continue
-        (found,) = ready
-        worker, part = (coming.pop(found), []) if found in coming else running.pop(found)
-        outcome = _outcome(found)
-        if not isinstance(outcome, _Lost):
-            idle.append(worker)
+        done, _ = ray.wait([*busy], timeout=_POLL)
+        for each in done:
+            actor, its, part = busy.pop(each)
+            try:
+                outcome = ray.get(each)
+            except ray.exceptions.RayTaskError as error:
+                outcome = failure(error)
+            except ray.exceptions.RayError as error:  # the actor is gone
+                reason = str(error)
+                losses[part] += 1
+                for other, place_of_other in idle:  # may be lost with it
+                    busy[other.ready.remote()] = other, place_of_other, None
+                idle.clear()
+                broken = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
+                if part or not (broken or losses[None] > _TRIES * count):
+                    start(its)
+                if part and losses[part] < _TRIES:
+                    waiting.append(part)
+                elif part:
+                    yield part, reason
+                continue
+            idle.append((actor, its))
             if part:
                 yield part, outcome
-            continue
-        coming |= {each[0].ready.remote(): each for each in idle}  # may be lost with it
-        idle.clear()
-        if part:
-            start(worker[1])
-            tries[part[0]] += 1
-            if tries[part[0]] < _TRIES:
-                waiting.append(part)
-            else:
-                yield part, outcome.reason
-        elif not outcome.for_good and lost_coming < _TRIES * count:
-            lost_coming += 1
-            start(worker[1])
-        else:
-            reason = outcome.reason
-
-
-class _Lost(NamedTuple):
-    """An actor that is gone, or never came up."""
-
-    reason: str
-    for_good: bool
-    """its set-up raised, as that of another one would"""
-
-
-def _outcome(done: ray.ObjectRef) -> Any | str | _Lost:
-    """What an actor's method returned, or why it failed."""
-    try:
-        return ray.get(done)
-    except ray.exceptions.RayTaskError as error:
-        return failure(error)
-    except ray.exceptions.RayError as error:
-        died = isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed
-        return _Lost(str(error), not died)

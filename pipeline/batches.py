@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -18,20 +19,14 @@ from torch import Tensor
 from famt.models import PatchConfig
 from famt.pipeline.bank import MapBank
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.generation import newest_generation
 from famt.pipeline.join import PatchBatch, crop_scores, split_crops
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.model_scores import score_crops
 from famt.pipeline.options import JoinConfig, LoaderConfig
 from famt.pipeline.rolling import RollingScores, half_size
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheError
-from famt.pipeline.table import (
-    SampleTable,
-    load_generation,
-    load_maps,
-    load_samples,
-    usable_generations,
-)
+from famt.pipeline.table import load_maps, load_samples
 from famt.sampling import patch_weights
 
 
@@ -60,7 +55,7 @@ def famt_loader(
     loader: LoaderConfig | None = None,
     join: JoinConfig | None = None,
     spec: ScoreSpec | None = None,
-    refreshed: str | None = None,
+    refreshed: Path | str | None = None,
     kind: str = "token_frequency",
     frequency_exponent: float | None = None,
     encoder: VisionTransformer | None = None,
@@ -80,9 +75,9 @@ def famt_loader(
         loader: how crops are read and cut; its image size is that of `patches`.
         join: which patches are masked, thrown, seen and predicted, by their weights.
         spec: which cached score weighs; the default one if left out.
-        refreshed: id of a run whose newest generation of maps weighs in place of the cached score,
-            looked for as each epoch begins; `<run>/<step>` keeps to one. `jobs/refresh_scores.py`
-            makes them, of a checkpoint or of any model's weights.
+        refreshed: folder whose newest generation of maps weighs in place of the cached score,
+            looked for as each epoch begins; or the file of one. A run leaves them in its folder
+            `refresh`; `famt refresh --out` makes them of a checkpoint or of any model's weights.
         kind: which score of that generation.
         frequency_exponent: power of the cached or refreshed score in the weight, 0.25 or 1 if left
             out; 0 needs no scores at all.
@@ -99,8 +94,8 @@ def famt_loader(
         full batches, as many on every rank.
 
     Raises:
-        CacheError: a shard that can't be read or lacks the scores, or no such generation; names it
-            and the command.
+        CacheError: a shard that can't be read or lacks the scores; names it and the command.
+        GenerationError: `refreshed` names none of these images; names it and the command.
         FileNotFoundError: a pattern that matches nothing, or no cache.
         ValueError: fewer samples than one batch on every rank.
     """
@@ -130,7 +125,8 @@ def famt_loader(
     total = epochs * crop_loader.steps_per_epoch
     for epoch in range(epochs):
         if refreshed and exponent:
-            maps = _generation(table, score_cache, refreshed, kind, patches.grid)
+            generation = newest_generation(Path(refreshed))
+            maps = generation.maps(table, [kind], patches.grid)[kind]
         for step, crops in enumerate(crop_loader, start=epoch * crop_loader.steps_per_epoch):
             signals = {}
             if maps is not None:
@@ -149,17 +145,3 @@ def famt_loader(
                 patches=split_crops(crops, weights, patches, join, generator, step / total),
                 labels=table.labels[crops.rows],
             )
-
-
-def _generation(table: SampleTable, cache: ScoreCache, source: str, kind: str, grid: int) -> Tensor:
-    """Maps `[R, G, G]` of a run's newest generation, or of the one that `source` names."""
-    run, _, step = source.partition("/")
-    found = usable_generations(table, cache, run, [kind], grid)
-    found = [each for each in found if step in ("", str(each.step))]
-    if not found:
-        raise CacheError(
-            f"no generation {source} of {kind}, {grid} x {grid} cells, for just these shards: "
-            f"`famt cache ls --cache {cache.url}` lists those that are there, and "
-            "jobs/refresh_scores.py makes one"
-        )
-    return load_generation(table, cache, found[-1], [kind])[kind]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +18,6 @@ from torch import Tensor
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import require_one_split
-from famt.pipeline.generations import Generation
 from famt.pipeline.index import index_shards
 from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.packs import Packed
@@ -206,32 +205,6 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
         _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
         raise
     return torch.from_numpy(maps)
-
-
-def usable_generations(
-    samples: SampleTable, cache: ScoreCache, run: str, kinds: Iterable[str], grid: int
-) -> list[Generation]:
-    """Generations of a run that hold maps of these kinds for just these samples, oldest first."""
-    return [
-        each
-        for each in cache.generations.of(run)
-        if each.data == samples.digest
-        and set(kinds) <= {spec.kind for spec in each.specs}
-        and all(spec.grid == grid for spec in each.specs)
-    ]
-
-
-def load_generation(
-    samples: SampleTable, cache: ScoreCache, generation: Generation, kinds: Iterable[str]
-) -> dict[str, Tensor]:
-    """The maps of a generation by kind, `[R, G, G]` float16, row by row as `samples`."""
-    return {
-        spec.kind: torch.from_numpy(
-            Packed(cache, spec, len(samples.urls)).maps(samples.shard_ids, samples.counts)
-        )
-        for spec in generation.specs
-        if spec.kind in kinds
-    }
 
 
 def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:

@@ -86,8 +86,14 @@ class TrainingOptions(Checked):
 
     def absolute(self) -> Self:
         """The same options with paths that hold in any working directory."""
-        places = {name: value for name, value, notes in annotated(self) if PLACE in notes}
-        changes = {name: _absolute(value) for name, value in places.items()}
+        changes: dict[str, Any] = {}
+        for name, value, notes in annotated(self):
+            if PLACE in notes:
+                group, _, option = name.partition(".")
+                place = _absolute(value)
+                if option:
+                    place = dataclasses.replace(getattr(self, group), **{option: place})
+                changes[group] = place
         return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def describe(self) -> dict[str, Any]:

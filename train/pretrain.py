@@ -42,8 +42,8 @@ from famt.train.initial import load_initial
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
 from famt.train.program import parsed, run_program
-from famt.train.signals.due import write_finished
-from famt.train.signals.following import FollowedMaps, lost_generations
+from famt.train.signals.refresh_folder import RefreshFolder
+from famt.train.signals.refreshed import RefreshedMaps, lost_generations
 from famt.train.signals.signal import Context, Signal, Step
 from famt.train.signals.weights import Weighed, build_signals, weigh_crops
 from famt.train.streams import Stop
@@ -71,7 +71,7 @@ class Run(Training[PatchBatch]):
         cache = ScoreCache(config.cache, create=scored is None)
         samples = ranks.share(lambda: load_samples(config.shards, cache, scored))
         super().__init__(
-            config, samples, ranks, lambda found: lost_generations(found, config, samples, cache)
+            config, samples, ranks, lambda found: lost_generations(found, config, samples)
         )
         self.method, self.sizes = config.method, config.sizes
         self.model = METHODS[config.method](self.sizes).to(ranks.device)
@@ -87,13 +87,13 @@ class Run(Training[PatchBatch]):
         self.samples = stage_shards(samples, cache, config.stage, parts, show=ranks.is_main)
         self.loader = self.open_loader(self.sizes.image_size)
         encoder = self.model.encoder
-        followed = (
-            FollowedMaps(self.id, config, self.samples, cache, encoder, ranks)
+        refreshed = (
+            RefreshedMaps(self.id, config, self.samples, encoder, ranks)
             if config.refreshed_kinds
             else None
         )
-        if followed is None and ranks.is_main:
-            write_finished(config.out)  # a job that follows this run need not wait for an encoder
+        if refreshed is None and ranks.is_main:
+            RefreshFolder(config.out).finish()  # a job that follows this run need not wait
         self.context = Context(
             samples=self.samples,
             sizes=self.sizes,
@@ -104,7 +104,7 @@ class Run(Training[PatchBatch]):
             seed=config.seed,
             parts=config.accumulate,
             bf16=config.precision == "bf16",
-            followed=followed,
+            refreshed=refreshed,
         )
         self.signals: list[Signal] = build_signals(config, self.context)
         self.optimisation = Optimisation(

@@ -24,7 +24,7 @@ class TopLeft(Refreshed):
     def read(self, crops: CropBatch, step: int) -> Tensor | None:
         ends = crops.windows[:, :2] + crops.windows[:, 2:]
         cells = 2.0 + (ends > 1 - 1e-6)
-        corner = torch.cat([torch.zeros_like(cells), cells / self._followed.grid], dim=1)
+        corner = torch.cat([torch.zeros_like(cells), cells / self._maps.grid], dim=1)
         return super().read(dataclasses.replace(crops, windows=corner.clamp_max(1)), step)
 
     def describe(self) -> str:
@@ -36,7 +36,7 @@ class OfOthers(Refreshed):
 
     def __init__(self, slot: FrequencyConfig | AttentionConfig, context: Context) -> None:
         super().__init__(slot, context)
-        generator = torch.Generator().manual_seed(context.config.seed)
+        generator = torch.Generator().manual_seed(context.seed)
         circle = torch.randperm(len(context.samples), generator=generator)
         self._other = torch.empty_like(circle)
         self._other[circle] = circle.roll(1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -15,7 +14,7 @@ from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.jobs.benchmarks.training import TrainingOptions, open_steps
 from famt.pipeline.model_scores import model_maps
-from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 
 
@@ -50,14 +49,14 @@ class Refresh(TrainingOptions):
             ready = torch.randn(shape, device=self.device)
 
             def refresh() -> None:
-                other = replace(spec, encoder=uuid.uuid4().hex)  # what is there is not made again
-                device, size = torch.device(self.device), self.scored_at_once
-                list(
-                    refresh_shards(
-                        encoder, urls, cache, [other],
-                        batch_size=size, threads=self.threads, device=device,
-                    )
-                )  # fmt: skip
+                score_images(
+                    encoder,
+                    steps.run.samples,
+                    [spec],
+                    batch_size=self.scored_at_once,
+                    threads=self.threads,
+                    device=torch.device(self.device),
+                )
 
             def forward() -> None:
                 for first in range(0, count, self.scored_at_once):

@@ -19,12 +19,13 @@ from samples import photo_members, score, tar_bytes
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.refresh import refresh_shards
-from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.generation import generation_path, open_generation
+from famt.pipeline.refresh import score_images
+from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 from famt.pipeline.table import load_samples
 from famt.train import checkpoint
 from famt.train.checkpoint import Encoder
-from famt.train.signals.due import encoder_path
+from famt.train.signals.refresh_folder import RefreshFolder
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_a_training_and_the_refresh_beside_it_outlive_a_node_lost_during_each(
         lose(nodes, node)
         node = nodes.add_node(num_cpus=3)
         # While the maps are made that both ranks wait for.
-        job.until(lambda: encoder_path(out, 18).exists() and _refreshes(node))
+        job.until(lambda: RefreshFolder(out).encoder(18).exists() and _refreshes(node))
         lose(nodes, node)
         node = nodes.add_node(num_cpus=3)
         job.end()
@@ -140,20 +141,15 @@ def test_a_refresh_comes_to_its_end_on_the_nodes_that_are_left(nodes, shards, tm
     node = nodes.add_node(num_cpus=3)
     command = [
         sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "encoder.pt"),
-        "--batch-size", "1", "--cpus-per-worker", "2",
+        "--batch-size", "1", "--cpus-per-worker", "2", "--out", str(tmp_path),
     ]  # fmt: skip
     with _Job(command, nodes, tmp_path) as job:
         job.until(lambda: _refreshes(node))
         lose(nodes, node)  # none comes in its place
         (summary,) = [json.loads(line) for line in job.end() if line.startswith("{")]
     assert (summary["failed"], summary["images"]) == ({}, 600)
-    (spec,) = cache.generations.of("run-a")[0].specs
-    found = np.concatenate(cache.read_maps(load_samples(shards, cache).shard_ids, spec))
-    plain = ScoreCache(str(tmp_path / "here"), create=True)
-    score(shards, plain, ScoreSpec(grid=7))
-    cpu = torch.device("cpu")
-    list(
-        refresh_shards(encoder.build(), shards, plain, [spec], batch_size=50, threads=1, device=cpu)
-    )
-    expected = np.concatenate(plain.read_maps(load_samples(shards, plain).shard_ids, spec))
-    np.testing.assert_allclose(found, expected, atol=2e-3)
+    samples = load_samples(shards, cache)
+    found = open_generation(generation_path(tmp_path, 7)).maps(samples, ["token_frequency"], 8)
+    spec, cpu = ModelScoreSpec("token_frequency", 8, 32, ""), torch.device("cpu")
+    expected = score_images(encoder.build(), samples, [spec], batch_size=50, threads=1, device=cpu)
+    np.testing.assert_allclose(found["token_frequency"], expected[spec], atol=2e-3)

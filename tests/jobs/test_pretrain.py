@@ -14,7 +14,7 @@ from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.pretrain import beside, main, worker_resources
 from famt.train import checkpoint
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
-from famt.train.signals.due import is_followed
+from famt.train.signals.refresh_folder import RefreshFolder
 
 
 def _workers(job):
@@ -70,7 +70,7 @@ def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, 
     assert started
     psutil.wait_procs(started, timeout=30)
     assert not [each for each in started if each.is_running()]
-    assert not is_followed(out)
+    assert not RefreshFolder(out).is_followed()
 
 
 def _arguments(process):
@@ -94,7 +94,7 @@ def test_the_refresh_job_does_not_outlive_a_killed_training(scored, tmp_path):
     process.wait()
     psutil.wait_procs(jobs, timeout=60)
     assert not [each for each in jobs if each.is_running()]
-    assert not is_followed(out)
+    assert not RefreshFolder(out).is_followed()
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from famt.jobs.options import RefreshScores
-from famt.jobs.refresh_scores import initial_encoder, main
+from famt.jobs.refresh_scores import initial_encoder
 from famt.models import MODELS, ModelConfig
 from famt.pipeline.errors import UserError
+from famt.pipeline.generation import generations, open_generation
 from famt.pipeline.scores import encoder_digest
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
@@ -42,32 +43,33 @@ def test_an_encoder_of_no_run_has_a_name_that_its_weights_give(source):
 def test_what_an_initial_encoder_lacks_is_asked_for(source):
     with pytest.raises(ValueError, match="--init needs --shards and --cache"):
         initial_encoder(RefreshScores(init=str(source), cache="scores"))
-    with pytest.raises(ValueError, match="one of --checkpoint, --follow and --init"):
-        main(RefreshScores(init=str(source), follow=source.parent))
 
 
 @pytest.mark.slow
 def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_path):
     done = subprocess.run(
         [sys.executable, "jobs/refresh_scores.py", "--init", str(source),
-         "--shards", *scored.shards, "--cache", scored.cache.url, "--workers", "1"],
+         "--shards", *scored.shards, "--cache", scored.cache.url, "--workers", "1",
+         "--out", str(tmp_path / "maps")],
         env=RAY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
-    (made,) = scored.cache.generations.of(summary["run"])
-    assert (made.step, made.images) == (0, 26)
-    assert [spec.encoder for spec in made.specs] == [encoder_digest(torch.load(source))]
+    assert summary["images"] == 26
+    (path,) = generations(tmp_path / "maps")
+    made = open_generation(path)
+    assert made.step == 0
+    assert made.specs["token_frequency"]["encoder"] == encoder_digest(torch.load(source))
     trained = subprocess.run(
         [sys.executable, "-m", "famt.train.pretrain", "--shards", *scored.shards,
          "--cache", scored.cache.url, "--out", str(tmp_path / "run"), "--model", "vit_nano",
          "--frequency.source", "refreshed", "--attention.source", "off",
-         "--refresh.pin", summary["pin"], "--init", str(source), "--epochs", "1",
+         "--refresh.pin", str(path), "--init", str(source), "--epochs", "1",
          "--batch-size", "8", "--device", "cpu", "--threads", "1"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
-    assert f"from generation {summary['pin']}" in trained.stdout
+    assert f"from {path}" in trained.stdout
     assert "begins with" in trained.stdout
 
 

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,16 +15,17 @@ from launch import program_file
 from runs import equal, log_events, weights
 
 from famt.jobs import refresh_scores
-from famt.jobs.cache import Gc, Ls
-from famt.jobs.cache import main as cache_main
 from famt.jobs.options import RefreshScores
 from famt.jobs.refresh_scores import follow
 from famt.jobs.refresh_scores import main as refresh
-from famt.pipeline.scores import is_generation
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS, ModelConfig
+from famt.pipeline.errors import UserError
+from famt.pipeline.generation import generation_path, generations, open_generation
 from famt.pipeline.table import load_samples
 from famt.train import checkpoint
-from famt.train.checkpoint import CLASSIFIER, Checkpoint
-from famt.train.signals.due import encoder_path, failed_path, finished_path, is_followed
+from famt.train.checkpoint import CLASSIFIER, Checkpoint, Encoder
+from famt.train.signals.refresh_folder import RefreshFolder
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
@@ -80,46 +82,44 @@ KILLS = int(os.environ.get("FAMT_KILLS", "2"))
 
 
 @pytest.mark.slow
-def test_equal_runs_in_one_cache_whose_jobs_are_killed_end_as_one_without(scored, tmp_path):
-    """Both give the same encoders, so each job meets, and collects beside, the other's maps."""
-    outs = [tmp_path / "first", tmp_path / "second"]
-    commands = {out: _train(scored, out, "--refresh.wait", "--epochs", "8") for out in outs}
+def test_a_run_that_is_killed_as_its_jobs_are_ends_as_one_that_is_not(scored, tmp_path):
+    out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     quiet = {"env": RAY, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    runs = {out: subprocess.Popen(command, **quiet) for out, command in commands.items()}
-    jobs = {out: _follow(out) for out in outs}
+    options = "--refresh.wait", "--epochs", "8"
+    job, command = _follow(out), _train(scored, out, *options)
+    run = subprocess.Popen(command, **quiet)
     chance = random.Random(0)
     for _ in range(KILLS):
         time.sleep(chance.uniform(5, 20))
-        out = chance.choice(outs)
-        _kill_group(jobs[out])
-        jobs[out] = _follow(out)
-        out = chance.choice(outs)
-        runs[out].kill()
-        runs[out].wait()
-        runs[out] = subprocess.Popen(commands[out], **quiet)
-    for out in outs:
-        assert runs[out].wait(timeout=400) == 0
-        jobs[out].communicate(timeout=120)
-    undisturbed = tmp_path / "undisturbed"
+        _kill_group(job)
+        job = _follow(out)
+        time.sleep(chance.uniform(0, 5))
+        run.kill()
+        run.wait()
+        run = subprocess.Popen(command, **quiet)
+    assert run.wait(timeout=600) == 0
+    job.communicate(timeout=120)
     job = _follow(undisturbed)
-    alone = _train(scored, undisturbed, "--refresh.wait", "--epochs", "8")
-    subprocess.run(alone, check=True, timeout=400, **quiet)
+    subprocess.run(_train(scored, undisturbed, *options), check=True, timeout=600, **quiet)
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
-    taken = [None, 3, 3, 9, 9, 15, 15, 21]
-    epochs = {str(epoch): [3 * epoch, step] for epoch, step in enumerate(taken)}
-    for out in (undisturbed, *outs):
-        state = checkpoint.load(out)
+    epochs = [None, 3, 3, 9, 9, 15, 15, 21]
+    samples, maps = load_samples(scored.shards, scored.cache), []
+    for each in (undisturbed, out):
+        state = checkpoint.load(each)
         assert (state.step, state.signals) == (24, {"frequency": {"generation": 21}})
-        assert equal(state.model, weights(undisturbed))
-        assert json.loads((out / "generations.json").read_text())["epochs"] == epochs
-        for generation in scored.cache.generations.of(state.run):
-            ids = load_samples(scored.shards, scored.cache).shard_ids
-            scored.cache.read_maps(ids, generation.specs[0])
+        record = json.loads((each / "refresh" / "epochs.json").read_text())["epochs"]
+        assert record == {str(epoch): [3 * epoch, step] for epoch, step in enumerate(epochs)}
+        (last,) = generations(each / "refresh")
+        maps.append(open_generation(last).maps(samples, ["frequency_attention"], 8))
+        left = {path.name for path in (each / "refresh").iterdir()}
+        assert left == {last.name, "epochs.json", "finished", "follower.lock"}
+    assert equal(*maps)
+    assert equal(weights(out), weights(undisturbed))
 
 
 @pytest.mark.slow
-def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored, tmp_path, capsys):
+def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored, tmp_path):
     out = tmp_path / "run"
     follower = _follow(out)
     options = _train(
@@ -133,30 +133,12 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
     assert follower.returncode == 0, errors
     summaries = [json.loads(line) for line in output.splitlines()]
     assert all(each["images"] == 26 and not each["failed"] for each in summaries)
-    assert finished_path(out).exists()
+    assert RefreshFolder(out).finished.exists()
     events = log_events(out, "generation")
     assert events
-    assert all(each["coverage"] == 1 and each["age_steps"] >= 0 for each in events)
+    assert all(each["age_steps"] >= 0 for each in events)
     used = checkpoint.load(out).signals["frequency"]["generation"]
     assert used == events[-1]["generation"]
-
-    cache_main(Ls(scored.cache.url))
-    assert f"/{used}: generation-frequency_attention-" in capsys.readouterr().out
-    run = checkpoint.load(out).run
-    before = {each.step for each in scored.cache.generations.of(run)}
-    cache_main(Gc(scored.cache.url, older_than_hours=0))
-    after = {each.step for each in scored.cache.generations.of(run)}
-    assert used in after
-    assert max(before) in after
-    named = {spec.id for each in scored.cache.generations.of(run) for spec in each.specs}
-    assert _generation_maps(scored.cache) == named
-    cache_main(Gc(scored.cache.url, older_than_hours=0, drop_runs=[run]))
-    assert scored.cache.generations.runs() == []
-    assert _generation_maps(scored.cache) == set()
-
-
-def _generation_maps(cache):
-    return {each for entry in cache.entries() for each in entry.specs if is_generation(each)}
 
 
 @pytest.mark.slow
@@ -168,14 +150,15 @@ def test_a_refresh_beside_a_training_that_holds_the_whole_cluster_comes_to_its_e
         env=RAY, check=True, capture_output=True, timeout=300,
     )  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "tests/programs/refresh_on_a_full_cluster.py", str(tmp_path / "run")],
+        [sys.executable, "tests/programs/refresh_on_a_full_cluster.py", str(tmp_path / "run"),
+         str(tmp_path / "maps")],
         env=RAY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "one actor on CPUs at low priority" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == {}
-    (made,) = scored.cache.generations.of(checkpoint.load(tmp_path / "run").run)
-    assert [spec.precision for spec in made.specs] == ["bf16"]  # the run's
+    (made,) = generations(tmp_path / "maps")
+    assert open_generation(made).specs["frequency_attention"]["precision"] == "bf16"  # the run's
 
 
 @pytest.mark.slow
@@ -186,7 +169,7 @@ def test_a_lost_worker_is_replaced(scored, tmp_path):
     )  # fmt: skip
     job = subprocess.Popen(
         [sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "run"),
-         "--workers", "1", "--batch-size", "1"],
+         "--out", str(tmp_path), "--workers", "1", "--batch-size", "1"],
         env=RAY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     killed = False
@@ -200,33 +183,36 @@ def test_a_lost_worker_is_replaced(scored, tmp_path):
     assert killed
     assert job.returncode == 0, errors
     assert json.loads(output.splitlines()[-1])["failed"] == {}
-    run = checkpoint.load(tmp_path / "run").run
-    assert [each.step for each in scored.cache.generations.of(run)] == [6]
+    assert generations(tmp_path) == [generation_path(tmp_path, 6)]
 
 
 @contextmanager
-def _follow_here(monkeypatch, out, outcomes):
+def _follow_here(monkeypatch, folder, outcomes):
     """Follow in this process, where a generation is made, or fails, at once.
 
     Gives what was tried so far: an encoder, and the reason that the run is then told.
     """
     tried = []
 
-    def make(path, args, over):
-        failed = failed_path(path)
-        tried.append((path.read_bytes(), failed.read_text() if failed.exists() else None))
-        return outcomes.pop(0) if outcomes else None
+    def make(folder, step, args, over):
+        failure = folder.failure(step)
+        tried.append((folder.encoder(step).read_text(), failure.exists() and failure.read_text()))
+        outcome = outcomes.pop(0) if outcomes else None
+        if not outcome:
+            folder.generation(step).touch()
+        return outcome
 
     monkeypatch.setattr(refresh_scores, "_try", make)
     monkeypatch.setattr(refresh_scores, "_POLL", 0.01)
     monkeypatch.setattr(refresh_scores, "_RETRY", 0.05)
     left, codes = threading.Event(), []
+    out = folder.path.parent
     args = RefreshScores(follow=out)
     thread = threading.Thread(target=lambda: codes.append(follow(out, args, left)), daemon=True)
     thread.start()
     try:
         yield tried
-        finished_path(out).touch()
+        folder.finish()
         thread.join(60)
         assert codes == [0]
     finally:
@@ -234,38 +220,76 @@ def _follow_here(monkeypatch, out, outcomes):
         thread.join(60)
 
 
-def test_a_follower_scores_each_encoder_once_though_a_new_run_repeats_its_name(
-    tmp_path, monkeypatch
-):
-    path = encoder_path(tmp_path, 14)
-    path.parent.mkdir()
-    path.write_bytes(b"first")
-    assert not is_followed(tmp_path)
-    with _follow_here(monkeypatch, tmp_path, []) as tried:
-        _until(lambda: tried == [(b"first", None)])
-        assert is_followed(tmp_path)
-        path.unlink()
-        path.with_suffix(".new").write_bytes(b"second")
-        path.with_suffix(".new").rename(path)
-        _until(lambda: tried == [(b"first", None), (b"second", None)])
-    assert not is_followed(tmp_path)
+def test_a_follower_makes_what_is_due_and_again_what_was_removed(tmp_path, monkeypatch):
+    folder = RefreshFolder(tmp_path)
+    assert not folder.is_followed()
+    with _follow_here(monkeypatch, folder, []) as tried:
+        _until(folder.is_followed)
+        folder.encoder(14).write_text("first")
+        _until(folder.generation(14).exists)
+        folder.generation(14).unlink()
+        _until(folder.generation(14).exists)
+        folder.encoder(28).write_text("second")
+        _until(folder.generation(28).exists)
+    assert tried == [("first", False), ("first", False), ("second", False)]
+    assert not folder.is_followed()
 
 
 def test_a_follower_says_why_it_failed_and_tries_again(tmp_path, monkeypatch):
-    path = encoder_path(tmp_path, 14)
-    path.parent.mkdir()
-    path.write_bytes(b"first")
-    with _follow_here(monkeypatch, tmp_path, ["a tar is gone"]) as tried:
-        _until(lambda: len(tried) == 2 and not failed_path(path).exists())
-        assert tried == [(b"first", None), (b"first", "a tar is gone\n")]
+    folder = RefreshFolder(tmp_path)
+    folder.path.mkdir()
+    folder.encoder(14).write_text("first")
+    with _follow_here(monkeypatch, folder, ["a tar is gone"]) as tried:
+        _until(lambda: len(tried) == 2 and not folder.failure(14).exists())
+        assert tried == [("first", False), ("first", "a tar is gone\n")]
+
+
+def _encoder(scored, run):
+    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
+    return Encoder(
+        run=run, step=7, sizes=vars(ModelConfig.of(encoder)), weights=encoder.state_dict(),
+        config={"precision": "fp32", "cache": scored.cache.url}, kinds=["attention"],
+        urls=scored.shards,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
+    scored, tmp_path, monkeypatch, replaced
+):
+    folder = RefreshFolder(tmp_path)
+    checkpoint.save_encoder(folder.encoder(7), _encoder(scored, "run-dead"))
+
+    def score_all(samples, encoder, cache, maps, args, over):
+        assert not over()
+        for each in maps.values():
+            each[:] = 1
+        folder.encoder(7).unlink()
+        if replaced:
+            checkpoint.save_encoder(folder.encoder(7), _encoder(scored, "run-new"))
+        return {}
+
+    monkeypatch.setattr(refresh_scores, "_score_all", score_all)
+    assert refresh_scores._try(folder, 7, RefreshScores(), lambda: False) is None
+    assert generations(folder.path) == []
+    assert folder.due() == (7 if replaced else None)
+
+
+def test_a_generation_is_never_overwritten(scored, tmp_path):
+    checkpoint.save_encoder(tmp_path / "encoder.pt", _encoder(scored, "run-a"))
+    generation_path(tmp_path, 7).touch()
+    with pytest.raises(
+        ValueError, match=r"generation-00000007\.zip is there already; give another"
+    ):
+        refresh(RefreshScores(checkpoint=tmp_path / "encoder.pt", out=tmp_path))
 
 
 def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other\.pt is neither a checkpoint nor an encoder"):
-        refresh(RefreshScores(checkpoint=tmp_path / "other.pt"))
+        refresh(RefreshScores(checkpoint=tmp_path / "other.pt", out=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
-        refresh(RefreshScores(checkpoint=tmp_path / "none.pt"))
+        refresh(RefreshScores(checkpoint=tmp_path / "none.pt", out=tmp_path))
 
 
 def test_a_run_of_fine_tuning_is_refused_by_name(tmp_path):
@@ -275,12 +299,18 @@ def test_a_run_of_fine_tuning_is_refused_by_name(tmp_path):
     )  # fmt: skip
     checkpoint.save(tmp_path, state, keep=1)
     with pytest.raises(ValueError, match="is of fine-tuning; give the run that was pre-trained"):
-        refresh(RefreshScores(checkpoint=tmp_path))
+        refresh(RefreshScores(checkpoint=tmp_path, out=tmp_path))
 
 
-def test_neither_or_both_ways_to_name_an_encoder_are_refused(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "jobs/refresh_scores.py"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "one of --checkpoint, --follow and --init" in done.stderr
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({}, "one of --checkpoint, --follow and --init"),
+        ({"init": "x", "follow": Path("x")}, "one of --checkpoint, --follow and --init"),
+        ({"init": "x"}, "--out is the folder for the generation"),
+        ({"follow": Path("x"), "out": Path("x")}, "--follow puts its generations into the run's"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(given, why):
+    with pytest.raises(UserError, match=why):
+        refresh(RefreshScores(**given))

@@ -6,7 +6,7 @@ from famt.patches import patchify
 from famt.pipeline.batches import famt_loader
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError
-from famt.pipeline.generations import Generation
+from famt.pipeline.generation import GenerationError, generation_path, write_generation
 from famt.pipeline.options import JoinConfig, LoaderConfig
 from famt.pipeline.scores import ModelScoreSpec
 from famt.pipeline.table import load_samples
@@ -75,7 +75,7 @@ def test_without_a_score_nothing_has_to_be_scored(scored, tmp_path):
     (batch, *_) = famt_loader(scored.shards, fresh, frequency_exponent=0.0, **options)
     assert (batch.weights == 1).all()
     ScoreCache(str(tmp_path / "empty"), create=True)
-    with pytest.raises(CacheError, match="precompute_freq"):
+    with pytest.raises(CacheError, match="famt score"):
         next(famt_loader(scored.shards, str(tmp_path / "empty"), **options))
 
 
@@ -93,25 +93,22 @@ def test_a_model_in_training_is_looked_at_in_turns(scored):
     assert ahead[-3:].min() > 0.7
 
 
-def test_the_newest_generation_weighs_each_epoch_or_the_one_that_is_named(scored):
+def test_the_newest_generation_weighs_each_epoch_or_the_one_that_is_named(scored, tmp_path):
     table = load_samples(scored.shards, scored.cache)
     for step in (3, 7):
-        _publish(scored.cache, table, step)
-    newest, older = (
-        _batches(scored, refreshed=source)[0].weights for source in ("run-a", "run-a/3")
-    )
+        _write(tmp_path, table, step)
+    sources = (tmp_path, generation_path(tmp_path, 3))
+    newest, older = (_batches(scored, refreshed=each)[0].weights for each in sources)
     first = newest / newest.mean(1, keepdim=True)
     assert not torch.allclose(newest, older)
     assert torch.isfinite(first).all()
-    with pytest.raises(CacheError, match=r"no generation run-a/5 of token_frequency"):
-        _batches(scored, refreshed="run-a/5")
+    with pytest.raises(GenerationError, match=r"generation-00000005\.zip: no such generation"):
+        _batches(scored, refreshed=generation_path(tmp_path, 5))
 
 
-def _publish(cache, table, step):
+def _write(folder, table, step):
     """A generation of maps that grow along the raster, the steeper the later."""
     spec = ModelScoreSpec("token_frequency", 7, 56, f"encoder-{step}")
     slope = 1 + torch.arange(49.0).view(7, 7) * step / 49
-    maps = (slope / slope.mean()).half().expand(1, 7, 7)
-    for shard_id, count in zip(table.shard_ids, table.counts, strict=True):
-        cache.write_maps(shard_id, spec, maps.expand(count, 7, 7).numpy())
-    cache.generations.publish(Generation("run-a", step, [spec], table.digest, len(table)))
+    maps = (slope / slope.mean()).half().expand(len(table), 7, 7)
+    write_generation(generation_path(folder, step), "run-a", table.digest, {spec: maps.numpy()})

@@ -3,13 +3,12 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from samples import photo_members, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline import refresh
-from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
+from famt.pipeline.table import load_samples
 
 
 @pytest.fixture
@@ -25,13 +24,12 @@ def _spec(encoder, kind="frequency_attention"):
     return ModelScoreSpec(kind, 8, 32, encoder_digest(encoder.state_dict()))
 
 
-def _refresh(encoder, urls, scored, spec):
-    return list(
-        refresh_shards(
-            encoder, urls, scored.cache, [spec],
-            batch_size=4, threads=1, device=torch.device("cpu"),
-        )
+def _score(encoder, urls, scored, spec):
+    maps = score_images(
+        encoder, load_samples(urls, scored.cache), [spec],
+        batch_size=4, threads=1, device=torch.device("cpu"),
     )  # fmt: skip
+    return torch.from_numpy(maps[spec]).float()
 
 
 def _by_hooks(encoder, images):
@@ -79,14 +77,11 @@ def _expected(kind, attn, tokens):
 @pytest.mark.parametrize("kind", MODEL_KINDS)
 def test_maps_equal_those_from_hooks_on_timms_blocks(scored, encoder, kind):
     spec = _spec(encoder, kind)
-    assert _refresh(encoder, scored.shards, scored, spec) == scored.shards
-    for shard, count in zip(scored.shards, (10, 7, 9), strict=True):
-        shard_id = scored.cache.manifests.lookup([shard])[shard].shard_id
-        maps = torch.from_numpy(scored.cache.read_maps([shard_id], spec)[0]).float()
-        assert len(maps) == count
+    scores = _score(encoder, scored.shards, scored, spec).split((10, 7, 9))
+    for shard, maps in zip(scored.shards, scores, strict=True):
         crops = _squashed(shard)
         attn, tokens = _by_hooks(encoder, crops)
-        for n in range(count):
+        for n in range(len(maps)):
             torch.testing.assert_close(
                 maps[n], _expected(kind, attn[n], tokens[n]), rtol=1e-3, atol=2e-3
             )
@@ -109,47 +104,11 @@ def _squashed(shard):
     return ((images.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
 
 
-def test_what_the_cache_has_is_not_computed_again(scored, encoder, monkeypatch):
-    spec = _spec(encoder)
-    _refresh(encoder, scored.shards[:2], scored, spec)
-    seen = []
-    monkeypatch.setattr(
-        refresh, "model_maps", lambda specs, enc, images: seen.append(len(images)) or
-        [torch.ones(len(images), 8, 8)]
-    )  # fmt: skip
-    assert sorted(_refresh(encoder, scored.shards, scored, spec)) == scored.shards
-    assert sum(seen) == 9
-
-
-def test_another_encoder_is_another_generation_and_a_copy_is_the_same(encoder):
-    other = MaskedAutoencoder(MODELS["vit_nano"]).encoder
-    assert _spec(encoder).id != _spec(other).id
-    other.load_state_dict(encoder.state_dict())
-    assert _spec(encoder).id == _spec(other).id
-    assert _spec(encoder).id.startswith("generation-frequency_attention-")
-
-
-def test_a_shard_without_a_sound_image_gets_empty_maps(scored, encoder):
-    path = scored.folder / "train-000009.tar"
-    path.write_bytes(tar_bytes([("a.jpg", b"garbage")]))
-    score([path], scored.cache, scored.spec)
-    spec = _spec(encoder)
-    assert _refresh(encoder, [str(path)], scored, spec) == [str(path)]
-    shard_id = scored.cache.manifests.lookup([str(path)])[str(path)].shard_id
-    assert scored.cache.read_maps([shard_id], spec)[0].shape == (0, 8, 8)
-
-
-def test_a_shard_that_was_never_scored_is_judged_first(scored, encoder):
-    path = scored.folder / "train-000009.tar"
-    path.write_bytes(tar_bytes(photo_members(3)))
-    assert _refresh(encoder, [str(path)], scored, _spec(encoder)) == [str(path)]
-
-
 def test_an_encoder_without_a_number_in_it_is_refused(scored, encoder):
     encoder.norm.weight.data.fill_(1.0)
     encoder.blocks[0].mlp.fc1.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="must be finite"):
-        _refresh(encoder, scored.shards, scored, _spec(encoder))
+        _score(encoder, scored.shards, scored, _spec(encoder))
 
 
 def test_an_unknown_kind_names_those_there_are(encoder):

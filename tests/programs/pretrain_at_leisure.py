@@ -11,7 +11,7 @@ from famt.train.streams import Stop
 
 class Leisurely(pretrain.Run):
     def end_epoch(self, epoch: int, stop: Stop) -> bool:
-        if self.context.followed.current is None:
+        if self.context.refreshed.current is None:
             time.sleep(1)
         return super().end_epoch(epoch, stop)
 

@@ -1,7 +1,6 @@
-"""Ranks that take up a generation that the main one publishes."""
+"""Ranks that take up a generation that the main one made."""
 
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -9,15 +8,16 @@ import torch
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.generations import Generation
+from famt.pipeline.generation import write_generation
 from famt.pipeline.loader import CropBatch
-from famt.pipeline.refresh import refresh_shards
+from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 from famt.pipeline.table import load_samples
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.signals.config import FrequencyConfig, RefreshConfig
-from famt.train.signals.following import FollowedMaps
+from famt.train.signals.refresh_folder import RefreshFolder
+from famt.train.signals.refreshed import RefreshedMaps
 from famt.train.streams import Stop
 
 folder = Path(sys.argv[1])
@@ -35,33 +35,19 @@ with join_ranks("cpu") as ranks:
     table = ranks.share(lambda: load_samples(config.shards, cache))
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
-    followed = FollowedMaps("run-a", config, table, cache, encoder, ranks)
-    followed.begin_epoch(0, 0, Stop(), None)
-    first = followed.current
+    maps = RefreshedMaps("run-a", config, table, encoder, ranks)
+    maps.begin_epoch(0, 0, Stop(), None)
+    first = maps.current
     if ranks.is_main:
         spec = ModelScoreSpec("token_frequency", 8, 32, encoder_digest(encoder.state_dict()))
-        list(
-            refresh_shards(
-                encoder,
-                table.urls,
-                cache,
-                [spec],
-                batch_size=8,
-                threads=1,
-                device=torch.device("cpu"),
-            )
-        )
-        cache.generations.publish(Generation("run-a", 0, [spec], table.digest, len(table)))
-    for epoch in range(1, 200):
-        followed.begin_epoch(epoch, epoch, Stop(), None)
-        if followed.current:
-            break
-        time.sleep(0.1)
+        cpu = torch.device("cpu")
+        made = score_images(encoder, table, [spec], batch_size=8, threads=1, device=cpu)
+        write_generation(RefreshFolder(folder).generation(7), "run-a", table.digest, made)
+    ranks.gather(None)
+    maps.begin_epoch(1, 1, Stop(), None)
     rows = torch.arange(26)
     windows = torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(26, 4)
     crops = CropBatch(torch.zeros(26, 1, 1, 3), rows, windows, torch.zeros(26, dtype=torch.bool))
-    torch.save(
-        (first, epoch, followed.current.step, followed.read("token_frequency", crops)),
-        folder / f"{ranks.rank}.pt",
-    )
-    followed.close(finished=True)
+    found = first, maps.current, maps.read("token_frequency", crops)
+    torch.save(found, folder / f"{ranks.rank}.pt")
+    maps.close(finished=True)

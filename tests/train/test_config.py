@@ -22,7 +22,7 @@ def _parse(options):
         ("--join.loss-exponent 1 --plain-epochs 101", "join.loss-exponent", "100 epochs are of"),
         ("--refresh.every 120", "refresh.every", "none is due in 100 epochs"),
         ("--epochs 1", "refresh.every", "none is due in 1 epochs"),
-        ("--plain-epochs 50 --refresh.pin a/1 --refresh.wait", "refresh.wait", "pinned"),
+        ("--plain-epochs 50 --refresh.pin a.zip --refresh.wait", "refresh.wait", "pinned"),
         ("--frequency.source cached --refresh.wait", "refresh.wait", "no score is refreshed"),
         ("--frequency.source cached --frequency.kind attention", "frequency.kind", "refreshed"),
         ("--frequency.source refreshed --spec.grid 7", "spec.grid", "none is cached"),

@@ -105,7 +105,7 @@ def test_maps_are_refreshed_at_every_tenth_of_a_run_unless_it_says_otherwise():
     plain = "--plain-epochs", "3"
     assert list(_parse("famt", "--epochs", "9", "--refresh.every", "4", *plain).refreshes) == [3, 7]
     assert not _parse("famt", "--epochs", "1").refreshes
-    assert not _parse("famt", "--refresh.pin", "run-a/7").refreshes
+    assert not _parse("famt", "--refresh.pin", "generation-00000007.zip").refreshes
     assert not _parse("uniform").refreshes
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from annotated_types import Ge
 
-from famt.pipeline.options import FREE
+from famt.pipeline.options import FREE, PLACE
 
 OFF = "off"
 
@@ -92,5 +93,6 @@ class RefreshConfig:
     wait: Annotated[bool, FREE] = False
     """wait for a generation that is due, as the paper does, rather than take it up when it is
     there"""
-    pin: str | None = None
-    """use this one generation, <run>/<step> as `jobs/cache.py ls` lists it, and make none"""
+    pin: Annotated[Path | None, PLACE] = None
+    """use this one generation, and make none: the path of a generation-<step>.zip, in the folder
+    `refresh` of any run or where `famt refresh --out` put it"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -15,8 +15,10 @@ from famt.pipeline.table import SampleTable
 from famt.sampling import PatchSplit
 from famt.train.distributed import Ranks
 from famt.train.log import Log
-from famt.train.signals.following import FollowedMaps
 from famt.train.streams import Stop
+
+if TYPE_CHECKING:
+    from famt.train.signals.refreshed import RefreshedMaps
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Context:
         seed: of the run.
         parts: that a batch goes through the model in, one after another.
         bf16: whether the model computes under autocast.
-        followed: the generations of maps that the run takes up, if it has refreshed signals.
+        refreshed: the maps of the run's refreshed signals, if it has any.
     """
 
     samples: SampleTable
@@ -45,7 +47,7 @@ class Context:
     seed: int = 0
     parts: int = 1
     bf16: bool = False
-    followed: FollowedMaps | None = None
+    refreshed: RefreshedMaps | None = None
 
     @property
     def grid(self) -> int:
