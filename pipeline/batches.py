@@ -18,12 +18,12 @@ from torch import Tensor
 from famt.models import PatchConfig
 from famt.pipeline.bank import MapBank
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.join import JoinConfig, PatchBatch, crop_scores, split_crops
 from famt.pipeline.loader import CropLoader, LoaderConfig
 from famt.pipeline.model_scores import score_crops
 from famt.pipeline.rolling import RollingScores, half_size
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheError
 from famt.pipeline.table import (
     SampleTable,
     load_generation,

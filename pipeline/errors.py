@@ -1,4 +1,4 @@
-"""The error that a user can act on."""
+"""Errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -8,3 +8,11 @@ class UserError(ValueError):
 
     Programs show it in one line. Any other `ValueError` is a defect, and shows its traceback.
     """
+
+
+class CacheError(RuntimeError):
+    """The score cache lacks what was asked of it, or it is damaged; the message has the remedy."""
+
+
+class CacheFullError(CacheError):
+    """The cache's disk has no room left, or its user no quota; nothing else will succeed."""

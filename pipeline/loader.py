@@ -31,9 +31,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from famt.pipeline import storage
-from famt.pipeline.errors import UserError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.limits import allow_open_files
-from famt.pipeline.manifest import CacheError
 from famt.pipeline.options import Checked
 from famt.pipeline.table import SampleTable
 from famt.transfer import send

@@ -15,8 +15,7 @@ import tyro
 
 from famt.__main__ import COMMANDS
 from famt.pipeline import storage
-from famt.pipeline.errors import UserError
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError, UserError
 from famt.train.lifeline import RankError
 
 Config = TypeVar("Config")

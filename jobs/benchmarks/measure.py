@@ -120,5 +120,5 @@ def scored(
     with shards(patterns, photos) as urls, tempfile.TemporaryDirectory() as folder:
         cache = ScoreCache(folder, create=True)
         for url in tqdm(urls, desc="scoring", unit="shard"):
-            publish([precompute_shard(url, cache, spec)], cache)
+            publish([precompute_shard(url, cache, spec)], cache, spec)
         yield urls, cache

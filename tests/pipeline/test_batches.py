@@ -5,11 +5,11 @@ from famt.models import ModelConfig, PatchConfig
 from famt.patches import patchify
 from famt.pipeline.batches import famt_loader
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.generations import Generation
 from famt.pipeline.join import JoinConfig
 from famt.pipeline.loader import LoaderConfig
 from famt.pipeline.scores import ModelScoreSpec
-from famt.pipeline.sealed import CacheError
 from famt.pipeline.table import load_samples
 
 PATCHES = PatchConfig(image_size=56, patch_size=8)

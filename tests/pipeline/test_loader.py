@@ -14,8 +14,8 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from famt.geometry import crop_maps
 from famt.patches import patchify
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.loader import CentreView, CropLoader, LoaderConfig, RandomView, WholeView
-from famt.pipeline.manifest import CacheError
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import list_shard
 from famt.pipeline.table import load_samples

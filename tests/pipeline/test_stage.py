@@ -14,8 +14,8 @@ from samples import encode, score, tar_bytes
 
 from famt.pipeline import stage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheError
 from famt.pipeline.loader import CropLoader, LoaderConfig, own_share
-from famt.pipeline.manifest import CacheError
 from famt.pipeline.shards import content_id
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import load_samples

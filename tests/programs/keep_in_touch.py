@@ -4,7 +4,7 @@ import sys
 import time
 from pathlib import Path
 
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError
 from famt.train.distributed import join_ranks
 from famt.train.program import run_program
 from famt.train.streams import Stop

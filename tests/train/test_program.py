@@ -10,8 +10,8 @@ from launch import program_file
 
 from famt.patches import unpatchify
 from famt.pipeline import storage
+from famt.pipeline.errors import CacheError
 from famt.pipeline.loader import RandomView
-from famt.pipeline.manifest import CacheError
 from famt.train.program import run_program
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from famt.pipeline import storage
+from famt.pipeline.errors import CacheError
 from famt.pipeline.generations import Generation
-from famt.pipeline.manifest import CacheError
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.errors import UserError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.generations import Generation
 from famt.pipeline.join import crop_scores
 from famt.pipeline.loader import CropBatch
-from famt.pipeline.manifest import CacheError
 from famt.pipeline.scores import check_model_kinds
 from famt.pipeline.table import SampleTable, load_generation, usable_generations
 from famt.train import checkpoint

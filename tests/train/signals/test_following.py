@@ -7,17 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from famt.pipeline.collector import Collection, collect, collect_superseded
 from runs import log_events, log_points
 from samples import photo_members, tar_bytes
 
 from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline.collector import Collection, collect, collect_superseded
+from famt.pipeline.errors import CacheError
 from famt.pipeline.generations import Generation
 from famt.pipeline.join import crop_scores
 from famt.pipeline.loader import CropLoader, LoaderConfig
-from famt.pipeline.manifest import CacheError
 from famt.pipeline.refresh import refresh_shards
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 from famt.pipeline.table import load_maps, load_samples
