@@ -36,7 +36,8 @@ from famt.pipeline.store import TABLE, Store, Stored, is_spec_id
 from famt.pipeline.zarr_zip import Group
 
 _THREADS = 32
-_A, _B = TypeVar("_A"), TypeVar("_B")
+_A = TypeVar("_A")
+_B = TypeVar("_B")
 
 
 @dataclass(frozen=True)

@@ -197,19 +197,14 @@ class Store:
 
         obstore names them `<name>#<number>`, and neither lists nor deletes them.
         """
-        for folder in [] if storage.is_remote(self.url) else _CHILDREN:
-            for place, _, names in os.walk(Path(self.url, folder)):
-                for name in names:
-                    file = Path(place, name)
-                    path = file.relative_to(self.url).as_posix()
-                    final = re.sub(r"#\d+$", "", path)
-                    if final != path and _OBJECT.fullmatch(final) and not file.is_symlink():
-                        try:
-                            info = file.stat()
-                        except FileNotFoundError:  # its writer took the name
-                            continue
-                        modified = datetime.fromtimestamp(info.st_mtime, UTC)
-                        yield Stored(path, info.st_size, modified)
+        for file in [] if storage.is_remote(self.url) else Path(self.url).glob("*/*/*#*"):
+            path = file.relative_to(self.url).as_posix()
+            final, _, number = path.rpartition("#")
+            if number.isdecimal() and _OBJECT.fullmatch(final) and not file.is_symlink():
+                with contextlib.suppress(FileNotFoundError):  # its writer took the name
+                    info = file.stat()
+                    modified = datetime.fromtimestamp(info.st_mtime, UTC)
+                    yield Stored(path, info.st_size, modified)
 
     def delete_staging(self, file: Stored) -> None:
         """Delete one of `staging_files`."""

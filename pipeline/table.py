@@ -137,7 +137,8 @@ def load_samples(
     records = require_shards(urls, cache, spec, patterns=patterns)
     ids = [records[url].shard_id for url in urls]
     parts = each_at_once(cache.read_samples, ids)
-    counts, samples = [len(part) for part in parts], np.concatenate(parts)
+    counts = [len(part) for part in parts]
+    samples = np.concatenate(parts)
     if not len(samples):
         raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
     return SampleTable(

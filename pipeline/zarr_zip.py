@@ -59,7 +59,7 @@ class Group:
     def __init__(self, data: bytes) -> None:
         self._members: dict[str, memoryview] = {}
         view, at = memoryview(data), 0
-        while view[at : at + 4] == b"PK\3\4":
+        while data.startswith(b"PK\3\4", at):
             size, name, extra = _LOCAL_HEADER.unpack_from(view, at)
             start = at + _LOCAL_HEADER.size + name + extra
             path = str(view[at + _LOCAL_HEADER.size : start - extra], "utf-8")
