@@ -15,7 +15,6 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -27,15 +26,14 @@ from annotated_types import Ge, Le
 from tqdm import tqdm
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.collector import Collection, collect
+from famt.pipeline.cache import ScoreCache, each_at_once
 from famt.pipeline.errors import CacheError
+from famt.pipeline.gc import Collection, collect
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.options import Checked, LoaderConfig, Seed, WholeView
-from famt.pipeline.packs import check_pack, read_pack
 from famt.pipeline.precompute import score_shard
-from famt.pipeline.scores import ScoreSpec, is_generation
+from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import content_id, judgement_ids
 from famt.pipeline.table import load_maps, load_samples
 from famt.train.figures import draw
@@ -55,39 +53,30 @@ class Ls:
         cache = ScoreCache(self.cache)
         stored = {entry.shard_id: entry for entry in cache.entries()}
         for folder, records in sorted(cache.manifests.folders().items()):
-            whole = {
+            known = {
                 name: record.shard_id
                 for name, record in sorted(records.items())
-                if record.shard_id in stored and stored[record.shard_id].whole
+                if record.shard_id in stored and stored[record.shard_id].table
             }
-            with ThreadPoolExecutor(32) as pool:
-                summaries = dict(zip(whole, pool.map(cache.summary, whole.values()), strict=True))
+            tables = dict(
+                zip(known, each_at_once(cache.read_table, list(known.values())), strict=True)
+            )
             if self.bad:
-                for name, summary in summaries.items():
-                    if summary.damage:
-                        print(f"{folder}/{name}: {summary.damage}")
-                    for rejected in summary.rejected:
+                for name, table in tables.items():
+                    if table.damage:
+                        print(f"{folder}/{name}: {table.damage}")
+                    for rejected in table.rejected:
                         print(f"{folder}/{name}:{rejected.key}: {rejected.reason}")
                 continue
-            specs = Counter(spec for shard_id in whole.values() for spec in stored[shard_id].specs)
-            kept = sum(summary.kept for summary in summaries.values())
-            bad = sum(len(summary.rejected) for summary in summaries.values())
-            size = sum(stored[shard_id].bytes for shard_id in set(whole.values()))
+            specs = Counter(spec for shard_id in known.values() for spec in stored[shard_id].specs)
+            kept = sum(table.kept for table in tables.values())
+            bad = sum(len(table.rejected) for table in tables.values())
+            size = sum(stored[shard_id].bytes for shard_id in set(known.values()))
             print(folder)
-            print(f"  {len(whole)} of {len(records)} shards whole, {_size(size)} of scores")
+            print(f"  {len(known)} of {len(records)} shards, {_size(size)} of scores")
             print(f"  {kept} images kept, {bad} quarantined")
             for spec, shards in specs.most_common():
                 print(f"  {spec}: {shards} shards ({shards / max(1, len(records)):.0%})")
-        packs = [] if self.bad else list(cache.objects.below("packs"))
-        if packs:
-            copied = _size(sum(each.bytes for each in packs))
-            print(f"{len({each.path.split('/')[1] for each in packs})} packs, {copied} of copies")
-        for run in [] if self.bad else cache.generations.runs():
-            superseded = cache.generations.superseded(run)
-            for each in cache.generations.of(run):
-                state = "superseded" if each in superseded else "in use or newest"
-                ids = ", ".join(spec.id for spec in each.specs)
-                print(f"generation {run}/{each.step}: {ids}, {each.images} images, {state}")
         return 0
 
 
@@ -115,42 +104,33 @@ class Verify(Checked):
         for url, record in tqdm(chosen, desc="verify", unit="shard"):
             entry = stored.get(record.shard_id)
             try:
-                if entry is None or not entry.whole:
-                    problem: str | None = "no whole entry"
-                else:
-                    problem = _contradiction(cache, url, record, entry.specs)
+                specs = entry.specs if entry else []
+                problem = _contradiction(cache, url, record, specs)
             except (CacheError, ValueError, *storage.UNREACHABLE) as error:
                 problem = storage.reason(error)
             if problem:
                 wrong += 1
                 tqdm.write(f"{url}: {problem}")
         print(f"{len(chosen) - wrong} of {len(chosen)} entries agree with their tars")
-        return 1 if _bad_packs(cache, {record.shard_id for _, record in chosen}) or wrong else 0
+        return 1 if wrong else 0
 
 
 @dataclass(frozen=True)
 class Gc(Checked):
-    """Remove what no shard needs any more, and what killed writers left behind.
-
-    That is: records of shards that were deleted, entries that no record names, generations that no
-    run needs and maps of none, packs of little use, what was never finished, and staging files.
+    """Remove what no shard needs any more: records of shards that were deleted, entries that no
+    record names, and staging files of killed writers.
     """
 
     cache: str
     """folder or object-store URL of the score cache"""
-    older_than_hours: Annotated[float, Ge(0), Le(1e6)] = 24.0
-    """leave newer ones: a job in progress has entries that no manifest names yet; staging files of
-    the last ten minutes stay in any case"""
-    drop_runs: list[str] = field(default_factory=list)
-    """training runs whose generations all go, the newest too"""
+    days: Annotated[float, Ge(0), Le(1e5)] = 7.0
+    """leave what is younger: a job at work has entries that no manifest names yet"""
     dry_run: bool = False
     """only say what would go"""
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
-        options = Collection(
-            timedelta(hours=self.older_than_hours), tuple(self.drop_runs), self.dry_run
-        )
+        options = Collection(timedelta(days=self.days), self.dry_run)
         freed = 0
         for removed in collect(cache, options):
             size = f"{_size(removed.bytes)}, " if removed.bytes else ""
@@ -207,23 +187,6 @@ def main(command: Command) -> int:
     return command.run()
 
 
-def _bad_packs(cache: ScoreCache, shard_ids: set[str]) -> int:
-    """Read all packs, tell of those that are damaged or differ from the entries of these shards."""
-    good = bad = 0
-    for name in cache.objects.children("packs"):
-        try:
-            pack = read_pack(cache, name)
-            if pack is not None:  # else a job is at work on it, or was killed
-                check_pack(cache, pack, shard_ids)
-                good += 1
-        except (CacheError, *storage.UNREACHABLE) as error:
-            print(storage.reason(error))
-            bad += 1
-    if good or bad:
-        print(f"{good} of {good + bad} packs agree with their entries")
-    return bad
-
-
 def _contradiction(
     cache: ScoreCache, url: str, record: ShardRecord, specs: list[str]
 ) -> str | None:
@@ -234,22 +197,16 @@ def _contradiction(
     except FileNotFoundError:
         return "the tar is gone"
     if shard_id not in judgement_ids(content_id(data)):
-        return "the tar has changed since it was scored; run jobs/precompute_freq.py again"
+        return "the tar has changed since it was scored; run `famt score` again"
     table = cache.read_table(shard_id)
     for spec_id in specs:
-        stored = cache.any_maps(shard_id, spec_id)
-        if is_generation(spec_id):
-            continue  # what a model gave can't be had from the tar alone
         spec = cache.stored_spec(shard_id, spec_id)
         if spec is None:
             tqdm.write(f"{url}: {spec_id} is not checked, other code wrote it")
             continue
-        maps = stored.astype(np.float32)
+        maps = cache.read_maps(shard_id, spec).astype(np.float32)
         scored = score_shard(data, spec, url)
-        if scored.table.key != table.key or not all(
-            np.array_equal(getattr(scored.table, name), getattr(table, name))
-            for name in ("offset", "size", "label")
-        ):
+        if not scored.table.same_rows(table):
             return "other samples than in the tar"
         # Another machine may round otherwise: one part in a thousand is a float16's own error.
         difference = np.abs(maps - scored.maps.astype(np.float32))

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from famt.pipeline import storage
-from famt.pipeline.sealed import CacheFullError
+from famt.pipeline.errors import CacheFullError
 
 _LOCAL = "give RAY_ADDRESS=local to use this machine alone"
 

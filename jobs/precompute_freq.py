@@ -24,7 +24,6 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import obstore.exceptions
@@ -35,13 +34,12 @@ from tqdm import tqdm
 from famt.jobs.cluster import failure, start_ray
 from famt.jobs.options import PrecomputeFreq, seconds
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.cache import ScoreCache, each_at_once
 from famt.pipeline.errors import CacheError, UserError
-from famt.pipeline.packs import pack_loose
 from famt.pipeline.precompute import ShardReport, precompute_shard, publish
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import passed_over_line
-from famt.pipeline.stale import look_up
+from famt.pipeline.validity import look_up
 from famt.train.program import parsed, run_program
 
 # What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
@@ -85,27 +83,30 @@ def _run_once(args: PrecomputeFreq) -> int:
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
     unpublished: list[ShardReport] = []
+    lost: list[str] = []  # by a collection, before they were published
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
         bar.set_postfix_str("starting workers")
-        for url, outcome in score_shards(todo, cache, args.spec, args.workers, args.retry_bad):
-            if isinstance(outcome, ShardReport):
-                reports.append(outcome)
-                unpublished.append(outcome)
-            else:
-                failed[url] = outcome
-                bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
-            rate = sum(report.decoded for report in reports) / (time.monotonic() - started)
-            bad = sum(report.quarantined for report in reports)
-            bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
-            bar.update()
-            if time.monotonic() - published > _PUBLISH_EVERY:
-                try_publish(unpublished, cache)  # what can't be published waits for the next time
-                published = time.monotonic()
-    if problem := try_publish(unpublished, cache):
-        for report in unpublished:
-            failed[report.url] = problem
-            print(f"failed: {report.url}: {problem}", file=sys.stderr)
-    _pack([url for url in urls if url not in failed], cache, args.spec)
+        while todo:
+            for url, outcome in score_shards(todo, cache, args.spec, args.workers, args.retry_bad):
+                if isinstance(outcome, ShardReport):
+                    reports.append(outcome)
+                    unpublished.append(outcome)
+                else:
+                    failed[url] = outcome
+                    bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
+                rate = sum(report.decoded for report in reports) / (time.monotonic() - started)
+                bad = sum(report.quarantined for report in reports)
+                bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
+                bar.update()
+                if time.monotonic() - published > _PUBLISH_EVERY:
+                    # What can't be published waits for the next time.
+                    try_publish(unpublished, cache, args.spec, lost)
+                    published = time.monotonic()
+            problem = try_publish(unpublished, cache, args.spec, lost)
+            todo, lost = lost, []
+    for report in unpublished:
+        failed[report.url] = problem
+        print(f"failed: {report.url}: {problem}", file=sys.stderr)
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
 
 
@@ -128,24 +129,20 @@ def _cache_apart(url: str, shards: list[str]) -> ScoreCache:
     return cache
 
 
-def try_publish(reports: list[ShardReport], cache: ScoreCache) -> str:
-    """Make shards known and empty the list; returns why that can't be done now, or nothing."""
+def try_publish(
+    reports: list[ShardReport], cache: ScoreCache, spec: ScoreSpec, lost: list[str]
+) -> str:
+    """Make shards known and empty the list; returns why that can't be done now, or nothing.
+
+    Shards that a collection took meanwhile are added to `lost`.
+    """
     try:
-        publish(reports, cache)
+        lost += publish(reports, cache, spec)
     except storage.UNREACHABLE as error:
         reason = storage.reason(error)
         return f"scored, but not in the manifest: {reason}; run it again, nothing is scored twice"
     reports.clear()
     return ""
-
-
-def _pack(urls: list[str], cache: ScoreCache, spec: ScoreSpec) -> None:
-    """Copy what runs will read together into few objects; without it they only start later."""
-    records = cache.manifests.lookup(urls)
-    try:
-        pack_loose(cache, [records[url].shard_id for url in urls], spec)
-    except (CacheError, *storage.UNREACHABLE) as error:
-        print(f"not packed: {storage.reason(error)}; runs will start later", file=sys.stderr)
 
 
 def score_shards(
@@ -188,17 +185,15 @@ def _report(
     seconds: float,
 ) -> int:
     records = cache.manifests.lookup([url for url in urls if url not in failed])
-    with ThreadPoolExecutor(32) as pool:
-        entries = list(pool.map(cache.summary, [record.shard_id for record in records.values()]))
-    damaged = {
-        url: entry.damage for url, entry in zip(records, entries, strict=True) if entry.damage
-    }
-    kept = sum(entry.kept for entry in entries)
-    bad_samples = [
-        f"{url}:{rejected.key}: {rejected.reason}"
-        for url, entry in zip(records, entries, strict=True)
-        for rejected in entry.rejected
-    ]
+    damaged: dict[str, str] = {}
+    kept, bad_samples, passed_over = 0, [], []
+    ids = [record.shard_id for record in records.values()]
+    for url, table in zip(records, each_at_once(cache.read_table, ids), strict=True):
+        if table.damage:
+            damaged[url] = table.damage
+        kept += table.kept
+        bad_samples += [f"{url}:{bad.key}: {bad.reason}" for bad in table.rejected]
+        passed_over.append(table.passed_over)
     quarantined = len(bad_samples)
     decoded = sum(report.decoded for report in reports)
     bad = quarantined / max(1, kept + quarantined)
@@ -227,7 +222,7 @@ def _report(
             print(f"{what}: {line}", file=sys.stderr)
         if len(lines) > _SHOWN:
             print(f"... and {len(lines) - _SHOWN} more {what}", file=sys.stderr)
-    if line := passed_over_line(entry.passed_over for entry in entries):
+    if line := passed_over_line(passed_over):
         print(line, file=sys.stderr)
     if bad > args.max_bad:
         print(f"more than --max-bad {args.max_bad} of the images are quarantined", file=sys.stderr)

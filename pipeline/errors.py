@@ -1,4 +1,4 @@
-"""The errors that a user can act on."""
+"""Errors that a user can act on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ class UserError(ValueError):
 
 
 class CacheError(RuntimeError):
-    """The cache lacks what was asked of it; the message names the shard and the remedy."""
+    """The score cache lacks what was asked of it, or it is damaged; the message has the remedy."""
+
+
+class CacheFullError(CacheError):
+    """The cache's disk has no room left, or its user no quota; nothing else will succeed."""
 
 
 class RankError(RuntimeError):

@@ -14,16 +14,10 @@ from dataclasses import dataclass
 from obstore.exceptions import AlreadyExistsError
 
 from famt.pipeline import storage
-from famt.pipeline.objects import Objects
-from famt.pipeline.sealed import CacheError as CacheError
-from famt.pipeline.sealed import damaged, seal, unseal
 from famt.pipeline.storage import Version
+from famt.pipeline.store import Store
 
 _KEEP_VERSIONS = 3
-_REMEDY = (
-    "Remove it and run jobs/precompute_freq.py over its folder again: shards are hashed anew, "
-    "scores are not."
-)
 
 
 @dataclass(frozen=True)
@@ -42,16 +36,16 @@ class _Manifest:
 
 
 class Manifests:
-    """The manifests of the cache in `objects`."""
+    """The manifests of the cache in `store`."""
 
-    def __init__(self, objects: Objects) -> None:
-        self._objects = objects
+    def __init__(self, store: Store) -> None:
+        self._store = store
 
     def read(self, folder: str) -> dict[str, ShardRecord]:
         """What is known of the shards in a folder: file name -> record; empty if nothing is.
 
         Raises:
-            CacheError: the manifest is damaged, or of another format.
+            CacheError: the manifest is damaged.
         """
         return self._newest(_prefix(folder)).records
 
@@ -96,10 +90,10 @@ class Manifests:
         """Every folder of shards that the cache knows, with its manifest.
 
         Raises:
-            CacheError: a manifest is damaged, or of another format.
+            CacheError: a manifest is damaged.
         """
         found = {}
-        for name in self._objects.children("datasets"):
+        for name in self._store.children("datasets"):
             manifest = self._newest(f"datasets/{name}")
             if manifest.version:
                 found[manifest.folder] = manifest.records
@@ -123,13 +117,12 @@ class Manifests:
             for name, record in sorted(merged.items())
         }
         path = _path(prefix, old.version + 1)
-        data = seal({"folder": folder, "shards": shards}, path)
         try:
-            self._objects.put(path, data, mode="create")
+            self._store.put_json(path, {"folder": folder, "shards": shards})
         except AlreadyExistsError:
             return False
         versions = self._versions(prefix)
-        self._objects.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
+        self._store.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
         # A publisher that was slow may have put a number that was taken and cleared away already.
         # Then newer versions, which know nothing of it, are there: it has to merge into those.
         return versions[-1] == old.version + 1 or not self._is_missing(prefix, new)
@@ -143,22 +136,18 @@ class Manifests:
         while versions := self._versions(prefix):
             path = _path(prefix, versions[-1])
             try:
-                data = self._objects.get(path)
+                content = self._store.get_json(path)
             except FileNotFoundError:
                 continue  # outdated and cleared away since it was listed
-            content = unseal(data, self._objects.url, path, _REMEDY)
-            try:
-                records = {
-                    name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
-                    for name, entry in content["shards"].items()
-                }
-                return _Manifest(versions[-1], content["folder"], records)
-            except (AttributeError, KeyError, TypeError) as error:
-                raise damaged(f"{self._objects.url}/{path}", error, _REMEDY) from None
+            records = {
+                name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
+                for name, entry in content["shards"].items()
+            }
+            return _Manifest(versions[-1], content["folder"], records)
         return _Manifest(0, "", {})
 
     def _versions(self, prefix: str) -> list[int]:
-        return sorted(int(each.path[-13:-5]) for each in self._objects.below(prefix))
+        return sorted(int(each.path[-13:-5]) for each in self._store.below(prefix))
 
 
 def _prefix(folder: str) -> str:

@@ -7,16 +7,16 @@ what enters training, is a step of its own, `judge_shard`; scoring looks at the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, ShardTable
+from famt.pipeline.cache import ScoreCache, ShardTable, each_at_once
 from famt.pipeline.decode import BadImage, decode
 from famt.pipeline.errors import UserError
 from famt.pipeline.manifest import ShardRecord
@@ -33,8 +33,7 @@ from famt.pipeline.shards import (
 _BATCH = 128  # enough to share the cost of a call
 
 
-@dataclass(frozen=True)
-class ShardScores:
+class ShardScores(NamedTuple):
     """Result of scoring one tar: its table and `maps [n, G, G]` float16, one a sample kept."""
 
     table: ShardTable
@@ -49,7 +48,6 @@ class ShardReport:
         version: size and stamp of the file as it was read.
         kept, quarantined: images; together all that were seen.
         decoded: images decoded now; 0 if the cache had it all.
-        claim: keeps the entry from being collected until `publish` gives it a name.
     """
 
     url: str
@@ -60,59 +58,81 @@ class ShardReport:
     decoded: int
     damage: str | None
     passed_over: dict[str, int]
-    claim: str
 
 
 def precompute_shard(
-    url: str, cache: ScoreCache, spec: ScoreSpec, *, retry_bad: bool = False
+    url: str,
+    cache: ScoreCache,
+    spec: ScoreSpec | None,
+    *,
+    retry_bad: bool = False,
+    known_only: bool = False,
 ) -> ShardReport:
     """Make the cache hold the table and the maps of the tar at `url`; compute only what it lacks.
 
-    With `retry_bad` every image is judged again by the decoders that are here now. If that changes
-    which images enter training, the tar gets a new entry, with maps of `spec` alone: those of the
-    old one lie in other rows.
+    Args:
+        spec: which maps; the table alone if None.
+        retry_bad: judge every image again by the decoders that are here now. If that changes which
+            images enter training, the tar gets a new entry, with maps of `spec` alone: those of the
+            old one lie in other rows.
+        known_only: refuse a tar whose content the cache does not know.
 
     Raises:
         OSError: the tar can't be read, or the cache can't be written.
-        ValueError: the file is no tar, or was judged too often.
+        ValueError: the file is no tar, was judged too often, or is refused.
     """
     data, content, version = _read(url)
     shard_id, free = _newest_entry(cache, content)
+    # A table that is there decides which samples there are: its other maps go by it.
+    table = cache.find_table(shard_id)
+    if table is None and known_only:
+        raise UserError("its content is new")
     decoded = 0
-    with _claimed(cache, shard_id, free) as claim:
-        # A table that is there decides which samples there are: its other maps go by it.
-        known = cache.read_table(shard_id) if cache.has_entry(shard_id, None) else None
-        if retry_bad or not cache.has_entry(shard_id, spec):
-            scored = score_shard(data, spec, url, None if retry_bad else known)
-            decoded = len(scored.maps)
-            if known is not None and not _same_rows(scored.table, known):
-                shard_id = free
-            if not cache.has_entry(shard_id, spec):
-                cache.write(shard_id, scored.table, spec, scored.maps)
-        return _report(url, shard_id, version, cache, decoded, claim)
-
-
-def index_shard(url: str, cache: ScoreCache, *, judge: bool = True) -> ShardReport | None:
-    """Make the cache hold the table of the tar at `url`, without any score.
-
-    Args:
-        judge: judge the images of a tar whose content the cache does not know; None if not.
-
-    Raises:
-        OSError: the tar can't be read, or the cache can't be written.
-        ValueError: the file is no tar.
-    """
-    data, content, version = _read(url)
-    shard_id, _ = _newest_entry(cache, content)
-    if not judge and not cache.has_entry(shard_id, None):
-        return None
-    decoded = 0
-    with _claimed(cache, shard_id) as claim:
-        if not cache.has_entry(shard_id, None):
-            table = judge_shard(data, url)
+    if table is None or retry_bad or not (spec is None or cache.has_maps(shard_id, spec)):
+        known = None if retry_bad else table
+        if spec is None:
+            new = judge_shard(data, url, known=known)
+        else:
+            new, maps = score_shard(data, spec, url, known)
+        decoded = new.kept
+        if table is not None and not new.same_rows(table):
+            shard_id, table = free, None
+        table = table or new
+        if spec is None:
             cache.write_table(shard_id, table)
-            decoded = len(table.key)
-        return _report(url, shard_id, version, cache, decoded, claim)
+        else:
+            cache.write(shard_id, table, spec, maps)
+    return ShardReport(
+        url=url,
+        shard_id=shard_id,
+        version=version,
+        kept=table.kept,
+        quarantined=len(table.rejected),
+        decoded=decoded,
+        damage=table.damage,
+        passed_over=table.passed_over,
+    )
+
+
+def publish(reports: Iterable[ShardReport], cache: ScoreCache, spec: ScoreSpec | None) -> list[str]:
+    """Make shards known whose table, and maps of `spec`, were put or found.
+
+    Returns:
+        URLs of those that lost one of them to `famt.pipeline.gc` before they were known: make them
+        again.
+    """
+    reports = list(reports)
+    cache.manifests.publish(
+        {each.url: ShardRecord(each.version, each.shard_id) for each in reports}
+    )
+
+    def whole(report: ShardReport) -> bool:
+        return cache.has_table(report.shard_id) and (
+            spec is None or cache.has_maps(report.shard_id, spec)
+        )
+
+    there = each_at_once(whole, reports)
+    return [each.url for each, found in zip(reports, there, strict=True) if not found]
 
 
 def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
@@ -123,28 +143,10 @@ def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
     """
     newest, *later = judgement_ids(content)
     for shard_id in later:
-        if not cache.has_entry(shard_id, None):
+        if not cache.has_table(shard_id):
             return newest, shard_id
         newest = shard_id
     raise UserError(f"shard {content} was judged {len(later)} times; make another tar of it")
-
-
-def _same_rows(one: ShardTable, other: ShardTable) -> bool:
-    return one.key == other.key and all(
-        np.array_equal(getattr(one, column), getattr(other, column))
-        for column in ("offset", "size", "label")
-    )
-
-
-@contextmanager
-def _claimed(cache: ScoreCache, *shard_ids: str) -> Iterator[str]:
-    """Claim entries; the claim stays for `publish`, unless nothing comes of it."""
-    claim = cache.claims.claim(shards=list(shard_ids))
-    try:
-        yield claim
-    except BaseException:
-        cache.claims.release([claim])
-        raise
 
 
 def _read(url: str) -> tuple[bytes, str, storage.Version]:
@@ -154,32 +156,6 @@ def _read(url: str) -> tuple[bytes, str, storage.Version]:
     if storage.version(url) != before or len(data) != before.size:
         raise OSError(f"{url} changed while it was read; run again when nothing writes to it")
     return data, content_id(data), before
-
-
-def publish(reports: Iterable[ShardReport], cache: ScoreCache) -> None:
-    """Make shards known whose entries were put or found."""
-    reports = list(reports)
-    cache.manifests.publish(
-        {each.url: ShardRecord(each.version, each.shard_id) for each in reports}
-    )
-    cache.claims.release(each.claim for each in reports)
-
-
-def _report(
-    url: str, shard_id: str, version: storage.Version, cache: ScoreCache, decoded: int, claim: str
-) -> ShardReport:
-    entry = cache.summary(shard_id)
-    return ShardReport(
-        url=url,
-        shard_id=shard_id,
-        version=version,
-        kept=entry.kept,
-        quarantined=len(entry.rejected),
-        decoded=decoded,
-        damage=entry.damage,
-        passed_over=entry.passed_over,
-        claim=claim,
-    )
 
 
 def judge_shard(
@@ -214,7 +190,7 @@ def judge_shard(
                 except BadImage as error:
                     raise UserError(
                         f"{name}: {sample.key} was kept before and does not decode now ({error}); "
-                        "judge the shard again with jobs/precompute_freq.py --retry-bad"
+                        "judge the shard again with `famt score --retry-bad`"
                     ) from error
             return known
         listing = list_shard(data)

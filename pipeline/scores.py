@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -97,7 +97,7 @@ class ScoreSpec(Checked):
         except (TypeError, ValueError):
             return None
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Hash of kind, parameters and code version: `<kind>-<12 hex digits>`."""
         return f"{self.kind}-{_hash(self.describe())}"

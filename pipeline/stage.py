@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.manifest import CacheError
+from famt.pipeline.errors import CacheError
 from famt.pipeline.shards import judgement_ids
 from famt.pipeline.table import SampleTable
 
@@ -131,7 +131,7 @@ class _Staged:
                 self.part.unlink()
                 raise CacheError(
                     f"{self.url}: its bytes are not those that were scored (shard "
-                    f"{self.shard_id}); run jobs/precompute_freq.py over it again"
+                    f"{self.shard_id}); run `famt score` over it again"
                 )
             os.fsync(part.fileno())
             os.replace(self.part, self.path)

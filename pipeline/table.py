@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Container
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,17 +14,14 @@ import torch
 from torch import Tensor
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.cache import ScoreCache, each_at_once
 from famt.pipeline.dataset import require_one_split
-from famt.pipeline.index import index_shards
+from famt.pipeline.errors import CacheError
+from famt.pipeline.judge import judge_shards
 from famt.pipeline.manifest import ShardRecord
-from famt.pipeline.packs import Packed
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheError
 from famt.pipeline.shards import write_dali_index
-from famt.pipeline.stale import Shards, look_up
-
-_READERS = 32  # of entries in an object store, side by side
+from famt.pipeline.validity import Shards, look_up
 
 
 @dataclass(frozen=True)
@@ -82,12 +77,11 @@ class SampleTable:
 
     def left_out(self) -> list[str]:
         """`<url>:<key>: <reason>` of every image that the shards hold and the table does not."""
-        with ThreadPoolExecutor(_READERS) as pool:
-            summaries = list(pool.map(self._cache.summary, self.shard_ids))
+        tables = each_at_once(self._cache.read_table, self.shard_ids)
         return [
             f"{url}:{bad.key}: {bad.reason}"
-            for url, summary in zip(self.urls, summaries, strict=True)
-            for bad in summary.rejected
+            for url, table in zip(self.urls, tables, strict=True)
+            for bad in table.rejected
         ]
 
     def judge_again(self) -> str:
@@ -138,10 +132,11 @@ def load_samples(
     """
     require_one_split(patterns)
     urls = storage.expand(patterns)
-    packed = Packed(cache, spec, len(urls))
-    records = require_shards(urls, cache, spec, patterns=patterns, at_hand=packed)
+    records = require_shards(urls, cache, spec, patterns=patterns)
     ids = [records[url].shard_id for url in urls]
-    samples, counts = packed.samples(ids)
+    parts = each_at_once(cache.read_samples, ids)
+    counts = [len(part) for part in parts]
+    samples = np.concatenate(parts)
     if not len(samples):
         raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
     return SampleTable(
@@ -162,7 +157,6 @@ def require_shards(
     spec: ScoreSpec | None = None,
     *,
     patterns: list[str] | None = None,
-    at_hand: Container[str] = (),
 ) -> dict[str, ShardRecord]:
     """Make sure that the cache knows shards as they are now; returns URL -> record.
 
@@ -172,13 +166,12 @@ def require_shards(
             then, and nothing is judged. A tar that was copied, or whose times alone changed, is
             hashed, no more.
         patterns: what the user called the shards.
-        at_hand: see `look_up`.
 
     Raises:
         CacheError: a shard that is gone, can't be read, or lacks maps of `spec`. Names the first
             such shard, the reason, the number of others, and the command that repairs it.
     """
-    shards = look_up(urls, cache, spec, at_hand)
+    shards = look_up(urls, cache, spec)
     mend = [
         url
         for url, each in shards.stale.items()
@@ -186,8 +179,8 @@ def require_shards(
     ]
     failed: dict[str, str] = {}
     if len(mend) == len(shards.stale) > 0:
-        failed = index_shards(mend, cache, judge=spec is None)
-        shards = look_up(urls, cache, spec, at_hand)
+        failed = judge_shards(mend, cache, known_only=spec is not None)
+        shards = look_up(urls, cache, spec)
     _refuse_stale(shards, failed, _remedy(patterns or urls, cache, spec or ScoreSpec()))
     return shards.records
 
@@ -198,8 +191,20 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
     Raises:
         CacheError: a shard without maps of this spec; see `load_samples` for what it names.
     """
+    maps = np.empty((len(samples), spec.grid, spec.grid), np.float16)
+
+    def read(shard: int) -> None:
+        first, end = samples.first_row[shard : shard + 2]
+        found = cache.read_maps(samples.shard_ids[shard], spec)
+        if len(found) != end - first:
+            raise CacheError(
+                f"{samples.urls[shard]}: {len(found)} maps of {spec.id} for {end - first} samples. "
+                f"Remove {cache.url}/shards/{samples.shard_ids[shard]} and run `famt score` again"
+            )
+        maps[first:end] = found
+
     try:
-        maps = Packed(cache, spec, len(samples.urls)).maps(samples.shard_ids, samples.counts)
+        each_at_once(read, range(len(samples.urls)))
     except CacheError:
         shards = look_up(samples.urls, cache, spec)  # tells which tar, and what helps
         _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from famt.pipeline.cache import ScoreCache, ShardTable
-from famt.pipeline.generations import Generation
 from famt.pipeline.manifest import ShardRecord
-from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
+from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.storage import Version
 
-PIXELS = ScoreSpec(kind="lowpass", grid=2)
+SPECS = [ScoreSpec(kind=kind, grid=2) for kind in ("lowpass", "highpass")]
 
 
 def table(count: int = 2) -> ShardTable:
@@ -29,11 +28,6 @@ def maps(count: int = 2) -> np.ndarray:
     return np.ones((count, 2, 2), np.float16)
 
 
-def model_spec(number: int) -> ModelScoreSpec:
-    """A score of the encoder of that number."""
-    return ModelScoreSpec("attention", 2, 8, f"{number:032x}")
-
-
 @dataclass
 class Layout:
     """A cache on disk and what has to be true after any collection.
@@ -41,7 +35,7 @@ class Layout:
     Attributes:
         keep: files that must stay as they are, because something needs them.
         foreign: files that are not the cache's.
-        young: files of the cache that are younger than a collection's age limit.
+        young: entries of which a file is younger than a collection's age limit.
         records: shards that must stay known: folder -> names.
     """
 
@@ -59,48 +53,21 @@ def make(root: Path, seed: int) -> Layout:
     layout = Layout(cache)
     home = Path(cache.url)
     ids = [f"{rng.getrandbits(128):032x}" for _ in range(rng.randint(2, 7))]
-    generations = _generations(rng, layout)
     for shard_id in ids:
-        cache.write(shard_id, table(), PIXELS, maps())
-        for number in range(3):
-            if rng.random() < 0.5:
-                cache.write(shard_id, table(), model_spec(number), maps())
-    named = _folders(rng, root, layout, ids)
-    for shard_id in ids:
-        entry = home / "shards" / shard_id
-        if rng.random() < 0.2:  # a writer was killed, or is at work
-            rng.choice(sorted(entry.rglob("zarr.json"))).unlink()
-        whole = {path.parent.name for path in entry.glob("*/zarr.json")}
-        named_maps = whole & {model_spec(number).id for number in generations}
-        if not named_maps and not (shard_id in named and (entry / "zarr.json").exists()):
-            continue
-        unneeded = {model_spec(number).id for number in range(3)} - named_maps
-        for path in entry.rglob("*"):
-            array = path.relative_to(entry).parts[0]
-            if path.is_file() and array not in unneeded and (array in whole or array != PIXELS.id):
-                layout.keep.add(path)
-    _age(rng, home, layout)
+        cache.write_table(shard_id, table())
+        for spec in rng.sample(SPECS, rng.randint(0, 2)):
+            cache.write(shard_id, table(), spec, maps())
+        if rng.random() < 0.2:  # a remedy was followed, or a collection killed
+            (home / "shards" / shard_id / "table.zip").unlink()
+    for shard_id in _folders(rng, root, layout, ids):
+        layout.keep |= set((home / "shards" / shard_id).glob("*.zip"))
+    for path in sorted(home.rglob("*")):
+        if path.is_file() and rng.random() < 0.9:
+            os.utime(path, (time.time() - 1e6,) * 2)
+        elif path.is_file():
+            layout.young.add(path.parent)
     _add_foreign(rng, root, home, ids, layout)
     return layout
-
-
-def _generations(rng: random.Random, layout: Layout) -> set[int]:
-    """Runs with generations; returns the encoders of those that must stay."""
-    needed = set()
-    home = Path(layout.cache.url) / "generations"
-    for run in [f"run-{n}" for n in range(rng.randint(0, 3))]:
-        steps = sorted(rng.sample(range(10), rng.randint(1, 3)))
-        encoders = {step: rng.randrange(3) for step in steps}
-        for step, encoder in encoders.items():
-            layout.cache.generations.publish(Generation(run, step, [model_spec(encoder)], "d", 2))
-        stay = {steps[-1]}
-        for user in rng.sample(["run-0", "run-1", "other"], rng.randint(0, 2)):
-            wants = rng.sample(steps, rng.randint(0, len(steps)))
-            layout.cache.generations.need(run, wants, by=user)
-            stay |= set(wants)
-        needed |= {encoders[step] for step in stay}
-        layout.keep |= {home / run / f"{step:08d}.json" for step in stay}
-    return needed
 
 
 def _folders(rng: random.Random, root: Path, layout: Layout, ids: list[str]) -> set[str]:
@@ -133,28 +100,18 @@ def _folders(rng: random.Random, root: Path, layout: Layout, ids: list[str]) -> 
     return named
 
 
-def _age(rng: random.Random, home: Path, layout: Layout) -> None:
-    """Let most objects be old."""
-    for path in sorted(home.rglob("*")):
-        if path.is_file() and rng.random() < 0.9:
-            os.utime(path, (time.time() - 1e6,) * 2)
-        elif path.is_file():
-            layout.young.add(path)
-
-
 def _add_foreign(
     rng: random.Random, root: Path, home: Path, ids: list[str], layout: Layout
 ) -> None:
     """Files that are not the cache's, old ones, anywhere that a cache is not refused for."""
     entry = f"shards/{rng.choice(ids)}"
     places = [
-        "", "my data/", "shards.bak/", f"{entry}/", f"{entry}/photos/", f"{entry}/samples/",
-        f"{entry}/samples/c/0/", f"{entry}/{PIXELS.id}/", f"{entry}/{model_spec(0).id}/c/",
-        "datasets/mine-0123456789ab/", "generations/run-0/", "generations/mine/deep/",
+        "", "my data/", "shards.bak/", f"{entry}/", f"{entry}/photos/", f"{entry}/table/",
+        f"{entry}/{SPECS[0].id}/c/", "datasets/mine-0123456789ab/", "packs/mine/",
     ]  # fmt: skip
     names = [
-        "a.tar", "train-000000.tar#1", "notes#12", "zarr.json.bak", "1.json", "zarr.json#",
-        "needed-by", "00000001.JSON", ".DS_Store", "ü #3", "model.pt",
+        "a.tar", "train-000000.tar#1", "notes#12", "table.zip.bak", "1.json", "table.zip#",
+        "photos.zip", "00000001.JSON", ".DS_Store", "ü #3", "model.pt", "zarr.json",
     ]  # fmt: skip
     for _ in range(rng.randint(0, 8)):
         path = home / (rng.choice(places) + rng.choice(names))

@@ -63,7 +63,7 @@ def photo_members(count: int, first: int = 0, **size: int) -> list[tuple[str, by
 
 def score(urls: list[Path], cache: ScoreCache, spec: ScoreSpec) -> None:
     """What the Ray job does, in this process."""
-    publish([precompute_shard(str(url), cache, spec) for url in urls], cache)
+    publish([precompute_shard(str(url), cache, spec) for url in urls], cache, spec)
 
 
 @dataclass(frozen=True)

@@ -110,5 +110,5 @@ def scored(patterns: list[str], photos: int = 500) -> Iterator[tuple[list[str], 
     with shards(patterns, photos) as urls, tempfile.TemporaryDirectory() as folder:
         cache = ScoreCache(folder, create=True)
         for url in tqdm(urls, desc="scoring", unit="shard"):
-            publish([precompute_shard(url, cache, ScoreSpec())], cache)
+            publish([precompute_shard(url, cache, ScoreSpec())], cache, ScoreSpec())
         yield urls, cache

@@ -18,7 +18,6 @@ from samples import photo_members, score, tar_bytes
 from famt.jobs.cache import Gc, Ls, Show, Verify, main
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError
-from famt.pipeline.packs import write_pack
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.table import load_maps, load_samples
 
@@ -41,7 +40,7 @@ def with_bad(scored, spec):
 def test_ls_tells_folders_counts_and_coverage(with_bad, capsys):
     assert main(Ls(with_bad.cache.url)) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{with_bad.folder}\n  4 of 4 shards whole")
+    assert out.startswith(f"{with_bad.folder}\n  4 of 4 shards")
     assert "28 images kept, 1 quarantined" in out
     assert f"{with_bad.spec.id}: 4 shards (100%)" in out
     assert "lowpass" in out
@@ -63,7 +62,7 @@ def test_verify_agrees_with_a_sound_cache(with_bad, capsys):
 def test_verify_finds_maps_that_are_not_the_tars(scored, capsys):
     shard_id = load_samples(scored.shards[:1], scored.cache).shard_ids[0]
     table = scored.cache.read_table(shard_id)
-    maps = scored.cache.read_maps([shard_id], scored.spec)[0]
+    maps = scored.cache.read_maps(shard_id, scored.spec)
     scored.cache.write(shard_id, table, scored.spec, np.roll(maps, 1, axis=0))
     assert main(Verify(scored.cache.url)) == 1
     assert "train-000000.tar: hypercomplex_fourier" in capsys.readouterr().out
@@ -71,44 +70,15 @@ def test_verify_finds_maps_that_are_not_the_tars(scored, capsys):
 
 def test_verify_counts_what_it_cannot_read_and_goes_on(scored, capsys):
     ids = load_samples(scored.shards, scored.cache).shard_ids
-    entries = [Path(scored.cache.url) / "shards" / shard_id for shard_id in ids]
-    shutil.rmtree(entries[0] / "samples" / "c")
-    chunk = entries[1] / scored.spec.id / "c" / "0" / "0" / "0"
-    chunk.write_bytes(chunk.read_bytes()[:-1] + b"?")
+    table = Path(scored.cache.url) / "shards" / ids[0] / "table.zip"
+    maps = Path(scored.cache.url) / "shards" / ids[1] / f"{scored.spec.id}.zip"
+    table.unlink()
+    maps.write_bytes(maps.read_bytes()[:-1] + b"?")
     assert main(Verify(scored.cache.url)) == 1
     out = capsys.readouterr().out
-    assert f"train-000000.tar: {entries[0]}/samples/c/0/0 is damaged" in out
-    assert f"train-000001.tar: {chunk} is damaged" in out
+    assert f"train-000000.tar: {scored.cache.url} has no table for shard {ids[0]}" in out
+    assert f"train-000001.tar: {maps} is damaged" in out
     assert "1 of 3 entries agree" in out
-
-
-def test_verify_counts_maps_that_are_not_finite(scored, capsys, monkeypatch):
-    (shard_id, *_) = load_samples(scored.shards, scored.cache).shard_ids
-    table = scored.cache.read_table(shard_id)
-    bad = np.full((10, 7, 7), np.nan, np.float16)
-    with monkeypatch.context() as patch:  # as a score that was written by a faulty program
-        patch.setattr(np, "isfinite", lambda _: np.True_)
-        scored.cache.write(shard_id, table, scored.spec, bad)
-    assert main(Verify(scored.cache.url)) == 1
-    assert "not finite" in capsys.readouterr().out
-    with pytest.raises(CacheError, match="not finite"):
-        _images(scored.shards, scored.cache, scored.spec)
-
-
-def test_verify_reads_packs_and_names_damaged_ones(scored, capsys):
-    ids = load_samples(scored.shards, scored.cache).shard_ids
-    pack = write_pack(scored.cache, ids, scored.spec)
-    assert main(Verify(scored.cache.url)) == 0
-    assert "1 of 1 packs agree with their entries" in capsys.readouterr().out
-    main(Ls(scored.cache.url))
-    assert "1 packs, " in capsys.readouterr().out
-    chunk = Path(scored.cache.url) / pack.folder / "maps" / "c" / "0" / "0" / "0"
-    chunk.write_bytes(b"?" + chunk.read_bytes()[1:])
-    assert main(Verify(scored.cache.url)) == 1
-    out = capsys.readouterr().out
-    assert f"{chunk} is damaged" in out
-    assert f"Remove {scored.cache.url}/{pack.folder}; it is a copy" in out
-    assert "0 of 1 packs agree" in out
 
 
 def test_verify_finds_tars_that_changed_or_went(scored, capsys):
@@ -122,37 +92,26 @@ def test_verify_finds_tars_that_changed_or_went(scored, capsys):
 
 
 def _age(cache):
-    old = time.time() - 3 * 24 * 3600
+    old = time.time() - 9 * 24 * 3600
     for path in Path(cache.url).rglob("*"):
         os.utime(path, (old, old))
 
 
-def test_gc_removes_what_no_manifest_names_and_partial_writes(scored, spec, tmp_path, capsys):
+def test_gc_removes_what_no_manifest_names(scored, spec, capsys):
     cache = scored.cache
     ids = load_samples(scored.shards, cache).shard_ids
     Path(scored.shards[0]).write_bytes(tar_bytes(photo_members(3, 70)))
     score([Path(scored.shards[0])], cache, spec)  # the old entry has no name any more
-    partial = Path(cache.url) / "shards" / ("f" * 32)
-    shutil.copytree(Path(cache.url) / "shards" / ids[1], partial)
-    (partial / "zarr.json").unlink()
     main(Gc(cache.url))
-    assert len(list(cache.entries())) == 5  # all are new: a job may be at work
+    assert len(list(cache.entries())) == 4  # all are new: a job may be at work
     _age(cache)
     main(Gc(cache.url, dry_run=True))
-    assert len(list(cache.entries())) == 5
+    assert len(list(cache.entries())) == 4
     main(Gc(cache.url))
-    out = capsys.readouterr().out
-    assert f"{ids[0]}: " in out
-    assert "only partly written" in out
+    assert f"{ids[0]}: " in capsys.readouterr().out
     assert {entry.shard_id for entry in cache.entries()} >= set(ids[1:])
     assert len(list(cache.entries())) == 3
     assert _images(scored.shards, cache, scored.spec) == 19
-
-
-def _killed(program, *arguments):
-    """Run a program that kills itself."""
-    done = subprocess.run([sys.executable, program_file(program), *arguments])
-    assert done.returncode == -signal.SIGKILL
 
 
 def _everything(cache):
@@ -162,11 +121,11 @@ def _everything(cache):
 def test_gc_removes_the_staging_files_of_killed_writers(scored, capsys):
     cache = scored.cache
     before = _everything(cache)
-    (shard_id, *_) = load_samples(scored.shards, cache).shard_ids
-    entry = "e" * 32
-    for place in (f"shards/{shard_id}/zarr.json", f"shards/{entry}/samples/c/0/0"):
-        _killed("die_while_putting", cache.url, place)
-    assert {Path(name).name for name in _everything(cache) - before} == {"zarr.json#1", "0#1"}
+    for place in (f"shards/{'e' * 32}/table.zip", f"datasets/x-{'e' * 12}/00000001.json"):
+        done = subprocess.run([sys.executable, program_file("die_while_putting"), cache.url, place])
+        assert done.returncode == -signal.SIGKILL
+    left = {Path(name).name for name in _everything(cache) - before}
+    assert left == {"table.zip#1", "00000001.json#1"}
     assert main(Gc(cache.url)) == 0
     assert len(_everything(cache) - before) == 2  # new ones may be a live writer's
     _age(cache)
@@ -175,25 +134,6 @@ def test_gc_removes_the_staging_files_of_killed_writers(scored, capsys):
     assert main(Gc(cache.url)) == 0
     assert "a staging file" in capsys.readouterr().out
     assert _everything(cache) == before
-
-
-def test_gc_removes_maps_that_were_never_finished_from_whole_entries(scored, capsys):
-    """A job that adds a second score is killed after it put the first object of it."""
-    cache = scored.cache
-    before = _everything(cache)
-    _killed("die_while_scoring", scored.shards[0], cache.url, "lowpass", "7")
-    claim, left = sorted(_everything(cache) - before)
-    assert "/claims/" in claim
-    assert "/lowpass-" in left
-    main(Gc(cache.url))
-    assert Path(left).exists()
-    _age(cache)
-    main(Gc(cache.url, dry_run=True))
-    assert Path(left).exists()
-    main(Gc(cache.url))
-    assert "unfinished" in capsys.readouterr().out
-    assert _everything(cache) == before
-    assert _images(scored.shards, cache, scored.spec) == 26
 
 
 def test_gc_forgets_shards_that_were_deleted(scored, spec, capsys):
@@ -320,7 +260,7 @@ def test_gc_sees_a_tar_that_is_named_like_a_staging_file(scored, spec):
     assert len(scored.cache.manifests.read(str(scored.folder))) == 4
 
 
-@pytest.mark.parametrize("inside", ["shards/train", "shards", "datasets", "generations/run 1"])
+@pytest.mark.parametrize("inside", ["shards/train", "shards", "datasets"])
 def test_a_cache_among_other_files_is_refused_and_gc_deletes_none(tmp_path, spec, inside, capsys):
     """`--shards data/shards/train --cache data`."""
     tars = tmp_path / "data" / inside
@@ -340,7 +280,7 @@ def test_a_cache_among_other_files_is_refused_and_gc_deletes_none(tmp_path, spec
 
 
 def test_gc_leaves_what_it_did_not_make_inside_its_own_folders(scored, spec):
-    """Other files in an entry, beside a manifest, a run's generations and at the root."""
+    """Other files in an entry, beside a manifest, in folders of its own and at the root."""
     cache = Path(scored.cache.url)
     (shard_id, *_) = load_samples(scored.shards, scored.cache).shard_ids
     for path in (cache / "datasets").iterdir():
@@ -350,8 +290,8 @@ def test_gc_leaves_what_it_did_not_make_inside_its_own_folders(scored, spec):
         for name in (
             "notes#12", "mine.tar", f"shards/{shard_id}/mine.tar",
             f"shards/{shard_id}/photos/1.jpg",
-            f"shards/{shard_id}/samples/c/0/0.tar", f"shards/{shard_id}/mine#3", "datasets#1",
-            f"shards/{shard_id}/photos/zarr.json", "generations/run-1/model.pt",
+            f"shards/{shard_id}/mine.zip", f"shards/{shard_id}/mine#3", "datasets#1",
+            f"shards/{shard_id}/photos/table.zip", "packs/mine/zarr.json",
             "datasets/shards-0123456789ab/mine.json", "my shards/train-0.tar#1",
         )
     ]  # fmt: skip
@@ -373,16 +313,13 @@ def test_show_draws_photos_beside_their_maps(scored, tmp_path):
 def test_a_removed_entry_is_missed_by_name(scored, spec):
     (shard_id,) = load_samples(scored.shards[:1], scored.cache).shard_ids
     shutil.rmtree(Path(scored.cache.url) / "shards" / shard_id)
-    assert not scored.cache.has_entry(shard_id, None)
-    with pytest.raises(CacheError, match="no whole entry"):
-        scored.cache.read_maps([shard_id], spec)[0]
-    with pytest.raises(CacheError, match=r"has no whole entry .*precompute_freq"):
+    with pytest.raises(CacheError, match="no maps of"):
+        scored.cache.read_maps(shard_id, spec)
+    with pytest.raises(CacheError, match=r"has no table of it.*famt score"):
         load_samples(scored.shards, ScoreCache(scored.cache.url), spec)
 
 
-def test_stored_specs_are_known_again(scored, spec):
-    (shard_id,) = load_samples(scored.shards[:1], scored.cache).shard_ids
-    assert scored.cache.stored_spec(shard_id, spec.id) == spec
+def test_stored_specs_are_known_again(spec):
     banded = dataclasses.replace(spec, kind="bandpass", band=(1.0, 5.0))
     assert ScoreSpec.from_description(banded.describe()) == banded
     assert ScoreSpec.from_description({**spec.describe(), "code_version": -1}) is None

@@ -18,9 +18,9 @@ from samples import photo_members, tar_bytes
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main, try_publish
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.errors import CacheFullError
 from famt.pipeline.precompute import precompute_shard
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sealed import CacheFullError
 from famt.pipeline.table import load_samples
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_a_kill_at_any_moment_only_costs_the_work_in_hand(shards, clean, tmp_pat
         wanted = chance.randrange(5)
         killed = False
         while job.poll() is None and not killed:
-            done = len(list((tmp_path / "cache" / "shards").glob("*/zarr.json")))
+            done = len(list((tmp_path / "cache" / "shards").glob("*/table.zip")))
             if done >= wanted:
                 time.sleep(chance.random() * 0.2)
                 try:
@@ -168,10 +168,10 @@ def test_a_full_disk_is_a_clear_error_and_leaves_nothing_half_readable(shards, s
     with pytest.raises(CacheFullError, match=rf"{cache.url} is full \(No space left.* gc --cache"):
         fill()
     assert 0 < len(written) < 12
-    whole = [entry for entry in cache.entries() if entry.whole and entry.specs]
+    whole = [entry for entry in cache.entries() if entry.table and entry.specs]
     assert {entry.shard_id for entry in whole} == {report.shard_id for report in written}
     for report in written:
-        assert len(cache.read_maps([report.shard_id], spec)[0]) == 60
+        assert len(cache.read_maps(report.shard_id, spec)) == 60
 
 
 @pytest.mark.slow
@@ -195,11 +195,11 @@ def test_a_scored_shard_that_cannot_be_published_waits_for_the_next_try(shards, 
     url = str(shards / "train-00.tar")
     reports = [precompute_shard(url, cache, spec)]
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert "Read-only" in try_publish(reports, cache)
+    assert "Read-only" in try_publish(reports, cache, spec, [])
     assert len(reports) == 1
     assert not cache.manifests.lookup([url])
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    assert try_publish(reports, cache) == ""
+    assert try_publish(reports, cache, spec, []) == ""
     assert not reports
     assert url in cache.manifests.lookup([url])
 
@@ -222,7 +222,7 @@ def test_a_node_lost_in_mid_job_costs_only_time(shards, clean, tmp_path, spec):
             _command(shards, tmp_path / "cache"), cwd=ROOT, stdout=subprocess.DEVNULL,
             env={**os.environ, "RAY_ADDRESS": nodes.address},
         )  # fmt: skip
-        while len(list((tmp_path / "cache" / "shards").glob("*/zarr.json"))) < 3:
+        while len(list((tmp_path / "cache" / "shards").glob("*/table.zip"))) < 3:
             assert job.poll() is None
             time.sleep(0.05)
         lose(nodes, lost)

@@ -7,9 +7,9 @@ from samples import photo_members, tar_bytes
 
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.index import index_shards
+from famt.pipeline.errors import CacheFullError
+from famt.pipeline.judge import judge_shards
 from famt.pipeline.precompute import precompute_shard
-from famt.pipeline.sealed import CacheFullError
 
 
 @pytest.mark.parametrize("number", [28, 122])  # ENOSPC, EDQUOT
@@ -28,5 +28,5 @@ def test_no_room_and_no_quota_end_all_work_at_once(tmp_path, spec, monkeypatch, 
     with pytest.raises(CacheFullError, match=rf"score cache {cache.url} is full .* gc --cache"):
         precompute_shard(urls[0], cache, spec)
     with pytest.raises(CacheFullError, match="is full"):
-        index_shards(urls, cache)
+        judge_shards(urls, cache)
     assert len(puts) < 20

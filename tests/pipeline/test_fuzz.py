@@ -130,7 +130,7 @@ def test_images_that_are_kept_decode_in_dali_and_have_their_maps_on_their_crops(
     score([path], cache, SPEC)
     table = load_samples([str(path)], cache)
     maps = load_maps(table, cache, SPEC)
-    rejected = cache.summary(table.shard_ids[0]).rejected
+    rejected = cache.read_table(table.shard_ids[0]).rejected
     assert len(table) + len(rejected) == len(files)
     keys = table.keys(0)
     kept = Counter(key.rpartition(" ")[0] for key in keys)
@@ -218,7 +218,7 @@ def test_of_malformed_tars_nothing_is_lost_silently_or_gets_a_wrong_class(tmp_pa
             counts[kind, "damaged" if report.damage else "whole"] += 1
             counts[kind, "kept"] += report.kept
             counts[kind, "quarantined"] += report.quarantined
-    publish(reports, cache)
+    publish(reports, cache, SPEC)
     urls = [report.url for report in reports if report.kept]
     table = load_samples(urls, cache)
     for shard, url in enumerate(table.urls):

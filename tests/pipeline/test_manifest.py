@@ -87,7 +87,7 @@ def test_a_damaged_manifest_is_named_with_the_remedy(cache, content):
     cache.manifests.publish({"/data/0.tar": _record(0)})
     (path,) = Path(cache.url).rglob("datasets/*/*.json")
     path.write_bytes(path.read_bytes()[:-20] if content is None else content)
-    with pytest.raises(CacheError, match=rf"{path} .*Remove it and run jobs/precompute_freq"):
+    with pytest.raises(CacheError, match=rf"{path} .*Remove it and run `famt score`"):
         cache.manifests.read("/data")
     path.unlink()
     cache.manifests.publish({"/data/0.tar": _record(0)})

@@ -131,7 +131,7 @@ def test_another_verdict_gives_a_shard_another_entry_that_all_scores_then_go_by(
         report = precompute_shard(str(path), cache, spec, retry_bad=True)
         assert (report.kept, report.quarantined) == (len(keys), 4 - len(keys))
         assert cache.read_table(report.shard_id).key == [f"img{n:04d}" for n in keys]
-        assert len(cache.read_maps([report.shard_id], spec)[0]) == len(keys)
+        assert len(cache.read_maps(report.shard_id, spec)) == len(keys)
         ids.append(report.shard_id)
     assert len(set(ids)) == 3
     other = ScoreSpec(kind="lowpass", grid=7)

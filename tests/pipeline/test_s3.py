@@ -11,11 +11,11 @@ import re
 import subprocess
 import sys
 import urllib.request
+from datetime import timedelta
 from pathlib import Path
 
 import boto3
 import pytest
-import torch
 from faulty_proxy import FAULTS
 from launch import program_file
 from s3_server import environment, free_port, serve
@@ -23,14 +23,15 @@ from samples import encode, photo
 
 from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
-from famt.pipeline import packs, storage
+from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError
+from famt.pipeline.gc import Collection, collect
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
 from famt.pipeline.precompute import precompute_shard, publish
-from famt.pipeline.stale import look_up
 from famt.pipeline.table import load_maps, load_samples
+from famt.pipeline.validity import look_up
 from famt.train.checkpoint import load
 from famt.train.pretrain import Pretrain
 from famt.train.pretrain import main as pretrain
@@ -66,7 +67,7 @@ def shards(bucket, tmp_path):
 
 def _score(urls, cache, spec):
     reports = [precompute_shard(url, cache, spec) for url in urls]
-    publish(reports, cache)
+    assert publish(reports, cache, spec) == []
     return sum(report.decoded for report in reports)
 
 
@@ -133,19 +134,15 @@ def test_versions_of_many_tars_are_listed_and_are_those_of_each(bucket, monkeypa
     assert storage.versions(asked[:10]) == {url: expected[url] for url in asked[:10]}
 
 
-def test_packs_on_s3_are_all_that_a_start_reads(bucket, shards, spec, monkeypatch):
-    monkeypatch.setattr(packs, "_FEW", 2)
+def test_what_no_manifest_names_is_collected_from_s3(bucket, shards, spec):
+    urls = storage.expand([shards])
     cache = ScoreCache(f"{bucket}/scores", create=True)
-    _score(storage.expand([shards]), cache, spec)
-    samples = load_samples([shards], cache, spec)
-    maps = load_maps(samples, cache, spec)
-    assert packs.pack_loose(cache, samples.shard_ids, spec) is not None
-    entries = list(cache.objects.below("shards"))
-    cache.objects.delete([each.path for each in entries])
-    again = load_samples([shards], ScoreCache(f"{bucket}/scores"), spec)
-    assert again.digest == samples.digest
-    assert torch.equal(again.labels, samples.labels)
-    assert torch.equal(load_maps(again, cache, spec), maps)
+    precompute_shard(urls[0], cache, spec)
+    _score(urls[1:], cache, spec)
+    removed = list(collect(cache, Collection(older_than=timedelta(0))))
+    assert [each.reason for each in removed] == ["no manifest names it"]
+    assert len(list(cache.entries())) == 2
+    assert set(look_up(urls, cache, spec).stale) == {urls[0]}
 
 
 def test_what_is_not_there_is_named(bucket, shards, spec):

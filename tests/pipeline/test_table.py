@@ -21,7 +21,7 @@ def test_rows_follow_the_shards_and_their_samples(scored):
     assert table.key(16) == f"{scored.shards[1]}:img0016"
     assert table.key(17) == f"{scored.shards[2]}:img0017"
     maps = load_maps(table, scored.cache, scored.spec)
-    expected = torch.from_numpy(scored.cache.read_maps(table.shard_ids[1:2], scored.spec)[0])
+    expected = torch.tensor(scored.cache.read_maps(table.shard_ids[1], scored.spec))
     assert torch.equal(maps[10:17], expected)
     torch.testing.assert_close(maps.float().mean((1, 2)), torch.ones(26), atol=1e-3, rtol=0)
 
@@ -107,7 +107,7 @@ def test_shards_that_nobody_scored_are_judged_on_first_use(scored, spec, capsys)
     (scored.folder / "new.tar").write_bytes(tar_bytes(members))
     assert len(load_samples([str(scored.folder)], scored.cache)) == 29
     said = capsys.readouterr().err
-    assert "looking into shards" in said
+    assert "judging shards" in said
     assert "1 of 4 images can't be used" in said
     assert "passed over in the shards: 1 .json; images are files of" in said
     assert len(load_samples([str(scored.folder)], scored.cache)) == 29

@@ -1,15 +1,13 @@
-"""The objects of a score cache: the one class that calls its store, and the names they may have.
+"""The store below a score cache: names of objects, their checksums, and every call to the store.
 
-Every object of a cache has one of these names; what has another is not the cache's, and nothing in
-this project deletes it:
-
-    shards/<shard id>/zarr.json, <array>/zarr.json and <array>/c/0/0...
-                                          <array>: samples, key, or the id of a score
+    shards/<shard id>/table.zip            what a shard holds
+    shards/<shard id>/<spec id>.zip        its maps of one score
     datasets/<folder>-<hash>/<version>.json
-    generations/<run>/<step>.json, generations/<run>/needed-by-<run>
-    packs/<pack id>/zarr.json, <array>/zarr.json and <array>/c/<n>/0...
-                                          <array>: samples or maps
-    notices/<id>.json, claims/<id>.json
+
+An object appears under its name whole or not at all. It ends in a checksum, BLAKE3 of the cache's
+format, the object's path and its bytes; so an object that was cut short, in which a bit flipped, or
+that is another's is damage, never believed. What has another name is not the cache's, and nothing
+in this project deletes it.
 
 A local writer fills `<name>#<number>` before it takes the name; a killed one leaves that behind.
 """
@@ -18,39 +16,35 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import obstore
-from zarr.storage import ObjectStore as ZarrStore
+from blake3 import blake3
+from numpy.typing import NDArray
 
-from famt.pipeline import storage
-from famt.pipeline.sealed import CacheError, CacheFullError
+from famt.pipeline import storage, zarr_zip
+from famt.pipeline.errors import CacheError, CacheFullError
 
-_SHARD_ID = r"[0-9a-f]{32}"
+TABLE = "table"
+
+_FORMAT = 5  # up to 4 an entry was a folder of many objects
 _SPEC_ID = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{12}"
-_RUN = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 # Folders of the root, with what may lie right in them.
-_CHILDREN = {
-    "shards": _SHARD_ID,
-    "datasets": r"[A-Za-z0-9_-]+-[0-9a-f]{12}",
-    "generations": _RUN,
-    "packs": r"[0-9a-f]{32}",
-    "notices": r"[0-9a-f]{32}\.json(#\d+)?",
-    "claims": r"[0-9a-f]{32}\.json(#\d+)?",
-}
+_CHILDREN = {"shards": r"[0-9a-f]{32}", "datasets": r"[A-Za-z0-9_-]+-[0-9a-f]{12}"}
 _OBJECT = re.compile(
-    rf"shards/{_SHARD_ID}/(zarr\.json|(samples|key|{_SPEC_ID})/(zarr\.json|c(/0){{1,3}}))"
+    rf"shards/{_CHILDREN['shards']}/({TABLE}|{_SPEC_ID})\.zip"
     rf"|datasets/{_CHILDREN['datasets']}/\d{{8}}\.json"
-    rf"|generations/{_RUN}/(\d{{8,}}\.json|needed-by-{_RUN})"
-    rf"|packs/{_CHILDREN['packs']}/(zarr\.json|(samples|maps)/(zarr\.json|c/\d+(/0){{1,2}}))"
-    rf"|(notices|claims)/[0-9a-f]{{32}}\.json"
 )
+_DIGITS = 32  # of a checksum
+_BLANK = "0" * _DIGITS
+_AFTER_JSON = len('"\n}')  # bytes that follow the checksum in JSON; a zip ends with it
 
 
 @dataclass(frozen=True)
@@ -62,22 +56,12 @@ class Stored:
     modified: datetime
 
 
-def is_shard_id(name: str) -> bool:
-    """Whether a name can be a shard's."""
-    return re.fullmatch(_SHARD_ID, name) is not None
-
-
 def is_spec_id(name: str) -> bool:
     """Whether a name can be that of stored maps."""
     return re.fullmatch(_SPEC_ID, name) is not None
 
 
-def is_run(name: str) -> bool:
-    """Whether a name can be that of a training run."""
-    return re.fullmatch(_RUN, name) is not None
-
-
-class Objects:
+class Store:
     """Objects below the folder or object-store URL `url`; a local one is made if `create`.
 
     Raises:
@@ -88,26 +72,55 @@ class Objects:
         self.url = storage.normalise_url(url)
         self._store = storage.open_store(self.url, create=create)
 
-    def zarr(self) -> ZarrStore:
-        """The same objects as zarr reads them."""
-        return ZarrStore(self._store, read_only=True)
+    def get_json(self, path: str) -> dict[str, Any]:
+        """The content of a JSON object.
+
+        Raises:
+            FileNotFoundError: there is none.
+            CacheError: it is damaged.
+        """
+        return json.loads(self._get(path))
+
+    def put_json(self, path: str, content: dict[str, Any]) -> None:
+        """Put a JSON object where there is none; see `put`.
+
+        Raises:
+            AlreadyExistsError: there is one.
+        """
+        data = json.dumps({**content, "checksum": _BLANK}, indent=1).encode()
+        self.put(path, _sealed(path, data), "create")
+
+    def get_group(self, path: str) -> zarr_zip.Group:
+        """A zarr group; errors as of `get_json`."""
+        return zarr_zip.Group(self._get(path))
+
+    def put_group(self, path: str, attributes: dict[str, Any], arrays: dict[str, NDArray]) -> None:
+        """Put a zarr group; see `put`."""
+        self.put(path, _sealed(path, zarr_zip.pack(attributes, arrays, _BLANK.encode())))
+
+    def _get(self, path: str) -> bytes:
+        data = self.get(path)
+        if data != _sealed(path, data):
+            raise CacheError(
+                f"{self.url}/{path} is damaged (its checksum is wrong: it was changed, is another "
+                f"object, or another version of FAMT made this cache). {remedy(self.url, path)}"
+            )
+        return data
 
     def get(self, path: str) -> bytes:
-        """All bytes of an object.
+        """All bytes of an object, unchecked.
 
         Raises:
             FileNotFoundError: there is none.
         """
-        return bytes(obstore.get(self._store, path).bytes())
-
-    async def get_async(self, path: str) -> bytes:
-        """`get` for a caller that reads many at once."""
-        return bytes(await (await obstore.get_async(self._store, path)).bytes_async())
+        if storage.is_remote(self.url):
+            return bytes(obstore.get(self._store, path).bytes())
+        return Path(self.url, path).read_bytes()  # a third of obstore's time
 
     def put(
         self, path: str, data: bytes, mode: Literal["create", "overwrite"] = "overwrite"
     ) -> None:
-        """Put an object whole; see `storage.put`.
+        """Put an object whole, whose bytes have its checksum; see `storage.put`.
 
         Raises:
             ValueError: a name that the cache itself could not tell from a foreign one.
@@ -128,6 +141,8 @@ class Objects:
 
     def exists(self, path: str) -> bool:
         """Whether there is such an object."""
+        if not storage.is_remote(self.url):
+            return os.path.exists(f"{self.url}/{path}")
         try:
             obstore.head(self._store, path)
         except FileNotFoundError:
@@ -136,7 +151,7 @@ class Objects:
 
     def below(self, folder: str) -> Iterator[Stored]:
         """Objects of the cache anywhere below a folder; foreign ones are left out."""
-        for part in obstore.list(self._store, folder):
+        for part in obstore.list(self._store, folder, chunk_size=1000):
             for meta in part:
                 if _OBJECT.fullmatch(meta["path"]):
                     yield Stored(meta["path"], meta["size"], meta["last_modified"])
@@ -161,7 +176,7 @@ class Objects:
                     )
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete objects; for the collector, notices and claims, old versions of a manifest.
+        """Delete objects; for `gc`, and old versions of a manifest.
 
         Raises:
             ValueError: a name that can't be the cache's.
@@ -182,19 +197,14 @@ class Objects:
 
         obstore names them `<name>#<number>`, and neither lists nor deletes them.
         """
-        for folder in [] if storage.is_remote(self.url) else _CHILDREN:
-            for place, _, names in os.walk(Path(self.url, folder)):
-                for name in names:
-                    file = Path(place, name)
-                    path = file.relative_to(self.url).as_posix()
-                    final = re.sub(r"#\d+$", "", path)
-                    if final != path and _OBJECT.fullmatch(final) and not file.is_symlink():
-                        try:
-                            info = file.stat()
-                        except FileNotFoundError:  # its writer took the name
-                            continue
-                        modified = datetime.fromtimestamp(info.st_mtime, UTC)
-                        yield Stored(path, info.st_size, modified)
+        for file in [] if storage.is_remote(self.url) else Path(self.url).glob("*/*/*#*"):
+            path = file.relative_to(self.url).as_posix()
+            final, _, number = path.rpartition("#")
+            if number.isdecimal() and _OBJECT.fullmatch(final) and not file.is_symlink():
+                with contextlib.suppress(FileNotFoundError):  # its writer took the name
+                    info = file.stat()
+                    modified = datetime.fromtimestamp(info.st_mtime, UTC)
+                    yield Stored(path, info.st_size, modified)
 
     def delete_staging(self, file: Stored) -> None:
         """Delete one of `staging_files`."""
@@ -210,3 +220,24 @@ class Objects:
         listing = obstore.list_with_delimiter(self._store, folder)
         paths = [*listing["common_prefixes"], *(meta["path"] for meta in listing["objects"])]
         return [path.removeprefix(f"{folder}/") for path in paths]
+
+
+def remedy(url: str, path: str) -> str:
+    """What helps against damage in an object: to remove what it is part of."""
+    if path.startswith("datasets/"):
+        return (
+            "Remove it and run `famt score` over its folder again: shards are hashed anew, "
+            "scores are not"
+        )
+    if path.endswith(f"/{TABLE}.zip"):  # maps go by its rows
+        return f"Remove {url}/{path.rpartition('/')[0]} and run `famt score` again"
+    return f"Remove {url}/{path} and run `famt score` again"
+
+
+def _sealed(path: str, data: bytes) -> bytes:
+    """The bytes of an object with the checksum in its place, whatever is there."""
+    end = len(data) - (_AFTER_JSON if path.endswith(".json") else 0)
+    head, tail = data[: max(0, end - _DIGITS)], data[max(0, end) :]
+    digest = blake3(f"{_FORMAT} {path} ".encode())
+    digest.update(head).update(tail)
+    return head + digest.hexdigest(length=_DIGITS // 2).encode() + tail

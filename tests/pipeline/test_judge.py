@@ -9,9 +9,9 @@ import pytest
 from samples import encode, photo, photo_members, tar_bytes
 
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.index import index_shards
+from famt.pipeline.judge import judge_shards
 from famt.pipeline.precompute import precompute_shard
-from famt.pipeline.stale import look_up
+from famt.pipeline.validity import look_up
 
 
 def _tars(folder, count, damaged=False):
@@ -30,36 +30,36 @@ def _cache(tmp_path):
 
 def test_what_shards_hold_is_found_without_any_score(tmp_path):
     urls, cache = _tars(tmp_path, 3), _cache(tmp_path)
-    assert index_shards(urls, cache) == {}
+    assert judge_shards(urls, cache) == {}
     shards = look_up(urls, cache, None)
     assert shards.stale == {}
     for record in shards.records.values():
-        assert cache.summary(record.shard_id).kept == 4
-        assert [bad.key for bad in cache.summary(record.shard_id).rejected] == ["bad"]
-        assert cache.entry(record.shard_id).maps == []
+        table = cache.read_table(record.shard_id)
+        assert (table.kept, [bad.key for bad in table.rejected]) == (4, ["bad"])
+    assert [each.specs for each in cache.entries()] == [[], [], []]
 
 
 def test_the_score_job_goes_by_the_samples_that_are_there(tmp_path, spec):
     (url,), cache = _tars(tmp_path, 1), _cache(tmp_path)
-    index_shards([url], cache)
+    judge_shards([url], cache)
     (record,) = look_up([url], cache, None).records.values()
     entry = Path(cache.url) / "shards" / record.shard_id
     before = {path: path.stat().st_mtime_ns for path in entry.rglob("*") if path.is_file()}
     report = precompute_shard(url, cache, spec)
     assert (report.kept, report.quarantined, report.decoded) == (4, 1, 4)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert cache.read_maps([report.shard_id], spec)[0].shape == (4, 7, 7)
+    assert cache.read_maps(report.shard_id, spec).shape == (4, 7, 7)
     alone = _cache(tmp_path / "alone")
     precompute_shard(url, alone, spec)
     assert cache.read_table(report.shard_id).key == alone.read_table(report.shard_id).key
 
 
-def test_only_hashes_are_told_where_nothing_is_to_be_judged(tmp_path):
+def test_a_shard_of_known_content_is_only_hashed(tmp_path):
     urls, cache = _tars(tmp_path, 2), _cache(tmp_path)
-    index_shards(urls[:1], cache)
+    judge_shards(urls[:1], cache)
     Path(urls[0]).touch()
-    assert index_shards(urls[:1], cache, judge=False) == {}
-    assert index_shards(urls[1:], cache, judge=False) == {urls[1]: "its content is new"}
+    assert judge_shards(urls[:1], cache, known_only=True) == {}
+    assert judge_shards(urls[1:], cache, known_only=True) == {urls[1]: "its content is new"}
     assert set(look_up(urls, cache, None).stale) == {urls[1]}
 
 
@@ -67,7 +67,7 @@ def test_what_can_not_be_read_is_told_and_the_others_are_done(tmp_path, capsys):
     urls, cache = _tars(tmp_path, 2, damaged=True), _cache(tmp_path)
     Path(urls[0]).write_bytes(b"no tar")
     gone = str(tmp_path / "gone.tar")
-    failed = index_shards([gone, *urls], cache)
+    failed = judge_shards([gone, *urls], cache)
     assert set(failed) == {gone, urls[0]}
     assert "no image in it" in failed[urls[0]]
     assert f"damaged: {urls[1]}: " in capsys.readouterr().err
@@ -81,23 +81,23 @@ def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_pat
     chunk = struct.pack(">I", 3) + profile + struct.pack(">I", zlib.crc32(profile))
     odd = whole[:33] + chunk + whole[33:]
     (tmp_path / "0.tar").write_bytes(tar_bytes([("a.png", odd), ("b.png", b"garbage")]))
-    assert index_shards([str(tmp_path / "0.tar")], _cache(tmp_path)) == {}
+    assert judge_shards([str(tmp_path / "0.tar")], _cache(tmp_path)) == {}
     program = (
-        "from famt.pipeline.index import index_shards; from famt.pipeline.cache import ScoreCache; "
+        "from famt.pipeline.judge import judge_shards; from famt.pipeline.cache import ScoreCache; "
     )
-    program += "print(index_shards({!r}, ScoreCache({!r}, create=True)))".format(
+    program += "print(judge_shards({!r}, ScoreCache({!r}, create=True)))".format(
         [str(tmp_path / "0.tar")], str(tmp_path / "other")
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "{}\n"
     for said in (capfd.readouterr().err, done.stderr):
         assert "libpng" not in said
-        assert "looking into shards: 100%" in said
+        assert "judging shards: 100%" in said
         assert "1 of 2 images can't be used" in said
 
 
 def _index(urls, url):
-    index_shards(urls, ScoreCache(url, create=True))
+    judge_shards(urls, ScoreCache(url, create=True))
 
 
 @pytest.mark.slow

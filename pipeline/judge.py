@@ -1,8 +1,8 @@
-"""What shards hold, found out on first use: for work that needs images and no scores.
+"""Judge the images of shards on first use, for work that needs images and no scores.
 
-Each shard is hashed, and its images are judged unless the cache knows the hash. The result lies in
-the cache, where the score job and all others find it. Any number of processes may do the same work
-at once. On a cluster `jobs/precompute_freq.py` does it, and scores, on all machines.
+Each shard is hashed, and its images are judged unless the cache knows the hash. The tables go into
+the cache. Any number of processes may do the same work at once; on a cluster `famt score` does it,
+and scores, on all machines.
 """
 
 from __future__ import annotations
@@ -19,21 +19,23 @@ from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.precompute import ShardReport, index_shard, publish
-from famt.pipeline.sealed import CacheFullError
+from famt.pipeline.errors import CacheFullError
+from famt.pipeline.precompute import ShardReport, precompute_shard, publish
 from famt.pipeline.shards import passed_over_line
 
 _PUBLISH_EVERY = 10.0  # seconds; a process that is killed loses at most this much
 _MOST_THREADS = 16  # each holds a tar
 
 
-def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) -> dict[str, str]:
+def judge_shards(
+    urls: Sequence[str], cache: ScoreCache, *, known_only: bool = False
+) -> dict[str, str]:
     """Make the cache know shards as they are now, with a progress bar.
 
     Args:
         urls: normalised.
-        judge: judge images of shards whose hash the cache does not know; if not, the first such
-            shard ends the work, and the others stay unknown.
+        known_only: judge nothing; the first shard whose hash the cache does not know, or that can't
+            be read, ends the work, and the others stay unknown.
 
     Returns:
         shards (URL -> reason) that could not be read, are no tars, or stay unknown.
@@ -44,40 +46,9 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
     """
     failed: dict[str, str] = {}
     reports: dict[str, ShardReport] = {}
-    unpublished: list[ShardReport] = []
-    published = time.monotonic()
-    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    with (
-        warnings.catch_warnings(),  # threads that do so themselves would undo each other's
-        _quiet_decoders(),
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(total=len(urls), desc="looking into shards", unit="shard", mininterval=1) as bar,
-    ):
-        running = {pool.submit(index_shard, url, cache, judge=judge): url for url in urls}
-        for done in as_completed(running):
-            url = running[done]
-            try:
-                report = done.result()
-            except CancelledError:
-                continue
-            except CacheFullError:
-                _cancel(running)
-                raise
-            except (ValueError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
-                failed[url] = storage.reason(error)
-            else:
-                if report is None:
-                    failed[url] = "its content is new"
-                    _cancel(running)
-                else:
-                    reports[url] = report
-                    unpublished.append(report)
-            bar.update()
-            if time.monotonic() - published > _PUBLISH_EVERY:
-                publish(unpublished, cache)
-                unpublished.clear()
-                published = time.monotonic()
-    publish(unpublished, cache)
+    with tqdm(total=len(urls), desc="judging shards", unit="shard", mininterval=1) as bar:
+        while urls:
+            urls = _judge(urls, cache, known_only, bar, reports, failed)
     for url, report in reports.items():
         if report.damage:
             print(f"damaged: {url}: {report.damage}", file=sys.stderr)
@@ -92,6 +63,52 @@ def index_shards(urls: Sequence[str], cache: ScoreCache, *, judge: bool = True) 
     if line := passed_over_line(report.passed_over for report in reports.values()):
         print(line, file=sys.stderr)
     return failed
+
+
+def _judge(
+    urls: Sequence[str],
+    cache: ScoreCache,
+    known_only: bool,
+    bar: tqdm,
+    reports: dict[str, ShardReport],
+    failed: dict[str, str],
+) -> list[str]:
+    """Judge shards and publish them; returns those that have to be judged again, see `publish`."""
+    lost: list[str] = []
+    unpublished: list[ShardReport] = []
+    published = time.monotonic()
+    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+    with (
+        warnings.catch_warnings(),  # threads that do so themselves would undo each other's
+        _quiet_decoders(),
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        running = {
+            pool.submit(precompute_shard, url, cache, None, known_only=known_only): url
+            for url in urls
+        }
+        for done in as_completed(running):
+            url = running[done]
+            try:
+                report = done.result()
+            except CancelledError:
+                continue
+            except CacheFullError:
+                _cancel(running)
+                raise
+            except (ValueError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
+                failed[url] = storage.reason(error)
+                if known_only:
+                    _cancel(running)
+            else:
+                reports[url] = report
+                unpublished.append(report)
+            bar.update()
+            if time.monotonic() - published > _PUBLISH_EVERY:
+                lost += publish(unpublished, cache, None)
+                unpublished.clear()
+                published = time.monotonic()
+    return lost + publish(unpublished, cache, None)
 
 
 @contextmanager

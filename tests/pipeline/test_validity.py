@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.stale import look_up
+from famt.pipeline.validity import look_up
 
 
 def test_what_was_scored_and_has_not_changed_lacks_nothing(scored, spec):
@@ -20,7 +20,7 @@ def test_each_lack_is_told_from_the_others(scored, spec):
     shutil.copy(urls[0], urls[3])
     os.utime(urls[1], (1, 1))
     ids = {url: each.shard_id for url, each in scored.cache.manifests.lookup(urls).items()}
-    (Path(scored.cache.url) / "shards" / ids[urls[0]] / "zarr.json").unlink()
+    (Path(scored.cache.url) / "shards" / ids[urls[0]] / "table.zip").unlink()
     lacks = {urls[0]: "table", urls[1]: "hash", urls[3]: "record", urls[4]: "file"}
     found = look_up(urls, scored.cache, None).stale
     assert {url: each.lacks for url, each in found.items()} == lacks

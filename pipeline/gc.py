@@ -1,0 +1,162 @@
+"""Garbage collection of a score cache: the one module that deletes from it.
+
+A collection removes records of shards whose tars were deleted from a folder that still holds others
+of it; entries that no manifest names and that are old; and old staging files of killed writers.
+Only objects with names of the cache's own are deleted (`famt.pipeline.store`).
+
+**Beside jobs at work.** What a job has put but not yet named in a manifest looks like garbage, and
+a job may rely on garbage that it found. There are no locks; both act, and look afterwards:
+
+    writer:     put what is missing -> publish a record -> look: make again what is gone
+    collection: look at the names   -> delete           -> look: put back what has a name by now
+
+If the deletion comes before the writer's look, the writer makes the object again; if it comes
+later, the record is there before the collection's second look. That only old objects go saves work.
+
+**Folders out of reach.** A disk that is not mounted, a link that leads nowhere, another store's
+empty bucket of that name: a folder in which none of its recorded shards is to be seen is taken for
+out of reach, and keeps its records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+
+from famt.pipeline import storage
+from famt.pipeline.cache import Entry, ScoreCache, each_at_once
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.store import TABLE
+
+_BATCH = 100  # entries that are in memory at a time, in case they have to be put back
+_PUT = timedelta(minutes=10)  # a put takes seconds; an older staging file is a killed writer's
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Something that a collection removed, or would remove.
+
+    Attributes:
+        what: its name in the cache, or a shard's URL.
+        reason: why nothing needs it.
+        bytes: that it took.
+    """
+
+    what: str
+    reason: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Which things to collect.
+
+    Attributes:
+        older_than: leave entries that are younger, in case a job is at work on them. Of staging
+            files those of ten minutes stay whatever it is.
+        dry_run: remove nothing, only say what would go.
+        out_of_reach: filled with folder -> reason, for those whose shards could not be looked for.
+    """
+
+    older_than: timedelta = timedelta(days=7)
+    dry_run: bool = False
+    out_of_reach: dict[str, str] = field(default_factory=dict)
+
+
+def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
+    """Remove from a cache what nothing needs; yields it, all of it once the iterator ends.
+
+    Raises:
+        CacheError: the cache holds what is not its own, or a manifest is damaged; nothing more is
+            removed then.
+    """
+    cache.store.refuse_foreign()
+    now = datetime.now(UTC)
+    limit, abandoned = now - options.older_than, now - max(options.older_than, _PUT)
+    for file in cache.store.staging_files():  # first: a full disk takes no new manifest
+        if file.modified <= abandoned:
+            yield Removed(file.path, "a staging file", file.bytes)
+            if not options.dry_run:
+                cache.store.delete_staging(file)
+    gone: dict[str, dict[str, ShardRecord]] = {}
+    for folder, records in sorted(cache.manifests.folders().items()):
+        gone[folder] = _records_of_deleted(folder, records, options)
+        for name in sorted(gone[folder]):
+            yield Removed(storage.join_url(folder, name), "the tar is gone, its record goes")
+        if gone[folder] and not options.dry_run:
+            _forget(cache, folder, gone[folder])
+    named = _named(cache, gone)
+    doomed = [
+        entry
+        for entry in cache.entries()
+        if entry.shard_id not in named and entry.modified <= limit
+    ]
+    for first in range(0, len(doomed), _BATCH):
+        batch = doomed[first : first + _BATCH]
+        saved = set() if options.dry_run else _delete(cache, batch)
+        for entry in batch:
+            if entry.shard_id not in saved:
+                yield Removed(entry.shard_id, "no manifest names it", entry.bytes)
+
+
+def _delete(cache: ScoreCache, entries: Sequence[Entry]) -> set[str]:
+    """Delete entries, but for those that were named meanwhile: returns their shard ids."""
+    # The tables last, so that no maps outlive the table that they go by.
+    paths = [each.path for entry in entries for each in entry.objects]
+    paths.sort(key=lambda path: path.endswith(f"/{TABLE}.zip"))
+    read = zip(paths, each_at_once(lambda path: _bytes(cache, path), paths), strict=True)
+    held = {path: data for path, data in read if data is not None}
+    cache.store.delete(held)
+    saved = _named(cache, {}) & {entry.shard_id for entry in entries}
+    for path in reversed(held):
+        if path.split("/")[1] in saved:
+            cache.store.put(path, held[path])
+    return saved
+
+
+def _bytes(cache: ScoreCache, path: str) -> bytes | None:
+    with suppress(FileNotFoundError):  # another collection was faster
+        return cache.store.get(path)
+    return None
+
+
+def _named(cache: ScoreCache, gone: dict[str, dict[str, ShardRecord]]) -> set[str]:
+    """Ids of the shards that manifests name, but for records that are going to be forgotten."""
+    return {
+        record.shard_id
+        for folder, records in cache.manifests.folders().items()
+        for name, record in records.items()
+        if gone.get(folder, {}).get(name) != record
+    }
+
+
+def _records_of_deleted(
+    folder: str, records: dict[str, ShardRecord], options: Collection
+) -> dict[str, ShardRecord]:
+    """Records of a folder's tars that were deleted; none if the folder is out of reach."""
+    try:
+        present = storage.list_names(folder)
+    except storage.UNREACHABLE as error:
+        options.out_of_reach[folder] = storage.reason(error)
+        return {}
+    if records and present.isdisjoint(records):
+        options.out_of_reach[folder] = (
+            f"{folder} holds none of its {len(records)} shards, as if its disk were not mounted or "
+            "it were another store's"
+        )
+        return {}
+    return {name: record for name, record in records.items() if name not in present}
+
+
+def _forget(cache: ScoreCache, folder: str, gone: dict[str, ShardRecord]) -> None:
+    """Drop records of tars, unless they are back meanwhile: then nobody published them anew."""
+    cache.manifests.forget(folder, gone)
+    try:
+        present = storage.list_names(folder)
+    except storage.UNREACHABLE:
+        present = set(gone)
+    cache.manifests.publish(
+        {storage.join_url(folder, name): gone[name] for name in present & gone.keys()}
+    )
