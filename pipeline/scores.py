@@ -31,7 +31,6 @@ if TYPE_CHECKING:  # options of programs are here, and parsed before torch is im
 _CODE_VERSION = 2  # 1 decoded all images by Pillow
 _MODEL_CODE_VERSION = 1
 
-_GENERATION = "generation-"
 _MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 
 PixelScore = Callable[["Tensor", int], "Tensor"]
@@ -154,19 +153,6 @@ class ModelScoreSpec:
         if self.kind not in MODEL_KINDS:
             code = _version(named("famt.model_scores", MODEL_KINDS, self.kind))
         return {**dataclasses.asdict(self), "code_version": code}
-
-    @property
-    def id(self) -> str:
-        """Hash of all of it: `generation-<kind>-<12 hex digits>`."""
-        return f"{_GENERATION}{self.kind}-{_hash(self.describe())}"
-
-
-Spec = ScoreSpec | ModelScoreSpec
-
-
-def is_generation(spec_id: str) -> bool:
-    """Whether maps of this id were made by a model in training."""
-    return spec_id.startswith(_GENERATION)
 
 
 def encoder_digest(weights: Mapping[str, Tensor]) -> str:

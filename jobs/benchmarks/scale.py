@@ -24,6 +24,7 @@ from famt.jobs import cache as cache_command
 from famt.jobs import precompute_freq
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
+from famt.jobs.options import PrecomputeFreq
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache, ShardTable
 from famt.pipeline.manifest import ShardRecord
