@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,10 @@ class RefreshWorkers:
 class RayPretrain(Pretrain):
     """A pre-training run and the workers that it runs on."""
 
+    data: Annotated[str | None, MAIN] = None
+    """images to train on, in place of --shards and --cache: a folder, or a data set that `famt
+    shards` knows. Shards and scores of them are made in <out>/data first; without --model or
+    --recipe a model that suits them and the machine is chosen"""
     workers: Annotated[int, Ge(0), MAIN] = 0
     """ranks that Ray Train starts on the cluster; 0 trains in this process, without Ray Train"""
     gpu: bool = False
@@ -45,6 +50,21 @@ class RayPretrain(Pretrain):
     max_failures: Annotated[int, Ge(-1)] = 3
     """times that the run is started again after a worker was lost; -1 for any number"""
     refresher: RefreshWorkers = field(default_factory=RefreshWorkers)
+
+    @classmethod
+    def with_suggestions(cls, arguments: list[str]) -> list[str]:
+        """What --data stands for, before the rest, which overrides it."""
+        if "--help" in arguments:
+            return arguments
+        given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        given.add_argument("--data")
+        given.add_argument("--out", type=Path)
+        found, _ = given.parse_known_args(arguments)
+        if found.data is None or found.out is None:
+            return arguments
+        from famt.jobs.from_images import suggested
+
+        return [*suggested(found.data, found.out, arguments), *arguments]
 
 
 @dataclass(frozen=True)

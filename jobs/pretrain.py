@@ -1,5 +1,6 @@
 """Pre-train, with the job beside it that makes scores anew as the model learns.
 
+    famt pretrain --data photos --out runs/first
     famt pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
     torchrun --nproc-per-node 8 -m famt pretrain --shards ... --cache ... --out ...
     ray job submit --working-dir . -- python jobs/pretrain.py --workers 16 --gpu \\
@@ -35,13 +36,13 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from famt.jobs import failures
+from famt.jobs import failures, from_images
 from famt.jobs.cluster import start_ray
 from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.refresh_scores import following
 from famt.jobs.refresh_workers import GPU_SHARE
 from famt.pipeline.errors import UserError
-from famt.train import pretrain
+from famt.train import history, pretrain
 from famt.train.config import Pretrain
 from famt.train.program import parsed, run_program
 
@@ -57,6 +58,13 @@ def main(args: RayPretrain) -> None:
     config = Pretrain(
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
     )
+    if args.data:
+        if args.workers or "RANK" in os.environ:
+            raise UserError(
+                "--data prepares and trains in one process: make the shards by `famt shards`, and "
+                "give several ranks --shards and --cache"
+            )
+        from_images.prepare(args.data, config.out, scored=config.cached_score is not None)
     if args.workers:
         _train_on_ray(args, config)
         return
@@ -65,6 +73,8 @@ def main(args: RayPretrain) -> None:
     refreshes = config.refreshes and os.environ.get("RANK", "0") == "0"  # torchrun's main rank
     with following(config.out, beside(args)) if refreshes else nullcontext():
         pretrain.main(config)
+    if args.data and history.read(config.out).finished:
+        from_images.finish(config.out)
 
 
 def beside(args: RayPretrain) -> RefreshWorkers:

@@ -202,7 +202,7 @@ def _check_room(folder: Path, lacking: Sequence[_Staged]) -> None:
         raise OSError(
             f"{folder}: {len(lacking)} tars that are not there yet need {needed / 1e9:.1f} GB, and "
             f"{free / 1e9:.1f} GB are free; name a folder on a larger disk, or make smaller shards "
-            "(jobs/make_shards.py --encoding.max-side)"
+            "(famt shards --encoding.max-side)"
         )
 
 

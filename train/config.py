@@ -84,6 +84,11 @@ class TrainingOptions(Checked):
         given = {name: value for name, value in vars(self).items() if name in names}
         return LoaderConfig(image_size=image_size, **given)
 
+    @classmethod
+    def with_suggestions(cls, arguments: list[str]) -> list[str]:
+        """A command line with what some of its options stand for."""
+        return arguments
+
     def absolute(self) -> Self:
         """The same options with paths that hold in any working directory."""
         changes: dict[str, Any] = {}
@@ -189,6 +194,9 @@ class Pretrain(TrainingOptions):
     """encoded images held to draw from at random"""
     precision: Annotated[Literal["bf16", "fp32"], MAIN] = "fp32"
     """bf16 computes under autocast; it pays on GPUs and, for wide models, on recent CPUs"""
+    checkpoint_blocks: Annotated[bool, FREE] = False
+    """compute the blocks' insides again in the backward pass: large models in less memory, for a
+    third more time"""
     compile: Annotated[bool, FREE] = False
     """compile the model (torch.compile)"""
     device: Annotated[Literal["auto", "cpu", "cuda"], MAIN] = "auto"
@@ -400,6 +408,7 @@ def parse(
         about += f"\n\nRecipes: {', '.join(recipe.names())}\n\n--help-all shows all options."
         return tyro.cli(short, prog=called(), args=arguments, default=default, description=about)
     arguments = ["--help" if each == "--help-all" else each for each in arguments]
+    arguments = program.with_suggestions(arguments)
     return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
 
 

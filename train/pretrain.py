@@ -75,6 +75,7 @@ class Run(Training[PatchBatch]):
         )
         self.method, self.sizes = config.method, config.sizes
         self.model = METHODS[config.method](self.sizes).to(ranks.device)
+        self.model.checkpoint_blocks = config.checkpoint_blocks
         self.began_with = (
             load_initial(self.model, config.init) if config.init and not self.resumed else None
         )

@@ -59,7 +59,9 @@ class Attention(TrainingOptions):
     `ms_of_signals`, what the signals' own stage takes, tells more than the ratio where that is
     lost in the noise; `ms_of_join` is that of sampling and gathering patches. Rolling attention
     refreshes a part of each batch a step, at half the crops' side or whole, live attention looks at
-    every crop; `seen` and `errors` keep what the step itself gives, `cached` reads the cache.
+    every crop; `seen` and `errors` keep what the step itself gives, `cached` reads the cache. The
+    last line has token frequency and attention of every crop computed in the step, against a score
+    that is joined from the cache.
     """
 
     every: Annotated[int, Ge(1)] = AttentionConfig.every
@@ -79,6 +81,10 @@ class Attention(TrainingOptions):
             "errors": "--hardness.source errors",
         }
         rivals = {name: (f"{_OFF} {options}", _OFF) for name, options in signals.items()}
+        rivals["frequency and attention in the step"] = (
+            f"{_OFF} --attention.source live --attention.kind frequency_attention",
+            f"{_OFF} --frequency.source cached",
+        )
         yield from _compare("attention", self, self.rounds, rivals)
 
 

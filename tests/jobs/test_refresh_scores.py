@@ -286,7 +286,7 @@ def test_a_generation_is_never_overwritten(scored, tmp_path):
 
 def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt is neither a checkpoint nor an encoder"):
+    with pytest.raises(ValueError, match=r"other\.pt is no file of this program"):
         refresh(RefreshScores(checkpoint=tmp_path / "other.pt", out=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
         refresh(RefreshScores(checkpoint=tmp_path / "none.pt", out=tmp_path))
@@ -294,8 +294,8 @@ def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
 
 def test_a_run_of_fine_tuning_is_refused_by_name(tmp_path):
     state = Checkpoint(
-        run="run-a", step=1, schedule_start=0, epoch=0, method=CLASSIFIER, sizes={}, model={},
-        ema=None, optimizer={}, signals={}, ranks=[], config={},
+        run="run-a", step=1, epoch=0, method=CLASSIFIER, sizes={}, components={}, ranks=[],
+        config={},
     )  # fmt: skip
     checkpoint.save(tmp_path, state, keep=1)
     with pytest.raises(ValueError, match="is of fine-tuning; give the run that was pre-trained"):

@@ -47,7 +47,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(folder, pattern):
         (["index.json", "shard.00000.mds"], "", "MDS shards.*webdataset tars"),
         (["a.tar.gz"], "", "compressed: unpack"),
         (["a.tgz"], "", "compressed: unpack"),
-        (["a.jpg"], "", r"make_shards\.py --source"),
+        (["a.jpg"], "", r"famt shards --source"),
         (["a.tar"], "a.tar::{folder}/b.tar", "one by one"),
         (["a.tar"], "none-*.tar", "a folder of tars, or a pattern"),
     ],

@@ -34,7 +34,7 @@ def test_a_folder_gives_its_classes_and_images_in_order(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "a" / "moves.GIF").write_bytes(b"x")
-    classes, items, passed_over = open_source(str(tmp_path), "train")
+    classes, items, passed_over, _ = open_source(str(tmp_path), "train")
     assert classes == ["a", "b"]
     assert [(item.name, item.label) for item in items] == [("a/1.png", 0), ("b/2.jpg", 1)]
     assert items[1].load() == tmp_path / "b/2.jpg"
@@ -65,7 +65,7 @@ def test_a_torchvision_data_set_is_read_by_name(tmp_path, monkeypatch):
     meta = {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}
     monkeypatch.setattr(CIFAR10, "meta", meta)
     for split, expected, labels in (("train", pixels, [2, 0, 1]), ("val", pixels[::-1], [1, 0, 2])):
-        classes, items, _ = open_source("cifar10", split, str(tmp_path))
+        classes, items, *_ = open_source("cifar10", split, str(tmp_path))
         assert classes == ["plane", "car", "bird"]
         assert [item.label for item in items] == labels
         for item, row in zip(items, expected, strict=True):

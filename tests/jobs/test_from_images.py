@@ -1,0 +1,97 @@
+"""`famt pretrain --data`: from a folder of images to an encoder, in one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from runs import log_events
+from samples import photo
+
+from famt.jobs.from_images import Images, look_at, suggest
+from famt.jobs.options import RayPretrain
+from famt.train.config import parse
+
+RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(40):
+        path = tmp_path / "photos" / f"class-{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photo(number, 40, 48)).save(path)
+    return tmp_path / "photos"
+
+
+def test_images_are_counted_and_measured(photos):
+    (photos / "class-0" / "damaged.png").write_bytes(b"none")
+    assert look_at(str(photos)) == Images(count=41, classes=2, side=40)
+
+
+@pytest.mark.parametrize(
+    ("images", "gpu", "options"),
+    [
+        (Images(60_000, 10, 32), False, {"model": "vit_nano", "image-size": "32", "epochs": "10"}),
+        (Images(500, 0, 370), False, {"image-size": "96", "patch-size": "8", "epochs": "400"}),
+        (Images(50_000, 0, 64), True, {"model": "vit_small", "image-size": "64", "epochs": "200"}),
+        (Images(1_281_167, 1000, 400), True, {"model": "vit_base", "patch-size": "16"}),
+        (Images(6, 0, 400), False, {"batch-size": "1"}),
+    ],
+)
+def test_sizes_suit_the_images_and_models_the_machine(images, gpu, options):
+    assert options.items() <= suggest(images, gpu=gpu).items()
+
+
+def test_what_is_given_overrides_what_is_suggested(photos, capsys):
+    common = ["--data", str(photos), "--out", "run"]
+    chosen = parse([*common, "--epochs", "3"], None, RayPretrain)
+    assert (chosen.model, chosen.epochs, chosen.sizes.image_size) == ("vit_nano", 3, 32)
+    assert chosen.shards == ["run/data/shards/train-*.tar"]
+    assert chosen.monitor == []
+    assert "40 images, 2 classes, 40 px" in capsys.readouterr().err
+    named = parse([*common, "--recipe", "mae", "--model", "vit_tiny"], None, RayPretrain)
+    assert (named.model, named.epochs, named.sizes.image_size) == ("vit_tiny", 800, 224)
+    assert named.cache == "run/data/scores"
+
+
+def test_many_labelled_images_are_monitored(photos, monkeypatch):
+    monkeypatch.setattr("famt.jobs.from_images._MONITORED", 40)
+    chosen = parse(["--data", str(photos), "--out", "run"], None, RayPretrain)
+    assert chosen.monitor == ["run/data/shards/val-*.tar"]
+
+
+@pytest.mark.slow
+def test_a_folder_becomes_an_encoder_and_the_same_command_goes_on(photos, tmp_path):
+    def run(*options):
+        command = [sys.executable, "-m", "famt", "pretrain", "--data", "photos", "--out", "run"]
+        environment = {**RAY, "PYTHONPATH": str(Path(__file__).parents[2])}
+        return subprocess.run(
+            [*command, "--epochs", "3", "--batch-size", "8", *options],
+            cwd=tmp_path, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+
+    for name in ("train", "jobs", "pipeline"):  # of the user's own
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError")
+    first = run()
+    assert first.returncode == 0, first.stderr
+    encoder = timm.create_model(f"local-dir:{tmp_path / 'run' / 'encoder'}", pretrained=True)
+    assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 96)
+    again = run()
+    assert again.returncode == 0, again.stderr
+    assert len(log_events(tmp_path / "run", "finished")) >= 1
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert max(json.loads(line)["step"] for line in lines) == 15
+    several = subprocess.run(
+        [sys.executable, "-m", "famt", "pretrain", "--data", "photos", "--out", "other",
+         "--workers", "2"],
+        cwd=tmp_path, env={**RAY, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert several.returncode == 2
+    assert "famt shards" in several.stderr
