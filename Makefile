@@ -3,7 +3,7 @@ BIN := .venv/bin
 DATA ?=
 GRID ?= quick
 
-.PHONY: demo results test test-all lint format bench gpu gpu-kit clean
+.PHONY: demo results test test-all lint format bench gpu gpu-results gpu-kit clean
 
 # One environment for everything, made anew when the dependencies change.
 .venv/installed: pyproject.toml
@@ -39,6 +39,11 @@ bench: .venv/installed  ## figures beside their bounds, as JSON lines
 
 gpu: .venv/installed  ## what only a GPU can show, before a long run; a page of results in gpu.md
 	$(BIN)/famt gpu-check
+
+MINUTES ?= 8
+
+gpu-results: .venv/installed  ## four arms on one GPU, in pieces of MINUTES: docs/grids/gpu.toml
+	$(BIN)/famt results docs/grids/gpu.toml --gpus 0.25 --cpus 4 --minutes $(MINUTES)
 
 HAVE ?= have.txt
 PYTHON_THERE ?= 3.12
