@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from famt.policy import Predicted, Thrown, Visible, patch_counts
+from famt.patch_counts import Predicted, Thrown, Visible, patch_counts
 
 # Log-weights beyond those of any positive double (-745 to 710) and any Gumbel draw (-5 to 45).
 _NEVER, _ALWAYS = -1e4, 1e4

@@ -123,7 +123,7 @@ class Gc(Checked):
 
     cache: str
     """folder or object-store URL of the score cache"""
-    days: Annotated[float, Ge(0), Le(1e5)] = 7.0
+    days: Annotated[float, Ge(0), Le(1e5)] = Collection.older_than.days
     """leave what is younger: a job at work has entries that no manifest names yet"""
     dry_run: bool = False
     """only say what would go"""

@@ -17,11 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.models import PatchConfig
-from famt.pipeline.bank import MapBank
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.generation import newest_generation
 from famt.pipeline.join import PatchBatch, crop_scores, split_crops
 from famt.pipeline.loader import CropLoader
+from famt.pipeline.memory_bank import MapBank
 from famt.pipeline.model_scores import score_crops
 from famt.pipeline.options import JoinConfig, LoaderConfig
 from famt.pipeline.rolling import RollingScores, half_size

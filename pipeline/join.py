@@ -80,7 +80,7 @@ def split_crops(
 
     Args:
         crops: views on images.
-        weights: `[B, N]` of their patches; see `famt.train.signals.weights`.
+        weights: `[B, N]` of their patches; see `famt.train.signals.patch_weights`.
         sizes: of crops, patches and units.
         config: how to draw.
         generator: of the draws, on the crops' device.

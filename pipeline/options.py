@@ -25,8 +25,8 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from famt.patch_counts import Predicted, Thrown, Visible
 from famt.pipeline.errors import UserError
-from famt.policy import Predicted, Thrown, Visible
 
 Options = TypeVar("Options")
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from famt.pipeline.bank import MapBank
 from famt.pipeline.loader import CropBatch, Views
+from famt.pipeline.memory_bank import MapBank
 from famt.transfer import send
 
 EVERY = 8  # at half size an eighth of a batch costs 1 to 3 % of a step of ViT-B

@@ -25,8 +25,8 @@ from famt.pipeline import storage
 from famt.pipeline.dataset import NAME, described
 from famt.pipeline.errors import UserError
 from famt.pipeline.labels import class_names, find_label, read_labels
-from famt.pipeline.masks import decode_mask
 from famt.pipeline.options import Encoding
+from famt.pipeline.segmentation_masks import decode_mask
 from famt.pipeline.shards import IMAGE_EXTENSIONS, MASK_EXTENSION, NO_LABEL, count_endings
 
 TORCHVISION_SOURCES = ("cifar10", "cifar100", "flowers102", "food101", "stl10")

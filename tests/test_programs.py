@@ -128,7 +128,7 @@ def test_help_shows_the_options_that_matter_and_help_all_the_others(capsys, monk
         found = re.findall(r"(?m)^\W*--([a-z][a-z.-]+)", capsys.readouterr().out)
         shown[asked] = {*found} - {"help-all"}
     assert len(shown["--help"]) == 15
-    assert {"shards", "out", "model", "workers"} < shown["--help"] < shown["--help-all"]
+    assert {"data", "shards", "out", "model", "workers"} < shown["--help"] < shown["--help-all"]
     assert "join.mask-ratio" in shown["--help-all"]
 
 

@@ -16,6 +16,7 @@ from annotated_types import Ge, Gt, Lt
 from famt.__main__ import called
 from famt.methods import METHODS
 from famt.models import MODELS, Decoder, ModelConfig
+from famt.patch_counts import patch_counts
 from famt.pipeline import storage
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import (
@@ -34,7 +35,6 @@ from famt.pipeline.options import (
     restored,
 )
 from famt.pipeline.scores import ScoreSpec
-from famt.policy import patch_counts
 from famt.train import recipe
 from famt.train.signals.config import (
     AttentionConfig,
@@ -171,7 +171,7 @@ class Pretrain(TrainingOptions):
     """passes over the data"""
     batch_size: Annotated[int, Ge(1), ELASTIC, MAIN] = 64
     """crops a step on each rank"""
-    crops_per_image: Annotated[int, Ge(1), ELASTIC, MAIN] = 1
+    crops_per_image: Annotated[int, Ge(1), ELASTIC] = 1
     """crops of each image in a batch (repeated augmentation): an image is decoded once for all of
     them. An epoch is one decode of each image and has as many times the steps, so 800 epochs of 1
     crop are 200 of 4"""

@@ -34,7 +34,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import SampleTable, load_samples
 from famt.train.distributed import join_ranks
-from famt.train.evaluate.trunk import Images, default_centre
+from famt.train.evaluate.features import Images, default_centre
 from famt.train.initial import build_initial_encoder
 from famt.train.options import Embed
 from famt.train.program import parsed, run_program

@@ -46,8 +46,8 @@ from famt.train.signals.attention import Live
 from famt.train.signals.banked import Banked
 from famt.train.signals.cached import Cached
 from famt.train.signals.config import AttentionConfig
+from famt.train.signals.patch_weights import Weighed, build_signal, weigh_crops
 from famt.train.signals.signal import Context, Signal
-from famt.train.signals.weights import Weighed, build_signal, weigh_crops
 
 
 @torch.inference_mode()

@@ -57,7 +57,7 @@ class Basis:
 @dataclass(frozen=True)
 class Found:
     """What an evaluator, or the monitor, found of the encoder at a step; `options` are those of
-    `famt.train.evaluate.trunk.Evaluation.told`."""
+    `famt.train.evaluate.features.Evaluation.told`."""
 
     step: int
     epoch: float

@@ -182,7 +182,7 @@ def log_evaluation(
         weights: which of the checkpoint's: trained, ema or untrained.
         values: what it found; numbers become curves `<name>/<value>`, those of other weights than
             the trained ones `<name>_<weights>/<value>`.
-        options: what else they depend on; see `famt.train.evaluate.trunk.Evaluation.told`.
+        options: what else they depend on; see `famt.train.evaluate.features.Evaluation.told`.
     """
     told = {"evaluator": name, "weights": weights, "options": options}
     write_event(folder, step, "evaluation", **told, **values)

@@ -24,6 +24,7 @@ from torch import Tensor
 from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
+from famt.patch_counts import patch_counts
 from famt.patches import normalise
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.join import PatchBatch
@@ -31,7 +32,6 @@ from famt.pipeline.loader import CropBatch, own_share
 from famt.pipeline.options import JoinConfig
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import load_maps, load_samples
-from famt.policy import patch_counts
 from famt.train import figures
 from famt.train.checkpoint import Component
 from famt.train.config import Pretrain
@@ -42,10 +42,10 @@ from famt.train.initial import load_initial
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
 from famt.train.program import parsed, run_program
+from famt.train.signals.patch_weights import Weighed, build_signals, weigh_crops
 from famt.train.signals.refresh_folder import RefreshFolder
 from famt.train.signals.refreshed import RefreshedMaps, lost_generations
 from famt.train.signals.signal import Context, Signal, Step
-from famt.train.signals.weights import Weighed, build_signals, weigh_crops
 from famt.train.streams import Stop
 
 

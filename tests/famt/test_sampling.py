@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famt.policy import patch_counts
+from famt.patch_counts import patch_counts
 from famt.sampling import PatchSplit, loss_weights, patch_weights, predict_some, sample_patches
 
 

@@ -45,7 +45,7 @@ def test_the_flops_of_a_step_are_those_of_its_matrix_products_attention_among_th
         ("precompute", {"rounds": 1, "images": 10}, 3),
         ("loader", {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1}, 4),
         ("step", {**TINY, "rounds": 1}, 5),
-        ("attention", {**TINY, "rounds": 1}, 6),
+        ("attention", {**TINY, "rounds": 1}, 7),
         ("refresh", {**TINY, "rounds": 1}, 2),
         ("runs", {**TINY, "steps": 2}, 3),
     ],

@@ -8,7 +8,7 @@ import runpy
 import signal
 import sys
 
-from famt.train.evaluate.trunk import Images
+from famt.train.evaluate.features import Images
 
 number, module, *arguments = sys.argv[1:]
 crops, begun = Images.crops, []

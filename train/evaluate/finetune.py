@@ -21,9 +21,9 @@ from famt.patches import normalise_images
 from famt.pipeline.loader import CropBatch
 from famt.train.checkpoint import CLASSIFIER
 from famt.train.distributed import data_parallel
-from famt.train.evaluate.mixing import Mixed, Mixer
+from famt.train.evaluate.augmentation import Mixed, Mixer
+from famt.train.evaluate.features import Images, Value, require_labels, standard_error
 from famt.train.evaluate.options import Finetune
-from famt.train.evaluate.trunk import Images, Value, require_labels, standard_error
 from famt.train.files import own_folder
 from famt.train.log import log_evaluation
 from famt.train.loop import Training

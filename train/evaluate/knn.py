@@ -9,8 +9,15 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from famt.train.evaluate.features import (
+    Features,
+    Images,
+    Value,
+    require_labels,
+    standard_error,
+    top1,
+)
 from famt.train.evaluate.options import Knn
-from famt.train.evaluate.trunk import Features, Images, Value, require_labels, standard_error, top1
 
 _QUERIES, _KEYS = 4096, 65536  # similarities of so many images are in memory at a time: 1 GB
 

@@ -14,10 +14,10 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.stage import stage_shards
 from famt.pipeline.table import load_samples
 from famt.train.distributed import Ranks
+from famt.train.evaluate.features import Features, Images, default_centre, require_labels, top1
 from famt.train.evaluate.knn import predict
 from famt.train.evaluate.options import Probe
 from famt.train.evaluate.probe import Setting, fit, part
-from famt.train.evaluate.trunk import Features, Images, default_centre, require_labels, top1
 from famt.train.log import Log
 from famt.train.streams import Stop, Stopped
 

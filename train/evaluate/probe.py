@@ -20,8 +20,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from famt.pipeline.errors import UserError
+from famt.train.evaluate.features import (
+    Features,
+    Images,
+    Value,
+    require_labels,
+    standard_error,
+    top1,
+)
 from famt.train.evaluate.options import Pooling, Probe
-from famt.train.evaluate.trunk import Features, Images, Value, require_labels, standard_error, top1
 
 
 @dataclass(frozen=True)

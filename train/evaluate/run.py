@@ -13,13 +13,13 @@ from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
+from famt.train.evaluate.check_splits import check_pair
+from famt.train.evaluate.features import Evaluator, Value, open_images
 from famt.train.evaluate.finetune import finetune
 from famt.train.evaluate.knn import knn
 from famt.train.evaluate.options import Evaluation, Finetune, Knn, Probe, Segment
-from famt.train.evaluate.pair import check_pair
 from famt.train.evaluate.probe import probe
 from famt.train.evaluate.segment import segment
-from famt.train.evaluate.trunk import Evaluator, Value, open_images
 from famt.train.initial import build_initial_encoder
 from famt.train.log import evaluation_table, log_evaluation, rounded
 

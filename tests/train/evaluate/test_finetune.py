@@ -17,11 +17,11 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.train import checkpoint
 from famt.train.distributed import Ranks
+from famt.train.evaluate.features import Images, open_images
 from famt.train.evaluate.finetune import Finetuning
 from famt.train.evaluate.options import Finetune, FinetuneOptimiser, Mixing
 from famt.train.evaluate.run import open_encoder
 from famt.train.evaluate.run import run as evaluate
-from famt.train.evaluate.trunk import Images, open_images
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)

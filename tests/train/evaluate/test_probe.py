@@ -4,10 +4,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from famt.train.evaluate.features import Features
 from famt.train.evaluate.options import Probe
 from famt.train.evaluate.probe import Setting, attentive_pool, choose, fit, part, score
 from famt.train.evaluate.run import run as evaluate
-from famt.train.evaluate.trunk import Features
 
 CPU = torch.device("cpu")
 

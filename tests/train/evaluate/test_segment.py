@@ -5,14 +5,14 @@ from samples import encode, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline.masks import IGNORED, crop_masks, read_masks
 from famt.pipeline.options import RandomView, WholeView
+from famt.pipeline.segmentation_masks import IGNORED, crop_masks, read_masks
 from famt.train.distributed import Ranks
 from famt.train.evaluate import segment as module
+from famt.train.evaluate.features import open_images
 from famt.train.evaluate.options import Segment
 from famt.train.evaluate.run import run as evaluate
 from famt.train.evaluate.segment import segment
-from famt.train.evaluate.trunk import open_images
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 

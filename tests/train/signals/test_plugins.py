@@ -18,7 +18,7 @@ from famt.pipeline import scores
 from famt.pipeline.model_scores import model_scores
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run, main
-from famt.train.signals import weights
+from famt.train.signals import patch_weights
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -75,7 +75,7 @@ def test_a_run_masks_by_token_salience(salience, config):
 
 def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, config):
     added = _installed("green_noise", monkeypatch)["famt.signals"]
-    monkeypatch.setattr(weights, "_added", lambda: added)
+    monkeypatch.setattr(patch_weights, "_added", lambda: added)
     frequency, attention = FrequencyConfig("green-noise"), AttentionConfig("off")
     config = dataclasses.replace(config, frequency=frequency, attention=attention)
     with join_ranks("cpu") as ranks:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from famt.train.evaluate.mixing import Mixer
+from famt.train.evaluate.augmentation import Mixer
 from famt.train.evaluate.options import Mixing
 
 PLAIN = {"randaugment": "", "mixup": 0, "cutmix": 0, "label_smoothing": 0}

@@ -2,8 +2,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from famt.pipeline.bank import MapBank
 from famt.pipeline.loader import CropBatch
+from famt.pipeline.memory_bank import MapBank
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
 NO_FLIP = torch.tensor([False])

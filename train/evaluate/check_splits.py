@@ -8,7 +8,7 @@ from itertools import zip_longest
 from famt.pipeline import storage
 from famt.pipeline.dataset import NAME, described
 from famt.pipeline.errors import UserError
-from famt.train.evaluate.trunk import Images
+from famt.train.evaluate.features import Images
 
 
 def check_pair(train: Images, val: Images) -> None:
