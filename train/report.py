@@ -154,7 +154,7 @@ def write(
         bases=list(dict.fromkeys((each.kind, each.basis.text) for each in columns)),
         header=["runs", "seeds", "epochs", cost_title, "loss", *(each.title for each in columns)],
         rows=[*(_row(group, columns, scale) for group in groups), *filter(None, floors)],
-        few=min(group.seeds for group in groups) < 3,
+        few=sum(len(group.runs) for group in groups) > 1 and min(each.seeds for each in groups) < 3,
         time=_time(groups),
         options=_differences(groups) if len(groups) > 1 else _changed(groups[0]),
         masks=[
