@@ -6,6 +6,7 @@ import runpy
 import signal
 import sys
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pkgutil import resolve_name
 
 
@@ -52,6 +53,7 @@ COMMANDS = {
     "refresh": Command("jobs.refresh_scores", f"{_JOBS}:RefreshScores",
         "scores by a model: beside a run elsewhere, or once"),
     "cache": Command("jobs.cache", "", "list, check and clean a score cache"),
+    "recipes": Command("train.recipe", f"{_TRAIN}:Recipes", "what can be trained, and its options"),
     "results": Command("jobs.results", f"{_JOBS}:Results",
         "train and compare a declared grid of runs"),
     "benchmark": Command("jobs.benchmark", "", "speed of each part, beside its bound"),
@@ -66,6 +68,8 @@ Pre-train vision transformers by masked image modelling, with patches masked and
 frequency content and the model's own attention.
 
 {commands}
+
+  famt pretrain --data photos --out runs/first              from images to an encoder, or by steps:
 
   famt shards --source photos --out shards
   famt score --shards shards --cache scores
@@ -94,7 +98,9 @@ def main() -> None:
         print(_USAGE.format(commands=commands))
         return
     if word not in COMMANDS:
-        print(f"error: no command {word!r}; `famt --help` lists them", file=sys.stderr)
+        alike = get_close_matches(word, COMMANDS, 1)
+        meant = f", did you mean {alike[0]}?" if alike else ""
+        print(f"error: no command {word!r}{meant or ';'} `famt --help` lists them", file=sys.stderr)
         sys.exit(2)
     try:
         if COMMANDS[word].options:

@@ -13,6 +13,7 @@ import pytest
 import tyro
 from annotated_types import Ge, Gt, Le, Lt
 
+import famt.__main__
 from famt.__main__ import COMMANDS
 from famt.jobs.benchmark import BENCHMARKS
 from famt.jobs.cache import Command
@@ -172,3 +173,16 @@ def _required(kind):
             name = [] if positional else [f"--{field.name.replace('_', '-')}"]
             given += [*name, str(values[0]) if is_choice else "nothing"]
     return given
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"), [("pretain", ", did you mean pretrain?"), ("zzz", "; `famt --help`")]
+)
+def test_a_word_that_is_no_command_is_refused_with_the_one_that_is_like_it(
+    word, hint, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", ["famt", word])
+    with pytest.raises(SystemExit) as ended:
+        famt.__main__.main()
+    assert ended.value.code == 2
+    assert f"no command '{word}'{hint}" in capsys.readouterr().err

@@ -81,3 +81,11 @@ class Report:
     """folders of runs"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """page to write"""
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """Which recipe to show."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """one of them, or the path of a file of your own; all in a line each if left out"""

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from famt.pipeline.errors import UserError
+from famt.train.options import Recipes
 
 DEFAULT = "famt"
 """The recipe of a run that names none."""
@@ -45,6 +46,14 @@ class Recipe:
     commands: str
     cost: str
     result: str
+
+
+def main(args: Recipes) -> None:
+    """Print a line for each recipe, or the file of one."""
+    if args.name is None:
+        print(overview())
+    else:
+        print(load(args.name).path.read_text(encoding="utf-8"), end="")
 
 
 def names() -> list[str]:

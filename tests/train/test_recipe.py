@@ -1,6 +1,7 @@
 import dataclasses
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from famt.pipeline.options import FREE, JoinConfig, annotated
 from famt.train import recipe
 from famt.train.config import Pretrain, parse
 from famt.train.evaluate.run import EVALUATORS
-from famt.train.options import Export
+from famt.train.options import Export, Recipes
 from famt.train.program import run_program
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
@@ -247,3 +248,10 @@ def test_options_differ_where_a_run_has_other_than_the_defaults_and_new_ones_do_
         assert {name: value for name, value, _ in run.differing()} == {
             **on, "epochs": 3, "attention.source": "seen"
         }  # fmt: skip
+
+
+def test_recipes_are_listed_and_shown(capsys):
+    recipe.main(Recipes())
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == recipe.names()
+    recipe.main(Recipes("uniform"))
+    assert tomllib.loads(capsys.readouterr().out)["about"] == recipe.load("uniform").about
