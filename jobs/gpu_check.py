@@ -42,7 +42,7 @@ from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.refresh import Refresh
 from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.step import Attention, Step
-from famt.jobs.benchmarks.training import TrainingOptions, open_run, take_steps
+from famt.jobs.benchmarks.training import BenchmarkOptions, open_run, take_steps
 from famt.models import MODELS
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import Checked
@@ -209,7 +209,7 @@ def _sync_debug(device: str) -> Iterator[None]:
 @contextmanager
 def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
     """A run with the cached score and rolling attention."""
-    options = TrainingOptions(
+    options = BenchmarkOptions(
         model=check.model, batch_size=check.batch_size, precision="bf16", device=check.device
     )
     with measure.scored(urls) as (_, cache):

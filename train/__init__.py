@@ -1,1 +1,1 @@
-"""The training programs: pre-training, the linear probe, figures."""
+"""Training: pre-training and its signals, evaluations, export, reports."""

@@ -12,14 +12,14 @@ from annotated_types import Ge
 
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
-from famt.jobs.benchmarks.training import TrainingOptions, open_steps
+from famt.jobs.benchmarks.training import BenchmarkOptions, open_steps
 from famt.pipeline.model_scores import model_maps
 from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 
 
 @dataclass(frozen=True)
-class Refresh(TrainingOptions):
+class Refresh(BenchmarkOptions):
     """Images/s of scoring shards with an encoder, beside its bare forward; its cost in epochs.
 
     The bound gives the same scores of tensors that are ready in memory. `--batch-size` is that of

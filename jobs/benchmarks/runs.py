@@ -12,12 +12,12 @@ from annotated_types import Ge
 
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
-from famt.jobs.benchmarks.training import TrainingOptions, open_run, take_steps
+from famt.jobs.benchmarks.training import BenchmarkOptions, open_run, take_steps
 from famt.train.config import Pretrain
 
 
 @dataclass(frozen=True)
-class Runs(TrainingOptions):
+class Runs(BenchmarkOptions):
     """Crops/s of trainings by recipe, beside the first recipe's, and what they wait for.
 
     Each recipe trains as `famt pretrain` does, the next batch ahead in a GPU's side stream. Its

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import (
 
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
-from famt.jobs.benchmarks.training import Steps, TrainingOptions, open_steps
+from famt.jobs.benchmarks.training import BenchmarkOptions, Steps, open_steps
 from famt.models import MODELS
 from famt.train.signals.config import AttentionConfig
 
@@ -27,7 +27,7 @@ _OFF = "--recipe famt --frequency.source off --attention.source off"
 
 
 @dataclass(frozen=True)
-class Step(TrainingOptions):
+class Step(BenchmarkOptions):
     """Time, FLOPs and, on a GPU, memory of FAMT's training steps, beside this code's plain ones.
 
     A step is the training's own, on one batch of crops: signals, sampling, forward, backward and
@@ -53,7 +53,7 @@ class Step(TrainingOptions):
 
 
 @dataclass(frozen=True)
-class Attention(TrainingOptions):
+class Attention(BenchmarkOptions):
     """Time of whole FAMT steps with a signal, beside those without.
 
     `ms_of_signals`, what the signals' own stage takes, tells more than the ratio where that is
@@ -89,7 +89,7 @@ class Attention(TrainingOptions):
 
 
 def _compare(
-    benchmark: str, options: TrainingOptions, rounds: int, rivals: dict[str, tuple[str, str]]
+    benchmark: str, options: BenchmarkOptions, rounds: int, rivals: dict[str, tuple[str, str]]
 ) -> Iterator[Report]:
     """A line for each rival, by the options of its run and of the one that bounds it."""
     torch.set_num_threads(options.threads)

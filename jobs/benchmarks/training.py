@@ -24,7 +24,7 @@ from famt.train.pretrain import Run
 
 
 @dataclass(frozen=True)
-class TrainingOptions(Checked):
+class BenchmarkOptions(Checked):
     """Options of the benchmarks that train."""
 
     shards: list[str] = field(default_factory=list)

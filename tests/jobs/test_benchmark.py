@@ -11,7 +11,7 @@ from famt.jobs.benchmark import BENCHMARKS, parse
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.measure import seconds
 from famt.jobs.benchmarks.step import Step, count_flops
-from famt.jobs.benchmarks.training import TrainingOptions, open_steps
+from famt.jobs.benchmarks.training import BenchmarkOptions, open_steps
 
 TINY = {"model": "vit_nano", "batch_size": 8, "threads": 1}
 
@@ -29,7 +29,7 @@ def test_rivals_take_turns_and_the_first_round_does_not_count():
 
 
 def test_the_flops_of_a_step_are_those_of_its_matrix_products_attention_among_them(scored):
-    config = TrainingOptions(**TINY).config(scored.shards, scored.cache.url, "--recipe mae")
+    config = BenchmarkOptions(**TINY).config(scored.shards, scored.cache.url, "--recipe mae")
     with open_steps(config) as steps:
         found = count_flops(steps)
         with sdpa_kernel(SDPBackend.MATH):  # attention as products, which torch counts by itself
