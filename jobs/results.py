@@ -35,7 +35,7 @@ from famt.jobs.grid import Grid, Training, load
 from famt.jobs.options import Results
 from famt.jobs.tables import GridResult, RowResult, table
 from famt.pipeline.errors import UserError
-from famt.train import report
+from famt.train import history, report
 from famt.train.files import written_whole
 from famt.train.program import parsed, run_program
 
@@ -184,8 +184,12 @@ def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training
     text = table(result)
     (grid.out / "results.md").write_text(text)
     result.write(grid.out / "results.json.gz")
-    runs = {each.name: each.runs for each in results if each.logs}
-    if grid.reference in runs:
+    # From the folders: pictures are not in the record.
+    runs = {
+        name: [history.read(each.folder) for each in done if not each.left()]
+        for name, done in rows.items()
+    }
+    if runs.get(grid.reference):
         steps = runs[grid.reference][0].total_steps
         groups = [
             report.Group(each.name, runs[each.name], (each.cost or 0.0) / steps)
