@@ -119,16 +119,26 @@ def prepare(data: str, out: Path, *, scored: bool) -> None:
     """Make the shards and scores of a run in `out` that are not there yet.
 
     Raises:
-        UserError: images of another source are there, or more are damaged than may be.
+        UserError: shards of another source are there, or some could not be scored.
     """
     folder = _folder(out)
     shards = folder / "shards"
+    making = shards / "making"  # there while shards are written: what it lies beside is ours
+    if making.exists():
+        for half_made in (*shards.glob("*.tar"), *shards.glob("dataset.json")):
+            half_made.unlink()
     known = ((described(str(shards)) or {}).get("splits") or {}).get("train")
     if known is None:
-        for half_made in shards.glob("*.tar"):
-            half_made.unlink()
+        if any(shards.glob("*.tar")):
+            raise UserError(
+                f"{shards} holds tars that --data did not make: give another --out, or train on "
+                "them by --shards and --cache"
+            )
+        shards.mkdir(parents=True, exist_ok=True)
+        making.touch()
         held_out = _HELD_OUT if look_at(data).can_be_monitored else 0.0
         make_shards.main(MakeShards(source=data, out=str(shards), holdout=held_out))
+        making.unlink()
     elif known["source"] != data:
         raise UserError(
             f"{shards} holds the images of {known['source']}; give another --out for {data}"

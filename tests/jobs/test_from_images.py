@@ -13,8 +13,9 @@ from PIL import Image
 from runs import log_events
 from samples import photo
 
-from famt.jobs.from_images import Images, look_at, suggest
+from famt.jobs.from_images import Images, look_at, prepare, suggest
 from famt.jobs.options import RayPretrain
+from famt.pipeline.errors import UserError
 from famt.train.config import parse
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
@@ -64,6 +65,24 @@ def test_many_labelled_images_are_monitored(photos, monkeypatch):
     monkeypatch.setattr("famt.jobs.from_images._MONITORED", 40)
     chosen = parse(["--data", str(photos), "--out", "run"], None, RayPretrain)
     assert chosen.monitor == ["run/data/shards/val-*.tar"]
+
+
+def test_tars_of_others_are_never_removed_and_half_made_ones_are_made_again(photos, tmp_path):
+    shards = tmp_path / "run" / "data" / "shards"
+    shards.mkdir(parents=True)
+    (shards / "train-000000.tar").write_bytes(b"theirs")
+    with pytest.raises(UserError, match="holds tars that --data did not make"):
+        prepare(str(photos), tmp_path / "run", scored=False)
+    assert (shards / "train-000000.tar").read_bytes() == b"theirs"
+    (shards / "making").touch()  # as a killed start leaves it
+    prepare(str(photos), tmp_path / "run", scored=False)
+    made = (shards / "train-000000.tar").read_bytes()
+    assert len(made) > 10_000
+    assert not (shards / "making").exists()
+    prepare(str(photos), tmp_path / "run", scored=False)
+    assert (shards / "train-000000.tar").read_bytes() == made
+    with pytest.raises(UserError, match=r"holds the images of .*photos; give another --out"):
+        prepare("digits", tmp_path / "run", scored=False)
 
 
 @pytest.mark.slow
