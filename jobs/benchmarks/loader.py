@@ -131,7 +131,8 @@ class Loader(Checked):
         last = transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
         augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
         samples = webdataset.WebDataset(urls, resampled=True, shardshuffle=False, empty_check=False)
-        samples = samples.shuffle(1000).decode("pilrgb").to_tuple("jpg").map_tuple(augment)
+        samples = samples.shuffle(1000).decode("pilrgb").to_tuple("jpg;jpeg;png;webp")
+        samples = samples.map_tuple(augment)
         loader: DataLoader[torch.Tensor] = DataLoader(
             samples,
             self.batch_size,
