@@ -103,7 +103,7 @@ def _task(function, results: Results):  # type: ignore[no-untyped-def]  # as Ray
             raise UserError(lack)
         print(f"{lack} yet: the runs wait for one that joins the cluster", file=sys.stderr)
     # A lost machine's runs go on elsewhere, from their checkpoints.
-    return ray.remote(function).options(
+    return ray.remote(max_calls=1)(function).options(  # a worker keeps what memory a call took
         num_cpus=results.cpus, num_gpus=results.gpus, max_retries=-1
     )
 
