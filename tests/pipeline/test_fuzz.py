@@ -136,12 +136,13 @@ def test_images_that_are_kept_decode_in_dali_and_have_their_maps_on_their_crops(
     kept = Counter(key.rpartition(" ")[0] for key in keys)
     off, strange = defaultdict(list), defaultdict(list)
     for crops in _epoch(table, WholeView(), SPEC.size):
-        for row, seen in zip(crops.rows.tolist(), SPEC.score(crops.images), strict=True):
+        scores = SPEC.score(crops.images)
+        for row, pixels, seen in zip(crops.rows.tolist(), crops.images, scores, strict=True):
             stored = maps[row].float()
             kind = keys[row].rpartition(" ")[0]
             is_other = not kind.startswith("JPEG ") and _correlation(stored, seen) < 0.8
-            if is_other or _is_turned(stored, seen):
-                off[keys[row].rpartition(" ")[0]].append(keys[row])
+            if _is_turned(stored, seen) or (is_other and not _is_of(files[keys[row]], pixels)):
+                off[kind].append(keys[row])
     for crops in _epoch(table, RandomView(area=(0.05, 1.0)), 32):
         rows = zip(crops.rows.tolist(), crops.images, crops.windows, crops.flips, strict=True)
         for row, pixels, window, flip in rows:
@@ -169,6 +170,12 @@ def _correlation(stored: torch.Tensor, seen: torch.Tensor) -> float:
     """1 where either is the same everywhere."""
     pair = torch.stack([stored, seen]).flatten(1)
     return float(torch.corrcoef(pair)[0, 1]) if (pair.std(1) > 0.01).all() else 1.0
+
+
+def _is_of(data: bytes, pixels: torch.Tensor) -> bool:
+    """Whether the pixels that were scored are DALI's, but for how each enlarges a few pixels."""
+    scored = decode(data, SPEC.size).astype(float)
+    return bool(np.abs(scored - pixels.numpy()).mean() < 2)
 
 
 def _is_turned(stored: torch.Tensor, seen: torch.Tensor) -> bool:
