@@ -18,7 +18,8 @@ from tqdm import tqdm
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.options import Encoding
-from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.writer import Item, write_shards
 

@@ -28,7 +28,8 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.decode import decode
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig, RandomView, WholeView
-from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.table import load_maps, load_samples
 

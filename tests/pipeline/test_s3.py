@@ -29,7 +29,8 @@ from famt.pipeline.errors import CacheError
 from famt.pipeline.gc import Collection, collect
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
-from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import publish
 from famt.pipeline.table import load_maps, load_samples
 from famt.pipeline.validity import look_up
 from famt.train.checkpoint import load
