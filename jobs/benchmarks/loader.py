@@ -26,7 +26,8 @@ from famt.jobs.benchmarks.measure import Report
 from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
 from famt.pipeline.join import crop_scores, split_crops
-from famt.pipeline.loader import CropLoader, own_cores
+from famt.pipeline.limits import own_cores
+from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import Checked, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.table import SampleTable, load_maps, load_samples
