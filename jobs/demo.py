@@ -25,8 +25,8 @@ from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RefreshWorkers
 from famt.jobs.refresh_scores import following
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.options import RandomView
-from famt.pipeline.table import load_samples
 from famt.pipeline.writer import DIGITS
 from famt.train import figures, pretrain, report
 from famt.train.config import Pretrain, parse

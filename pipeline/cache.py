@@ -12,7 +12,7 @@
 
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an object
 never changes, and whoever writes it writes the same bytes (machines that round otherwise write
-others, as good). It is put whole, with a checksum (`famt.pipeline.store`). Nothing here deletes;
+others, as good). It is put whole, with a checksum (see `cache_store`). Nothing here deletes;
 `famt.pipeline.gc` does.
 """
 
@@ -28,11 +28,11 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from famt.pipeline.cache_store import TABLE, CacheStore, Stored, is_spec_id
 from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.manifest import Manifests
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import Rejected
-from famt.pipeline.store import TABLE, Store, Stored, is_spec_id
 from famt.pipeline.zarr_zip import Group
 
 _THREADS = 32
@@ -124,7 +124,7 @@ class ScoreCache:
         if not url:
             raise UserError("the score cache has no name; give a folder or URL as --cache")
         try:
-            self.store = Store(url, create=create)
+            self.store = CacheStore(url, create=create)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{url}: no score cache there; is it spelled right? One is made with "

@@ -22,9 +22,9 @@ from nvidia.dali.tensors import TensorListCPU
 from torch import Tensor
 
 from famt.pipeline import storage
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.limits import allow_open_files, own_cores
 from famt.pipeline.options import CentreView, LoaderConfig, RandomView, View
-from famt.pipeline.table import SampleTable
 
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 

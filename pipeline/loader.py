@@ -22,9 +22,9 @@ from torch.utils.dlpack import from_dlpack
 
 from famt.pipeline import storage
 from famt.pipeline.dali_graphs import build_pipeline, crop_graph, rows_of
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.options import LoaderConfig
-from famt.pipeline.table import SampleTable
 from famt.transfer import send
 
 _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new attempt to read from a store that failed

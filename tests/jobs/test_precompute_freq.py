@@ -16,12 +16,12 @@ from samples import photo_members, tar_bytes
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.gc import Collection, collect
 from famt.pipeline.precompute import precompute_shard, score_shard
 from famt.pipeline.publish import publish
 from famt.pipeline.shards import Rejected, content_id
-from famt.pipeline.table import load_maps, load_samples
 
 ROOT = Path(__file__).parents[2]
 

@@ -25,13 +25,13 @@ from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.gc import Collection, collect
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
 from famt.pipeline.precompute import precompute_shard
 from famt.pipeline.publish import publish
-from famt.pipeline.table import load_maps, load_samples
 from famt.pipeline.validity import look_up
 from famt.train.checkpoint import load
 from famt.train.pretrain import Pretrain

@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from famt.pipeline.join import crop_scores
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropLoader
+from famt.pipeline.masking import crop_scores
 from famt.pipeline.options import JoinConfig, LoaderConfig, RandomView
-from famt.pipeline.table import load_maps, load_samples
 from famt.train import checkpoint, figures
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
