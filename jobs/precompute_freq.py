@@ -34,12 +34,14 @@ from tqdm import tqdm
 from famt.jobs.cluster import failure, start_ray
 from famt.jobs.options import PrecomputeFreq, seconds
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, each_at_once
+from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError, UserError
+from famt.pipeline.patterns import expand_shards
 from famt.pipeline.precompute import ShardReport, precompute_shard
 from famt.pipeline.publish import Publisher
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import passed_over_line
+from famt.pipeline.storage import each_at_once
 from famt.pipeline.validity import look_up
 from famt.train.program import parsed, run_program
 
@@ -68,7 +70,7 @@ def main(args: PrecomputeFreq) -> int:
 
 
 def _run_once(args: PrecomputeFreq) -> int:
-    urls = storage.expand(args.shards)
+    urls = expand_shards(args.shards)
     cache = _cache_apart(args.cache, urls)
     todo = urls if args.retry_bad else list(look_up(urls, cache, args.spec).stale)
     print(

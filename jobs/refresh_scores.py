@@ -47,6 +47,7 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import SampleTable, load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.generation import generation_path, write_generation
+from famt.pipeline.patterns import expand_shards
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from famt.train.checkpoint import Encoder, load_encoder
 from famt.train.files import written_whole
@@ -214,7 +215,7 @@ def _refresh(
     # Just the run's own tars, in its order: others may have come into its folders meanwhile.
     urls = encoder.urls
     if args.shards or urls is None:
-        urls = storage.expand(args.shards or run["shards"])
+        urls = expand_shards(args.shards or run["shards"])
     digest = encoder_digest(encoder.weights)
     specs = [
         ModelScoreSpec(

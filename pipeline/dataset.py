@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, each_at_once
+from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset_json import require_one_split
 from famt.pipeline.errors import CacheError
 from famt.pipeline.judge import judge_shards
 from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.patterns import expand_shards
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import write_dali_index
+from famt.pipeline.storage import each_at_once
 from famt.pipeline.validity import Shards, look_up
 
 
@@ -121,7 +122,7 @@ def load_samples(
     """What shards hold, by the cache; what it does not know of them is found out and put there.
 
     Args:
-        patterns: shards; see `storage.expand`.
+        patterns: shards; see `expand_shards`.
         cache: where their tables are.
         spec: see `require_shards`.
 
@@ -131,7 +132,7 @@ def load_samples(
         UserError: see `famt.pipeline.dataset_json.require_one_split`.
     """
     require_one_split(patterns)
-    urls = storage.expand(patterns)
+    urls = expand_shards(patterns)
     records = require_shards(urls, cache, spec, patterns=patterns)
     ids = [records[url].shard_id for url in urls]
     parts = each_at_once(cache.read_samples, ids)

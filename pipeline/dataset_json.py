@@ -7,6 +7,7 @@ from typing import Any
 
 from famt.pipeline import storage
 from famt.pipeline.errors import UserError
+from famt.pipeline.patterns import expand_shards, is_folder
 
 NAME = "dataset.json"
 
@@ -31,12 +32,12 @@ def require_one_split(patterns: list[str]) -> None:
     Raises:
         UserError: names the splits, and patterns to give.
     """
-    for pattern in filter(storage.is_folder, patterns):
+    for pattern in filter(is_folder, patterns):
         folder = storage.normalise_url(pattern)
         told = described(folder)
         if told is None:
             continue
-        names = {storage.split_url(url)[1] for url in storage.expand([pattern])}
+        names = {storage.split_url(url)[1] for url in expand_shards([pattern])}
         splits = [split for split, each in told["splits"].items() if names & {*each["shards"]}]
         if len(splits) > 1:
             raise UserError(

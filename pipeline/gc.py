@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from famt.pipeline import storage
-from famt.pipeline.cache import Entry, ScoreCache, each_at_once
+from famt.pipeline.cache import Entry, ScoreCache
 from famt.pipeline.cache_store import TABLE
 from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.storage import each_at_once
 
 _BATCH = 100  # entries that are in memory at a time, in case they have to be put back
 _PUT = timedelta(minutes=10)  # a put takes seconds; an older staging file is a killed writer's

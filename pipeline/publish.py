@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterable
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, each_at_once
+from famt.pipeline.cache import ScoreCache
 from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.precompute import ShardReport
 from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.storage import each_at_once
 
 _INTERVAL = 10.0  # seconds; a killed process loses at most the records of this long
 
