@@ -70,18 +70,6 @@ def official_state(model: MaskedModel) -> dict[str, Tensor]:
     return {key.removeprefix(_ENCODER): value for key, value in model.state_dict().items()}
 
 
-def load_official(model: MaskedModel, state: Mapping[str, Tensor]) -> None:
-    """Load weights that carry the official MAE key names, positions included.
-
-    Raises:
-        RuntimeError: keys or shapes that do not fit, each named.
-        ValueError: a part that those checkpoints don't have, the cross decoder say.
-    """
-    _refuse_unofficial(model)
-    own = {key.removeprefix(_ENCODER): key for key in model.state_dict()}
-    model.load_state_dict({own.get(key, key): value for key, value in state.items()})
-
-
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names to those of `transformers.ViTMAEForPreTraining`; values are not copied.
 

@@ -77,24 +77,24 @@ def pixel_frequency(
     check_pixel_score(grid, kind, band)
     images = images.float()
     if kind == "spectral_residual":
-        return _unit_mean(_spectral_residual(images, grid))
+        return unit_mean(_spectral_residual(images, grid))
     if kind in _SCALES:
         lab = rgb_to_lab(_finite(images))
         flat = lab.amax((2, 3)).sub(lab.amin((2, 3))).amax(1) < _FLAT_LAB  # only rounding noise
         saliency = _hypercomplex_fourier(lab, _SCALES[kind])
         blurred = _band_cells(saliency, 0.0, _blur_edge(_SALIENCY_BLUR), grid)
-        return _unit_mean(blurred.squeeze(1).masked_fill(flat[:, None, None], 0.0))
+        return unit_mean(blurred.squeeze(1).masked_fill(flat[:, None, None], 0.0))
     low, high = BANDS[kind] if band is None else band
     if kind == "border_geodesic":
         colour = rgb_to_lab(_finite(_band_cells(images, low, high, grid)).clamp(0, 1))
-        return _unit_mean(_distance_from_border(colour), _FLAT_LAB)
+        return unit_mean(_distance_from_border(colour), _FLAT_LAB)
     tuned = kind == "frequency_tuned"
     wave = _gaussian_band(rgb_to_lab(images) if tuned else _luminance(images), low, high)
     centred = wave - wave.mean(dim=(-2, -1), keepdim=True)
     cells = _cells(centred.square().sum(1, keepdim=True).sqrt(), grid)
     if tuned:
-        return _unit_mean(cells.squeeze(1), _FLAT_LAB)
-    return _unit_mean(_smooth(cells).squeeze(1))
+        return unit_mean(cells.squeeze(1), _FLAT_LAB)
+    return unit_mean(_smooth(cells).squeeze(1))
 
 
 def token_frequency(tokens: Tensor, cutoff: float = 0.15) -> Tensor:
@@ -127,6 +127,17 @@ def token_frequency(tokens: Tensor, cutoff: float = 0.15) -> Tensor:
     filtered = torch.fft.ifft(torch.fft.fft(tokens, dim=1) * gain[:, None], dim=1)
     before = tokens.abs().sum(-1).mean(1, keepdim=True)
     return filtered.abs().sum(-1) / before.clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def unit_mean(scores: Tensor, flat_below: float = 1e-5) -> Tensor:
+    """Maps `[B, G, G]`, negative values set to 0, over their means.
+
+    A map whose mean is at most `flat_below`, mere rounding, becomes ones.
+    """
+    scores = scores.clamp_min(0)
+    mean = scores.mean(dim=(-2, -1), keepdim=True)
+    flat = mean <= flat_below
+    return torch.where(flat, torch.ones_like(scores), scores / mean.masked_fill(flat, 1.0))
 
 
 def rgb_to_lab(images: Tensor) -> Tensor:
@@ -315,11 +326,3 @@ def _finite(cells: Tensor) -> Tensor:
 def _smooth(cells: Tensor) -> Tensor:
     """Mean over 3 x 3 cells of `[B, 1, G, G]`, the edge repeated."""
     return F.avg_pool2d(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3, 1)
-
-
-def _unit_mean(scores: Tensor, flat_below: float = 1e-5) -> Tensor:
-    """Divide maps `[B, G, G]` by their means; one whose mean is just rounding becomes ones."""
-    scores = scores.clamp_min(0)
-    mean = scores.mean(dim=(-2, -1), keepdim=True)
-    flat = mean <= flat_below
-    return torch.where(flat, torch.ones_like(scores), scores / mean.masked_fill(flat, 1.0))

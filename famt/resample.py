@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Interpolation = Literal["bicubic", "bilinear"]
 
 
 def resample(
@@ -17,7 +14,7 @@ def resample(
     windows: Tensor,
     flips: Tensor,
     size: int,
-    interpolation: Interpolation = "bicubic",
+    interpolation: str = "bicubic",
 ) -> Tensor:
     """Crops of images, resized with antialiasing as Pillow resizes an image that was cut first.
 
@@ -30,7 +27,7 @@ def resample(
         windows: `[B, 4]` float, top, left, height and width in fractions of the image.
         flips: `[B]` bool, mirror the crop left to right.
         size: side of the crops, px.
-        interpolation: bicubic (a = -0.5) or bilinear (a triangle).
+        interpolation: "bicubic" (a = -0.5) or "bilinear" (a triangle).
 
     Returns:
         `[B, size, size, 3]` uint8.

@@ -26,7 +26,8 @@ from annotated_types import Ge, Le
 from tqdm import tqdm
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, each_at_once
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.gc import Collection, collect
 from famt.pipeline.loader import CropLoader
@@ -35,7 +36,7 @@ from famt.pipeline.options import Checked, LoaderConfig, Seed, WholeView
 from famt.pipeline.precompute import score_shard
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import content_id, judgement_ids
-from famt.pipeline.table import load_maps, load_samples
+from famt.pipeline.storage import each_at_once
 from famt.train.figures import draw
 from famt.train.program import parsed, run_program
 

@@ -23,10 +23,10 @@ from famt.jobs import make_shards, precompute_freq
 from famt.jobs.cluster import start_ray
 from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RefreshWorkers
 from famt.jobs.refresh_scores import following
-from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.options import RandomView
-from famt.pipeline.table import load_samples
+from famt.pipeline.patterns import expand_shards
 from famt.pipeline.writer import DIGITS
 from famt.train import figures, pretrain, report
 from famt.train.config import Pretrain, parse
@@ -85,7 +85,7 @@ def main(demo: Demo) -> None:
         page = report.main(Report([run], folder / "report.html"))
     minutes = (time.monotonic() - started) / 60
     print(
-        f"\nprobe, top-1 on {len(storage.expand(val))} held-out shard(s): "
+        f"\nprobe, top-1 on {len(expand_shards(val))} held-out shard(s): "
         f"{accuracy['trained']:.1%} trained, {accuracy['untrained']:.1%} untrained"
         if accuracy
         else f"\nno probe: the images of {demo.data} are of no classes, or of one; it would need "

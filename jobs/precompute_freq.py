@@ -34,18 +34,19 @@ from tqdm import tqdm
 from famt.jobs.cluster import failure, start_ray
 from famt.jobs.options import PrecomputeFreq, seconds
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, each_at_once
+from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheError, UserError
-from famt.pipeline.precompute import ShardReport, precompute_shard, publish
+from famt.pipeline.patterns import expand_shards
+from famt.pipeline.precompute import ShardReport, precompute_shard
+from famt.pipeline.publish import Publisher
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import passed_over_line
+from famt.pipeline.storage import each_at_once
 from famt.pipeline.validity import look_up
 from famt.train.program import parsed, run_program
 
 # What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
 _PASSING = (*storage.UNREACHABLE, CacheError, ray.exceptions.RayError)
-_PUBLISH_EVERY = 10.0  # seconds; a driver that is killed loses at most this much of the manifest
-
 _SHOWN = 10  # quarantined samples named on the terminal
 
 
@@ -69,7 +70,7 @@ def main(args: PrecomputeFreq) -> int:
 
 
 def _run_once(args: PrecomputeFreq) -> int:
-    urls = storage.expand(args.shards)
+    urls = expand_shards(args.shards)
     cache = _cache_apart(args.cache, urls)
     todo = urls if args.retry_bad else list(look_up(urls, cache, args.spec).stale)
     print(
@@ -79,18 +80,17 @@ def _run_once(args: PrecomputeFreq) -> int:
     )
     if todo:
         start_ray()
-    started = published = time.monotonic()
+    started = time.monotonic()
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
-    unpublished: list[ShardReport] = []
-    lost: list[str] = []  # by a collection, before they were published
+    publisher = Publisher(cache, args.spec)
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
         bar.set_postfix_str("starting workers")
         while todo:
             for url, outcome in score_shards(todo, cache, args.spec, args.workers, args.retry_bad):
                 if isinstance(outcome, ShardReport):
                     reports.append(outcome)
-                    unpublished.append(outcome)
+                    publisher.add(outcome)
                 else:
                     failed[url] = outcome
                     bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
@@ -98,13 +98,9 @@ def _run_once(args: PrecomputeFreq) -> int:
                 bad = sum(report.quarantined for report in reports)
                 bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
                 bar.update()
-                if time.monotonic() - published > _PUBLISH_EVERY:
-                    # What can't be published waits for the next time.
-                    try_publish(unpublished, cache, args.spec, lost)
-                    published = time.monotonic()
-            problem = try_publish(unpublished, cache, args.spec, lost)
-            todo, lost = lost, []
-    for report in unpublished:
+            problem = publisher.flush()
+            todo, publisher.lost = publisher.lost, []
+    for report in publisher.waiting:
         failed[report.url] = problem
         print(f"failed: {report.url}: {problem}", file=sys.stderr)
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
@@ -127,22 +123,6 @@ def _cache_apart(url: str, shards: list[str]) -> ScoreCache:
     if not storage.is_remote(root) and not os.access(root, os.W_OK | os.X_OK):
         raise UserError(f"--cache {root} can't be written: give another, or the right to write it")
     return cache
-
-
-def try_publish(
-    reports: list[ShardReport], cache: ScoreCache, spec: ScoreSpec, lost: list[str]
-) -> str:
-    """Make shards known and empty the list; returns why that can't be done now, or nothing.
-
-    Shards that a collection took meanwhile are added to `lost`.
-    """
-    try:
-        lost += publish(reports, cache, spec)
-    except storage.UNREACHABLE as error:
-        reason = storage.reason(error)
-        return f"scored, but not in the manifest: {reason}; run it again, nothing is scored twice"
-    reports.clear()
-    return ""
 
 
 def score_shards(

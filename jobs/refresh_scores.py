@@ -44,10 +44,11 @@ from famt.jobs.refresh_workers import Maps, UnwantedError, refresh_on_ray
 from famt.models import ModelConfig
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import SampleTable, load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.generation import generation_path, write_generation
+from famt.pipeline.patterns import expand_shards
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
-from famt.pipeline.table import SampleTable, load_samples
 from famt.train.checkpoint import Encoder, load_encoder
 from famt.train.files import written_whole
 from famt.train.initial import build_initial_encoder
@@ -214,7 +215,7 @@ def _refresh(
     # Just the run's own tars, in its order: others may have come into its folders meanwhile.
     urls = encoder.urls
     if args.shards or urls is None:
-        urls = storage.expand(args.shards or run["shards"])
+        urls = expand_shards(args.shards or run["shards"])
     digest = encoder_digest(encoder.weights)
     specs = [
         ModelScoreSpec(

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from famt.models import PatchConfig
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.generation import newest_generation
-from famt.pipeline.join import PatchBatch, crop_scores, split_crops
 from famt.pipeline.loader import CropLoader
+from famt.pipeline.masking import PatchBatch, crop_scores, split_crops
 from famt.pipeline.memory_bank import MapBank
 from famt.pipeline.model_scores import score_crops
 from famt.pipeline.options import JoinConfig, LoaderConfig
 from famt.pipeline.rolling import RollingScores, half_size
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import load_maps, load_samples
 from famt.sampling import patch_weights
 
 

@@ -12,32 +12,25 @@
 
 A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an object
 never changes, and whoever writes it writes the same bytes (machines that round otherwise write
-others, as good). It is put whole, with a checksum (`famt.pipeline.store`). Nothing here deletes;
+others, as good). It is put whole, with a checksum (see `cache_store`). Nothing here deletes;
 `famt.pipeline.gc` does.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from famt.pipeline.cache_store import TABLE, CacheStore, Stored, is_spec_id
 from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.manifest import Manifests
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import Rejected
-from famt.pipeline.store import TABLE, Store, Stored, is_spec_id
 from famt.pipeline.zarr_zip import Group
-
-_THREADS = 32
-_A = TypeVar("_A")
-_B = TypeVar("_B")
 
 
 @dataclass(frozen=True)
@@ -124,7 +117,7 @@ class ScoreCache:
         if not url:
             raise UserError("the score cache has no name; give a folder or URL as --cache")
         try:
-            self.store = Store(url, create=create)
+            self.store = CacheStore(url, create=create)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{url}: no score cache there; is it spelled right? One is made with "
@@ -241,15 +234,6 @@ class ScoreCache:
         for shard_id, held in sorted(objects.items()):
             names = {each.path.rpartition("/")[2].removesuffix(".zip") for each in held}
             yield Entry(shard_id, TABLE in names, sorted(names - {TABLE}), held)
-
-
-def each_at_once(work: Callable[[_A], _B], items: Sequence[_A]) -> list[_B]:
-    """Results of a call an item, in their order, in threads: for reads of a store."""
-    parts = [items[number::_THREADS] for number in range(_THREADS)]
-    with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda part: [work(item) for item in part], parts)
-        rows = itertools.chain(*itertools.zip_longest(*found))
-        return list(itertools.islice(rows, len(items)))
 
 
 def _path(shard_id: str, name: str) -> str:

@@ -1,45 +1,233 @@
-"""`dataset.json`, which tells what a folder of shards holds: names of classes, and splits."""
+"""The samples of a training set and their score maps in RAM, a row an image."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import dataclasses
+import hashlib
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
-from famt.pipeline import storage
-from famt.pipeline.errors import UserError
+import numpy as np
+import torch
+from torch import Tensor
 
-NAME = "dataset.json"
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset_json import require_one_split
+from famt.pipeline.errors import CacheError
+from famt.pipeline.judge import judge_shards
+from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.patterns import expand_shards
+from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.shards import write_dali_index
+from famt.pipeline.storage import each_at_once
+from famt.pipeline.validity import Shards, look_up
 
 
-def described(folder: str) -> dict[str, Any] | None:
-    """`classes` and `splits` of a normalised folder of shards, as `make_shards` describes it.
+@dataclass(frozen=True)
+class SampleTable:
+    """Every sample of a set of shards: row r is one image, the same in all arrays and in maps.
 
-    None where no such file can be read: it may be another program's, or there is none.
+    Attributes:
+        patterns: that named the shards.
+        urls: shards, in the order that rows follow.
+        paths: where their bytes are read: at their URLs, or where they were staged.
+        labels: `[R]` int64, -1 where a sample has none.
+        first_row: `[S + 1]`, rows of shard s are `first_row[s] : first_row[s + 1]`.
+        shard_ids: content id of each shard.
     """
-    try:
-        told: Any = json.loads(storage.read(storage.join_url(folder, NAME)))
-        lists = [told["classes"], *(each["shards"] for each in told["splits"].values())]
-        known = all(isinstance(each, list) for each in lists)
-    except (*storage.UNREACHABLE, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return told if known else None
+
+    patterns: list[str]
+    urls: list[str]
+    paths: list[str]
+    labels: Tensor
+    first_row: list[int]
+    shard_ids: list[str]
+    _places: Tensor
+    _cache: ScoreCache
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def counts(self) -> list[int]:
+        """How many rows each shard has."""
+        return [end - first for first, end in itertools.pairwise(self.first_row)]
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of the shards' contents and places in their order: equal ones mean equal rows."""
+        digest = hashlib.sha256(" ".join(self.shard_ids).encode())
+        digest.update(self._places.numpy().data)
+        return digest.hexdigest()[:12]
+
+    def keys(self, shard: int) -> list[str]:
+        """Sample keys of the shard of that number, in the order of its rows."""
+        return self._cache.read_table(self.shard_ids[shard]).key
+
+    def key(self, row: int) -> str:
+        """`<url>:<sample key>` of a row, to name a sample in an error or a log."""
+        shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
+        return f"{self.urls[shard]}:{self.keys(shard)[row - self.first_row[shard]]}"
+
+    def offsets(self, shard: int) -> list[int]:
+        """Where in the tar the images of the shard of that number lie, in the order of its rows."""
+        first, end = self.first_row[shard : shard + 2]
+        return self._places[first:end, 0].tolist()
+
+    def left_out(self) -> list[str]:
+        """`<url>:<key>: <reason>` of every image that the shards hold and the table does not."""
+        tables = each_at_once(self._cache.read_table, self.shard_ids)
+        return [
+            f"{url}:{bad.key}: {bad.reason}"
+            for url, table in zip(self.urls, tables, strict=True)
+            for bad in table.rejected
+        ]
+
+    def judge_again(self) -> str:
+        """The command that judges the images of these shards again."""
+        shards = " ".join(f"'{each}'" for each in self.patterns)
+        command = "famt score --retry-bad"
+        return f"{command} --shards {shards} --cache {self._cache.url}"
+
+    def shards_of(self, rows: range) -> list[int]:
+        """Numbers of the shards that consecutive rows lie in."""
+        return [number for number, own in enumerate(self._parts(rows)) if own]
+
+    def write_indices(self, folder: Path, rows: range) -> list[int]:
+        """Write DALI's index of consecutive rows: `<shard number>.idx` for each shard they lie in.
+
+        Returns:
+            the numbers of those shards, in their order.
+        """
+        parts, shards = self._parts(rows), self.shards_of(rows)
+        for number in shards:
+            offset, size = self._places[parts[number].start : parts[number].stop].T.tolist()
+            samples = zip(parts[number], offset, size, strict=True)
+            write_dali_index(folder / f"{number}.idx", samples)
+        return shards
+
+    def _parts(self, rows: range) -> list[range]:
+        """Which of consecutive rows each shard has."""
+        return [
+            range(max(first, rows.start), min(end, rows.stop))
+            for first, end in itertools.pairwise(self.first_row)
+        ]
 
 
-def require_one_split(patterns: list[str]) -> None:
-    """Refuse a folder whose tars are of several splits: to train on all of them is never meant.
+def load_samples(
+    patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None = None
+) -> SampleTable:
+    """What shards hold, by the cache; what it does not know of them is found out and put there.
+
+    Args:
+        patterns: shards; see `expand_shards`.
+        cache: where their tables are.
+        spec: see `require_shards`.
 
     Raises:
-        UserError: names the splits, and patterns to give.
+        CacheError: see `require_shards`; or no sample is left.
+        FileNotFoundError: a pattern that matches nothing.
+        UserError: see `famt.pipeline.dataset_json.require_one_split`.
     """
-    for pattern in filter(storage.is_folder, patterns):
-        folder = storage.normalise_url(pattern)
-        told = described(folder)
-        if told is None:
-            continue
-        names = {storage.split_url(url)[1] for url in storage.expand([pattern])}
-        splits = [split for split, each in told["splits"].items() if names & {*each["shards"]}]
-        if len(splits) > 1:
-            raise UserError(
-                f"{pattern} holds the splits {' and '.join(splits)}: say which, as by "
-                f"'{folder}/{splits[0]}-*.tar', or '{folder}/*.tar' for all of them"
+    require_one_split(patterns)
+    urls = expand_shards(patterns)
+    records = require_shards(urls, cache, spec, patterns=patterns)
+    ids = [records[url].shard_id for url in urls]
+    parts = each_at_once(cache.read_samples, ids)
+    counts = [len(part) for part in parts]
+    samples = np.concatenate(parts)
+    if not len(samples):
+        raise CacheError(f"{urls[0]}: every sample of the {len(urls)} shards is quarantined")
+    return SampleTable(
+        patterns=patterns,
+        urls=urls,
+        paths=urls,
+        labels=torch.from_numpy(samples[:, 2].copy()),
+        first_row=[0, *itertools.accumulate(counts)],
+        shard_ids=ids,
+        _places=torch.from_numpy(samples[:, :2].copy()),
+        _cache=cache,
+    )
+
+
+def require_shards(
+    urls: list[str],
+    cache: ScoreCache,
+    spec: ScoreSpec | None = None,
+    *,
+    patterns: list[str] | None = None,
+) -> dict[str, ShardRecord]:
+    """Make sure that the cache knows shards as they are now; returns URL -> record.
+
+    Args:
+        urls: normalised.
+        spec: a score that the caller is going to load: what was not scored is an error at once
+            then, and nothing is judged. A tar that was copied, or whose times alone changed, is
+            hashed, no more.
+        patterns: what the user called the shards.
+
+    Raises:
+        CacheError: a shard that is gone, can't be read, or lacks maps of `spec`. Names the first
+            such shard, the reason, the number of others, and the command that repairs it.
+    """
+    shards = look_up(urls, cache, spec)
+    mend = [
+        url
+        for url, each in shards.stale.items()
+        if each.lacks in (("record", "hash") if spec else ("record", "hash", "table", "maps"))
+    ]
+    failed: dict[str, str] = {}
+    if len(mend) == len(shards.stale) > 0:
+        failed = judge_shards(mend, cache, known_only=spec is not None)
+        shards = look_up(urls, cache, spec)
+    _refuse_stale(shards, failed, _remedy(patterns or urls, cache, spec or ScoreSpec()))
+    return shards.records
+
+
+def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tensor:
+    """The score maps of samples, `[R, G, G]` float16, mean 1 an image, row by row as `samples`.
+
+    Raises:
+        CacheError: a shard without maps of this spec; see `load_samples` for what it names.
+    """
+    maps = np.empty((len(samples), spec.grid, spec.grid), np.float16)
+
+    def read(shard: int) -> None:
+        first, end = samples.first_row[shard : shard + 2]
+        found = cache.read_maps(samples.shard_ids[shard], spec)
+        if len(found) != end - first:
+            raise CacheError(
+                f"{samples.urls[shard]}: {len(found)} maps of {spec.id} for {end - first} samples. "
+                f"Remove {cache.url}/shards/{samples.shard_ids[shard]} and run `famt score` again"
             )
+        maps[first:end] = found
+
+    try:
+        each_at_once(read, range(len(samples.urls)))
+    except CacheError:
+        shards = look_up(samples.urls, cache, spec)  # tells which tar, and what helps
+        _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
+        raise
+    return torch.from_numpy(maps)
+
+
+def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:
+    if shards.stale:
+        (url, first), *more = shards.stale.items()
+        why = f" ({failed[url]})" if url in failed else ""
+        others = f" (and {len(more)} more shards)" if more else ""
+        raise CacheError(f"{url}: {first.reason}{why}{others}. {remedy}")
+
+
+def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
+    command = ["famt score --shards", *(f"'{each}'" for each in patterns)]
+    command.append(f"--cache {cache.url}")
+    default = ScoreSpec()
+    for field in dataclasses.fields(ScoreSpec):
+        value = getattr(spec, field.name)
+        if value != getattr(default, field.name):
+            text = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            command.append(f"--spec.{field.name.replace('_', '-')} {text}")
+    return f"Remedy: {' '.join(command)}"

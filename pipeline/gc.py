@@ -2,7 +2,7 @@
 
 A collection removes records of shards whose tars were deleted from a folder that still holds others
 of it; entries that no manifest names and that are old; and old staging files of killed writers.
-Only objects with names of the cache's own are deleted (`famt.pipeline.store`).
+Only objects with names of the cache's own are deleted (`famt.pipeline.cache_store`).
 
 **Beside jobs at work.** What a job has put but not yet named in a manifest looks like garbage, and
 a job may rely on garbage that it found. There are no locks; both act, and look afterwards:
@@ -26,9 +26,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from famt.pipeline import storage
-from famt.pipeline.cache import Entry, ScoreCache, each_at_once
+from famt.pipeline.cache import Entry, ScoreCache
+from famt.pipeline.cache_store import TABLE
 from famt.pipeline.manifest import ShardRecord
-from famt.pipeline.store import TABLE
+from famt.pipeline.storage import each_at_once
 
 _BATCH = 100  # entries that are in memory at a time, in case they have to be put back
 _PUT = timedelta(minutes=10)  # a put takes seconds; an older staging file is a killed writer's

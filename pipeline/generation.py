@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from zarr.storage import ZipStore
 
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.errors import UserError
 from famt.pipeline.scores import ModelScoreSpec
-from famt.pipeline.table import SampleTable
 
 _NAME = re.compile(r"generation-(\d{8})\.zip")
 _CHUNK = 8 << 20  # bytes

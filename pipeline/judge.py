@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
@@ -20,10 +19,10 @@ from tqdm import tqdm
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheFullError
-from famt.pipeline.precompute import ShardReport, precompute_shard, publish
+from famt.pipeline.precompute import ShardReport, precompute_shard
+from famt.pipeline.publish import Publisher
 from famt.pipeline.shards import passed_over_line
 
-_PUBLISH_EVERY = 10.0  # seconds; a process that is killed loses at most this much
 _MOST_THREADS = 16  # each holds a tar
 
 
@@ -73,10 +72,8 @@ def _judge(
     reports: dict[str, ShardReport],
     failed: dict[str, str],
 ) -> list[str]:
-    """Judge shards and publish them; returns those that have to be judged again, see `publish`."""
-    lost: list[str] = []
-    unpublished: list[ShardReport] = []
-    published = time.monotonic()
+    """Judge shards and publish them; returns those to judge again, see `publish`."""
+    publisher = Publisher(cache, None)
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     with (
         warnings.catch_warnings(),  # threads that do so themselves would undo each other's
@@ -102,13 +99,11 @@ def _judge(
                     _cancel(running)
             else:
                 reports[url] = report
-                unpublished.append(report)
+                publisher.add(report)
             bar.update()
-            if time.monotonic() - published > _PUBLISH_EVERY:
-                lost += publish(unpublished, cache, None)
-                unpublished.clear()
-                published = time.monotonic()
-    return lost + publish(unpublished, cache, None)
+    if problem := publisher.flush():
+        raise OSError(problem)
+    return publisher.lost
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What the operating system allows a process."""
+"""What this process may use of its machine: open files and CPU cores."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ import resource
 _OTHERS = 256  # libraries, sockets, logs
 
 
+def own_cores() -> int:
+    """This rank's share of the machine's CPU cores."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def allow_open_files(count: int) -> None:
-    """Let this process open `count` files more than it has open now.
+    """Raise the limit so that this process can open `count` more files.
 
     Raises:
-        OSError: it may not; says by which means it could.
+        OSError: the limit can't be raised; the message has the commands that would.
     """
     wanted = len(os.listdir("/proc/self/fd")) + count + _OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,50 +1,34 @@
-"""The DALI graph: tar shards in, crops out, each with the row and the view it was cut by.
+"""The loader: crops of the shards' images, epoch by epoch, with an exact state to resume from.
 
-One graph serves CPU and GPU; on a GPU the JPEGs are decoded there (`mixed`). Images stay uint8 and
-interleaved: patches are gathered before anything is made float: thrown pixels cost no arithmetic.
-
-A CPU that cuts one crop from an image decodes that region alone. Everything else decodes images
-whole and cuts while it resizes, once a crop.
+Crops stay interleaved uint8: patches are gathered before anything becomes float, so the pixels of
+thrown patches cost no arithmetic.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from famt.pipeline import storage
+from famt.pipeline.dali_graphs import build_pipeline, crop_graph, rows_of
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.errors import CacheError, UserError
-from famt.pipeline.limits import allow_open_files
-from famt.pipeline.options import CentreView, LoaderConfig, RandomView, View
-from famt.pipeline.table import SampleTable
+from famt.pipeline.options import LoaderConfig
 from famt.transfer import send
 
-_INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new attempt to read from a store that failed
 _PREFETCHED = 2  # batches
-
-
-def own_cores() -> int:
-    """CPU cores of this machine that are this rank's share."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
 @dataclass(frozen=True)
@@ -143,6 +127,7 @@ class CropLoader:
         self.rank, self.world_size = rank, world_size
         self.device = torch.device(device)
         self._table = table
+        self._seed, self._first_epoch = seed, first_epoch
         images, least = config.images_per_batch, len(table) // world_size
         if least < (images if drop_last else 1):
             raise UserError(
@@ -154,8 +139,6 @@ class CropLoader:
         self.steps_per_epoch = least // images if drop_last else self._runs
         self.remainder = len(table) - self.steps_per_epoch * images * world_size if drop_last else 0
         self.epoch, self.step = first_epoch, 0
-        self._first_epoch = first_epoch
-        self._seed, self._set_up = seed, self._setup(table, seed)
         self._remote = any(storage.is_remote(table.paths[n]) for n in table.shards_of(self.rows))
         self._checkpoint: bytes | None = None
         self._pipeline: Pipeline | None = None  # built when it is first read from
@@ -174,34 +157,26 @@ class CropLoader:
         self.epoch, self.step = self.epoch + 1, 0
 
     def _build(self) -> Pipeline:
-        """A pipeline that goes on from the last checkpoint."""
-        config, table = self.config, self._table
+        """A pipeline that continues from the last checkpoint."""
         # Ranks, and runs that begin at another epoch, must not draw the same crops.
         seed = np.random.SeedSequence([self._seed, self._first_epoch, self.rank])
-        with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
-            shards = table.write_indices(Path(folder), self.rows)
-            paths = [table.paths[shard] for shard in shards]
-            allow_open_files(sum(not storage.is_remote(path) for path in paths))
-            pipeline: Pipeline = _crop_graph(
-                paths=paths,
-                index_paths=[f"{folder}/{shard}.idx" for shard in shards],
-                config=config,
-                on_gpu=self.device.type == "cuda",
-                batch_size=config.images_per_batch,
-                num_threads=config.threads or own_cores(),
-                device_id=(self.device.index or 0) if self.device.type == "cuda" else None,
-                seed=int(seed.generate_state(1)[0]),
-                enable_checkpointing=True,
-                checkpoint=self._checkpoint,
-                prefetch_queue_depth=_PREFETCHED,
-            )
-            pipeline.build()  # reads the index
-        return pipeline
+        return build_pipeline(
+            crop_graph,
+            self._table,
+            self.rows,
+            self.config,
+            self.device,
+            batch_size=self.config.images_per_batch,
+            seed=int(seed.generate_state(1)[0]),
+            enable_checkpointing=True,
+            checkpoint=self._checkpoint,
+            prefetch_queue_depth=_PREFETCHED,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All that a loader needs to go on with the batch after the last one yielded."""
         return {
-            "setup": self._set_up,
+            "setup": self._setup,
             "first_epoch": self._first_epoch,
             "epoch": self.epoch,
             "step": self.step,
@@ -214,10 +189,10 @@ class CropLoader:
         Raises:
             ValueError: the state is of another set-up.
         """
-        if state["setup"] != self._set_up:
+        if state["setup"] != self._setup:
             raise UserError(
                 "the loader's state belongs to other shards, another batch size, view, seed "
-                f"or world size: {state['setup']} then, {self._set_up} now"
+                f"or world size: {state['setup']} then, {self._setup} now"
             )
         self.epoch, self.step = state["epoch"], state["step"]
         self._first_epoch, self._checkpoint = state["first_epoch"], state["dali"]
@@ -309,13 +284,14 @@ class CropLoader:
             f"tar, or have all judged again: {self._table.judge_again()}"
         ) from error
 
-    def _setup(self, table: SampleTable, seed: int) -> str:
+    @property
+    def _setup(self) -> str:
         """Everything that decides which sample comes next, spelled out."""
         config = self.config
         return (
-            f"{table.digest} batch={config.batch_size} size={config.image_size} "
+            f"{self._table.digest} batch={config.batch_size} size={config.image_size} "
             f"view={config.view} interpolation={config.interpolation} "
-            f"shuffle={config.shuffle_buffer} drop_last={self.drop_last} seed={seed} "
+            f"shuffle={config.shuffle_buffer} drop_last={self.drop_last} seed={self._seed} "
             f"rank={self.rank}/{self.world_size} crops={config.crops_per_image}"
             + (" resident" if config.resident else "")
         )
@@ -325,100 +301,3 @@ def _reason(error: RuntimeError) -> str:
     """What DALI says of a failed read, without what it says of the pipeline."""
     text = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
     return text.strip(": \n").partition("\n")[0] or "no reason given"
-
-
-def rows_of(source: TensorListCPU) -> Tensor:
-    """The rows `[B]` int64 that an index carries in each sample's `source_info`."""
-    infos = (bytes(np.asarray(source[n])) for n in range(len(source)))
-    return torch.tensor([int(info.rpartition(b":")[2]) for info in infos])
-
-
-@pipeline_def(exec_dynamic=True)
-def _crop_graph(
-    paths: list[str],
-    index_paths: list[str],
-    config: LoaderConfig,
-    on_gpu: bool,
-) -> tuple[DataNode, ...]:
-    """Crops' pixels if they are decoded each time, and which parts of which images they are."""
-    encoded = fn.readers.webdataset(
-        paths=paths,
-        index_paths=index_paths,
-        ext=["jpg"],
-        missing_component_behavior="error",
-        pad_last_batch=True,
-        random_shuffle=config.shuffle_buffer > 0,
-        initial_fill=max(1, config.shuffle_buffer),
-        dont_use_mmap=True,
-        name="reader",
-    )
-    extent = fn.peek_image_shape(encoded)[:2]
-    cuts = [_cut(extent, config.view) for _ in range(config.crops_per_image)]
-    pixels = () if config.resident else (_pixels(encoded, cuts, config, on_gpu),)
-    source = fn.get_property(encoded, key="source_info")
-    anchor, shape, flip = (fn.stack(*each) for each in zip(*cuts, strict=True))
-    return source, anchor, shape, extent, flip, *pixels
-
-
-def _pixels(encoded: DataNode, cuts: list[_Cut], config: LoaderConfig, on_gpu: bool) -> DataNode:
-    """Decode, cut and resize: of each image `[crops, S, S, 3]` uint8."""
-    decoder: dict[str, Any] = {"output_type": types.RGB, "device": "cpu"}
-    if on_gpu and config.decode.on == "gpu":
-        decoder |= {
-            "device": "mixed",
-            "jpeg_fancy_upsampling": True,  # as libjpeg-turbo does, which scored the maps
-            "hw_decoder_load": config.decode.hardware_share,
-            "preallocate_width_hint": config.decode.preallocate,
-            "preallocate_height_hint": config.decode.preallocate,
-        }
-    resize = partial(
-        fn.resize,
-        size=[config.image_size, config.image_size],
-        interp_type=_INTERPOLATIONS[config.interpolation],
-        antialias=True,
-    )
-    if decoder["device"] == "cpu" and len(cuts) == 1:
-        region = fn.decoders.image_slice(
-            encoded, cuts[0].anchor, cuts[0].shape, axes=[0, 1], **decoder
-        )
-        crops = [resize(region.gpu() if on_gpu else region)]
-    else:
-        # No region is decoded on a GPU: nvImageCodec is reported to crash there (its issue 55).
-        whole = fn.decoders.image(encoded, **decoder)
-        whole = whole.gpu() if on_gpu else whole
-        crops = [
-            resize(
-                whole,
-                roi_start=fn.cast(cut.anchor, dtype=types.FLOAT),
-                roi_end=fn.cast(cut.anchor + cut.shape, dtype=types.FLOAT),
-            )
-            for cut in cuts
-        ]
-    return fn.stack(
-        *(fn.flip(crop, horizontal=cut.flip) for crop, cut in zip(crops, cuts, strict=True))
-    )
-
-
-class _Cut(NamedTuple):
-    """Of each image a view: top and left, height and width, px, and whether it is flipped."""
-
-    anchor: DataNode
-    shape: DataNode
-    flip: DataNode
-
-
-def _cut(extent: DataNode, view: View) -> _Cut:
-    flip = fn.random.coin_flip(probability=view.flip if isinstance(view, RandomView) else 0.0)
-    if isinstance(view, RandomView):
-        anchor, shape = fn.random_crop_generator(
-            extent,
-            random_area=list(view.area),
-            random_aspect_ratio=list(view.aspect_ratio),
-        )
-        return _Cut(anchor, shape, flip)
-    shape = extent
-    if isinstance(view, CentreView):
-        side = fn.reductions.min(extent, axes=[0], keep_dims=True)
-        side = fn.cast(side * view.fraction, dtype=types.INT64)
-        shape = fn.cat(side, side, axis=0)
-    return _Cut(fn.cast((extent - shape) // 2, dtype=types.INT64), shape, flip)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from obstore.exceptions import AlreadyExistsError
 
 from famt.pipeline import storage
+from famt.pipeline.cache_store import CacheStore
 from famt.pipeline.storage import Version
-from famt.pipeline.store import Store
 
 _KEEP_VERSIONS = 3
 
@@ -38,7 +38,7 @@ class _Manifest:
 class Manifests:
     """The manifests of the cache in `store`."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: CacheStore) -> None:
         self._store = store
 
     def read(self, folder: str) -> dict[str, ShardRecord]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from famt.geometry import crop_maps, paste_maps
-from famt.pipeline.join import crop_scores
 from famt.pipeline.loader import CropBatch, Views
+from famt.pipeline.masking import crop_scores
 
 _NEVER = -1
 

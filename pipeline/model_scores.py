@@ -15,7 +15,7 @@ from torch import Tensor
 from famt.attention import attention_scores, cls_attention, last_attention, last_block
 from famt.frequency import token_frequency
 from famt.patches import normalise_images
-from famt.pipeline.scores import MODEL_KINDS, ModelScoreSpec, named, unit_mean
+from famt.pipeline.scores import ModelScoreSpec, checked_maps, model_plugin
 
 ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
 """an encoder in eval mode and images `[B, 3, S, S]` float, normalised -> `[B, N]` float, >= 0"""
@@ -62,8 +62,7 @@ def model_scores(
             elif kind in _OF_ATTENTION:
                 scores[kind] = _OF_ATTENTION[kind](attention)
             else:
-                function = named("famt.model_scores", MODEL_KINDS, kind).load()
-                scores[kind] = function(encoder, images)
+                scores[kind] = model_plugin(kind).load()(encoder, images)
     return scores
 
 
@@ -101,7 +100,7 @@ def model_maps(
     with torch.autocast(images.device.type, torch.bfloat16, enabled=specs[0].precision == "bf16"):
         scores = model_scores([spec.kind for spec in specs], encoder, images)
     return [
-        unit_mean(
+        checked_maps(
             scores[spec.kind].unflatten(1, (spec.grid, spec.grid)),
             (len(images), spec.grid, spec.grid),
             spec.kind,

@@ -7,7 +7,7 @@ what enters training, is a step of its own, `judge_shard`; scoring looks at the 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, ShardTable, each_at_once
+from famt.pipeline.cache import ScoreCache, ShardTable
 from famt.pipeline.decode import BadImage, decode
 from famt.pipeline.errors import UserError
-from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import (
     Rejected,
@@ -112,27 +111,6 @@ def precompute_shard(
         damage=table.damage,
         passed_over=table.passed_over,
     )
-
-
-def publish(reports: Iterable[ShardReport], cache: ScoreCache, spec: ScoreSpec | None) -> list[str]:
-    """Make shards known whose table, and maps of `spec`, were put or found.
-
-    Returns:
-        URLs of those that lost one of them to `famt.pipeline.gc` before they were known: make them
-        again.
-    """
-    reports = list(reports)
-    cache.manifests.publish(
-        {each.url: ShardRecord(each.version, each.shard_id) for each in reports}
-    )
-
-    def whole(report: ShardReport) -> bool:
-        return cache.has_table(report.shard_id) and (
-            spec is None or cache.has_maps(report.shard_id, spec)
-        )
-
-    there = each_at_once(whole, reports)
-    return [each.url for each, found in zip(reports, there, strict=True) if not found]
 
 
 def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.model_scores import model_maps
 from famt.pipeline.options import LoaderConfig, WholeView
 from famt.pipeline.scores import ModelScoreSpec
-from famt.pipeline.table import SampleTable
 
 
 def score_images(

@@ -13,8 +13,8 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib.metadata import EntryPoint, entry_points
+from functools import cached_property
+from importlib.metadata import EntryPoint
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
@@ -23,6 +23,7 @@ from blake3 import blake3
 from famt.kinds import DEFAULT_KIND, PIXEL_KINDS, check_pixel_score
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import Checked
+from famt.pipeline.plugins import find_plugin
 
 if TYPE_CHECKING:  # options of programs are here, and parsed before torch is imported
     from torch import Tensor
@@ -112,8 +113,8 @@ class ScoreSpec(Checked):
         from famt.frequency import pixel_frequency
 
         if self.kind not in PIXEL_KINDS:
-            scores = named("famt.scores", PIXEL_KINDS, self.kind).load()(images, self.grid)
-            return unit_mean(scores, (len(images), self.grid, self.grid), self.kind)
+            scores = _pixel_plugin(self.kind).load()(images, self.grid)
+            return checked_maps(scores, (len(images), self.grid, self.grid), self.kind)
         pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         kind: Any = self.kind
         return pixel_frequency(pixels.div_(255), self.grid, kind, self.band)
@@ -121,7 +122,7 @@ class ScoreSpec(Checked):
     def _code_version(self) -> int | str:
         if self.kind in PIXEL_KINDS:
             return _CODE_VERSION
-        return _version(named("famt.scores", PIXEL_KINDS, self.kind))
+        return _version(_pixel_plugin(self.kind))
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class ModelScoreSpec:
         """
         code: int | str = _MODEL_CODE_VERSION
         if self.kind not in MODEL_KINDS:
-            code = _version(named("famt.model_scores", MODEL_KINDS, self.kind))
+            code = _version(model_plugin(self.kind))
         return {**dataclasses.asdict(self), "code_version": code}
 
 
@@ -175,27 +176,20 @@ def check_model_kinds(kinds: Iterable[str]) -> None:
     """
     for kind in kinds:
         if kind not in MODEL_KINDS:
-            named("famt.model_scores", MODEL_KINDS, kind)
+            model_plugin(kind)
 
 
-@cache
-def _plugins(group: str, builtin: tuple[str, ...]) -> dict[str, EntryPoint]:
-    return {each.name: each for each in entry_points(group=group) if each.name not in builtin}
-
-
-def named(group: str, builtin: tuple[str, ...], kind: str) -> EntryPoint:
-    """The score of that kind that an installed package adds.
+def model_plugin(kind: str) -> EntryPoint:
+    """The model score of that kind that an installed package adds.
 
     Raises:
-        ValueError: none does; names those that there are.
+        UserError: no package does.
     """
-    added = _plugins(group, tuple(builtin))
-    if kind not in added:
-        raise UserError(
-            f"no score of kind {kind!r}: there are {', '.join([*builtin, *added])}. Others come "
-            f"with packages that have an entry point in {group!r}; is one missing here?"
-        )
-    return added[kind]
+    return find_plugin("famt.model_scores", kind, MODEL_KINDS, f"no score of kind {kind!r}")
+
+
+def _pixel_plugin(kind: str) -> EntryPoint:
+    return find_plugin("famt.scores", kind, PIXEL_KINDS, f"no score of kind {kind!r}")
 
 
 def _version(plugin: EntryPoint) -> str:
@@ -206,19 +200,17 @@ def _hash(described: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def unit_mean(scores: Tensor, shape: tuple[int, ...], kind: str) -> Tensor:
-    """Scores over their image's mean; an image without any scores 1 everywhere.
+def checked_maps(scores: Tensor, shape: tuple[int, int, int], kind: str) -> Tensor:
+    """Scores `[B, G, G]` over their image's mean; all ones for an image of zeros.
 
     Raises:
-        ValueError: they are not of that shape, finite and >= 0; names their kind.
+        UserError: they are not of that shape, finite and >= 0; names their kind.
     """
-    import torch
+    from famt.frequency import unit_mean
 
     if scores.shape != shape or not scores.isfinite().all() or (scores < 0).any():
         raise UserError(
             f"scores of kind {kind!r} must be finite, >= 0 and {list(shape)}, "
             f"got {list(scores.shape)} from {scores.min()} to {scores.max()}"
         )
-    scores = scores.float()
-    mean = scores.mean((1, 2), keepdim=True)
-    return torch.where(mean > 0, scores / mean.where(mean > 0, 1.0), 1.0)
+    return unit_mean(scores.float(), flat_below=0.0)

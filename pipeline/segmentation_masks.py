@@ -13,9 +13,9 @@ from torch import Tensor
 
 from famt.geometry import crop_labels
 from famt.pipeline import storage
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.errors import UserError
 from famt.pipeline.shards import list_shard
-from famt.pipeline.table import SampleTable
 
 IGNORED = 255  # a pixel of no class, as in Pascal VOC, Cityscapes and ADE20K
 _MODES = ("1", "L", "P", "I", "I;16")

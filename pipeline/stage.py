@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.errors import CacheError
 from famt.pipeline.shards import judgement_ids
-from famt.pipeline.table import SampleTable
 
 _SIDE_BY_SIDE = 16
 _CHUNK = 8 << 20  # bytes

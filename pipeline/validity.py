@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, each_at_once
+from famt.pipeline.cache import ScoreCache
 from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.storage import each_at_once
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 
 from famt.pipeline import storage
-from famt.pipeline.dataset import NAME, described
+from famt.pipeline.dataset_json import NAME, described
 from famt.pipeline.errors import UserError
 from famt.pipeline.labels import class_names, find_label, read_labels
 from famt.pipeline.options import Encoding

@@ -28,8 +28,8 @@ from samples import photo_members, score, tar_bytes
 from famt.jobs.tables import GridResult, table
 from famt.kinds import PIXEL_KINDS
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import load_maps, load_samples
 from famt.train import checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from famt.models import MODELS, ModelConfig
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.dataset import SampleTable
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import SampleTable
 from famt.train.distributed import Ranks
 from famt.train.signals.signal import Context
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from famt.pipeline import stage
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.table import SampleTable
+from famt.pipeline.dataset import SampleTable
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["famt.pipeline.stage"])  # takes seconds to import

@@ -30,9 +30,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import SampleTable, load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.stage import stage_shards
-from famt.pipeline.table import SampleTable, load_samples
 from famt.train.distributed import join_ranks
 from famt.train.evaluate.features import Images, default_centre
 from famt.train.initial import build_initial_encoder

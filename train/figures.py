@@ -31,11 +31,11 @@ from famt.patches import (
     unpatchify,
 )
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.join import PatchBatch
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropLoader
+from famt.pipeline.masking import PatchBatch
 from famt.pipeline.model_scores import model_scores
 from famt.pipeline.options import LoaderConfig
-from famt.pipeline.table import load_maps, load_samples
 from famt.sampling import PatchSplit, blended_weights
 from famt.train.checkpoint import Checkpoint, load, load_model
 from famt.train.config import Pretrain

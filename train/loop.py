@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from famt.models import ModelConfig
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.loader import CropBatch, CropLoader
 from famt.pipeline.resident import ResidentLoader
-from famt.pipeline.table import SampleTable
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, Component, resume
 from famt.train.config import TrainingOptions

@@ -27,11 +27,11 @@ from famt.models import ModelConfig
 from famt.patch_counts import patch_counts
 from famt.patches import normalise
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.join import PatchBatch
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropBatch, own_share
+from famt.pipeline.masking import PatchBatch
 from famt.pipeline.options import JoinConfig
 from famt.pipeline.stage import stage_shards
-from famt.pipeline.table import load_maps, load_samples
 from famt.train import figures
 from famt.train.checkpoint import Component
 from famt.train.config import Pretrain

@@ -25,11 +25,12 @@ from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
-from famt.pipeline.join import crop_scores, split_crops
-from famt.pipeline.loader import CropLoader, own_cores
+from famt.pipeline.dataset import SampleTable, load_maps, load_samples
+from famt.pipeline.limits import own_cores
+from famt.pipeline.loader import CropLoader
+from famt.pipeline.masking import crop_scores, split_crops
 from famt.pipeline.options import Checked, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import SampleTable, load_maps, load_samples
 from famt.sampling import patch_weights
 
 Take = Callable[[], object]  # the next batch

@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.options import Encoding
-from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.patterns import expand_shards
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.writer import Item, write_shards
 
@@ -78,7 +79,7 @@ def resident_bytes() -> int:
 def shards(patterns: list[str], photos: int = 500) -> Iterator[list[str]]:
     """The given shards, or one of so many made-up photos of 500 x 375 px, about 100 KB each."""
     if patterns:
-        yield storage.expand(patterns)
+        yield expand_shards(patterns)
         return
     with tempfile.TemporaryDirectory(prefix="famt-benchmark-") as folder:
         items = [Item(f"photo-{n}", 0, partial(_made_up_photo, n)) for n in range(photos)]
@@ -90,7 +91,7 @@ def shards(patterns: list[str], photos: int = 500) -> Iterator[list[str]]:
             samples_per_shard=photos,
             encoding=Encoding(max_side=500, quality=95),
         )
-        yield storage.expand([folder])
+        yield expand_shards([folder])
 
 
 def _made_up_photo(seed: int) -> Image.Image:

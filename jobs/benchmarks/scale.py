@@ -27,11 +27,11 @@ from famt.jobs.benchmarks.measure import Report
 from famt.jobs.options import PrecomputeFreq
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache, ShardTable
+from famt.pipeline.dataset import SampleTable, load_maps, load_samples
 from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.options import Checked
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import write_dali_index
-from famt.pipeline.table import SampleTable, load_maps, load_samples
 
 _TARS, _ROWS = 128, 8192  # whose index DALI reads
 

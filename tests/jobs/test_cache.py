@@ -17,9 +17,9 @@ from samples import photo_members, score, tar_bytes
 
 from famt.jobs.cache import Gc, Ls, Show, Verify, main
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import load_maps, load_samples
 
 
 def _images(shards, cache, spec):

@@ -19,10 +19,10 @@ from samples import photo_members, score, tar_bytes
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.generation import generation_path, open_generation
 from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
-from famt.pipeline.table import load_samples
 from famt.train import checkpoint
 from famt.train.checkpoint import Encoder
 from famt.train.signals.refresh_folder import RefreshFolder

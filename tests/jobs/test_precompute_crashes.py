@@ -16,12 +16,13 @@ from ray_clusters import cluster, lose
 from samples import photo_members, tar_bytes
 
 from famt.jobs.options import PrecomputeFreq
-from famt.jobs.precompute_freq import main, try_publish
+from famt.jobs.precompute_freq import main
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.errors import CacheFullError
 from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import Publisher
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import load_samples
 
 ROOT = Path(__file__).parents[2]
 
@@ -193,14 +194,15 @@ def test_a_job_on_a_full_disk_fails_and_finishes_when_there_is_room(shards, smal
 def test_a_scored_shard_that_cannot_be_published_waits_for_the_next_try(shards, small_disk, spec):
     cache = ScoreCache(str(small_disk / "cache"), create=True)
     url = str(shards / "train-00.tar")
-    reports = [precompute_shard(url, cache, spec)]
+    publisher = Publisher(cache, spec)
+    publisher.add(precompute_shard(url, cache, spec))
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert "Read-only" in try_publish(reports, cache, spec, [])
-    assert len(reports) == 1
+    assert "Read-only" in publisher.flush()
+    assert len(publisher.waiting) == 1
     assert not cache.manifests.lookup([url])
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    assert try_publish(reports, cache, spec, []) == ""
-    assert not reports
+    assert publisher.flush() == ""
+    assert not publisher.waiting
     assert url in cache.manifests.lookup([url])
 
 

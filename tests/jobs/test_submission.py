@@ -13,7 +13,7 @@ from s3_server import free_port
 from samples import photo_members, tar_bytes
 
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.table import load_samples
+from famt.pipeline.dataset import load_samples
 from famt.train import checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -5,11 +5,11 @@ from famt.models import ModelConfig, PatchConfig
 from famt.patches import patchify
 from famt.pipeline.batches import famt_loader
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.generation import GenerationError, generation_path, write_generation
 from famt.pipeline.options import JoinConfig, LoaderConfig
 from famt.pipeline.scores import ModelScoreSpec
-from famt.pipeline.table import load_samples
 
 PATCHES = PatchConfig(image_size=56, patch_size=8)
 LOADER = LoaderConfig(batch_size=8, shuffle_buffer=16, threads=1)

@@ -9,11 +9,11 @@ import pytest
 from samples import photo_members, score, tar_bytes
 
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.precompute import score_shard
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import Rejected
-from famt.pipeline.table import load_maps, load_samples
 
 ID = "0123abcd" * 4
 

@@ -25,11 +25,11 @@ from samples import encode, photo, score, tar_bytes
 
 import famt.pipeline.decode
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.decode import BadImage, decode, plain_jpeg_extent
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig, WholeView
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import load_samples
 
 
 def test_images_are_decoded_upright():

@@ -25,12 +25,13 @@ from PIL import Image
 from samples import encode, photo_members, score, tar_bytes
 
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.decode import decode
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig, RandomView, WholeView
-from famt.pipeline.precompute import precompute_shard, publish
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.table import load_maps, load_samples
 
 SEEDS = [int(seed) for seed in os.environ.get("FAMT_FUZZ_SEEDS", "0").split(",")]
 SPEC = ScoreSpec()

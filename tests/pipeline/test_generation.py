@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.generation import (
     GenerationError,
     generation_path,
@@ -12,7 +13,6 @@ from famt.pipeline.generation import (
     write_generation,
 )
 from famt.pipeline.scores import ModelScoreSpec
-from famt.pipeline.table import load_samples
 
 KINDS = ["attention", "token_frequency"]
 

@@ -14,12 +14,12 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from famt.geometry import crop_maps
 from famt.patches import patchify
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig, RandomView, WholeView
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import list_shard
-from famt.pipeline.table import load_samples
 
 SMALL = LoaderConfig(batch_size=4, image_size=32, shuffle_buffer=8, threads=2)
 

@@ -6,9 +6,9 @@ import torch
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
-from famt.pipeline.table import load_samples
 
 
 @pytest.fixture

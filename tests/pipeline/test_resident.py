@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from famt.pipeline import resident
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
 from famt.pipeline.resident import ResidentLoader
-from famt.pipeline.table import load_samples
 
 CONFIG = LoaderConfig(batch_size=8, image_size=48, shuffle_buffer=16, threads=1)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

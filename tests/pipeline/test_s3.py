@@ -25,12 +25,14 @@ from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
 from famt.pipeline import storage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.gc import Collection, collect
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
-from famt.pipeline.precompute import precompute_shard, publish
-from famt.pipeline.table import load_maps, load_samples
+from famt.pipeline.patterns import expand_shards
+from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.publish import publish
 from famt.pipeline.validity import look_up
 from famt.train.checkpoint import load
 from famt.train.pretrain import Pretrain
@@ -72,10 +74,8 @@ def _score(urls, cache, spec):
 
 
 def test_shards_and_cache_on_s3_feed_the_loader(bucket, shards, spec):
-    urls = storage.expand([shards])
-    assert (
-        urls == storage.expand([f"{bucket}/shards"]) == storage.expand([f"{bucket}/shards/t*.tar"])
-    )
+    urls = expand_shards([shards])
+    assert urls == expand_shards([f"{bucket}/shards"]) == expand_shards([f"{bucket}/shards/t*.tar"])
     cache = ScoreCache(f"{bucket}/scores", create=True)
     assert _score(urls, cache, spec) == 20
     table = load_samples([shards], ScoreCache(f"{bucket}/scores"))
@@ -106,7 +106,7 @@ def test_the_whole_path_runs_on_s3(bucket, shards, tmp_path):
 
 
 def test_a_replaced_object_is_found_by_its_etag(bucket, shards, spec):
-    urls = storage.expand([shards])
+    urls = expand_shards([shards])
     cache = ScoreCache(f"{bucket}/scores", create=True)
     _score(urls, cache, spec)
     client = boto3.client("s3")
@@ -135,7 +135,7 @@ def test_versions_of_many_tars_are_listed_and_are_those_of_each(bucket, monkeypa
 
 
 def test_what_no_manifest_names_is_collected_from_s3(bucket, shards, spec):
-    urls = storage.expand([shards])
+    urls = expand_shards([shards])
     cache = ScoreCache(f"{bucket}/scores", create=True)
     precompute_shard(urls[0], cache, spec)
     _score(urls[1:], cache, spec)
@@ -152,7 +152,7 @@ def test_what_is_not_there_is_named(bucket, shards, spec):
     with pytest.raises(CacheError, match=r"train-000009\.tar: no such file"):
         load_samples([f"{bucket}/shards/train-000009.tar"], cache)
     with pytest.raises(FileNotFoundError, match="no such shards"):
-        storage.expand([f"{bucket}/nothing-here"])
+        expand_shards([f"{bucket}/nothing-here"])
     assert not storage.exists(f"{bucket}/shards/train-000009.tar")
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from famt.frequency import pixel_frequency
-from famt.pipeline import scores
+from famt.pipeline import plugins
 from famt.pipeline.model_scores import model_maps
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 
@@ -67,12 +67,12 @@ def extra(tmp_path, monkeypatch):
         (info / "METADATA").write_text(f"Name: famt-extra\nVersion: {version}\n")
         (info / "entry_points.txt").write_text(ENTRY_POINTS)
         (tmp_path / "famt_extra.py").write_text(PACKAGE)
-        scores._plugins.cache_clear()
+        plugins._installed.cache_clear()
 
     monkeypatch.syspath_prepend(tmp_path)
     install("1.0")
     yield install
-    scores._plugins.cache_clear()
+    plugins._installed.cache_clear()
 
 
 def test_a_package_adds_a_kind_by_its_name(extra):

@@ -4,10 +4,10 @@ import torch
 from PIL import Image
 from samples import encode, photo_members, score, tar_bytes
 
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig, RandomView, WholeView
 from famt.pipeline.segmentation_masks import crop_masks, decode_mask, read_masks
-from famt.pipeline.table import load_samples
 
 SIDE, CELL = 120, 8  # px
 

@@ -14,12 +14,12 @@ from samples import encode, score, tar_bytes
 
 from famt.pipeline import stage
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loader import CropLoader, own_share
 from famt.pipeline.options import LoaderConfig
 from famt.pipeline.shards import content_id
 from famt.pipeline.stage import stage_shards
-from famt.pipeline.table import load_samples
 
 KILLS = int(os.environ.get("FAMT_STAGE_KILLS", "20"))
 

@@ -21,7 +21,7 @@ from samples import photo_members, tar_bytes
 
 from famt.pipeline import loader
 from famt.pipeline.cache import ScoreCache
-from famt.pipeline.table import load_samples
+from famt.pipeline.dataset import load_samples
 
 fault, every, epochs, seed, *images = sys.argv[1:]
 count = int(images[0]) if images else 20

@@ -4,9 +4,9 @@ import resource
 import sys
 
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
-from famt.pipeline.table import load_samples
 
 cache, soft, hard, *shards = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), int(hard)))

@@ -8,11 +8,11 @@ import torch
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.generation import write_generation
 from famt.pipeline.loader import CropBatch
 from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
-from famt.pipeline.table import load_samples
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.signals.config import FrequencyConfig, RefreshConfig

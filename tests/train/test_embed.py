@@ -6,9 +6,9 @@ import pytest
 import torch
 from samples import score, tar_bytes
 
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig
-from famt.pipeline.table import load_samples
 from famt.train import checkpoint, embed
 from famt.train.embed import main
 from famt.train.options import Embed

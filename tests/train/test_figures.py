@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from famt.pipeline.join import crop_scores
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropLoader
+from famt.pipeline.masking import crop_scores
 from famt.pipeline.options import JoinConfig, LoaderConfig, RandomView
-from famt.pipeline.table import load_maps, load_samples
 from famt.train import checkpoint, figures
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
@@ -17,7 +17,6 @@ from famt.train.figures import main
 from famt.train.options import Figures
 from famt.train.pretrain import Run
 from famt.train.pretrain import main as pretrain
-from famt.train.signals import patch_weights
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
 VIEW = RandomView(area=(0.6, 1.0))
@@ -79,7 +78,7 @@ def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_p
 def test_a_packages_signal_is_drawn_as_itself(config, scored, monkeypatch, drawn):
     added = EntryPoint("centre", "centre_signal:Centre", "famt.signals")
     monkeypatch.syspath_prepend("docs/centre_signal")
-    monkeypatch.setattr(patch_weights, "_added", lambda: {"centre": added})
+    monkeypatch.setattr("famt.pipeline.plugins._installed", lambda group: {"centre": added})
     slot = FrequencyConfig("centre")
     pretrain(dataclasses.replace(config, epochs=1, frequency=slot, attention=OFF))
     main(_figures(config, scored))

@@ -9,9 +9,9 @@ import torch
 from launch import program_file
 
 from famt.patches import unpatchify
-from famt.pipeline import storage
 from famt.pipeline.errors import CacheError
 from famt.pipeline.options import RandomView
+from famt.pipeline.patterns import expand_shards
 from famt.train.program import run_program
 
 
@@ -45,7 +45,7 @@ def test_a_defect_shows_where_it_is():
 
 
 def test_a_wrong_value_is_a_message_where_this_project_refuses_it(capsys):
-    assert _exit(lambda _: storage.expand(["train-{0.tar"])) == 2
+    assert _exit(lambda _: expand_shards(["train-{0.tar"])) == 2
     assert capsys.readouterr().err.startswith("error: train-{0.tar: ")
 
 

@@ -6,7 +6,7 @@ import sys
 from itertools import zip_longest
 
 from famt.pipeline import storage
-from famt.pipeline.dataset import NAME, described
+from famt.pipeline.dataset_json import NAME, described
 from famt.pipeline.errors import UserError
 from famt.train.evaluate.features import Images
 

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from famt.patches import normalise_images
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import SampleTable, load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.loader import CropBatch, CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig, View
 from famt.pipeline.stage import stage_shards
-from famt.pipeline.table import SampleTable, load_samples
 from famt.train.distributed import Ranks
 from famt.train.evaluate.options import Evaluation
 from famt.train.streams import Stop

@@ -11,8 +11,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from famt.models import ModelConfig
 from famt.pipeline.cache import ScoreCache
+from famt.pipeline.dataset import load_samples
 from famt.pipeline.stage import stage_shards
-from famt.pipeline.table import load_samples
 from famt.train.distributed import Ranks
 from famt.train.evaluate.features import Features, Images, default_centre, require_labels, top1
 from famt.train.evaluate.knn import predict
@@ -42,7 +42,7 @@ class Monitor:
 
     Raises:
         ValueError: images without a class, or too few.
-        CacheError: see `famt.pipeline.table.load_samples`.
+        CacheError: see `famt.pipeline.dataset.load_samples`.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ def run(options: Evaluation) -> dict[str, Value]:
 
     Raises:
         FileNotFoundError, ValueError: see `famt.train.initial.build_initial_encoder`.
-        CacheError: see `famt.pipeline.table.load_samples`.
+        CacheError: see `famt.pipeline.dataset.load_samples`.
     """
     name, evaluator = next(
         (name, evaluator) for name, (kind, evaluator) in EVALUATORS.items() if kind is type(options)

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from famt.pipeline.join import crop_scores
 from famt.pipeline.loader import CropBatch
+from famt.pipeline.masking import crop_scores
 from famt.train.signals.config import FrequencyConfig
 from famt.train.signals.signal import Context, Signal
 

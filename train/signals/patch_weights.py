@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from famt.models import PatchConfig
-from famt.pipeline.errors import UserError
-from famt.pipeline.join import PatchBatch, split_crops
 from famt.pipeline.loader import CropBatch
+from famt.pipeline.masking import PatchBatch, split_crops
 from famt.pipeline.options import JoinConfig
+from famt.pipeline.plugins import find_plugin
 from famt.sampling import patch_weights
 from famt.train.config import Pretrain
 from famt.train.signals.attention import Live, Rolling
@@ -144,18 +142,9 @@ def weigh(scores: Scores, crops: CropBatch, grid: int) -> Tensor:
 
 
 def _source(slot: str, name: str) -> Callable[[Any, Context], Signal]:
-    own, added = SOURCES[slot], _added()
+    own = SOURCES[slot]
     if name in own:
         return own[name]
-    if name not in added:
-        raise UserError(
-            f"--{slot}.source {name}: there are {', '.join([OFF, *own, *added])}. Others come "
-            "with packages that have an entry point in 'famt.signals'; is one missing here?"
-        )
-    found: Callable[[Any, Context], Signal] = added[name].load()
+    plugin = find_plugin("famt.signals", name, [OFF, *own], f"--{slot}.source {name}")
+    found: Callable[[Any, Context], Signal] = plugin.load()
     return found
-
-
-@cache
-def _added() -> dict[str, EntryPoint]:
-    return {each.name: each for each in entry_points(group="famt.signals")}

@@ -13,12 +13,12 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.pipeline import storage
+from famt.pipeline.dataset import SampleTable
 from famt.pipeline.errors import UserError
 from famt.pipeline.generation import GenerationError, generations, open_generation, step_of
-from famt.pipeline.join import crop_scores
 from famt.pipeline.loader import CropBatch
+from famt.pipeline.masking import crop_scores
 from famt.pipeline.scores import check_model_kinds
-from famt.pipeline.table import SampleTable
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, Encoder
 from famt.train.config import Pretrain

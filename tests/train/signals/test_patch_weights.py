@@ -6,7 +6,6 @@ import torch
 
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
-from famt.train.signals import patch_weights
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 from famt.train.signals.patch_weights import read_signals, weigh
 
@@ -75,7 +74,7 @@ def test_a_packages_own_signal_weighs_patches(config, monkeypatch):
     """The example of docs/custom-signals.md."""
     added = EntryPoint("centre", "centre_signal:Centre", "famt.signals")
     monkeypatch.syspath_prepend("docs/centre_signal")
-    monkeypatch.setattr(patch_weights, "_added", lambda: {"centre": added})
+    monkeypatch.setattr("famt.pipeline.plugins._installed", lambda group: {"centre": added})
     config = dataclasses.replace(config, frequency=FrequencyConfig("centre", exponent=1.0))
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)

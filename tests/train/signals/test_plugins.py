@@ -14,11 +14,9 @@ from samples import photo
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
-from famt.pipeline import scores
 from famt.pipeline.model_scores import model_scores
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run, main
-from famt.train.signals import patch_weights
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -37,7 +35,7 @@ def _installed(folder: str, monkeypatch) -> dict[str, dict[str, EntryPoint]]:
 @pytest.fixture
 def salience(monkeypatch):
     groups = _installed("token_salience", monkeypatch)
-    monkeypatch.setattr(scores, "_plugins", lambda group, builtin: groups.get(group, {}))
+    monkeypatch.setattr("famt.pipeline.plugins._installed", lambda group: groups.get(group, {}))
 
 
 def test_token_salience_is_what_all_patches_pay_to_one_in_log_weights(salience):
@@ -74,8 +72,8 @@ def test_a_run_masks_by_token_salience(salience, config):
 
 
 def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, config):
-    added = _installed("green_noise", monkeypatch)["famt.signals"]
-    monkeypatch.setattr(patch_weights, "_added", lambda: added)
+    groups = _installed("green_noise", monkeypatch)
+    monkeypatch.setattr("famt.pipeline.plugins._installed", lambda group: groups[group])
     frequency, attention = FrequencyConfig("green-noise"), AttentionConfig("off")
     config = dataclasses.replace(config, frequency=frequency, attention=attention)
     with join_ranks("cpu") as ranks:

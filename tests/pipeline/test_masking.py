@@ -5,10 +5,10 @@ import torch
 
 from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, patchify
-from famt.pipeline.join import crop_scores, split_crops
+from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropLoader
+from famt.pipeline.masking import crop_scores, split_crops
 from famt.pipeline.options import JoinConfig, LoaderConfig, check_bounds
-from famt.pipeline.table import load_maps, load_samples
 from famt.targets import low_pass
 
 GRID, PATCH = 7, 8

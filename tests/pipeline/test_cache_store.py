@@ -5,8 +5,8 @@ import pytest
 import zarr
 from zarr.storage import ZipStore
 
+from famt.pipeline.cache_store import CacheStore
 from famt.pipeline.errors import CacheError
-from famt.pipeline.store import Store
 
 ID = "0123abcd" * 4
 TABLE, MAPS = f"shards/{ID}/table.zip", f"shards/{ID}/border_geodesic-0123456789ab.zip"
@@ -37,7 +37,7 @@ ATTRIBUTES = {"x": [0.25, None, True], "y": {"b": "ü"}}
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(str(tmp_path / "cache"), create=True)
+    return CacheStore(str(tmp_path / "cache"), create=True)
 
 
 def _lay(store, names):

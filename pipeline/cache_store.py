@@ -61,7 +61,7 @@ def is_spec_id(name: str) -> bool:
     return re.fullmatch(_SPEC_ID, name) is not None
 
 
-class Store:
+class CacheStore:
     """Objects below the folder or object-store URL `url`; a local one is made if `create`.
 
     Raises:
