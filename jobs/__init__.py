@@ -1,1 +1,1 @@
-"""What a user submits: thin scripts that parse, run a room's functions on Ray, and report."""
+"""Programs: parse options, run functions of the other rooms, on Ray where it helps, and report."""

@@ -1,22 +1,20 @@
-"""Measure what the project promises, each figure beside the bound it is held against.
+"""Benchmarks: each figure beside the bound that it is held against.
 
     famt benchmark step --model vit_base
-    famt benchmark precompute loader --threads 2 step    # one after another
+    famt benchmark precompute loader --threads 2 step    # several in one go
 
-    precompute  images/s of scoring on one core, beside those of only decoding (--shards)
-    loader      crops/s of the loader with join and sampling, beside the bare DALI graph and
-                torchvision's DataLoader (--shards)
-    step        time, FLOPs and memory of FAMT's training steps, beside plain MAE's
-    attention   time of a step with each signal, beside one without
-    refresh     images/s of making maps anew with an encoder, beside its bare forward, and what
-                that costs beside an epoch of training
-    runs        crops/s of whole trainings by recipe, beside MAE's, and what they wait for
-    quality     how well each kind of map tells objects from background (--photos --masks)
-    scale       time and memory to start with many shards
+    precompute  images/s of scoring on one core, against decoding alone; Ray workers (--shards)
+    loader      crops/s of the loader, against a bare DALI graph and torchvision (--shards)
+    step        time, FLOPs and memory of a training step, against plain MAE
+    attention   time of a step with each signal, against a step without
+    refresh     images/s of refreshing maps, against the bare forward pass; its cost in epochs
+    runs        crops/s of whole training runs by recipe, against MAE
+    quality     how well each kind of score separates objects from background (--photos --masks)
+    scale       time and memory to start a run on many shards
 
-Prints JSON lines: the figure, the bound from the same run, and their ratio. Rivals are measured in
-turn, round after round, and compared by their medians: a machine's mood hits them alike. Without
-`--shards`, photos of ImageNet's usual size are made up.
+Prints JSON lines: figure, bound, their ratio. Rivals take turns round by round and are compared by
+their medians, so a busy machine slows all of them alike. Without --shards, benchmarks make
+synthetic photos of ImageNet's usual size.
 """
 
 from __future__ import annotations
@@ -41,10 +39,10 @@ from famt.train.program import run_program
 
 
 class Benchmark(Protocol):
-    """Options of a measurement, and the measurement."""
+    """A benchmark and its options."""
 
     def run(self) -> Iterator[Report]:
-        """Yield the lines as they come."""
+        """Measure; yield the lines one by one."""
         ...
 
 
@@ -61,7 +59,7 @@ BENCHMARKS: dict[str, Any] = {
 
 
 def parse(arguments: list[str]) -> list[Benchmark]:
-    """The benchmarks named on a command line, each with the options that follow its name."""
+    """The benchmarks of a command line, each with the options after its name."""
     starts = [n for n, argument in enumerate(arguments) if n and argument in BENCHMARKS]
     ends = [*starts, len(arguments)]
     parts = [arguments[start:end] for start, end in zip([0, *starts], ends, strict=True)]
@@ -70,7 +68,7 @@ def parse(arguments: list[str]) -> list[Benchmark]:
 
 
 def main(benchmarks: list[Benchmark]) -> None:
-    """Print the benchmarks' lines as they come."""
+    """Run the benchmarks and print their lines."""
     for benchmark in benchmarks:
         for line in benchmark.run():
             print(json.dumps(line), flush=True)

@@ -1,4 +1,4 @@
-"""Look after a score cache.
+"""Inspect, verify and clean a score cache.
 
     famt cache ls --cache scores             # folders, images, scores, sizes
     famt cache ls --cache scores --bad       # every quarantined sample, with the reason
@@ -6,8 +6,8 @@
     famt cache gc --cache scores --dry-run
     famt cache show --cache scores --shards 'shards/val-*.tar' --out maps.png
 
-Exit code: 0 all is well; 1 `verify` found an entry that its tar contradicts, or `gc` could not look
-into a folder of shards.
+Exit code: 0 all is well; 1 `verify` found an entry that disagrees with its tar, or `gc` could not
+list a folder of shards.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from famt.train.program import parsed, run_program
 
 @dataclass(frozen=True)
 class Ls:
-    """List what the cache holds: a block for each folder of shards that it knows."""
+    """List shards, images, scores and sizes for each folder of shards in the cache."""
 
     cache: str
     """folder or object-store URL of the score cache"""
     bad: bool = False
-    """print every quarantined sample and damaged tar instead, one a line"""
+    """list quarantined samples and damaged tars instead, one a line"""
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
@@ -83,14 +83,14 @@ class Ls:
 
 @dataclass(frozen=True)
 class Verify(Checked):
-    """Score a sample of entries again from their tars, and compare."""
+    """Score a random sample of tars again, and compare with the cache."""
 
     cache: str
     """folder or object-store URL of the score cache"""
     sample: Annotated[int, Ge(1)] = 10
-    """entries to check; each is one tar to read and score"""
+    """number of tars to read and score"""
     seed: Seed = 0
-    """of the choice"""
+    """seed of the choice"""
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
@@ -118,16 +118,16 @@ class Verify(Checked):
 
 @dataclass(frozen=True)
 class Gc(Checked):
-    """Remove what no shard needs any more: records of shards that were deleted, entries that no
-    record names, and staging files of killed writers.
+    """Remove what no shard needs: records of deleted shards, entries without a record, and
+    temporary files of killed writers.
     """
 
     cache: str
     """folder or object-store URL of the score cache"""
     days: Annotated[float, Ge(0), Le(1e5)] = Collection.older_than.days
-    """leave what is younger: a job at work has entries that no manifest names yet"""
+    """keep what is younger: running jobs have entries without a record"""
     dry_run: bool = False
-    """only say what would go"""
+    """only list what would be removed"""
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
@@ -139,7 +139,7 @@ class Gc(Checked):
             freed += removed.bytes
         for folder, reason in options.out_of_reach.items():
             print(
-                f"{reason}; its shards keep their scores. If it was deleted for good, "
+                f"{reason}; its shards keep their scores. If the folder is gone for good, "
                 f"remove {cache.url}/{cache.manifests.path(folder)}",
                 file=sys.stderr,
             )
@@ -149,19 +149,19 @@ class Gc(Checked):
 
 @dataclass(frozen=True)
 class Show(Checked):
-    """Draw photos with their score maps."""
+    """Draw images with their score maps."""
 
     cache: str
     """folder or object-store URL of the score cache"""
     shards: list[str]
-    """where the photos come from"""
+    """tars with the images"""
     out: Path
     """PNG file to write"""
     images: Annotated[int, Ge(1)] = 6
-    """rows of the picture"""
+    """number of images"""
     spec: ScoreSpec = field(default_factory=ScoreSpec)
     seed: Seed = 0
-    """of the choice of photos"""
+    """seed of the choice"""
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
@@ -191,7 +191,7 @@ def main(command: Command) -> int:
 def _contradiction(
     cache: ScoreCache, url: str, record: ShardRecord, specs: list[str]
 ) -> str | None:
-    """What the tar at `url` says against its entry, or None."""
+    """Reason why the tar at `url` disagrees with its entry, or None."""
     shard_id = record.shard_id
     try:
         data = storage.read(url)
@@ -209,7 +209,7 @@ def _contradiction(
         scored = score_shard(data, spec, url)
         if not scored.table.same_rows(table):
             return "other samples than in the tar"
-        # Another machine may round otherwise: one part in a thousand is a float16's own error.
+        # float16 rounds to one part in a thousand, and machines round differently.
         difference = np.abs(maps - scored.maps.astype(np.float32))
         if not (difference <= 1e-2).all():
             return f"{spec_id}: maps differ by up to {difference.max():.3g}"

@@ -1,4 +1,4 @@
-"""Which Ray a job runs on, and what its tasks raise."""
+"""The Ray cluster of a job, and errors of its tasks."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ _LOCAL = "give RAY_ADDRESS=local to use this machine alone"
 def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine for this program.
 
-    `ray.init` alone joins any Ray that runs on the machine, whoever started it. Ray sets the
-    variable for what `ray job submit` runs; `auto` stands for the one on this machine.
-
-    Ray starts workers at niceness 15. Beside a training whose threads hold every core, such an
-    actor took minutes to come up, longer than the run had left.
+    `ray.init` alone would join any Ray on the machine, whoever started it. `ray job submit` sets
+    RAY_ADDRESS; `auto` means the Ray on this machine.
 
     Args:
-        log_to_driver: show here what workers print.
-        options: others of `ray.init`.
+        log_to_driver: show the output of workers.
+        options: further options of `ray.init`.
 
     Raises:
-        ConnectionError: no cluster answers there.
+        ConnectionError: no cluster answers at the address.
     """
     if ray.is_initialized():
         return
+    # Ray's niceness of 15 leaves an actor waiting for minutes beside a training on all cores.
     os.environ.setdefault("RAY_worker_niceness", "0")
-    # What tasks raise after the first error that ended a job is no news either.
+    # After the error that ends a job, errors of its other tasks are noise.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    # That Ray guards what it starts here by a token is no news for whoever runs a command.
+    # Ray announces that it generated an authentication token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
@@ -47,14 +45,16 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     try:
         if address not in ("local", "auto"):
             host, _, port = address.rpartition("/")[2].rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()  # Ray tries for minutes
+            socket.create_connection(
+                (host, int(port)), timeout=10
+            ).close()  # Ray would try for minutes
         ray.init(address, log_to_driver=log_to_driver, logging_level="warning", **options)
     except (OSError, RuntimeError, ValueError) as error:
         raise ConnectionError(
             f"no Ray cluster can be joined at RAY_ADDRESS={address} ({storage.reason(error)}); "
             f"start it, or {_LOCAL}"
         ) from error
-    # Ray's own handler ends in an abort, with the native stack.
+    # Ray's own handler aborts with a native stack trace.
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     if address != "local":
@@ -63,10 +63,10 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
 
 
 def failure(error: ray.exceptions.RayTaskError) -> str:
-    """What a task raised, in one line.
+    """The error of a task in one line.
 
     Raises:
-        CacheFullError: it is that; no other task could put anything either.
+        CacheFullError: the error is one; no other task could write either.
     """
     if isinstance(error.cause, CacheFullError):
         raise error.cause

@@ -1,7 +1,7 @@
-"""What a step of each row of a grid costs, measured beside a step of the reference row.
+"""Cost of a training step of each row of a grid, relative to a step of the reference row.
 
-On a CPU the seconds are those that one core works for a step: other programs take none of them,
-though they may slow its memory down.
+On a CPU costs are CPU seconds of one core: other programs take no part of them, although they may
+slow the memory down.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ _OFF: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StepCost:
-    """Times of a row, each over that of a step of the reference.
+    """Times of a row, each as a share of a step of the reference.
 
     Attributes:
-        weighed: a step with all of the row's signals: weigh, sample, gather, forward, backward
-            and update.
-        plain: a step of its epochs before the weights begin.
-        refresh: scoring as many images anew with the encoder as a step takes crops.
+        weighed: a step with all signals of the row, from weights to optimiser.
+        plain: a step of `--plain-epochs`.
+        refresh: refreshing the scores of as many images as a step has crops.
     """
 
     weighed: float = 1.0
@@ -52,15 +51,15 @@ class StepCost:
     refresh: float = 0.0
 
     def of(self, run: Pretrain) -> float:
-        """Mean cost of a step over a run's epochs, the refreshes of its scores included."""
+        """Mean cost of a step over a run, refreshes included."""
         plain = min(run.plain_until, run.epochs)
         spent = plain * self.plain + (run.epochs - plain) * self.weighed
-        spent += len(run.refreshes) * self.refresh / run.crops_per_image  # images, not crops
+        spent += len(run.refreshes) * self.refresh / run.crops_per_image  # per image, not per crop
         return spent / run.epochs
 
 
 def step_key(run: Pretrain) -> str:
-    """The same for runs whose steps cost the same."""
+    """A key that runs share if their steps cost the same."""
     rates = {"base_learning_rate": 1.0, "weight_decay": 0.0, "warmup_epochs": 0.0}
     optimiser = dataclasses.replace(run.optimiser, **rates)
     alike = dataclasses.replace(
@@ -71,8 +70,8 @@ def step_key(run: Pretrain) -> str:
 
 
 def measured(run: Pretrain, reference: Pretrain) -> StepCost:
-    """Time the steps of a run and of the reference in turns, on this machine."""
-    torch.set_num_threads(1)  # its time is the step's work, whatever else the machine does
+    """Time steps of a run and of the reference in turns, on this machine."""
+    torch.set_num_threads(1)  # so that CPU time is the step's work, whatever else the machine does
     timed = {"reference": _weighed(reference), "weighed": _weighed(run)}
     if run.plain_until:
         timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)
@@ -94,14 +93,14 @@ def measured(run: Pretrain, reference: Pretrain) -> StepCost:
 
 
 def _weighed(run: Pretrain) -> Pretrain:
-    """The same run without its plain epochs."""
-    # Scores that do not exist yet would leave a plain step; what they add to one is a gather.
+    """The run without its plain epochs."""
+    # Without maps yet, a refreshed signal would make the step a plain one. It only costs a gather.
     waited_for = [name for name in _OFF if getattr(run, name).source.startswith("refreshed")]
     return dataclasses.replace(run, plain_epochs=0, **{name: _OFF[name] for name in waited_for})
 
 
 def _refresh(kinds: list[str], steps: Steps) -> None:
-    """Score as many images anew as a step takes crops, as the refresh job does."""
+    """Refresh the scores of one batch, as the refresh job does."""
     run = steps.run
     with torch.autocast(
         run.ranks.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"

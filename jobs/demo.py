@@ -1,10 +1,10 @@
-"""The whole path in a few minutes: images, shards, scores, training, probe, pictures, a page.
+"""The whole pipeline in minutes: images, shards, scores, training, probe, a picture, a page.
 
     famt demo
     famt demo --data photos/      # a folder of images or of class folders
 
-Ends with the accuracy of a probe of the trained encoder and of the same encoder untrained;
-images without classes are trained on all the same, and only the probe is left out.
+Prints the accuracy of a probe on the trained encoder and on an untrained one. Images without
+classes are trained on too, without the probe.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from famt.train.program import parsed, run_program
 
 
 def main(demo: Demo) -> None:
-    """Run every stage, each by the function behind its own command."""
+    """Run each stage through the function behind its command."""
     started = time.monotonic()
     demo.out.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="run-", dir=demo.out))
@@ -60,7 +60,7 @@ def main(demo: Demo) -> None:
         recipe,
         epochs=max(1, round(demo.images_seen / images)),
         batch_size=min(recipe.batch_size, images),
-        # A mirrored digit is another sign; a mirrored photo is a photo.
+        # Mirrored digits are no digits; mirrored photos are photos.
         view=recipe.view if demo.data == DIGITS else RandomView(),
     )
     with (
@@ -75,7 +75,7 @@ def main(demo: Demo) -> None:
             probe = Probe(
                 checkpoint=str(run), cache=cache, train=train, val=val,
                 untrained=name == "untrained",
-                poolings=("cls", "mean"),  # a third takes as long as the training does
+                poolings=("cls", "mean"),  # attentive pooling takes as long as the training
             )  # fmt: skip
             accuracy[name] = float(evaluate(probe)["top1"])
     with _stage("5. a picture, and a page of the run"):
@@ -88,8 +88,7 @@ def main(demo: Demo) -> None:
         f"\nprobe, top-1 on {len(expand_shards(val))} held-out shard(s): "
         f"{accuracy['trained']:.1%} trained, {accuracy['untrained']:.1%} untrained"
         if accuracy
-        else f"\nno probe: the images of {demo.data} are of no classes, or of one; it would need "
-        "a folder for each class"
+        else f"\nno probe: {demo.data} has fewer than two classes; it needs a folder per class"
     )
     print(
         f"page:    {page}\npicture: {picture}\ncurves:  tensorboard --logdir {run}\n"

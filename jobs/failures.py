@@ -1,4 +1,4 @@
-"""Which failures of a training under Ray Train are worth another try."""
+"""Failures under Ray Train: which ones to retry."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from famt.train.program import is_users
 
 
 class MistakeError(Exception):
-    """Wrong input, which another try would find as wrong."""
+    """Wrong input, which no retry mends."""
 
 
 def train(config: Pretrain) -> None:
     """Train in a worker.
 
     Raises:
-        MistakeError: the input is wrong; says what and what to do.
-        BusyError: a lost worker's lock on the run's folder is still there.
+        MistakeError: the input is wrong.
+        BusyError: a lost worker still holds the lock on the run's folder; worth a retry.
     """
     try:
         pretrain.main(config)
@@ -35,14 +35,14 @@ def train(config: Pretrain) -> None:
 
 
 class EndAtMistakes(UserCallback):
-    """Ends a run at the first `MistakeError`; Ray Train alone would try it again.
+    """Ends a run at the first `MistakeError`.
 
-    An error in a callback is the one failure of a run that Ray Train never tries again.
+    Ray Train retries every error of a worker, but none of a callback.
     """
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Ray Train calls this when workers raised."""
+        """Called by Ray Train after workers raised."""
         for error in worker_exceptions.values():
-            raised = getattr(error, "_base_exc", error)  # which Ray wraps with its traceback
+            raised = getattr(error, "_base_exc", error)  # Ray wraps it with its traceback
             if isinstance(raised, MistakeError):
                 raise raised

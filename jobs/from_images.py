@@ -1,10 +1,12 @@
-"""A training from a folder of images: its shards and scores, and options that suit a first run.
+"""Pre-training from a folder of images: shards, scores, and options that suit a first run.
 
-`famt pretrain --data photos --out runs/first` makes in runs/first/data what is not there yet.
+`famt pretrain --data photos --out runs/first` keeps shards and scores in runs/first/data.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import statistics
 import sys
@@ -16,27 +18,27 @@ from PIL import Image
 
 from famt.jobs import make_shards, precompute_freq
 from famt.jobs.options import MakeShards, PrecomputeFreq
-from famt.pipeline.dataset_json import described
 from famt.pipeline.errors import UserError
 from famt.pipeline.writer import open_source
 from famt.train import export
+from famt.train.files import written_whole
 from famt.train.options import Export
 
-_LOOKED_AT = 200  # images whose sizes are read
-_HELD_OUT = 0.1  # share of labelled images that the monitor tests k-NN on
-_MONITORED = 500  # images that are enough for that
-# Crops of a first run: an hour or two of two cores, an hour or so of a GPU.
+_LOOKED_AT = 200  # images to read the sizes of
+_HELD_OUT = 0.1  # share of labelled images for the monitor
+_MONITORED = 500  # images, the least for a monitor
+# Crops of a first run: one to two hours of two cores, about an hour of a GPU.
 _CROPS = {"cpu": 200_000, "gpu": 10_000_000}
 
 
 @dataclass(frozen=True)
 class Images:
-    """What a folder holds.
+    """Statistics of a folder of images.
 
     Attributes:
-        count: images.
-        classes: of them; 0 if they have none.
-        side: median of their shorter sides, px.
+        count: number of images.
+        classes: number of classes; 0 without labels.
+        side: median of the shorter sides, px.
     """
 
     count: int
@@ -45,32 +47,32 @@ class Images:
 
     @property
     def can_be_monitored(self) -> bool:
-        """Whether k-NN on a part of them says something."""
+        """Whether a part of them is enough for k-NN."""
         return self.classes > 1 and self.count >= _MONITORED
 
 
-def look_at(data: str) -> Images:
-    """Count the images of a folder or named data set, and read the sizes of some.
+def look_at(data: str, labels: Path | None = None) -> Images:
+    """Count the images of a folder or named data set, and read some of their sizes.
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
     """
-    classes, items, *_ = open_source(data, "train")
+    classes, items, *_ = open_source(data, "train", labels=labels)
     sides = []
     for number in np.random.default_rng(0).permutation(len(items))[:_LOOKED_AT].tolist():
         content = items[number].load()
         try:
             with Image.open(content) if isinstance(content, Path) else content as image:
                 sides.append(min(image.size))
-        except (OSError, ValueError):  # `famt shards` will name it
+        except (OSError, ValueError):  # `famt shards` will name the file
             continue
     if not sides:
-        raise UserError(f"{data}: none of its images can be read")
+        raise UserError(f"{data}: no image can be read")
     return Images(len(items), len(classes), round(statistics.median(sides)))
 
 
 def suggest(images: Images, *, gpu: bool) -> dict[str, str]:
-    """Options of a first run, by name: sizes by the images, model and length by the machine."""
+    """Options of a first run: sizes that suit the images, model and length for the machine."""
     if images.side < 48:
         size, patch = 32, 4
     elif images.side < 112:
@@ -89,14 +91,14 @@ def suggest(images: Images, *, gpu: bool) -> dict[str, str]:
     return {"model": "vit_nano", "optimiser.base-learning-rate": "2e-3", **options}
 
 
-def suggested(data: str, out: Path, given: list[str]) -> list[str]:
-    """The words of a command line that `--data` stands for, before those that are given.
+def suggested(data: str, labels: Path | None, out: Path, given: list[str]) -> list[str]:
+    """The options that `--data` implies; they precede the given ones.
 
-    A recipe or a model that is named has sizes and a length of its own.
+    With --recipe or --model among the given ones, sizes and length are left to these.
     """
     folder = _folder(out)
     words = ["--shards", str(folder / "shards" / "train-*.tar"), "--cache", str(folder / "scores")]
-    images = look_at(data)
+    images = look_at(data, labels)
     if images.can_be_monitored and not _has(given, "monitor"):
         words += ["--monitor", str(folder / "shards" / "val-*.tar")]
     if not (_has(given, "recipe") or _has(given, "model")):
@@ -107,56 +109,64 @@ def suggested(data: str, out: Path, given: list[str]) -> list[str]:
         where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
         chosen = [word for name, value in options.items() for word in (f"--{name}", value)]
         print(
-            f"{data}: {images.count} images, {images.classes or 'no'} classes, {images.side} px "
-            f"at the median. For a first run on {where}: {' '.join(chosen)}",
+            f"{data}: {images.count} images, {images.classes or 'no'} classes, median side "
+            f"{images.side} px. Options for a first run on {where}: {' '.join(chosen)}",
             file=sys.stderr,
         )
         words += chosen
     return words
 
 
-def prepare(data: str, out: Path, *, scored: bool) -> None:
-    """Make the shards and scores of a run in `out` that are not there yet.
+def prepare(data: str, labels: Path | None, out: Path, *, scored: bool) -> None:
+    """Make shards and scores in `<out>/data`, unless they are there.
+
+    `<out>/data/source.json` records the source of the shards and a digest of the names and classes
+    of its images. It is written before the first shard, and again, `complete`, after the last.
 
     Raises:
-        UserError: shards of another source are there, or some could not be scored.
+        UserError: the shards are of other images or classes, or some could not be scored.
     """
     folder = _folder(out)
-    shards = folder / "shards"
-    making = shards / "making"  # there while shards are written: what it lies beside is ours
-    if making.exists():
+    shards, record = folder / "shards", folder / "source.json"
+    wanted = {"source": data, "images": _digest(data, labels), "complete": True}
+    known = json.loads(record.read_text()) if record.exists() else None
+    if known is None and any(shards.glob("*.tar")):
+        raise UserError(
+            f"{shards} holds tars that --data did not make: give another --out, or train on them "
+            "with --shards and --cache"
+        )
+    if known is None or not known["complete"]:
         for half_made in (*shards.glob("*.tar"), *shards.glob("dataset.json")):
             half_made.unlink()
-    known = ((described(str(shards)) or {}).get("splits") or {}).get("train")
-    if known is None:
-        if any(shards.glob("*.tar")):
-            raise UserError(
-                f"{shards} holds tars that --data did not make: give another --out, or train on "
-                "them by --shards and --cache"
-            )
         shards.mkdir(parents=True, exist_ok=True)
-        making.touch()
-        held_out = _HELD_OUT if look_at(data).can_be_monitored else 0.0
-        make_shards.main(MakeShards(source=data, out=str(shards), holdout=held_out))
-        making.unlink()
+        record.write_text(json.dumps({**wanted, "complete": False}))
+        held_out = _HELD_OUT if look_at(data, labels).can_be_monitored else 0.0
+        make_shards.main(MakeShards(data, str(shards), holdout=held_out, labels=labels))
+        with written_whole(record) as file:
+            file.write(json.dumps(wanted).encode())
     elif known["source"] != data:
         raise UserError(
             f"{shards} holds the images of {known['source']}; give another --out for {data}"
+        )
+    elif known != wanted:
+        raise UserError(
+            f"{shards} was made before the images or classes of {data} changed; give another "
+            f"--out, or remove {out} to start over"
         )
     if scored:
         pattern = str(shards / "train-*.tar")
         job = PrecomputeFreq(shards=[pattern], cache=str(folder / "scores"), max_bad=1.0)
         if precompute_freq.main(job):
-            raise UserError(f"the scores of {shards} are not complete, for the reasons above")
+            raise UserError(f"some images of {shards} have no scores, for the reasons above")
 
 
 def finish(out: Path) -> None:
-    """Export the encoder of a run that is done, and say what to do with it."""
+    """Export the encoder of a finished run, and print the next commands."""
     exported = out / "encoder"
     if not exported.exists():
         export.main(Export(checkpoint=out, to="timm", out=exported))
     shards = _folder(out) / "shards"
-    print(f"\nencoder: {exported}, for timm as printed above\npage:    famt report {out}")
+    print(f"\nencoder: {exported}, loaded by the lines above\npage:    famt report {out}")
     if list(shards.glob("val-*.tar")):
         print(
             f"probe:   famt evaluate probe --checkpoint {out} --cache {_folder(out) / 'scores'} "
@@ -168,8 +178,15 @@ def _folder(out: Path) -> Path:
     return out / "data"
 
 
+def _digest(data: str, labels: Path | None) -> str:
+    """Digest of names and classes of the images, without their pixels."""
+    classes, items, *_ = open_source(data, "train", labels=labels)
+    text = json.dumps([classes, [(item.name, item.label) for item in items]])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
 def _has(words: list[str], option: str, value: str | None = None) -> bool:
-    """Whether a command line gives an option, and that value if one is named."""
+    """Whether a command line has an option, with that value if given."""
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, equals, inline = word.partition("=")
         if name == f"--{option}" and value in (None, inline if equals else following):

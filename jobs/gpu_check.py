@@ -1,20 +1,19 @@
-"""Try on one GPU what only a GPU can show: a page of results, and exit code 0 if all is well.
+"""Check on one GPU what only a GPU can show; exit code 0 if all passed, and a page of results.
 
     make gpu
     famt gpu-check --out gpu.md --minutes 10
 
-    tests       those that need a GPU
-    parity      crops of the GPU's loader, image by image, beside the CPU's, while training runs
-    waits       50 steps of training under torch.cuda.set_sync_debug_mode("warn"): what made the
-                host wait for the GPU
-    runs        crops/s of whole trainings, loader included, with peak memory
+    tests       the tests that need a GPU
+    parity      crops of the GPU's loader against the CPU's, while a model trains
+    waits       50 training steps under torch.cuda.set_sync_debug_mode("warn"): what makes the host
+                wait for the GPU
+    runs        crops/s of whole training runs, with peak memory
     compiled    the same with --compile
     step, loader, refresh, attention
-                the benchmarks of these names, on the GPU and in bf16
+                these benchmarks, on the GPU and in bf16
 
-The most telling parts come first. The page is written after each part; none begins once
-`--minutes` are over. Where there is no GPU each part is skipped with the reason. `--device cpu`
-runs all code on a CPU.
+The most telling parts come first, and the page is written after each. No part begins after
+`--minutes`. Without a GPU every part is skipped; `--device cpu` runs all of the code on a CPU.
 """
 
 from __future__ import annotations
@@ -50,42 +49,41 @@ from famt.train.pretrain import Run
 from famt.train.program import parsed, run_program
 
 _SYNC = "called a synchronizing CUDA operation"
-_CLOSE = 0.5  # of 255, mean over an image: another decoder and another resampling kernel
+_CLOSE = 0.5  # of 255, mean over an image: decoders and resampling kernels differ
+_COMPARED = 20  # batches that are compared with the CPU's, at least
 _MARK = "mark." + "gpu"
 
 
 @dataclass(frozen=True)
 class GpuCheck(Checked):
-    """What to try, and how much of it."""
+    """What to check."""
 
     out: Path = Path("gpu.md")
-    """file for the page of results"""
+    """page of results to write"""
     device: Literal["cuda", "cpu"] = "cuda"
-    """what to try"""
+    """device to check"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
-    """which model"""
+    """model size"""
     minutes: Annotated[float, Gt(0)] = 4.0
-    """no part begins after so many; the first of a machine takes a minute to start"""
+    """begin no part after this time; the first part takes a minute to start"""
     shards: list[str] = field(default_factory=list)
-    """tars of photos to train on; a shard is made up if left out"""
+    """tars of photos to train on; a shard of synthetic photos if left out"""
     batch_size: Annotated[int, Ge(2)] = 256
     """images a step"""
     photos: Annotated[int, Ge(2)] = 1024
-    """photos of the made-up shard"""
+    """photos in the synthetic shard"""
     steps: Annotated[int, Ge(1)] = 50
-    """of a training that is timed or watched"""
-    parity_batches: Annotated[int, Ge(1)] = 20
-    """batches that are compared with the CPU's"""
+    """training steps to time or watch"""
     rounds: Annotated[int, Ge(1)] = 5
-    """of each benchmark"""
+    """timed turns of each rival in a benchmark"""
     tests: bool = True
     """run the tests that need a GPU"""
 
 
 def main(check: GpuCheck) -> int:
-    """Try part after part; returns 1 if one failed, 0 if all passed or were skipped."""
+    """Check part by part; returns 1 if one failed, 0 if all passed or were skipped."""
     on_gpu = check.device == "cuda" and torch.cuda.is_available()
-    missing = None if on_gpu or check.device == "cpu" else "no GPU that torch can use"
+    missing = None if on_gpu or check.device == "cpu" else "torch finds no GPU"
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}"
     built = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     page = [f"# {name}", "", f"{built}, {check}", ""]
@@ -95,7 +93,7 @@ def main(check: GpuCheck) -> int:
         for part, lines in _parts(check, urls).items():
             started = time.monotonic()
             late = started - began > 60 * check.minutes
-            skipped = missing or (f"{check.minutes:g} minutes are over" if late else None)
+            skipped = missing or (f"--minutes {check.minutes:g} are over" if late else None)
             verdict = f"skipped: {skipped}" if skipped else "passed"
             page += [f"## {part}", ""]
             try:
@@ -105,30 +103,25 @@ def main(check: GpuCheck) -> int:
             page += ["", f"{verdict}, {time.monotonic() - started:.0f} s", ""]
             print(f"{part}: {verdict}", flush=True)
             check.out.write_text("\n".join(page))
-    print(f"results are in {check.out}")
+    print(f"page: {check.out}")
     return int(failed)
 
 
 def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
-    """Lines of the page by the name of a part; a part is tried as its lines are read."""
+    """The parts, by name: iterators over lines of the page that run the check as they are read."""
+    batch, rounds = check.batch_size, check.rounds
     options: dict[str, Any] = {
-        "shards": urls, "model": check.model, "batch_size": check.batch_size,
+        "shards": urls, "model": check.model, "batch_size": batch,
         "precision": "bf16", "device": check.device,
     }  # fmt: skip
-    count = check.rounds
+    images = 4 * check.photos
     benchmarks: dict[str, Benchmark] = {
         "runs": Runs(steps=check.steps, **options),
         "compiled": Runs(steps=check.steps, options="--compile", **options),
-        "step": Step(rounds=count, **options),
-        "loader": Loader(
-            urls,
-            rounds=count,
-            batch_size=check.batch_size,
-            images=4 * check.photos,
-            device=check.device,
-        ),
-        "refresh": Refresh(rounds=count, scored_at_once=check.batch_size, **options),
-        "attention": Attention(rounds=count, **options),
+        "step": Step(rounds=rounds, **options),
+        "loader": Loader(urls, rounds, images, batch, device=check.device),
+        "refresh": Refresh(rounds=rounds, scored_at_once=batch, **options),
+        "attention": Attention(rounds=rounds, **options),
     }
     return {
         "tests": _tests(check),
@@ -143,20 +136,20 @@ def _tests(check: GpuCheck) -> Iterator[str]:
         yield "not asked for"
         return
     tests = Path(__file__).parents[1] / "tests"
-    # The others may need packages that a GPU machine lacks.
+    # Other files may import packages that a GPU machine lacks.
     files = [str(each) for each in sorted(tests.rglob("test_*.py")) if _MARK in each.read_text()]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent, check=False)
     yield from done.stdout.splitlines()[-20:]
     if done.returncode:
-        raise RuntimeError(f"the tests under gpu end with {done.returncode}")
+        raise RuntimeError(f"pytest -m gpu ended with exit code {done.returncode}")
 
 
 def _parity(check: GpuCheck, urls: list[str]) -> Iterator[str]:
     with _run(check, urls) as run:
         reference = CropLoader(run.samples, run.loader.config, drop_last=True, seed=run.config.seed)
-        compared, worst, total = 0, 0.0, 0.0
-        while compared < check.parity_batches:
+        means = torch.empty(0)  # of each image, absolute difference of 255
+        while len(means) < _COMPARED * check.batch_size:
             for crops, expected in zip(run.loader, reference, strict=True):
                 run.forward_backward(run.prepare(crops, run.step))
                 run.update()
@@ -164,20 +157,16 @@ def _parity(check: GpuCheck, urls: list[str]) -> Iterator[str]:
                 torch.testing.assert_close(crops.windows, expected.windows)
                 assert torch.equal(crops.flips, expected.flips), "other flips"
                 apart = (crops.images.cpu().float() - expected.images.float()).abs()
-                apart = apart.mean((1, 2, 3))
-                worst, total = max(worst, apart.max().item()), total + apart.mean().item()
-                compared += 1
-        yield (
-            f"{compared} batches of {check.batch_size}, mean difference {total / compared:.3f} of "
-            f"255, worst image {worst:.3f}"
-        )
+                means = torch.cat([means, apart.mean((1, 2, 3))])
+        mean, worst = means.mean().item(), means.max().item()
+        yield f"{len(means)} crops, mean difference {mean:.3f} of 255, worst image {worst:.3f}"
         if worst > _CLOSE:
             raise RuntimeError(f"an image differs by {worst:.2f} of 255, mean over its pixels")
 
 
 def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
     with _run(check, urls) as run:
-        take_steps(run, check.steps)  # what is compiled or allocated once, is by now
+        take_steps(run, check.steps)  # compile, allocate: what happens once
         with warnings.catch_warnings(record=True) as caught, _sync_debug(check.device):
             warnings.simplefilter("always")
             take_steps(run, check.steps)
@@ -195,7 +184,7 @@ def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
 
 @contextmanager
 def _sync_debug(device: str) -> Iterator[None]:
-    """Let torch warn of every operation that makes the host wait for the GPU."""
+    """Have torch warn of every operation that makes the host wait for the GPU."""
     if device == "cpu":
         yield
         return
@@ -208,7 +197,7 @@ def _sync_debug(device: str) -> Iterator[None]:
 
 @contextmanager
 def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
-    """A run with the cached score and rolling attention."""
+    """A run of recipe `famt` with the cached score."""
     options = BenchmarkOptions(
         model=check.model, batch_size=check.batch_size, precision="bf16", device=check.device
     )

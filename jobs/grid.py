@@ -1,4 +1,4 @@
-"""A grid of runs as a TOML file declares it: rows, seeds, and the commands that each run needs."""
+"""A grid of runs: the TOML file, its rows and seeds, and the commands of each run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Names = Annotated[list[str], Field(min_length=1)]
 
 
 class Row(BaseModel):
-    """A recipe of a grid; the keys are described in docs/results-grids.md."""
+    """A recipe of a grid; docs/results-grids.md describes the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -37,7 +37,7 @@ class Row(BaseModel):
 
 
 class Grid(BaseModel):
-    """A grid; the keys are described in docs/results-grids.md."""
+    """A grid; docs/results-grids.md describes the keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,12 +55,12 @@ class Grid(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Grid:
-        """Refuse what would otherwise be noticed only after hours."""
+        """Find mistakes now that would otherwise surface after hours."""
         names = [row.name for row in self.row]
         if len(set(names)) < len(names):
             raise ValueError("two rows have the same name")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice, and would count as two")
+            raise ValueError("a seed is listed twice")
         if self.reference not in names:
             raise ValueError(f"reference {self.reference!r} is not the name of a row")
         for name in self.evaluations:
@@ -70,30 +70,26 @@ class Grid(BaseModel):
         return self
 
     def arguments(self, row: Row, epochs: int | None = None) -> list[str]:
-        """Command line of a row's trainings, without the run's folder and seed.
-
-        Args:
-            epochs: of the row; None takes the grid's.
-        """
+        """Command line of a row's runs, without --out and --seed; `epochs` None: the grid's."""
         return [
             "--shards", *self.train, "--cache", self.cache, "--epochs", str(epochs or self.epochs),
             *shlex.split(self.options), *shlex.split(row.options),
         ]  # fmt: skip
 
     def config(self, row: Row, epochs: int | None = None) -> Pretrain:
-        """The options of a row's trainings.
+        """Options of a row's runs.
 
         Raises:
-            UserError: they are wrong; names the row.
+            UserError: an option is wrong; names the row.
         """
         try:
             return parse([*self.arguments(row, epochs), "--out", str(self.out)], None)
-        except SystemExit:  # tyro has printed which option, and why
+        except SystemExit:  # tyro has printed the reason
             raise UserError(f"row {row.name!r}: its options are wrong, see above") from None
 
     def trainings(self, row: Row, epochs: int) -> list[Training]:
-        """Of a row, one for each seed."""
-        # Options by value, not by the recipe's name: its file may change.
+        """The runs of a row, one per seed."""
+        # Option values, not the recipe's name: its file may change.
         differing = self.config(row, epochs).differing()
         learned = [(name, value) for name, value, notes in differing if FREE not in notes]
         text = json.dumps([self.train, learned])
@@ -105,7 +101,7 @@ class Grid(BaseModel):
         """Command line of an evaluation, and its options.
 
         Raises:
-            UserError: its options are wrong; names it.
+            UserError: an option is wrong; names the evaluation.
         """
         arguments = [
             "--checkpoint", checkpoint, "--cache", self.cache, "--train", *self.train,
@@ -117,10 +113,10 @@ class Grid(BaseModel):
             raise UserError(f"evaluation {name!r}: its options are wrong, see above") from None
 
     def epochs_of(self, row: Row, costs: Mapping[str, StepCost]) -> int:
-        """Epochs of a row: the grid's, or as many as come nearest to the row's share of the cost.
+        """Epochs of a row: the grid's, or the number whose cost is nearest to the row's `cost`.
 
         Raises:
-            UserError: the share does not pay for half an epoch.
+            UserError: the nearest number is 0.
         """
         if row.cost is None:
             return self.epochs
@@ -135,18 +131,15 @@ class Grid(BaseModel):
         while missed(epochs + 1) < missed(epochs):
             epochs += 1
         if not epochs:
-            raise UserError(f"row {row.name!r}: a cost of {row.cost} pays for no epoch")
+            raise UserError(f"row {row.name!r}: a cost of {row.cost} is less than half an epoch")
         return epochs
 
 
 def load(path: Path, out: Path | None = None) -> Grid:
-    """Read a grid.
-
-    Args:
-        out: folder in place of the grid's own.
+    """Read a grid; `out` overrides its own.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: no such file.
         UserError: a key or an option is missing, unknown or wrong; names file and key.
     """
     try:
@@ -160,19 +153,13 @@ def load(path: Path, out: Path | None = None) -> Grid:
 
 
 def _spent(cost: StepCost, run: Pretrain) -> float:
-    """Cost of a run, in steps of the reference on batches of one crop of each image."""
+    """Cost of a run, in reference steps for each image of the data set."""
     return cost.of(run) * run.epochs * run.crops_per_image / run.batch_size
 
 
 @dataclass(frozen=True)
 class Training:
-    """A row of a grid, trained with one seed.
-
-    Attributes:
-        epochs: of the row.
-        seed: of this training.
-        folder: of the run: another one as soon as anything is trained differently.
-    """
+    """A run of a grid: a row and a seed. Its folder depends on every option that matters."""
 
     grid: Grid
     row: Row
@@ -182,14 +169,14 @@ class Training:
 
     @property
     def config(self) -> Pretrain:
-        """Its options, folder and seed aside."""
+        """Options of the run, except --out and --seed."""
         return self.grid.config(self.row, self.epochs)
 
     def log(self) -> list[dict[str, Any]]:
-        """Lines of its log, with only those evaluations of the last step that the grid asks for."""
+        """Lines of the log; of evaluations only those of the last step that the grid asks for."""
         try:
             lines, _ = history.read_lines(self.folder)
-        except UserError:  # not begun
+        except UserError:  # no log yet
             return []
         asked = {name: self.grid.evaluation(name)[1] for name in self.grid.evaluations}
         kept = []
@@ -200,12 +187,12 @@ class Training:
                     line["weights"], line["options"], line["step"],
                 ):  # fmt: skip
                     continue
-                line["weights"] = "trained"  # or an average of them, if the grid asks for that
+                line["weights"] = "trained"  # averaged ones too, if the grid asks for them
             kept.append(line)
         return kept
 
     def left(self, gpus: int = 0) -> list[list[str]]:
-        """Commands that it still needs: the training, then each evaluation that its log lacks."""
+        """Commands still to run: the training, then each evaluation that the log lacks."""
         log, python, commands = self.log(), [sys.executable, "-m"], []
         finished = any(line.get("event") == "finished" for line in log)
         if not finished:
@@ -224,5 +211,5 @@ class Training:
 
 
 def _steps(lines: list[dict[str, Any]]) -> int:
-    """Steps of the whole run, as its last start laid it out."""
+    """Steps of the whole run, according to its last start."""
     return next(int(each["total_steps"]) for each in reversed(lines) if "total_steps" in each)

@@ -1,4 +1,4 @@
-"""Turn images into shuffled webdataset shards: a folder of any kind, or a torchvision data set.
+"""Write shuffled webdataset shards from a folder of images or a torchvision data set.
 
     famt shards --source photos/ --out shards/
     famt shards --source camera/ --out shards/ --unlabelled
@@ -7,19 +7,16 @@
     famt shards --source cifar10 --out cifar/ --split train
     famt shards --source imagenet/val --out s3://bucket/imagenet --split val
 
-The folders in a folder are the classes of the images in them. A folder with images right in it has
-no classes, nor has one with --unlabelled; pre-training needs none. With --labels the classes are
-those of a table, and folders tell only where images lie.
+Folders in the source are classes, unless there are images beside them or --unlabelled is given.
+With --labels, classes come from a table. Pre-training needs no classes.
 
-In a folder with `images` and `masks` in it, `masks/<name>.png` tells the class of every pixel of
-`images/<name>.jpg`: its number, 255 for none. If all masks are black and white, white is class 1.
+In a source with folders `images` and `masks`, `masks/<name>.png` holds the class of every pixel of
+`images/<name>.jpg`, and 255 for no class. If all masks are black and white, white is class 1.
 
-Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With
-`--holdout` a share of the images goes to a second split, `val`.
+Writes `<split>-000000.tar`, ... and `dataset.json` (classes, counts, seed, source). With --holdout
+a share of the images goes to split `val`. Files that are no images are counted by extension.
 
-Files of other endings than images have are passed over, and counted by ending at the end.
-
-Exit code: 0 done; 1 some images could not be read and were skipped, each named.
+Exit code: 0 done; 1 some images could not be read and were skipped, each with its name.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from famt.train.program import parsed, run_program
 
 
 def main(args: MakeShards) -> int:
-    """Write the shards; returns 1 if any image had to be skipped."""
+    """Write the shards; returns 1 if any image was skipped."""
     classes, items, passed_over, unlisted = open_source(
         args.source, args.split, args.download_to, args.labels
     )
@@ -72,12 +69,12 @@ def main(args: MakeShards) -> int:
         skipped += len(written.skipped)
     if unlisted:
         print(
-            f"{len(unlisted)} images are not in {args.labels} and have no class: "
+            f"{len(unlisted)} images are not listed in {args.labels} and get no class: "
             f"{', '.join(unlisted[:3])}{', ...' if len(unlisted) > 3 else ''}",
             file=sys.stderr,
         )
     if passed_over:
-        print(f"passed over: {count_endings(passed_over)}, which are no images", file=sys.stderr)
+        print(f"ignored files that are no images: {count_endings(passed_over)}", file=sys.stderr)
     return 1 if skipped else 0
 
 

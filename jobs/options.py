@@ -1,4 +1,4 @@
-"""The options of the programs that a user submits."""
+"""Options of the programs in this room."""
 
 from __future__ import annotations
 
@@ -19,127 +19,130 @@ from famt.train.config import Pretrain
 
 @dataclass(frozen=True)
 class RefreshWorkers:
-    """What a refresh may use of the cluster."""
+    """Resources of a refresh on the cluster."""
 
     workers: Annotated[int | None, Ge(1)] = None
-    """actors; as many as the cluster has room for now if left out"""
+    """number of actors; as many as fit now if left out"""
     cpus_per_worker: Annotated[int, Ge(1)] = 1
-    """CPU cores, and decoding threads, of each"""
+    """CPU cores and decoding threads per actor"""
     gpus_per_worker: Annotated[float | None, Ge(0)] = None
-    """share of a GPU for each; 0 computes on the CPU. A quarter if left out, where the run trains
-    on GPUs and the cluster has any"""
+    """share of a GPU per actor; 0 computes on CPUs. If left out: a quarter if the run trains on
+    GPUs and the cluster has any, else 0"""
     batch_size: Annotated[int, Ge(1)] = 32
-    """images at a time"""
+    """images per forward pass"""
 
 
 @dataclass(frozen=True)
 class RayPretrain(Pretrain):
-    """A pre-training run and the workers that it runs on."""
+    """A pre-training run and its workers."""
 
     data: Annotated[str | None, MAIN] = None
-    """images to train on, in place of --shards and --cache: a folder, or a data set that `famt
-    shards` knows. Shards and scores of them are made in <out>/data first; without --model or
-    --recipe a model that suits them and the machine is chosen"""
+    """images to train on, in place of --shards and --cache: a folder, or a named data set of `famt
+    shards`. Their shards and scores go to <out>/data. Without --model and --recipe, model and sizes
+    are chosen to suit the images and the machine"""
+    labels: Path | None = None
+    """table of the classes of --data's images, as for `famt shards`"""
     workers: Annotated[int, Ge(0), MAIN] = 0
-    """ranks that Ray Train starts on the cluster; 0 trains in this process, without Ray Train"""
+    """ranks that Ray Train starts on the cluster; 0 trains in this process"""
     gpu: bool = False
-    """a GPU for each of them"""
+    """give each worker a GPU"""
     cpus_per_worker: Annotated[int | None, Ge(1)] = None
-    """CPU cores for each worker; also its decoding threads, unless --threads says otherwise. If
-    left out, 1 without GPUs, and with them a GPU's share of its machine's cores, 16 at most"""
+    """CPU cores per worker, and decoding threads unless --threads is given. If left out: 1 without
+    GPUs; with GPUs, the cores of a machine divided by its GPUs, at most 16"""
     max_failures: Annotated[int, Ge(-1)] = 3
-    """times that the run is started again after a worker was lost; -1 for any number"""
+    """restarts after a lost worker; -1 for any number"""
     refresher: RefreshWorkers = field(default_factory=RefreshWorkers)
 
     @classmethod
     def with_suggestions(cls, arguments: list[str]) -> list[str]:
-        """What --data stands for, before the rest, which overrides it."""
+        """The options that --data implies, followed by the given ones, which override them."""
         if "--help" in arguments:
             return arguments
         given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         given.add_argument("--data")
+        given.add_argument("--labels", type=Path)
         given.add_argument("--out", type=Path)
         found, _ = given.parse_known_args(arguments)
         if found.data is None or found.out is None:
             return arguments
         from famt.jobs.from_images import suggested
 
-        return [*suggested(found.data, found.out, arguments), *arguments]
+        return [*suggested(found.data, found.labels, found.out, arguments), *arguments]
 
 
 @dataclass(frozen=True)
 class MakeShards(Checked):
-    """What to write where."""
+    """Images to read, shards to write."""
 
     source: str
-    """a folder of images, of class folders, or of images and masks; or a data set: digits, cifar10,
-    cifar100, flowers102, food101 or stl10"""
+    """folder of images, of class folders, or of images and masks; or a named data set: digits,
+    cifar10, cifar100, flowers102, food101 or stl10"""
     out: str
     """folder or object-store URL for the shards"""
     split: str = "train"
-    """prefix of the shards; a named data set gives its training images for "train", else its test
-    images"""
+    """prefix of the shards; named data sets give training images for "train", else test images"""
     holdout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """share of the images that goes to split "val" in place of this one"""
+    """share of the images to put into split "val" instead"""
     samples_per_shard: Annotated[int, Ge(1)] = 1000
-    """images a tar; ImageNet is usually cut at 1000 (about 110 MB)"""
+    """images per tar; 1000 of ImageNet are about 110 MB"""
     labels: Path | None = None
-    """a table of the images' classes: CSV with columns like file_name and label, or Tiny ImageNet's
-    val_annotations.txt"""
+    """table of the images' classes: a CSV file with columns such as file_name and label, or Tiny
+    ImageNet's val_annotations.txt"""
     unlabelled: bool = False
-    """folders tell where images lie, not what they show: leave classes out"""
+    """folders are no classes: write none"""
     seed: Seed = 0
-    """of the shuffle"""
+    """seed of the shuffle"""
     encoding: Encoding = field(default_factory=Encoding)
     download_to: str | None = None
-    """where torchvision keeps what it downloads"""
+    """folder for the downloads of torchvision"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.labels and self.unlabelled:
             raise UserError("--labels and --unlabelled contradict each other")
         if self.holdout and self.split == "val":
-            raise UserError('holdout makes a split "val" of its own; give this one another split')
+            raise UserError('--holdout writes split "val": give this one another --split')
         # Shards are found by <split>-*.tar, and DALI must be able to read their names.
         if not re.fullmatch(r"[A-Za-z0-9_.-]+", self.split):
-            raise UserError(f"split {self.split!r} may hold letters, digits, _, . and - alone")
+            raise UserError(f"--split {self.split!r}: use letters, digits, _, . and - only")
 
 
 @dataclass(frozen=True)
 class PrecomputeFreq(Checked):
-    """What to score and where to put it."""
+    """Shards to score, and the cache for the scores."""
 
     shards: list[str]
-    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
+    """tars, folders of tars, or patterns with wildcards or braces (in quotes)"""
     cache: str
-    """folder or object-store URL of the score cache; made if it is not there"""
+    """folder or object-store URL of the score cache; created if missing"""
     spec: ScoreSpec = field(default_factory=ScoreSpec)
     watch: str | None = None
-    """run for ever: look again after this time (30s, 10m, 2h) for shards that are new or changed;
-    a training run that starts after that takes them up"""
+    """run for ever: look for new and changed shards again after this time (30s, 10m, 2h). Training
+    runs that start later use them"""
     workers: Annotated[int | None, Ge(1)] = None
-    """tasks at a time; all CPUs of the cluster if left out"""
+    """parallel tasks; one per CPU of the cluster if left out"""
     max_bad: Annotated[float, Ge(0), Le(1)] = 0.01
-    """share of images that may be quarantined before the job counts as failed"""
+    """fail if a larger share of the images is quarantined"""
     max_damaged: Annotated[int, Ge(0)] = 0
-    """tars that may be cut off or broken before the job counts as failed"""
+    """fail if more tars are cut off or broken"""
     retry_bad: bool = False
-    """judge all images of these shards again, the quarantined among them. A shard on which a
-    verdict changes gets new rows: its maps of other scores have to be computed again, and runs that
-    trained on it can't be resumed"""
+    """judge all images of these shards again, quarantined ones too. If a verdict changes, the shard
+    gets new rows: other scores of it must be computed again, and runs on it cannot resume"""
     summary: str | None = None
-    """file to write the JSON summary to as well"""
+    """file for a copy of the JSON summary"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.watch is not None:
             seconds(self.watch)
             if self.retry_bad:
-                raise UserError("retry_bad is for one run; it would judge all again at each look")
+                raise UserError(
+                    "--retry-bad and --watch contradict each other: it judges all shards anew"
+                )
 
 
 def seconds(duration: str) -> float:
-    """Those of a time such as 30s, 10m or 2h."""
+    """Seconds of a duration such as 30s, 10m or 2h."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", duration)
     if match is None:
         raise UserError(f"--watch {duration}: give a time such as 30s, 10m or 2h")
@@ -148,55 +151,55 @@ def seconds(duration: str) -> float:
 
 @dataclass(frozen=True)
 class RefreshScores(RefreshWorkers, Checked):
-    """Which encoder to score with, and on what."""
+    """Encoder, and images to score with it."""
 
     checkpoint: Path | None = None
-    """checkpoint, folder of a run (its latest one), or an encoder that a run left for refresh"""
+    """checkpoint, run folder (its latest checkpoint), or an encoder in a run's refresh folder"""
     follow: Path | None = None
-    """folder of a run: score with every encoder that it leaves for refresh, until it is finished"""
+    """run folder: refresh with each encoder that the run leaves, until it is finished"""
     init: str | None = None
-    """any other encoder, as --init of pre-training takes it: a run that pins the generation weighs
-    by a trained model from its first step on"""
+    """any other encoder, as for --init of `famt pretrain`. A run that pins the maps is guided by a
+    trained model from its first step on"""
     out: Path | None = None
-    """folder for the generation of a --checkpoint or an --init"""
+    """folder for the maps of a --checkpoint or an --init"""
     image_size: Annotated[int | None, Ge(1)] = None
-    """side of the images that an --init sees, px, in place of its own; its patches must be as many
-    as those of the crops of the run that pins the maps"""
+    """image size for an --init, px, if not its own. The number of patches must be that of the crops
+    of the run that will pin the maps"""
     shards: list[str] | None = None
     """tars to score; those of the run if left out"""
     cache: str | None = None
     """score cache; that of the run if left out"""
     kinds: list[str] | None = None
-    """token_frequency, attention, cls_attention, frequency_attention (the first times the second,
-    the paper's weight), or kinds that an installed package adds; what the run weighs by if left
-    out"""
+    """scores to compute: token_frequency, attention, cls_attention, frequency_attention (product of
+    the first two, the paper's weight), or kinds of installed packages; those that the run uses if
+    left out"""
     precision: Literal["bf16", "fp32"] | None = None
-    """bf16 computes under autocast; the run's if left out"""
+    """bf16: under autocast; that of the run if left out"""
 
 
 @dataclass(frozen=True)
 class Results(Checked):
-    """Which grid, how much of it, and what each run is given."""
+    """Grid to run, and resources of each run."""
 
     grid: Annotated[Path, tyro.conf.Positional]
-    """TOML file, or the .json.gz of logs of a grid that is published"""
+    """TOML file of a grid, or the .json.gz of a published one"""
     out: Path | None = None
-    """folder of runs, table and page, in place of the one that the file names"""
+    """folder for runs, table and page; that of the file if left out"""
     minutes: Annotated[float | None, Ge(0)] = None
-    """stop after so many; runs go on another time"""
+    """stop after this time; the same command resumes"""
     cpus: Annotated[int, Ge(1)] = 1
-    """CPU cores of each run; small models train fastest with many runs of one core"""
+    """CPU cores per run; for small models, many runs of one core are fastest"""
     gpus: Annotated[float, Ge(0)] = 0
-    """GPUs of each run, all on one machine; 0.25 lets four small runs share one"""
+    """GPUs per run, all on one machine; 0.25 lets four small runs share one"""
 
 
 @dataclass(frozen=True)
 class Demo(Checked):
-    """What to run the demo on."""
+    """Data and length of the demo."""
 
     data: str = "digits"
-    """a folder of images or of class folders; scikit-learn's digits if left out"""
+    """folder of images or of class folders; scikit-learn's digits if left out"""
     out: Path = Path("demo")
-    """folder for shards, scores, the run and pictures; a fresh one inside it each time"""
+    """folder for results; each demo makes a new folder in it"""
     images_seen: Annotated[int, Ge(1)] = 120_000
-    """training is as many epochs as show the model about this many images"""
+    """length of the training: epochs x images of the training set"""

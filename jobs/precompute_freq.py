@@ -1,20 +1,21 @@
-"""Compute the frequency scores of tar shards, on Ray, into a cache that all experiments share.
+"""Compute frequency scores of shards on Ray, into a cache that all experiments share.
 
     famt score --shards 'data/train-*.tar' --cache scores/
     ray job submit --working-dir . -- python jobs/precompute_freq.py \\
         --shards 's3://bucket/imagenet/train-{000000..001281}.tar' --cache s3://bucket/scores
 
-One task a tar, which holds that tar in memory. What the cache has already is not computed again,
-whatever the tar's name: run it again after a crash, or over a data set that grew. Images that can't
-enter training are quarantined with a reason, and left out of training. Files that are no images, no
-classes and no masks are counted by ending. A JSON summary is printed last.
+Each task holds one tar in memory. Scores in the cache are found by the content of the tar, whatever
+its name, and are not computed again: repeat the command after a crash or when the data set has
+grown. Images that training cannot decode are quarantined with a reason and left out of training.
+Other files are counted by extension. A JSON summary is printed last.
 
-A tar that is cut off or broken gives what stands before the damage; every run that is given it says
-so. What was quarantined stays so until --retry-bad judges it again, say by newer decoders.
+Of a tar that is cut off or broken, the samples before the damage are used; every job on it reports
+the damage. Quarantined images stay so until --retry-bad judges them again, for example with newer
+decoders.
 
-Exit code: 0 done; 1 a tar could not be scored or made known in the cache, or more images are bad
-than --max-bad allows, or more tars damaged than --max-damaged allows, now or by an earlier run; 2
-an error that ends the job at once, such as a full cache.
+Exit code: 0 done; 1 a tar could not be scored or recorded, or there are more bad images or damaged
+tars than --max-bad and --max-damaged allow, counting earlier jobs; 2 an error that ends the job at
+once, such as a full disk.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from famt.pipeline.storage import each_at_once
 from famt.pipeline.validity import look_up
 from famt.train.program import parsed, run_program
 
-# What a watch outlives: no shards yet, a store out of reach, a cluster that lost its head.
+# --watch goes on after these: no shards yet, an unreachable store, a lost head node.
 _PASSING = (*storage.UNREACHABLE, CacheError, ray.exceptions.RayError)
 _SHOWN = 10  # quarantined samples named on the terminal
 
@@ -107,21 +108,23 @@ def _run_once(args: PrecomputeFreq) -> int:
 
 
 def _cache_apart(url: str, shards: list[str]) -> ScoreCache:
-    """The cache at `url`, made if it is not there.
+    """The cache at `url`, created if missing.
 
     Raises:
-        ValueError: it lies in a folder of shards, or can't be written.
-        OSError: it can't be made.
+        UserError: it lies in a folder of shards, or is not writable.
+        OSError: it cannot be created.
     """
     root = storage.normalise_url(url)
     for folder in () if storage.is_remote(root) or not url else {Path(x).parent for x in shards}:
         if Path(root).is_relative_to(folder):
             raise UserError(
-                f"--cache {root} lies in {folder}, a folder of shards: give one outside"
+                f"--cache {root} lies in {folder}, a folder of shards; choose one outside"
             )
     cache = ScoreCache(url, create=True)
     if not storage.is_remote(root) and not os.access(root, os.W_OK | os.X_OK):
-        raise UserError(f"--cache {root} can't be written: give another, or the right to write it")
+        raise UserError(
+            f"--cache {root} is not writable; choose another, or change its permissions"
+        )
     return cache
 
 
@@ -132,15 +135,15 @@ def score_shards(
     workers: int | None,
     retry_bad: bool = False,
 ) -> Iterator[tuple[str, ShardReport | str]]:
-    """Score shards, so many at a time; yields each with its report, or with what went wrong.
+    """Score shards, `workers` at a time; yields each with its report or its error.
 
     Raises:
-        CacheFullError: no room is left in the cache.
+        CacheFullError: the disk of the cache is full.
     """
     waiting = iter(urls)
     running: dict[ray.ObjectRef, str] = {}
     while urls:
-        # Asked anew each time: a cluster grows and shrinks under a long job.
+        # Ask each time: the cluster may grow and shrink.
         limit = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
         while len(running) < limit and (url := next(waiting, None)) is not None:
             running[_score.remote(url, cache, spec, retry_bad)] = url
@@ -205,11 +208,14 @@ def _report(
     if line := passed_over_line(passed_over):
         print(line, file=sys.stderr)
     if bad > args.max_bad:
-        print(f"more than --max-bad {args.max_bad} of the images are quarantined", file=sys.stderr)
+        print(
+            f"a larger share than --max-bad {args.max_bad} of the images is quarantined",
+            file=sys.stderr,
+        )
     if len(damaged) > args.max_damaged:
         print(
-            f"more than --max-damaged {args.max_damaged} of the tars are damaged; make them anew "
-            "to have the rest of their images",
+            f"more than --max-damaged {args.max_damaged} of the tars are damaged; write them again "
+            "to get the rest of their images",
             file=sys.stderr,
         )
     return 1 if failed or bad > args.max_bad or len(damaged) > args.max_damaged else 0

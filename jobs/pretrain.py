@@ -1,4 +1,4 @@
-"""Pre-train, with the job beside it that makes scores anew as the model learns.
+"""Pre-train a vision transformer, with the job that refreshes its scores beside it.
 
     famt pretrain --data photos --out runs/first
     famt pretrain --shards 'shards/train-*.tar' --cache scores/ --out runs/first
@@ -7,15 +7,15 @@
         --shards 's3://bucket/imagenet/train-{000000..001281}.tar' --cache s3://bucket/scores \\
         --out /shared/runs/vit-b --model vit_base --batch-size 256 --precision bf16
 
-The training is that of `famt.train.pretrain`, with the same options: in this process, in each of
-torchrun's, or, with --workers, in those of Ray Train, which go on from the last checkpoint when one
-is lost. Their --out must be on a file system that all of them share. The job ends with the
-training; what it says is in <out>/refresh.log. A run whose signals are not refreshed has none.
+Trains in this process, in the processes of torchrun, or, with --workers, in workers of Ray Train,
+which resume from the last checkpoint when one is lost. All of them must share --out. The refresh
+job ends with the training; its output is <out>/refresh.log. Runs without refreshed signals need no
+job.
 
-`--recipe` sets the defaults of other options, which still override it: the name of one of those
-below, or the path of a file of your own.
+`--recipe` sets defaults that other options override: the name of a recipe below, or a file.
 
-A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and leave.
+The same command resumes a run from the last checkpoint in --out. SIGTERM, SIGUSR1 and Ctrl-C make
+the run write a checkpoint and exit.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from famt.train import history, pretrain
 from famt.train.config import Pretrain
 from famt.train.program import parsed, run_program
 
-_MOST_THREADS = 16  # decode as many photos as a GPU's step takes, docs/scale.md
+_MOST_THREADS = 16  # enough to decode for one GPU, docs/scale.md
 
 
 def main(args: RayPretrain) -> None:
-    """Train until all epochs are done.
+    """Train to the last epoch.
 
     Raises:
-        ValueError: the input is wrong, or workers were lost more often than they may be.
+        UserError: the input is wrong, or workers were lost more often than --max-failures.
     """
     config = Pretrain(
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
@@ -61,15 +61,18 @@ def main(args: RayPretrain) -> None:
     if args.data:
         if args.workers or "RANK" in os.environ:
             raise UserError(
-                "--data prepares and trains in one process: make the shards by `famt shards`, and "
-                "give several ranks --shards and --cache"
+                "--data trains in one process; for several ranks make shards with `famt shards`, "
+                "and give --shards and --cache"
             )
-        from_images.prepare(args.data, config.out, scored=config.cached_score is not None)
+        scored = config.cached_score is not None
+        from_images.prepare(args.data, args.labels, config.out, scored=scored)
+    elif args.labels:
+        raise UserError("--labels needs --data: it lists the classes of its images")
     if args.workers:
         _train_on_ray(args, config)
         return
     if args.gpu:
-        raise UserError("--gpu is for the ranks of --workers; here --device says what to train on")
+        raise UserError("--gpu needs --workers; without them, --device chooses")
     refreshes = config.refreshes and os.environ.get("RANK", "0") == "0"  # torchrun's main rank
     with following(config.out, beside(args)) if refreshes else nullcontext():
         pretrain.main(config)
@@ -78,8 +81,8 @@ def main(args: RayPretrain) -> None:
 
 
 def beside(args: RayPretrain) -> RefreshWorkers:
-    """The actors beside a training that Ray does not know of: unless told, one on each GPU, or on
-    every other core."""
+    """Actors of the refresh beside a training outside Ray: by default one per GPU, or one for every
+    second core."""
     asked = args.refresher
     if asked.workers is not None:
         return asked
@@ -118,24 +121,24 @@ def _train_on_ray(args: RayPretrain, config: Pretrain) -> None:
         cause: Exception = error
         while isinstance(cause, ControllerError):
             cause = cause.controller_failure
-        ray.shutdown()  # the last words of workers and controller come before ours
+        ray.shutdown()  # so that our message is the last line
         raise UserError(str(cause)) from error
 
 
 def worker_resources(args: RayPretrain, nodes: list[dict[str, Any]]) -> dict[str, float]:
-    """What each worker holds of the cluster; what it leaves, a refresh beside it finds free.
+    """CPUs and GPUs of each worker, less what the refresh needs.
 
     Args:
-        nodes: of the cluster, as `ray.nodes` tells of them.
+        nodes: nodes of the cluster, from `ray.nodes`.
 
     Raises:
-        ValueError: nothing says how many CPU cores a GPU has for itself.
+        UserError: no machine has a GPU, and --cpus-per-worker is not given.
     """
     if not args.gpu:
         return {"CPU": args.cpus_per_worker or 1}
     share = args.refresher.gpus_per_worker
     share = GPU_SHARE if share is None else share
-    leaves = args.refreshes and share < 0.5  # of what holds half a GPU or less, Ray puts two on one
+    leaves = args.refreshes and share < 0.5  # Ray would put two workers of half a GPU on one
     return {
         "CPU": args.cpus_per_worker or _cores_of_a_gpu(args, nodes),
         "GPU": 1 - share if leaves else 1,
@@ -147,7 +150,7 @@ def _cores_of_a_gpu(args: RayPretrain, nodes: list[dict[str, Any]]) -> int:
     shares = [each["CPU"] // each["GPU"] for each in machines if each.get("GPU")]
     if not shares:
         raise UserError(
-            "--gpu: no machine of the cluster has a GPU; give --cpus-per-worker if some will come"
+            "--gpu: no machine of the cluster has a GPU; give --cpus-per-worker if one will join"
         )
     left = min(shares) - (args.refresher.cpus_per_worker if args.refreshes else 0)
     return max(1, min(_MOST_THREADS, int(left)))

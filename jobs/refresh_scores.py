@@ -1,18 +1,17 @@
-"""Score whole images with an encoder: a new generation of maps for a training.
+"""Refresh score maps: score all images with the encoder of a run in training.
 
-    famt refresh --follow runs/first                     # beside a training, as long as it runs
-    famt refresh --checkpoint runs/first --out maps      # once, from the latest checkpoint
+    famt refresh --follow runs/first                     # beside a run, until it is finished
+    famt refresh --checkpoint runs/first --out maps      # once, with the latest checkpoint
     famt refresh --init exported --shards shards --cache scores --out maps
     ray job submit --working-dir . -- python jobs/refresh_scores.py --follow /shared/runs/weighed
 
-Ray actors, on CPUs or on shares of GPUs, load the encoder once and score tar after tar, all kinds
-that the run asks for by one forward pass. When all tars are done this job writes the generation, a
-file in the run's folder `refresh` or in --out, and the training takes it up with its next epoch;
-other runs may pin it. Beside a training that holds all of the cluster's CPUs the job makes do with
-one actor of low priority.
+Ray actors, on CPUs or shares of GPUs, load the encoder once and score tar after tar, all kinds of
+scores in one forward pass. When all tars are done, the job writes a generation of maps: one file in
+<run>/refresh or in --out. The run uses it from its next epoch on; other runs may pin it. On a
+cluster without free CPUs, one low-priority actor does the work.
 
-With --follow, a generation that can't be made is tried again every minute while the run wants it.
-`famt pretrain` starts this job beside its training, and ends it.
+With --follow, a failed generation is tried again every minute while the run needs it. `famt
+pretrain` starts and stops this job by itself.
 
 Exit code: 0 done; 1 a tar could not be scored, and no generation was written.
 """
@@ -61,23 +60,23 @@ _RETRY = 60.0  # seconds
 
 
 def main(args: RefreshScores) -> int:
-    """Make one generation, or every one that a run asks for; returns the exit code.
+    """Make one generation, or all that a run needs; returns the exit code.
 
     Raises:
-        ValueError: none or several of --checkpoint, --follow and --init; no such kind.
+        UserError: not exactly one of --checkpoint, --follow and --init; an unknown kind.
     """
     if [args.checkpoint, args.follow, args.init].count(None) != 2:
         raise UserError("give one of --checkpoint, --follow and --init")
     if (args.out is None) != (args.follow is not None):
         raise UserError(
-            "--out is the folder for the generation of a --checkpoint or an --init; --follow puts "
-            "its generations into the run's folder"
+            "--checkpoint and --init need --out, a folder for the maps; --follow writes into the "
+            "run's folder"
         )
     if args.out is not None:
         encoder = load_encoder(args.checkpoint) if args.checkpoint else initial_encoder(args)
         path = generation_path(args.out, encoder.step)
         if path.exists():
-            raise UserError(f"{path} is there already; give another --out, or remove it")
+            raise UserError(f"{path} exists already; give another --out, or remove it")
         start_ray()
         return 1 if _refresh(encoder, path, args) else 0
     assert args.follow is not None
@@ -88,14 +87,14 @@ def main(args: RefreshScores) -> int:
 
 
 def initial_encoder(args: RefreshScores) -> Encoder:
-    """An encoder that is of no run, as a run of its own that has taken no step.
+    """The encoder of --init, as that of a run at step 0.
 
     Raises:
-        ValueError: no shards or no cache, which no run names here.
+        UserError: --shards or --cache is missing.
     """
     assert args.init is not None
     if not args.shards or not args.cache:
-        raise UserError("--init needs --shards and --cache: there is no run to take them from")
+        raise UserError("--init needs --shards and --cache")
     encoder = build_initial_encoder(args.init, args.image_size)
     weights = encoder.state_dict()
     return Encoder(
@@ -110,10 +109,10 @@ def initial_encoder(args: RefreshScores) -> Encoder:
 
 @contextmanager
 def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
-    """Follow a run in a process of its own, on the Ray cluster that this process is connected to.
+    """Follow a run in a separate process, on the Ray cluster of this process if it has joined one.
 
-    It ends with this context, and with this process, however that ends. What it says is added to
-    <run>/refresh.log.
+    The process ends with this context, or with this process, however that ends. Its output is
+    appended to <run>/refresh.log.
     """
     options = [
         f"--{name.replace('_', '-')}={value}"
@@ -129,7 +128,7 @@ def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
              *options],
             stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment,
             pass_fds=[shown],
-            start_new_session=True,  # a Ctrl-C is for the training alone
+            start_new_session=True,  # Ctrl-C is for the training
         )  # fmt: skip
     try:
         yield
@@ -139,16 +138,16 @@ def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
 
 
 def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) -> int:
-    """Make a generation of every encoder that a run leaves, the newest first, until it is finished.
+    """Make a generation for each encoder that a run leaves, newest first, until it is finished.
 
     Args:
-        left: ends this as well.
+        left: an event that ends this too.
 
     Returns:
-        1 if the last one could not be made.
+        1 if the last generation failed, else 0.
     """
     if not run.is_dir():
-        print(f"{run} is not there yet; waiting for a run to begin in it", file=sys.stderr)
+        print(f"{run} does not exist yet; waiting for a run to start in it", file=sys.stderr)
     folder = RefreshFolder(run)
 
     def over() -> bool:
@@ -176,7 +175,7 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
 def _try(
     folder: RefreshFolder, step: int, args: RefreshScores, over: Callable[[], bool]
 ) -> str | None:
-    """Make the generation of a run's encoder; returns why it could not be made."""
+    """Make the generation of a run's encoder; returns the error, or None."""
     path = folder.encoder(step)
     written = _written(path)
     try:
@@ -184,12 +183,12 @@ def _try(
             load_encoder(path),
             folder.generation(step),
             args,
-            lambda: over() or _written(path) != written,  # it was taken up, or is of another run
+            lambda: over() or _written(path) != written,  # in use already, or another run's
         )
         return "; ".join(f"{tar}: {reason}" for tar, reason in failed.items()) or None
     except UnwantedError:
         return None
-    except Exception as error:  # whatever it is, the run may wait for the maps or for the reason
+    except Exception as error:  # the run may wait for maps, or for the reason
         if _written(path) != written:
             return None
         if not is_users(error):
@@ -198,7 +197,7 @@ def _try(
 
 
 def _written(path: Path) -> int | None:
-    """When a file was written, ns; None if it is gone."""
+    """Modification time of a file, ns; None if it is gone."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -208,11 +207,11 @@ def _written(path: Path) -> int | None:
 def _refresh(
     encoder: Encoder, path: Path, args: RefreshScores, over: Callable[[], bool] = lambda: False
 ) -> dict[str, str]:
-    """Make one generation, unless it is `over`; returns which tars could not be scored, and why."""
+    """Make a generation; returns tars that could not be scored, with reasons."""
     run: dict[str, Any] = encoder.config
     sizes = ModelConfig(**encoder.sizes)
     cache = ScoreCache(args.cache or run["cache"])
-    # Just the run's own tars, in its order: others may have come into its folders meanwhile.
+    # The run's own tars in its order, without tars that came later.
     urls = encoder.urls
     if args.shards or urls is None:
         urls = expand_shards(args.shards or run["shards"])
@@ -228,7 +227,7 @@ def _refresh(
         for kind in args.kinds or encoder.kinds
     ]
     if not specs:
-        raise UserError(f"run {encoder.run} weighs by no refreshed score; say which by --kinds")
+        raise UserError(f"run {encoder.run} uses no refreshed score; choose with --kinds")
     check_model_kinds(spec.kind for spec in specs)
     samples = load_samples(urls, cache)
     started = time.perf_counter()
@@ -260,7 +259,7 @@ def _score_all(
     args: RefreshScores,
     over: Callable[[], bool],
 ) -> dict[str, str]:
-    """Fill in the maps of all images; returns which tars failed, with the reason."""
+    """Fill in the maps of all images; returns tars that failed, with reasons."""
     failed, urls = {}, samples.urls
     names = ", ".join(spec.kind for spec in maps)
     with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:

@@ -1,4 +1,4 @@
-"""Score images on Ray: actors, what they use of the cluster, and how they share the shards."""
+"""Refresh scores on Ray: actors, their resources, and how shards are shared among them."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from famt.pipeline.scores import ModelScoreSpec
 from famt.train.checkpoint import Encoder
 
 GPU_SHARE = 0.25
-"""of a GPU for an actor, beside a training that holds the rest of it"""
+"""of a GPU for an actor beside a training"""
 
 _POLL = 2.0  # seconds
 _NICE = 19
-_PATIENCE = 60.0  # seconds that actors may take to come up
-_SHARDS_A_TASK = 16  # a task builds one DALI graph; what a lost worker did not finish is done again
-_TRIES = 3  # of shards whose worker was lost
+_PATIENCE = 60.0  # seconds for actors to start
+_SHARDS_A_TASK = 16  # few, so that DALI graphs are few; more would cost more with a lost worker
+_TRIES = 3  # of a task whose worker was lost
 
 Maps = dict[ModelScoreSpec, NDArray[np.float16]]
-"""of each score, `[R, G, G]`"""
+"""`[R, G, G]` for each score"""
 
 
 class UnwantedError(Exception):
-    """Nobody will take up the generation that is being made."""
+    """No run wants the generation any more."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """What an actor holds of the cluster, and its priority."""
+    """Resources of an actor, and its niceness."""
 
     cpus: int
     gpus: float
@@ -53,14 +53,14 @@ class Place:
 
     @classmethod
     def of(cls, workers: RefreshWorkers, device: str | None, cluster: dict[str, float]) -> Place:
-        """The place of each actor.
+        """Place for each actor.
 
         Args:
-            device: that the run trains on.
-            cluster: resources of the whole of it, as Ray counts them.
+            device: device of the training.
+            cluster: total resources, as Ray counts them.
 
         Raises:
-            ValueError: the whole cluster would not have room for one.
+            UserError: the cluster is too small for one actor.
         """
         gpus = workers.gpus_per_worker
         if gpus is None:
@@ -68,13 +68,13 @@ class Place:
         place = cls(workers.cpus_per_worker, gpus)
         if not place.room(cluster):
             raise UserError(
-                f"the cluster has no room for one worker of {place.cpus} CPUs and {gpus:g} GPUs; "
+                f"the cluster is too small for a worker of {place.cpus} CPUs and {gpus:g} GPUs; "
                 "lower --cpus-per-worker or --gpus-per-worker"
             )
         return place
 
     def room(self, resources: dict[str, float]) -> int:
-        """How many of these there is room for."""
+        """Number of actors that fit."""
         cpus = resources.get("CPU", 0) // self.cpus
         return int(min(cpus, resources.get("GPU", 0) // self.gpus) if self.gpus else cpus)
 
@@ -82,7 +82,7 @@ class Place:
 _LAST_RESORT = Place(0, 0.0, _NICE)
 
 
-# Ray restarts none of them: one that waits for room would keep the shards that it was given.
+# No restarts: an actor that waits for room would keep its shards waiting.
 @ray.remote(max_restarts=0, max_task_retries=3)
 class _Refresher:
     def __init__(
@@ -100,14 +100,14 @@ class _Refresher:
         self._cache, self._specs, self._threads = cache, specs, threads
 
     def ready(self) -> None:
-        """Returns when the actor is up."""
+        """Return once the actor is up."""
 
     @ray.method(retry_exceptions=[OSError, obstore.exceptions.GenericError])
     def refresh(self, urls: list[str], shard_ids: list[str], batch_size: int) -> Maps:
-        """The maps of some tars, whose contents must be those of the ids."""
+        """Maps of some tars, whose contents must match the ids."""
         samples = load_samples(urls, self._cache)
         if samples.shard_ids != shard_ids:
-            raise UserError("the tars were changed meanwhile; try again")
+            raise UserError("the tars changed meanwhile; try again")
         return score_images(
             self._encoder,
             samples,
@@ -126,21 +126,21 @@ def refresh_on_ray(
     workers: RefreshWorkers,
     over: Callable[[], bool],
 ) -> Iterator[tuple[range, Maps | str]]:
-    """Score images on actors that take part after part of the shards.
+    """Score images on actors, each taking one part of the shards after another.
 
-    Parts are handed only to actors that are up: what is free now may be taken before they come. A
-    lost actor's part goes to another one, and a new one comes when there is room for it. Where
-    none can, or none comes up within a minute, one actor on CPUs, of low priority, does all.
+    Only running actors get parts. The part of a lost actor goes to another, and a new actor starts
+    when there is room. If none can start, or none does within a minute, one low-priority actor on
+    CPUs does all the work.
 
     Args:
-        over: whether nobody wants the maps any more; asked every few seconds.
+        over: whether the maps are no longer wanted; polled every few seconds.
 
     Yields:
-        numbers of shards and the maps of their rows, or why there are none, as actors finish them.
+        range of shard numbers, and the maps of their rows or the reason of a failure.
 
     Raises:
-        UnwantedError: it is over.
-        UserError: the whole cluster has no room for one actor.
+        UnwantedError: `over` returned True.
+        UserError: the cluster is too small for one actor.
     """
     place = Place.of(workers, encoder.config.get("device"), ray.cluster_resources())
     free = place.room(ray.available_resources())
@@ -150,7 +150,7 @@ def refresh_on_ray(
     parts = (range(shards)[first : first + size] for first in range(0, shards, size))
     waiting = deque(part for part in parts if sum(samples.counts[part.start : part.stop]))
     state = ray.put(encoder)
-    # What each actor does: a part, or None while it comes up.
+    # Part of each actor; None while it starts.
     busy: dict[ray.ObjectRef, tuple[Any, Place, range | None]] = {}
     idle: list[tuple[Any, Place]] = []
     losses: Counter[range | None] = Counter()
@@ -176,7 +176,9 @@ def refresh_on_ray(
             yield from ((part, reason) for part in waiting)
             return
         elif not alone and (not busy or time.monotonic() > patient_until):
-            tqdm.write("no actor came up: one actor on CPUs at low priority", sys.stderr)
+            tqdm.write(
+                "no actor started in time; going on with one low-priority actor on CPUs", sys.stderr
+            )
             start(_LAST_RESORT)
             alone = True
         if over():
@@ -191,7 +193,7 @@ def refresh_on_ray(
             except ray.exceptions.RayError as error:  # the actor is gone
                 reason = str(error)
                 losses[part] += 1
-                for other, place_of_other in idle:  # may be lost with it
+                for other, place_of_other in idle:  # may be lost too
                     busy[other.ready.remote()] = other, place_of_other, None
                 idle.clear()
                 broken = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed

@@ -1,17 +1,17 @@
-"""Train and evaluate a declared grid of runs, and write what it reached as a table and a page.
+"""Train and evaluate a grid of runs, and write a table and a page of results.
 
-    famt results docs/grids/quick.toml                 # all of it, or what is left of it
-    famt results docs/grids/quick.toml --minutes 30    # a piece of it
-    famt results docs/grids/quick.toml --minutes 0     # only the table, from the logs
-    famt results docs/results/quick.json.gz           # the table of a grid that is published
+    famt results docs/grids/quick.toml                 # everything that is left to do
+    famt results docs/grids/quick.toml --minutes 30    # 30 minutes of it
+    famt results docs/grids/quick.toml --minutes 0     # the table alone, from the logs
+    famt results docs/results/quick.json.gz            # the table of a published grid
     ray job submit --working-dir . -- famt results /shared/grid.toml --gpus 8 --cpus 64
 
-A grid is a TOML file; docs/results-grids.md describes it. First the steps of all rows are timed
-beside the reference's, which takes a few minutes. Then each row is trained with every seed, watched
-on a held-out part of the training set (`--monitor`), and evaluated on val once. As many runs go on
-at once as this machine, or the Ray cluster, has room for. Stop it whenever you like, by Ctrl-C,
-SIGTERM or SIGKILL: every run goes on from its last checkpoint, and what the logs hold is not done
-again. Table and page are made from the logs alone.
+A grid is a TOML file; docs/results-grids.md describes it. The job first times a step of every row
+against the reference, in a few minutes. Then it trains each row with every seed, monitors it on a
+held-out part of the training set (`--monitor`), and evaluates it once on val. As many runs go on at
+once as the machine or the Ray cluster has room for. Ctrl-C, SIGTERM and SIGKILL are safe: runs
+resume from their last checkpoint, and nothing in the logs is repeated. Table and page come from the
+logs alone.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
 
 
 def main(results: Results) -> int:
-    """Run what is left of the grid, then write the table; returns 1 if a run failed."""
+    """Run the rest of the grid, then write the table; returns 1 if a run failed."""
     if results.grid.suffix == ".gz":
         print(table(GridResult.read(results.grid)))
         return 0
     if results.gpus > 1 and results.gpus % 1:
-        raise UserError(f"--gpus {results.gpus} must be a whole number, or a share of one GPU")
+        raise UserError(f"--gpus {results.gpus}: give a whole number, or less than one")
     end = time.monotonic() + 60 * results.minutes if results.minutes is not None else None
     grid = load(results.grid, results.out)
     grid.out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def main(results: Results) -> int:
         for row in grid.row
         if costs.keys() >= {row.name, grid.reference}
     }
-    of_seeds = zip(*rows.values(), strict=True)  # one seed of all rows first
+    of_seeds = zip(*rows.values(), strict=True)  # all rows with the first seed come first
     lacking = [each for seed in of_seeds for each in seed if each.left()] if may_run else []
     failed = bool(lacking) and _run_all(grid, lacking, results, end)
     print(_write(grid, costs, rows))
@@ -67,7 +67,7 @@ def main(results: Results) -> int:
 
 
 def _costs(grid: Grid, results: Results, may_measure: bool) -> dict[str, StepCost]:
-    """What a step of each row costs: as `costs.jsonl` in `out` has it, or as measured now."""
+    """Cost of a step of each row: from `<out>/costs.jsonl`, or measured now."""
     path = grid.out / "costs.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {(each["step"], each["reference"]): StepCost(**each["cost"]) for each in lines}
@@ -88,28 +88,27 @@ def _costs(grid: Grid, results: Results, may_measure: bool) -> dict[str, StepCos
 
 
 def _task(function, results: Results):  # type: ignore[no-untyped-def]  # as Ray's own are
-    """A function as a task of Ray's that holds what a run holds.
+    """The function as a Ray task with the CPUs and GPUs of a run.
 
     Raises:
-        UserError: this machine alone is asked, and has less than that.
+        UserError: Ray runs on this machine alone, which has too few.
     """
     start_ray()
     asked = {"CPU": results.cpus, "GPU": results.gpus}
     nodes = [each["Resources"] for each in ray.nodes() if each["Alive"]]
     if not any(all(node.get(name, 0) >= n for name, n in asked.items()) for node in nodes):
-        lack = f"no machine has the {results.cpus} CPU core(s) and {results.gpus:g} GPU(s) of " \
-            "--cpus and --gpus"  # fmt: skip
+        lack = f"no machine has --cpus {results.cpus} and --gpus {results.gpus:g}"
         if os.environ.get("RAY_ADDRESS", "local") == "local":
             raise UserError(lack)
-        print(f"{lack} yet: the runs wait for one that joins the cluster", file=sys.stderr)
-    # A lost machine's runs go on elsewhere, from their checkpoints.
-    return ray.remote(max_calls=1)(function).options(  # a worker keeps what memory a call took
+        print(f"{lack} yet; waiting for one to join the cluster", file=sys.stderr)
+    # Runs of a lost machine resume elsewhere from their checkpoints.
+    return ray.remote(max_calls=1)(function).options(  # else a worker keeps the memory of a call
         num_cpus=results.cpus, num_gpus=results.gpus, max_retries=-1
     )
 
 
 def _run_all(grid: Grid, lacking: Sequence[Training], results: Results, end: float | None) -> bool:
-    """Run until all is done, time is up or a signal asks to stop; whether a run failed."""
+    """Run until all is done, time is up or a signal arrives; returns whether a run failed."""
     task = _task(run, results)
     running = {task.remote(each, results.cpus, int(results.gpus)): each for each in lacking}
     for signum in (signal.SIGTERM, signal.SIGUSR1):
@@ -137,19 +136,19 @@ def _run_all(grid: Grid, lacking: Sequence[Training], results: Results, end: flo
 
 
 def run(training: Training, threads: int, gpus: int) -> str:
-    """Do what a training still needs, in a task; returns why it failed, or nothing."""
-    # Ray cancels by SIGINT, which what a shell starts with `&` ignores, and so would this.
+    """Run the remaining commands of a training in a Ray task; returns the error, or ""."""
+    # Ray cancels by SIGINT, which programs that a shell starts with `&` inherit as ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for command in training.left(gpus):
         if code := _call(command, training.grid, threads):
-            return f"exit code {code}; its output is in {training.grid.out / 'output.txt'}"
+            return f"exit code {code}, see {training.grid.out / 'output.txt'}"
         if not any(line.get("event") == "finished" for line in training.log()):
-            return ""  # somebody else stopped it: there is nothing to evaluate yet
+            return ""  # stopped by someone else: nothing to evaluate yet
     return ""
 
 
 def _call(command: Sequence[str], grid: Grid, threads: int) -> int:
-    """Run a program at low priority, which ends with this one; returns its exit code."""
+    """Run a program at low priority, tied to the life of this one; returns its exit code."""
     address = ray.get_runtime_context().gcs_address
     with open(grid.out / "output.txt", "ab") as output:
         output.write(f"\n$ {shlex.join(command[1:])}\n".encode())
@@ -162,9 +161,9 @@ def _call(command: Sequence[str], grid: Grid, threads: int) -> int:
         )
     try:
         while process.poll() is None:
-            time.sleep(0.5)  # Ray's cancelling does not interrupt a wait
+            time.sleep(0.5)  # Ray's cancel does not interrupt wait()
     except KeyboardInterrupt:
-        process.terminate()  # a training writes a checkpoint, and leaves
+        process.terminate()  # a training writes a checkpoint before it exits
         process.wait()
         raise
     return process.returncode
@@ -184,7 +183,7 @@ def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training
     text = table(result)
     (grid.out / "results.md").write_text(text)
     result.write(grid.out / "results.json.gz")
-    # From the folders: pictures are not in the record.
+    # From the folders, which have the pictures.
     runs = {
         name: [history.read(each.folder) for each in done if not each.left()]
         for name, done in rows.items()

@@ -1,4 +1,4 @@
-"""The table of what a grid's runs reached, and the file of logs that it can be made from anew."""
+"""The results table of a grid, and the file of log lines that reproduces it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ _NOTHING = "–"  # in a cell
 
 
 class RowResult(BaseModel):
-    """What the runs of a row reached.
+    """Results of a row.
 
     Attributes:
-        name: of the row.
-        epochs: of its runs.
-        cost: of a step, refreshes of scores included, over that of the reference; None if its
-            steps have not been timed yet.
-        logs: lines of the log of each run that is trained and evaluated.
+        cost: mean cost of a step, refreshes included, as a share of the reference's; None before
+            steps are timed.
+        logs: log lines of each finished run.
     """
 
     name: str
@@ -35,19 +33,19 @@ class RowResult(BaseModel):
 
     @property
     def runs(self) -> list[History]:
-        """The logs, read."""
+        """The logs, parsed."""
         return [history.parse(Path(self.name), log) for log in self.logs]
 
 
 class GridResult(BaseModel):
-    """What a grid reached: its title, the name of the row that costs are shares of, and rows."""
+    """Results of a grid; costs are shares of row `reference`."""
 
     title: str
     reference: str
     rows: list[RowResult]
 
     def write(self, path: Path) -> None:
-        """Write what the table needs as compressed JSON: of losses, only the last of each run."""
+        """Write the log lines that the table needs, with one loss per run, as compressed JSON."""
         needed, kept = ("start", "evaluation", "finished"), []
         for row in self.rows:
             ends = [[each for each in log if "event" not in each][-1] for log in row.logs]
@@ -66,11 +64,10 @@ class GridResult(BaseModel):
 
 
 def table(result: GridResult) -> str:
-    """Markdown of what the finished runs reached.
+    """Markdown table of the finished runs.
 
-    A row's cost is its steps times their relative time, as a share of the reference's. `reached at`
-    is the least cost at which the held-out probe, as the monitor saw it, was the reference's last
-    one; both are means over seeds.
+    Cost is steps times relative time of a step. `reached at` is the lowest cost at which the
+    monitor's held-out probe equals the reference's final one, means over seeds.
     """
     runs = {row.name: row.runs for row in result.rows}
     known = {
@@ -120,14 +117,14 @@ def table(result: GridResult) -> str:
 
 def _reached(cost: float, mine: Sequence[History], reference: Sequence[History]) -> str:
     goal, curve = _monitored(reference), _monitored(mine)
-    if not goal or len(curve) < 2:  # a single look at the end says nothing about when
+    if not goal or len(curve) < 2:  # one look tells no time
         return _NOTHING
     steps = [step for step, value in curve.items() if value >= goal[max(goal)]]
     return f"{min(steps) / mine[0].total_steps * cost:.2f}" if steps else "not reached"
 
 
 def _monitored(runs: Sequence[History]) -> dict[int, float]:
-    """Mean over runs of the held-out probe, by the steps at which the monitor looked at all."""
+    """Held-out probe by step, mean over runs, at the steps where the monitor saw all of them."""
     curves = [
         {each.step: each.values["probe_mean"] for each in run.found if each.evaluator == "monitor"}
         for run in runs

@@ -1,1 +1,1 @@
-"""The benchmarks behind `famt benchmark`, a file each; `measure` is what they have in common."""
+"""The benchmarks of `famt benchmark`, a file each; `measure` holds what they share."""

@@ -1,4 +1,4 @@
-"""What the join costs the loader, and how the loader compares with a torchvision user's."""
+"""Loader speed: the cost of the join, and torchvision's usual loader beside it."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ from famt.pipeline.options import Checked, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 from famt.sampling import patch_weights
 
-Take = Callable[[], object]  # the next batch
-_READY = 2  # batches that a loader holds ready when a turn begins; they are not counted
+Take = Callable[[], object]  # makes the next batch
+_READY = 2  # batches that a loader has ready when its turn begins; not counted
 
 
 @dataclass(frozen=True)
 class Loader(Checked):
-    """Crops/s of the loader with join and sampling, beside a bare DALI graph and torchvision.
+    """Crops/s of the loader with join and sampling, against a bare DALI graph and torchvision.
 
-    `crops_per_busy_core` are crops a second of the time that all threads of the process work.
+    `crops_per_busy_core` divides by the CPU time of all threads of this process instead.
     """
 
     shards: list[str] = field(default_factory=list)
-    """tars to measure on"""
+    """tars to read"""
     rounds: Annotated[int, Ge(1)] = 5
-    """times that each rival is measured"""
+    """timed turns of each rival"""
     images: Annotated[int, Ge(1)] = 2000
-    """crops of a turn"""
+    """crops a turn"""
     batch_size: Annotated[int, Ge(1)] = 64
     """crops a batch"""
     threads: Annotated[int, Ge(1)] = field(default_factory=own_cores)
-    """DALI's threads, and torchvision's workers"""
+    """threads of DALI, workers of torchvision"""
     crops: Annotated[tuple[int, ...], Ge(1)] = (2, 4)
-    """crops of each decoded image, a rival each beside one of one"""
+    """also time the loader with this many crops per decoded image"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """where crops are decoded; torchvision, which decodes on CPUs, is no rival on cuda"""
+    """decode here; torchvision decodes on CPUs only, and is left out on cuda"""
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(1)
@@ -65,19 +65,19 @@ class Loader(Checked):
         with measure.scored(self.shards) as (urls, cache):
             table = load_samples(urls, cache)
             maps = load_maps(table, cache, ScoreSpec())
-            several = {f"{crops} crops of each decoded image": crops for crops in self.crops}
+            several = {f"{crops} crops per decoded image": crops for crops in self.crops}
             bounds = {"bare DALI graph: decode, crop, resize, flip, normalise": self._bare(table)}
             if self.device == "cpu":
-                name = f"webdataset and torchvision in a DataLoader of {self.threads} workers"
+                name = f"webdataset and torchvision, DataLoader of {self.threads} workers"
                 bounds[name] = self._torchvision(urls)
-            loaders = {
+            takes = {
                 name: self._joined(table, maps, crops)
                 for name, crops in {"joined": 1, **several}.items()
-            }
-            busy: dict[str, list[float]] = {name: [] for name in (*loaders, *bounds)}
+            } | bounds
+            busy: dict[str, list[float]] = {name: [] for name in takes}
             rivals = {
                 name: partial(_turn, take, batches + _READY, busy[name])
-                for name, take in {**loaders, **bounds}.items()
+                for name, take in takes.items()
             }
             seconds = measure.seconds(rivals, self.rounds, pause=1.0)
         crops = batches * self.batch_size
@@ -88,7 +88,7 @@ class Loader(Checked):
         lines = [("joined", unit, bound, bound) for bound in bounds]
         lines += [(name, f"{unit}, {name}", "joined", "one crop") for name in several]
         for name, what, bound, against in lines:
-            # The first round does not count; what else the machine does only adds to a round.
+            # Skip the warm-up. Other work on the machine only ever adds to a round: take the least.
             core = (crops + _READY * self.batch_size) / min(busy[name][1:])
             line = measure.line("loader", what, rates[name], against, rates[bound])
             yield {**line, "crops_per_busy_core": round(core, 1)}
@@ -96,7 +96,7 @@ class Loader(Checked):
     def _joined(self, table: SampleTable, maps: torch.Tensor, crops_per_image: int) -> Take:
         config = replace(self._config(), crops_per_image=crops_per_image)
         loader = CropLoader(table, config, drop_last=True, device=self.device)
-        crops = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+        crops = itertools.chain.from_iterable(itertools.repeat(loader))
 
         def take() -> None:
             batch = next(crops)
@@ -138,7 +138,7 @@ class Loader(Checked):
             samples,
             self.batch_size,
             num_workers=self.threads,
-            multiprocessing_context="spawn",  # DALI's threads do not survive a fork
+            multiprocessing_context="spawn",  # a fork loses DALI's threads
         )
         return partial(next, iter(loader))
 
@@ -147,7 +147,7 @@ class Loader(Checked):
 
 
 def _turn(take: Take, batches: int, busy: list[float]) -> None:
-    """Take so many batches, and note the seconds that all threads of this process worked."""
+    """Make batches; append the CPU seconds of all threads of this process to `busy`."""
     before = time.process_time()
     for _ in range(batches):
         take()
@@ -167,7 +167,7 @@ def _crop_graph(
     resize = partial(
         fn.resize, size=[config.image_size] * 2, interp_type=types.INTERP_CUBIC, antialias=True
     )
-    if on_gpu:  # as the loader: whole, and cut while it is resized
+    if on_gpu:  # like the loader: decode whole, crop within the resize
         extent = fn.peek_image_shape(encoded)[:2]
         anchor, shape = fn.random_crop_generator(extent, random_area=[0.2, 1.0])
         start, end = (fn.cast(each, dtype=types.FLOAT) for each in (anchor, anchor + shape))

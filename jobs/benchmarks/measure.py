@@ -1,15 +1,13 @@
-"""What all benchmarks share: lines with a bound, rivals in turns, shards to measure on."""
+"""What all benchmarks share: output lines with a bound, rivals in turns, and test data."""
 
 from __future__ import annotations
 
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -27,7 +25,7 @@ Report = dict[str, object]
 
 
 def line(name: str, unit: str, figure: float, against: str, bound: float) -> Report:
-    """What a benchmark prints: a figure beside its bound, and their ratio."""
+    """A line of output: a figure, its bound, and their ratio."""
     return {
         "benchmark": name,
         "figure": round(figure, 4),
@@ -50,13 +48,13 @@ def seconds(
     pause: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each rival, taking turns, round by round, after a round that does not count.
+    """Seconds of each rival by round. Rivals take turns; a first, untimed round warms up.
 
     Args:
-        rivals: what is timed, by name.
-        rounds: turns of each that count.
-        pause: seconds between turns, for what a rival leaves running to come to rest.
-        clock: what the seconds are of; `time.process_time` leaves out what other processes take.
+        rivals: functions to time, by name.
+        rounds: timed turns of each.
+        pause: seconds between turns, in which background threads of a rival settle.
+        clock: `time.process_time` excludes the time of other processes.
     """
     taken: dict[str, list[float]] = {name: [] for name in rivals}
     for round_ in tqdm(range(rounds + 1), desc="rounds"):
@@ -69,33 +67,21 @@ def seconds(
     return taken
 
 
-def resident_bytes() -> int:
-    """Memory that this process holds now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
-
-
 @contextmanager
 def shards(patterns: list[str], photos: int = 500) -> Iterator[list[str]]:
-    """The given shards, or one of so many made-up photos of 500 x 375 px, about 100 KB each."""
+    """The given shards; if none, one shard of synthetic photos, 500 x 375 px and 100 KB each."""
     if patterns:
         yield expand_shards(patterns)
         return
     with tempfile.TemporaryDirectory(prefix="famt-benchmark-") as folder:
-        items = [Item(f"photo-{n}", 0, partial(_made_up_photo, n)) for n in range(photos)]
-        write_shards(
-            items,
-            folder,
-            "photos",
-            seed=0,
-            samples_per_shard=photos,
-            encoding=Encoding(max_side=500, quality=95),
-        )
+        items = [Item(f"photo-{n}", 0, partial(_synthetic_photo, n)) for n in range(photos)]
+        encoding = Encoding(max_side=500, quality=95)
+        write_shards(items, folder, "photos", seed=0, samples_per_shard=photos, encoding=encoding)
         yield expand_shards([folder])
 
 
-def _made_up_photo(seed: int) -> Image.Image:
-    """Smooth shapes under noise that falls off with frequency, as a photo's spectrum does."""
+def _synthetic_photo(seed: int) -> Image.Image:
+    """Noise with the 1/f spectrum of natural images."""
     rng = np.random.default_rng(seed)
     fy, fx = np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)[None, :]
     amplitude = 1 / np.maximum(np.hypot(fy, fx), 1 / 500)
@@ -107,7 +93,7 @@ def _made_up_photo(seed: int) -> Image.Image:
 
 @contextmanager
 def scored(patterns: list[str], photos: int = 500) -> Iterator[tuple[list[str], ScoreCache]]:
-    """The shards as `shards` gives them, and a temporary cache that holds their default score."""
+    """The shards of `shards`, and a temporary cache with their default scores."""
     with shards(patterns, photos) as urls, tempfile.TemporaryDirectory() as folder:
         cache = ScoreCache(folder, create=True)
         for url in tqdm(urls, desc="scoring", unit="shard"):

@@ -1,4 +1,4 @@
-"""How well maps tell objects from background."""
+"""How well score maps separate objects from background."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from famt.pipeline.scores import ScoreSpec
 
 @dataclass(frozen=True)
 class Quality(Checked):
-    """How well each kind of map tells objects from background, without any learning.
+    """How well each kind of score separates objects from background, without any training.
 
-    Area under the ROC curve of a map against object masks, mean over photos. Beside each figure:
-    the same maps laid on other photos' masks (`elsewhere`), which shows how much of it is just
-    where photographers put their objects; the difference, which a map knows of its own image; the
-    time of a core an image; and a centred Gaussian that looks at no image.
+    The figure is the area under the ROC curve of a map against an object mask, averaged over
+    photos; the bound is that of a centred Gaussian, which sees no image. `elsewhere` pairs each map
+    with another photo's mask, which measures where photographers put objects; `difference` is what
+    the map knows of its own image.
     """
 
     photos: Path
     """folder of photos"""
     masks: Path
-    """folder of masks of the same names: white where the object is"""
+    """folder of masks with the same names, white on the object"""
     grid: Annotated[int, Ge(2)] = 14
     """cells a side"""
 
@@ -48,7 +48,7 @@ class Quality(Checked):
         masks = {path.stem: path for path in self.masks.iterdir()}
         for photo in tqdm(sorted(self.photos.iterdir()), desc="photos"):
             mask = _resized(masks[photo.stem], "L", self.grid)
-            truth = mask.flatten() > 127.5  # cells that the object covers by more than half
+            truth = mask.flatten() > 127.5  # more than half covered by the object
             if truth.any() and not truth.all():
                 images.append(torch.from_numpy(_resized(photo, "RGB", size)))
                 truths.append(truth)
@@ -76,7 +76,7 @@ def _resized(path: Path, mode: str, size: int) -> np.ndarray:
 
 
 def _auc(maps: torch.Tensor, truths: list[np.ndarray]) -> float:
-    """Mean over photos of the chance that an object cell outscores a background cell."""
+    """Probability that an object cell outscores a background cell, mean over photos."""
     return statistics.mean(
         float(roc_auc_score(truth, scores.flatten().numpy()))
         for scores, truth in zip(maps, truths, strict=True)

@@ -1,4 +1,4 @@
-"""How fast maps are made anew with the encoder of a run, and what that costs a training."""
+"""Speed of refreshing score maps with the encoder of a run, and its cost in training time."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 
 @dataclass(frozen=True)
 class Refresh(BenchmarkOptions):
-    """Images/s of scoring shards with an encoder, beside its bare forward; its cost in epochs.
+    """Images/s of refreshing maps, against the bare forward pass; seconds, against an epoch.
 
-    The bound gives the same scores of tensors that are ready in memory. `--batch-size` is that of
-    the training step.
+    The forward pass computes the same scores of tensors in memory. `--batch-size` is that of the
+    training step.
     """
 
     kind: str = "frequency_attention"
     """which score"""
     scored_at_once: Annotated[int, Ge(1)] = 32
-    """images that are scored at a time"""
+    """images per forward pass"""
     rounds: Annotated[int, Ge(1)] = 3
-    """times that each rival is measured"""
+    """timed turns of each rival"""
 
     def run(self) -> Iterator[Report]:
         torch.set_num_threads(self.threads)
@@ -50,13 +50,9 @@ class Refresh(BenchmarkOptions):
 
             def refresh() -> None:
                 score_images(
-                    encoder,
-                    steps.run.samples,
-                    [spec],
-                    batch_size=self.scored_at_once,
-                    threads=self.threads,
-                    device=torch.device(self.device),
-                )
+                    encoder, steps.run.samples, [spec], batch_size=self.scored_at_once,
+                    threads=self.threads, device=torch.device(self.device),
+                )  # fmt: skip
 
             def forward() -> None:
                 for first in range(0, count, self.scored_at_once):
@@ -65,18 +61,9 @@ class Refresh(BenchmarkOptions):
             rivals = {"refresh": refresh, "forward": forward, "step": steps.step}
             taken = measure.seconds(rivals, self.rounds)
         median = {name: statistics.median(each) for name, each in taken.items()}
-        rate = count / median["refresh"]
-        yield measure.line(
-            "refresh",
-            f"images/s of refreshed maps, {self.kind}, {self.setting}",
-            rate,
-            "images/s of the bare forward on tensors in memory",
-            count / median["forward"],
-        )
-        yield measure.line(
-            "refresh",
-            f"seconds to refresh the maps of 1,000 images, {self.kind}, {self.setting}",
-            1000 / rate,
-            "seconds to train on them for an epoch",
-            1000 * median["step"] / self.batch_size,
-        )
+        setting, rate = f"{self.kind}, {self.setting}", count / median["refresh"]
+        unit, bound = f"images/s of refreshed maps, {setting}", "images/s of the bare forward pass"
+        yield measure.line("refresh", unit, rate, bound, count / median["forward"])
+        unit = f"seconds to refresh the maps of 1,000 images, {setting}"
+        epoch = 1000 * median["step"] / self.batch_size
+        yield measure.line("refresh", unit, 1000 / rate, "seconds to train an epoch on them", epoch)

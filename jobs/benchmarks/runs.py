@@ -1,4 +1,4 @@
-"""Speed of whole trainings: loader, signals, join and step together."""
+"""Throughput of whole training runs: loader, signals, join and step together."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from famt.train.config import Pretrain
 
 @dataclass(frozen=True)
 class Runs(BenchmarkOptions):
-    """Crops/s of trainings by recipe, beside the first recipe's, and what they wait for.
+    """Crops/s of training runs by recipe, against the first recipe, with their stages' shares.
 
-    Each recipe trains as `famt pretrain` does, the next batch ahead in a GPU's side stream. Its
-    refreshed maps are left out: `refresh` measures what making them costs.
+    Runs are those of `famt pretrain`, the next batch ahead in a GPU's side stream, but refresh no
+    maps: see benchmark `refresh`.
     """
 
     recipes: tuple[str, ...] = ("mae", "famt", "uniform")
-    """what to train; the first one is the measure of the others"""
+    """recipes to train; the first is the bound of the others"""
     options: str = ""
-    """further options of `famt pretrain` for all of them, in one string"""
+    """more options of `famt pretrain` for all of them, as one string"""
     steps: Annotated[int, Ge(1)] = 20
-    """steps that are timed, after half as many that are not"""
+    """timed steps, after half as many for warm-up"""
 
     def run(self) -> Iterator[Report]:
         bound = None
@@ -38,16 +38,9 @@ class Runs(BenchmarkOptions):
                 config = self.config(urls, cache.url, f"--recipe {recipe} {self.options}")
                 rate, details = self._measure(config)
                 bound = bound or rate
-                yield {
-                    **measure.line(
-                        "runs",
-                        f"crops/s of a training by {recipe}, {self.setting}",
-                        rate,
-                        f"crops/s by {self.recipes[0]}",
-                        bound,
-                    ),
-                    **{name: round(value, 3) for name, value in details.items()},
-                }
+                unit = f"crops/s of training with {recipe}, {self.setting}"
+                line = measure.line("runs", unit, rate, f"crops/s with {self.recipes[0]}", bound)
+                yield {**line, **{name: round(value, 3) for name, value in details.items()}}
 
     def _measure(self, config: Pretrain) -> tuple[float, dict[str, float]]:
         on_gpu = config.device == "cuda"

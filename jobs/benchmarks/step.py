@@ -1,4 +1,4 @@
-"""Time, FLOPs and memory of training steps, and what each signal adds to one."""
+"""Time, FLOPs and memory of training steps, and what each signal adds."""
 
 from __future__ import annotations
 
@@ -22,30 +22,28 @@ from famt.models import MODELS
 from famt.train.signals.config import AttentionConfig
 
 _MAE, _SIMMIM = "--recipe mae", "--recipe simmim"
-_FAMT = "--recipe famt --frequency.source cached"  # what is refreshed is read like it
+_FAMT = "--recipe famt --frequency.source cached"  # refreshed maps are read alike
 _OFF = "--recipe famt --frequency.source off --attention.source off"
 
 
 @dataclass(frozen=True)
 class Step(BenchmarkOptions):
-    """Time, FLOPs and, on a GPU, memory of FAMT's training steps, beside this code's plain ones.
+    """Time, FLOPs and, on a GPU, memory of FAMT's training steps against plain MAE and SimMIM.
 
-    A step is the training's own, on one batch of crops: signals, sampling, forward, backward and
-    AdamW. A disturbed run shows in the fastest steps' ratio (`ratio_of_fastest`), which then
-    differs from the medians'.
+    A step is one of a training run, on one batch of crops: signals, sampling, forward, backward and
+    AdamW. `ratio_of_fastest` compares the fastest steps; if it differs from `ratio`, something
+    disturbed the measurement.
     """
 
     rounds: Annotated[int, Ge(1)] = 5
-    """steps that each rival is measured for"""
+    """timed steps of each rival"""
 
     def run(self) -> Iterator[Report]:
+        all_predicted = f"{_FAMT} --join.predicted-share 1"
         rivals = {
             "famt": (_FAMT, _MAE),
-            "famt, self decoder, all predicted": (
-                f"{_FAMT} --decoder self --join.predicted-share 1",
-                _MAE,
-            ),
-            "famt, all predicted": (f"{_FAMT} --join.predicted-share 1", _MAE),
+            "famt, self decoder, all predicted": (f"{all_predicted} --decoder self", _MAE),
+            "famt, all predicted": (all_predicted, _MAE),
             "uniform": ("--recipe uniform", _MAE),
             "famt-simmim": ("--recipe famt-simmim --frequency.source cached", _SIMMIM),
         }
@@ -54,20 +52,17 @@ class Step(BenchmarkOptions):
 
 @dataclass(frozen=True)
 class Attention(BenchmarkOptions):
-    """Time of whole FAMT steps with a signal, beside those without.
+    """Time of FAMT steps with one signal each, against a step without signals.
 
-    `ms_of_signals`, what the signals' own stage takes, tells more than the ratio where that is
-    lost in the noise; `ms_of_join` is that of sampling and gathering patches. Rolling attention
-    refreshes a part of each batch a step, at half the crops' side or whole, live attention looks at
-    every crop; `seen` and `errors` keep what the step itself gives, `cached` reads the cache. The
-    last line has token frequency and attention of every crop computed in the step, against a score
-    that is joined from the cache.
+    `ms_of_signals` is the time of the signals' own stage, more precise than the ratio where noise
+    hides the difference; `ms_of_join` is that of sampling and gathering patches. The last line
+    computes token frequency and attention of every crop in the step, against the cached score.
     """
 
     every: Annotated[int, Ge(1)] = AttentionConfig.every
     """rolling attention refreshes 1/every of a batch"""
     rounds: Annotated[int, Ge(1)] = 5
-    """steps that each rival is measured for"""
+    """timed steps of each rival"""
 
     def run(self) -> Iterator[Report]:
         rolling = f"--attention.source rolling --attention.every {self.every}"
@@ -91,7 +86,7 @@ class Attention(BenchmarkOptions):
 def _compare(
     benchmark: str, options: BenchmarkOptions, rounds: int, rivals: dict[str, tuple[str, str]]
 ) -> Iterator[Report]:
-    """A line for each rival, by the options of its run and of the one that bounds it."""
+    """A line per rival; `rivals` holds its options of `famt pretrain`, and those of its bound."""
     torch.set_num_threads(options.threads)
     with measure.scored(options.shards, options.photos) as (urls, cache):
         for name, (own, bound) in rivals.items():
@@ -106,15 +101,12 @@ def _compare(
                 seconds = measure.seconds({"own": rival.step, "bound": plain.step}, rounds)
                 stages, steps = rival.run.clock.read(), rounds + 1
                 peak = {"mb_at_peak": _peak(rival)} if options.device == "cuda" else {}
-            image = 1000 / options.batch_size  # from seconds of a batch to ms of an image
+            image = 1000 / options.batch_size  # ms of an image per second of a batch
+            own_ms, bound_ms = (image * statistics.median(seconds[each]) for each in seconds)
+            unit = f"ms an image of a step of {name}, {options.setting}"
+            against = f"ms an image of a step with {bound}"
             yield {
-                **measure.line(
-                    benchmark,
-                    f"ms an image of a step of {name}, {options.setting}",
-                    image * statistics.median(seconds["own"]),
-                    f"ms an image of a step by {bound}",
-                    image * statistics.median(seconds["bound"]),
-                ),
+                **measure.line(benchmark, unit, own_ms, against, bound_ms),
                 "ratio_of_fastest": round(min(seconds["own"]) / min(seconds["bound"]), 3),
                 "ms_of_signals": round(image * stages["signals"] / steps, 3),
                 "ms_of_join": round(image * stages["join"] / steps, 3),
@@ -134,7 +126,7 @@ def _attention_backward(*shapes: Any, **_: Any) -> int:
     return int(sdpa_backward_flop_count(out, query, key, value))
 
 
-# torch's own counter knows the attentions of GPUs alone.
+# torch's own counter knows attention on GPUs only.
 _ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -142,7 +134,7 @@ _ON_CPU = {
 
 
 def count_flops(steps: Steps) -> int:
-    """Of the matrix products and attentions of a step's signals, forward and backward pass."""
+    """FLOPs of matrix products and attention in signals, forward and backward pass of a step."""
     with FlopCounterMode(display=False, custom_mapping=_ON_CPU) as counter:
         steps.accumulate()
     steps.run.update()
@@ -150,7 +142,7 @@ def count_flops(steps: Steps) -> int:
 
 
 def _peak(steps: Steps) -> int:
-    """MB that a step adds on the GPU at its peak to weights, optimiser and what else is there."""
+    """MB that a step adds at its peak to the GPU memory in use before it."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     steps.step()

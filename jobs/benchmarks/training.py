@@ -1,4 +1,4 @@
-"""Training runs whose steps benchmarks time."""
+"""Training runs for benchmarks to time."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from famt.train.pretrain import Run
 
 @dataclass(frozen=True)
 class BenchmarkOptions(Checked):
-    """Options of the benchmarks that train."""
+    """Options of all benchmarks that train."""
 
     shards: list[str] = field(default_factory=list)
-    """tars to train on; a shard of photos is made up if left out"""
+    """tars to train on; a shard of synthetic photos if left out"""
     photos: Annotated[int, Ge(1)] = 256
-    """photos of the made-up shard"""
+    """photos in the synthetic shard"""
     model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
-    """which model"""
+    """model size"""
     batch_size: Annotated[int, Ge(1)] = 16
     """crops a step"""
     threads: Annotated[int, Ge(1)] = field(default_factory=own_cores)
-    """CPU threads that compute and decode"""
+    """CPU threads for computing and decoding"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 computes under autocast"""
+    """bf16: under autocast"""
     device: Literal["cpu", "cuda"] = "cpu"
-    """what to compute on"""
+    """device to train on"""
 
     @property
     def setting(self) -> str:
-        """For the unit of a figure."""
+        """Part of a figure's unit."""
         return (
             f"{self.model}, {self.precision}, {self.device}, batch {self.batch_size}, "
             f"{self.threads} threads"
         )
 
     def config(self, urls: list[str], cache: str, options: str) -> Pretrain:
-        """Options of a training, on top of these, as `famt pretrain` takes them."""
+        """Options of a run: these, then `options` as on the command line of `famt pretrain`."""
         arguments = [
             "--shards", *urls, "--cache", cache, "--out", "unused", "--model", self.model,
             "--batch-size", str(self.batch_size), "--threads", str(self.threads),
@@ -63,7 +63,7 @@ class BenchmarkOptions(Checked):
 
 @contextmanager
 def open_run(config: Pretrain) -> Iterator[Run]:
-    """A run by these options, but in a temporary folder, unwatched and without a refresh job."""
+    """A run of these options in a temporary folder, without monitor and refresh job."""
     with tempfile.TemporaryDirectory(prefix="famt-run-") as out, join_ranks(config.device) as ranks:
         refresh = dataclasses.replace(config.refresh, wait=False)
         run = Run(dataclasses.replace(config, out=Path(out), monitor=[], refresh=refresh), ranks)
@@ -76,22 +76,17 @@ def open_run(config: Pretrain) -> Iterator[Run]:
 
 @dataclass(frozen=True)
 class Steps:
-    """A run that takes its steps on the same crops, so that no step waits for data.
-
-    Attributes:
-        run: the run.
-        crops: a batch from its loader.
-    """
+    """A run that repeats its step on one batch of crops, so that no step waits for data."""
 
     run: Run
     crops: CropBatch
 
     def accumulate(self) -> None:
-        """Weigh, sample, gather; forward and backward."""
+        """Signals, sampling, gathering, forward and backward pass."""
         self.run.forward_backward(self.run.prepare(self.crops, self.run.step))
 
     def step(self) -> None:
-        """A whole training step, waited for."""
+        """A whole training step; returns when the GPU is done."""
         self.accumulate()
         self.run.update()
         if self.run.ranks.device.type == "cuda":
@@ -100,13 +95,13 @@ class Steps:
 
 @contextmanager
 def open_steps(config: Pretrain) -> Iterator[Steps]:
-    """Steps of `open_run`'s run."""
+    """Steps of a run as `open_run` makes it."""
     with open_run(config) as run:
         yield Steps(run, next(iter(run.loader)))
 
 
 def take_steps(run: Run, count: int) -> None:
-    """Train for so many steps as the loop does, the next batch ahead in the side stream."""
+    """Take training steps as the loop does, with the next batch ahead in the side stream."""
     crops: Iterator[CropBatch] = iter(())
     ahead: PatchBatch | None = None
     for _ in range(count + 1):
@@ -115,7 +110,7 @@ def take_steps(run: Run, count: int) -> None:
             run.forward_backward(now)
         with run.side_stream:
             with run.clock.stage("data_wait", on_host=True):
-                while (loaded := next(crops, None)) is None:  # the rest of an epoch may be empty
+                while (loaded := next(crops, None)) is None:  # an epoch may be over
                     crops = iter(run.loader)
             ahead = run.prepare(loaded, run.step + 1)
         if now is not None:

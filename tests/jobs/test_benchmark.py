@@ -42,7 +42,7 @@ def test_the_flops_of_a_step_are_those_of_its_matrix_products_attention_among_th
 @pytest.mark.parametrize(
     ("name", "options", "lines"),
     [
-        ("precompute", {"rounds": 1, "images": 10}, 3),
+        ("precompute", {"rounds": 1, "images": 10}, 2),
         ("loader", {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1}, 4),
         ("step", {**TINY, "rounds": 1}, 5),
         ("attention", {**TINY, "rounds": 1}, 7),
@@ -65,7 +65,7 @@ def test_the_scale_of_many_shards_is_held_against_its_bounds():
     options = ["--shards", "3", "--images-per-shard", "2000"]
     command = [sys.executable, "-m", "famt.jobs.benchmark", "scale", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    _check([json.loads(line) for line in done.stdout.splitlines()], "scale", 3)
+    _check([json.loads(line) for line in done.stdout.splitlines()], "scale", 2)
 
 
 def _check(printed, name, lines):

@@ -197,7 +197,7 @@ def _gc_keeps_everything(cache, capsys):
     assert main(Gc(cache.url)) == 1
     assert _everything(cache) == before
     said = capsys.readouterr().err
-    assert "keep their scores. If it was deleted for good, remove" in said
+    assert "keep their scores. If the folder is gone for good, remove" in said
     return said
 
 

@@ -55,7 +55,7 @@ def test_what_is_given_overrides_what_is_suggested(photos, capsys):
     assert (chosen.model, chosen.epochs, chosen.sizes.image_size) == ("vit_nano", 3, 32)
     assert chosen.shards == ["run/data/shards/train-*.tar"]
     assert chosen.monitor == []
-    assert "40 images, 2 classes, 40 px" in capsys.readouterr().err
+    assert "40 images, 2 classes, median side 40 px" in capsys.readouterr().err
     named = parse([*common, "--recipe", "mae", "--model", "vit_tiny"], None, RayPretrain)
     assert (named.model, named.epochs, named.sizes.image_size) == ("vit_tiny", 800, 224)
     assert named.cache == "run/data/scores"
@@ -68,21 +68,42 @@ def test_many_labelled_images_are_monitored(photos, monkeypatch):
 
 
 def test_tars_of_others_are_never_removed_and_half_made_ones_are_made_again(photos, tmp_path):
-    shards = tmp_path / "run" / "data" / "shards"
-    shards.mkdir(parents=True)
-    (shards / "train-000000.tar").write_bytes(b"theirs")
+    data, run = tmp_path / "run" / "data", tmp_path / "run"
+    tar = data / "shards" / "train-000000.tar"
+    tar.parent.mkdir(parents=True)
+    tar.write_bytes(b"theirs")
     with pytest.raises(UserError, match="holds tars that --data did not make"):
-        prepare(str(photos), tmp_path / "run", scored=False)
-    assert (shards / "train-000000.tar").read_bytes() == b"theirs"
-    (shards / "making").touch()  # as a killed start leaves it
-    prepare(str(photos), tmp_path / "run", scored=False)
-    made = (shards / "train-000000.tar").read_bytes()
+        prepare(str(photos), None, run, scored=False)
+    assert tar.read_bytes() == b"theirs"
+    (data / "source.json").write_text('{"complete": false}')  # as a killed start leaves it
+    prepare(str(photos), None, run, scored=False)
+    made = tar.read_bytes()
     assert len(made) > 10_000
-    assert not (shards / "making").exists()
-    prepare(str(photos), tmp_path / "run", scored=False)
-    assert (shards / "train-000000.tar").read_bytes() == made
+    prepare(str(photos), None, run, scored=False)
+    assert tar.read_bytes() == made
     with pytest.raises(UserError, match=r"holds the images of .*photos; give another --out"):
-        prepare("digits", tmp_path / "run", scored=False)
+        prepare("digits", None, run, scored=False)
+
+
+@pytest.mark.parametrize("change", ["an image more", "other labels", "other values of labels"])
+def test_shards_of_other_images_or_classes_are_never_trained_on(photos, tmp_path, change):
+    table = tmp_path / "labels.csv"
+
+    def label(value):
+        names = sorted(str(path.relative_to(photos)) for path in photos.rglob("*.png"))
+        table.write_text("".join(["file_name,label\n", *(f"{n},{value(n)}\n" for n in names)]))
+
+    label(len)
+    prepare(str(photos), table, tmp_path / "run", scored=False)
+    labels = table
+    if change == "an image more":
+        Image.fromarray(photo(99)).save(photos / "class-0" / "99.png")
+    elif change == "other labels":
+        labels = None
+    else:
+        label(lambda name: name[-5])
+    with pytest.raises(UserError, match=r"was made before the images or classes of .* changed"):
+        prepare(str(photos), labels, tmp_path / "run", scored=False)
 
 
 @pytest.mark.slow

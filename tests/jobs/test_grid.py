@@ -78,7 +78,9 @@ def test_a_share_of_the_cost_minds_how_many_steps_an_epoch_has_and_what_each_cos
 
 def test_a_share_that_pays_for_no_epoch_is_named(path):
     path.write_text(path.read_text().replace("cost = 1.0", "cost = 0.02"))
-    with pytest.raises(ValueError, match=r"row 'longer': a cost of 0\.02 pays for no epoch"):
+    with pytest.raises(
+        ValueError, match=r"row 'longer': a cost of 0\.02 is less than half an epoch"
+    ):
         _epochs(path)
 
 
@@ -104,7 +106,7 @@ def test_only_a_row_that_trains_differently_has_other_folders(path, tmp_path):
         ("cost = 1.0", "costs = 1.0", r"row\.2\.costs Extra inputs"),
         ("[evaluations]", "[evaluations", "Expected ']'"),
         ('train = ["train.tar"]', 'train = "train.tar"', "train Input should be a valid list"),
-        ("seeds = [0, 1, 2]", "seeds = [0, 0, 1]", "a seed stands twice"),
+        ("seeds = [0, 1, 2]", "seeds = [0, 0, 1]", "a seed is listed twice"),
         ('probe = ""', 'prbe = ""', "evaluations.prbe.* 'knn', 'probe' or 'segment'"),
         ('probe = ""', 'probe = "--pooling cls"', "evaluation 'probe': its options are wrong"),
         (

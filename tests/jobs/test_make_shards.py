@@ -194,7 +194,7 @@ def test_a_flat_folder_has_no_classes(tmp_path, capsys):
     assert json.loads((tmp_path / "o" / "dataset.json").read_text())["classes"] == []
     out, err = capsys.readouterr()
     assert "3 images of no classes" in out
-    assert "passed over: 1 .txt, which are no images" in err
+    assert "ignored files that are no images: 1 .txt" in err
 
 
 def test_images_beside_folders_mean_that_folders_are_no_classes(tmp_path):

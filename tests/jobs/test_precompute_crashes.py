@@ -211,7 +211,7 @@ def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=r"could not write [\s\S]*Read-only"):
         precompute_shard(str(shards / "train-00.tar"), cache, spec)
-    with pytest.raises(ValueError, match=rf"{cache.url} can't be written: give another"):
+    with pytest.raises(ValueError, match=rf"{cache.url} is not writable; choose another"):
         main(PrecomputeFreq([str(shards)], cache.url, spec=spec))
 
 

@@ -125,7 +125,7 @@ def test_bad_images_are_named_and_too_many_fail_the_job(cluster, shards, tmp_pat
     captured = capsys.readouterr()
     assert "train-9.tar:broken: no JPEG" in captured.err
     assert main(_config(shards, tmp_path, spec, max_bad=0.02)) == 1
-    assert "more than --max-bad" in capsys.readouterr().err
+    assert "share than --max-bad" in capsys.readouterr().err
 
 
 def test_a_tar_that_cannot_be_scored_fails_alone(cluster, shards, tmp_path, spec, capsys):
@@ -204,7 +204,7 @@ def test_options_out_of_bounds_are_refused_by_name(tmp_path, spec, options):
 def test_a_cache_among_the_tars_is_refused(shards, tmp_path, spec, inside):
     config = PrecomputeFreq([str(shards)], str(tmp_path / inside), spec)
     with pytest.raises(
-        ValueError, match=rf"lies in {shards}, a folder of shards: give one outside"
+        ValueError, match=rf"lies in {shards}, a folder of shards; choose one outside"
     ):
         main(config)
     assert sorted(each.suffix for each in shards.iterdir()) == [".tar"] * 3

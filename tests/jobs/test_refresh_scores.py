@@ -155,7 +155,7 @@ def test_a_refresh_beside_a_training_that_holds_the_whole_cluster_comes_to_its_e
         env=RAY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "one actor on CPUs at low priority" in done.stderr
+    assert "one low-priority actor on CPUs" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == {}
     (made,) = generations(tmp_path / "maps")
     assert open_generation(made).specs["frequency_attention"]["precision"] == "bf16"  # the run's
@@ -278,9 +278,7 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
 def test_a_generation_is_never_overwritten(scored, tmp_path):
     checkpoint.save_encoder(tmp_path / "encoder.pt", _encoder(scored, "run-a"))
     generation_path(tmp_path, 7).touch()
-    with pytest.raises(
-        ValueError, match=r"generation-00000007\.zip is there already; give another"
-    ):
+    with pytest.raises(ValueError, match=r"generation-00000007\.zip exists already; give another"):
         refresh(RefreshScores(checkpoint=tmp_path / "encoder.pt", out=tmp_path))
 
 
@@ -307,8 +305,8 @@ def test_a_run_of_fine_tuning_is_refused_by_name(tmp_path):
     [
         ({}, "one of --checkpoint, --follow and --init"),
         ({"init": "x", "follow": Path("x")}, "one of --checkpoint, --follow and --init"),
-        ({"init": "x"}, "--out is the folder for the generation"),
-        ({"follow": Path("x"), "out": Path("x")}, "--follow puts its generations into the run's"),
+        ({"init": "x"}, "--checkpoint and --init need --out"),
+        ({"follow": Path("x"), "out": Path("x")}, "--follow writes into the run's folder"),
     ],
 )
 def test_what_does_not_go_together_is_refused(given, why):

@@ -30,5 +30,5 @@ def test_there_is_room_for_as_many_actors_as_cpus_and_shares_of_gpus_are_free():
 
 @pytest.mark.parametrize("asked", [{"cpus_per_worker": 65}, {"gpus_per_worker": 9.0}])
 def test_what_the_whole_cluster_has_no_room_for_is_refused(asked):
-    with pytest.raises(ValueError, match="no room for one worker"):
+    with pytest.raises(ValueError, match="too small for a worker"):
         Place.of(RefreshWorkers(**asked), "cuda", GPUS)
