@@ -89,7 +89,10 @@ def test_banks_are_the_same_on_all_machines_after_an_exchange(tmp_path):
     _run("exchange_banks", tmp_path, ["a", "a", "b"])
     banks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(3)]
     for bank in banks[1:]:
-        assert all(torch.equal(bank[name], banks[0][name]) for name in bank)
+        assert bank.keys() == banks[0].keys()
+        for name, value in banks[0].items():
+            same = torch.equal(bank[name], value) if torch.is_tensor(value) else bank[name] == value
+            assert same, name
     assert banks[0]["refreshed"].tolist() == [0, 0, 0, 0, 1, 1, 1, -1, -1]
 
 
