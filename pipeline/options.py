@@ -187,40 +187,48 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
-class LoaderConfig(Checked):
-    """How crops are read and cut."""
+class LoaderOptions(Checked):
+    """How crops are read, as the command line of a training gives it."""
 
-    batch_size: Annotated[int, Ge(1)] = 64
-    """crops a step on this rank"""
-    image_size: Annotated[int, Ge(1)] = 224
-    """side of the square crops, px"""
-    view: View = field(default_factory=RandomView)
-    """which part of an image a crop shows"""
+    batch_size: Annotated[int, Ge(1), ELASTIC, MAIN] = 64
+    """crops per step on each rank"""
+    crops_per_image: Annotated[int, Ge(1), ELASTIC] = 1
+    """crops of each image in a batch (repeated augmentation); the image is decoded once for all of
+    them. An epoch decodes every image once, so it has that many times the steps: 800 epochs of 1
+    crop equal 200 epochs of 4"""
     interpolation: Interpolation = "bicubic"
     """how crops are resized, with antialiasing"""
     shuffle_buffer: Annotated[int, Ge(0)] = 4096
-    """encoded samples held to draw from at random; 0 reads in shard order"""
-    threads: Annotated[int | None, Ge(1)] = None
-    """CPU threads that decode; a rank's share of the machine's cores if left out"""
-    crops_per_image: Annotated[int, Ge(1)] = 1
-    """crops of each image that is decoded, all in one batch; an epoch is one decode of each image,
-    so it has as many times the steps"""
-    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    """encoded images in the shuffle buffer; 0 reads in shard order"""
+    threads: Annotated[int | None, Ge(1), FREE] = None
+    """CPU threads that decode, on each rank; its share of the cores if not given"""
     resident: bool = False
-    """the images are held decoded and cut there; see `ResidentLoader`"""
+    """decode each image once and keep it in the device's memory, where crops are cut: for small
+    sets, 3 bytes per pixel"""
+    decode: Annotated[DecodeConfig, FREE] = field(default_factory=DecodeConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.batch_size % self.crops_per_image:
             raise UserError(
-                f"a batch of {self.batch_size} crops is not made of images with "
-                f"{self.crops_per_image} crops each"
+                f"--batch-size {self.batch_size} must be a multiple of --crops-per-image "
+                f"{self.crops_per_image}"
             )
 
     @property
     def images_per_batch(self) -> int:
-        """Images that are decoded for a batch."""
+        """Images decoded for a batch."""
         return self.batch_size // self.crops_per_image
+
+
+@dataclass(frozen=True)
+class LoaderConfig(LoaderOptions):
+    """All that a loader needs to know: its options, and which crops to cut."""
+
+    image_size: Annotated[int, Ge(1)] = 224
+    """side of the square crops, px"""
+    view: View = field(default_factory=RandomView)
+    """which part of an image a crop shows"""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""The options of a pre-training run, and the command line that gives them."""
+"""The options of trainings, and the command line of a pre-training run."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,9 @@ from famt.pipeline.options import (
     MAIN,
     PLACE,
     Checked,
-    DecodeConfig,
     JoinConfig,
     LoaderConfig,
+    LoaderOptions,
     RandomView,
     Seed,
     annotated,
@@ -37,6 +38,7 @@ from famt.pipeline.options import (
 from famt.pipeline.scores import ScoreSpec
 from famt.train import recipe
 from famt.train.signals.config import (
+    OFF,
     AttentionConfig,
     FrequencyConfig,
     HardnessConfig,
@@ -44,53 +46,71 @@ from famt.train.signals.config import (
 )
 
 TIMM = "timm:"
-"""What a source of initial weights begins with that is a name of timm's, and no path."""
+"""Prefix of `--init` that marks the name of a timm model; any other value is a path."""
+
+APART = "no part of what an evaluation's result depends on"
+"""note beside an option: results name it on their own, or do not depend on it"""
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], APART]
 
 
 @dataclass(frozen=True)
 class OptimiserConfig:
-    """AdamW with cosine decay after a linear warm-up, as MAE pre-trains (appendix A.1)."""
+    """AdamW with linear warm-up and cosine decay, as in MAE's pre-training (appendix A.1)."""
 
     base_learning_rate: Annotated[float, Ge(0)] = 1.5e-4
-    """learning rate for 256 images a step; it grows with the effective batch"""
+    """learning rate at an effective batch of 256 images; scales with the batch"""
     weight_decay: Annotated[float, Ge(0)] = 0.05
-    """not applied to biases and norms"""
+    """weight decay, except for biases and norms"""
     warmup_epochs: Annotated[float, Ge(0)] = 40.0
     """epochs of linear warm-up from 0"""
     clip_norm: Annotated[float, Ge(0)] = 0.0
-    """largest norm of all gradients together; 0 leaves them as they are"""
+    """clip gradients to this global norm; 0 turns clipping off"""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """keeps an exponential moving average of the weights as well (of the encoder's, in
-    pre-training), 0.9999 say; 0 keeps none"""
+    """also keep an exponential moving average of the weights (in pre-training, of the encoder's)
+    with this decay, for example 0.9999; 0 keeps none"""
 
 
-class TrainingOptions(Checked):
-    """What the options of every kind of training have in common."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions(LoaderOptions):
+    """Options that every kind of training has."""
 
-    out: Path
-    batch_size: int
-    precision: str
-    resume: Literal["auto", "never"]
-    elastic: bool
-    checkpoint_minutes: float
-    keep_checkpoints: int
-    log_steps: int
-    seed: int
-    resident: bool = False
+    out: Annotated[Path, FREE, PLACE, MAIN]
+    """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
+    view: RandomView = field(default_factory=RandomView)
+    precision: Annotated[Literal["bf16", "fp32"], MAIN] = "fp32"
+    """bf16 trains under autocast; faster on GPUs and, for wide models, on recent CPUs"""
+    device: Annotated[Device, MAIN] = "auto"
+    """where to train; auto takes a GPU if there is one"""
+    compile: Annotated[bool, FREE] = False
+    """compile the model with torch.compile"""
+    resume: Annotated[Literal["auto", "never"], FREE] = "auto"
+    """resume from the last checkpoint in --out, or refuse a folder that has one"""
+    elastic: Annotated[bool, FREE] = False
+    """resume even with other shards, scores, batch size, optimiser options or number of ranks, from
+    the start of the epoch; an unchanged run still resumes exactly"""
+    checkpoint_minutes: Annotated[float, Ge(0), FREE] = 10.0
+    """time between checkpoints; the run also writes one at its end and on SIGTERM or SIGUSR1"""
+    keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
+    """number of recent checkpoints to keep"""
+    log_steps: Annotated[int, Ge(1), ELASTIC] = 20
+    """steps between log points; checkpoints are written at log points"""
+    seed: Seed = 0
+    """seed of weights, shuffling, crops and all other random draws"""
 
     def loader(self, image_size: int) -> LoaderConfig:
-        """How crops of so many px are read; as by default where there is no such option."""
+        """The loader of crops of so many px a side."""
         names = {each.name for each in dataclasses.fields(LoaderConfig)} - {"image_size"}
-        given = {name: value for name, value in vars(self).items() if name in names}
+        given = {name: getattr(self, name) for name in names}
         return LoaderConfig(image_size=image_size, **given)
 
     @classmethod
     def with_suggestions(cls, arguments: list[str]) -> list[str]:
-        """A command line with what some of its options stand for."""
+        """A command line with its shorthands spelled out."""
         return arguments
 
     def absolute(self) -> Self:
-        """The same options with paths that hold in any working directory."""
+        """The same options with absolute paths, valid in any working directory."""
         changes: dict[str, Any] = {}
         for name, value, notes in annotated(self):
             if PLACE in notes:
@@ -99,17 +119,18 @@ class TrainingOptions(Checked):
                 if option:
                     place = dataclasses.replace(getattr(self, group), **{option: place})
                 changes[group] = place
-        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
+        return dataclasses.replace(self, **changes)
 
     def describe(self) -> dict[str, Any]:
-        """The options as plain data, as checkpoints keep them."""
-        options = dataclasses.asdict(self.absolute())  # type: ignore[call-overload]
-        plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
+        """The options as plain data, as kept in checkpoints."""
+        plain: dict[str, Any] = json.loads(
+            json.dumps(dataclasses.asdict(self.absolute()), default=str)
+        )
         return plain
 
     @classmethod
     def from_description(cls, described: dict[str, Any]) -> Self:
-        """The options that `describe` spelled out."""
+        """The options that `describe` turned into plain data."""
         return restored(cls, described)
 
 
@@ -122,112 +143,107 @@ def _absolute(place: Any) -> Any:
     return place if is_name else storage.normalise_url(place)
 
 
-@dataclass(frozen=True)
-class Pretrain(TrainingOptions):
-    """A pre-training run."""
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Checked):
+    """What a pre-training run reads."""
 
     shards: Annotated[list[str], FREE, PLACE, MAIN]
-    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
+    """tars, folders of tars, wildcards or brace patterns (quoted)"""
     cache: Annotated[str, FREE, PLACE, MAIN]
     """folder or object-store URL of the score cache"""
-    out: Annotated[Path, FREE, PLACE, MAIN]
-    """folder of the run: checkpoints, log.jsonl, TensorBoard events"""
     stage: Annotated[Path | None, FREE, PLACE] = None
-    """folder on a fast local disk that each machine fetches its shards into before it begins; what
-    is there of any earlier run is used"""
+    """folder on a fast local disk; each machine copies its shards there first and reuses what
+    earlier runs copied"""
     recipe: Annotated[str, FREE, MAIN] = recipe.DEFAULT
-    """sets the defaults of other options: one of those above, or the path of a file of your own"""
+    """sets the defaults of other options: a recipe listed above, or the path of your own file"""
     init: Annotated[str | None, PLACE, MAIN] = None
-    """begin with these weights in place of random ones: a run, an MAE checkpoint, a file or folder
+    """start from these weights instead of random ones: a run, an MAE checkpoint, a file or folder
     of timm or transformers, or timm:<name>"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Checked):
+    """What a pre-training run trains: method, model and sizes."""
+
     method: Annotated[Literal[tuple(METHODS)], MAIN] = "mae"  # type: ignore[valid-type]
-    """what is learned from masked images"""
+    """pre-training method"""
     model: Annotated[Literal[tuple(MODELS)], MAIN] = "vit_base"  # type: ignore[valid-type]
-    """widths and depths of encoder and decoder; nano and micro are made for 32-px images in 4-px
-    patches, huge for 224 px in 14, the others for 224 px in 16"""
+    """width and depth of encoder and decoder; nano and micro default to 32-px images in 4-px
+    patches, huge to 224 px in 14, the others to 224 px in 16"""
     image_size: Annotated[int | None, Ge(1), MAIN] = None
-    """side of the crops, px, in place of the model's"""
+    """side of the crops, px; the model's if not given"""
     patch_size: Annotated[int | None, Ge(1)] = None
-    """side of a patch, px, in place of the model's"""
+    """side of a patch, px; the model's if not given"""
     decoder: Decoder = "self"
-    """self-attention as in MAE, or cross: masked patches look at visible ones only (CrossMAE)"""
+    """self: self-attention over all tokens, as in MAE; cross: masked patches attend to visible ones
+    only, as in CrossMAE"""
     decoder_width: Annotated[int | None, Ge(1)] = None
-    """token width of the decoder, in place of the model's"""
+    """token width of the decoder; the model's if not given"""
     decoder_depth: Annotated[int | None, Ge(1)] = None
-    """blocks of the decoder, in place of the model's"""
+    """number of decoder blocks; the model's if not given"""
     decoder_heads: Annotated[int | None, Ge(1)] = None
-    """attention heads of the decoder, in place of the model's"""
+    """attention heads of the decoder; the model's if not given"""
     unit: Annotated[int | None, Ge(1)] = None
-    """patches a side of the squares that are masked as a whole; SimMIM's are of 2, MAE's of 1"""
+    """patches are masked in squares of this many patches a side; if not given, 1 for
+    MAE and 2 for SimMIM"""
     normalise_targets: bool | None = None
-    """predict each patch less its own mean, over its own deviation, as MAE does and SimMIM not"""
+    """predict patches normalised by their own mean and deviation; by default MAE does, SimMIM does
+    not"""
     low_pass: Annotated[float | None, Gt(0)] = None
-    """predict images without their finest detail (PixMIM): the largest frequency that is left, in
-    waves an image side, 40 for 224 px say"""
+    """low-pass the target images, as in PixMIM: the highest frequency kept, in cycles per image
+    side, for example 40 at 224 px"""
     fused: Annotated[tuple[int, ...], Ge(0)] = ()
-    """blocks, from 0, whose output reaches the decoder beside that of the last (MFF): 0 2 4 6 8 of
-    vit_base say"""
+    """encoder blocks, from 0, whose output also feeds the decoder (MFF): for example 0 2 4 6 8 of
+    vit_base"""
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """Sizes of the model, after the method's defaults and these options."""
+        names = (
+            "image_size", "patch_size", "decoder_width", "decoder_depth", "decoder_heads", "unit",
+            "normalise_targets", "low_pass",
+        )  # fmt: skip
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        changes = {**METHODS[self.method].defaults, **given}
+        if METHODS[self.method].has_decoder:
+            changes["decoder"] = self.decoder
+        return dataclasses.replace(MODELS[self.model], fused=self.fused, **changes)
+
+    @property
+    def plain(self) -> JoinConfig:
+        """The method's own masking, without weights: random, nothing thrown."""
+        return JoinConfig(mask_ratio=METHODS[self.method].plain_mask_ratio, throw_ratio=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretrain(TrainingOptions, ModelOptions, Inputs):
+    """A pre-training run."""
+
     epochs: Annotated[int, Ge(1), MAIN] = 800
     """passes over the data"""
-    batch_size: Annotated[int, Ge(1), ELASTIC, MAIN] = 64
-    """crops a step on each rank"""
-    crops_per_image: Annotated[int, Ge(1), ELASTIC] = 1
-    """crops of each image in a batch (repeated augmentation): an image is decoded once for all of
-    them. An epoch is one decode of each image and has as many times the steps, so 800 epochs of 1
-    crop are 200 of 4"""
     accumulate: Annotated[int, Ge(1), ELASTIC] = 1
-    """parts that a batch goes through the model in, one after another, to save memory"""
+    """split each batch into this many parts, to save memory"""
     plain_epochs: Annotated[int, Ge(0)] = 0
     """epochs of plain MAE (75 % masked at random) or SimMIM (60 %) before weights and throwing
-    begin"""
+    start"""
     frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     hardness: HardnessConfig = field(default_factory=HardnessConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     optimiser: Annotated[OptimiserConfig, ELASTIC] = field(default_factory=OptimiserConfig)
     join: JoinConfig = field(default_factory=JoinConfig)
-    view: RandomView = field(default_factory=RandomView)
     spec: Annotated[ScoreSpec, ELASTIC] = field(default_factory=ScoreSpec)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """how crops are resized"""
-    shuffle_buffer: Annotated[int, Ge(0)] = 4096
-    """encoded images held to draw from at random"""
-    precision: Annotated[Literal["bf16", "fp32"], MAIN] = "fp32"
-    """bf16 computes under autocast; it pays on GPUs and, for wide models, on recent CPUs"""
     checkpoint_blocks: Annotated[bool, FREE] = False
-    """compute the blocks' insides again in the backward pass: large models in less memory, for a
-    third more time"""
-    compile: Annotated[bool, FREE] = False
-    """compile the model (torch.compile)"""
-    device: Annotated[Literal["auto", "cpu", "cuda"], MAIN] = "auto"
-    """what to train on"""
-    threads: Annotated[int | None, Ge(1), FREE] = None
-    """CPU threads that decode, on each rank; its share of the machine's cores if left out"""
-    resident: bool = False
-    """decode each image once and hold it in the device's memory, where crops are cut from it: for
-    small sets, 3 bytes a pixel"""
-    decode: Annotated[DecodeConfig, FREE] = field(default_factory=DecodeConfig)
-    resume: Annotated[Literal["auto", "never"], FREE] = "auto"
-    """go on from the last checkpoint in --out, or refuse a folder that holds one"""
-    elastic: Annotated[bool, FREE] = False
-    """resume with other shards, scores, batch size, optimiser options or ranks too, from the
-    beginning of the epoch; where nothing differs the run goes on exactly"""
-    checkpoint_minutes: Annotated[float, Ge(0), FREE] = 10.0
-    """time between checkpoints; one is written at the end and on SIGTERM or SIGUSR1 as well"""
-    keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
-    """how many of the last checkpoints stay"""
-    log_steps: Annotated[int, Ge(1), ELASTIC] = 20
-    """steps between log points, at which checkpoints are written that are due"""
+    """recompute each block's activations in the backward pass (gradient checkpointing): less
+    memory, a third more time"""
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
-    """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 for
+    """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 draws
     none"""
     monitor: Annotated[list[str], FREE, PLACE, MAIN] = field(default_factory=list)
-    """labelled shards; k-NN and a quick probe of the encoder on them are drawn beside the loss. No
-    step is taken meanwhile; the log tells for how long"""
+    """labelled shards; k-NN and a quick linear probe of the encoder on them are plotted beside the
+    loss. Training pauses meanwhile; the log says for how long"""
     monitor_epochs: Annotated[int, Ge(1), FREE] = 10
-    """epochs from one look of the monitor to the next; the last epoch has one anyway"""
-    seed: Seed = 0
-    """of weights, shuffle, crops and sampling"""
+    """epochs between two evaluations by the monitor; it always runs after the last epoch"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,15 +254,10 @@ class Pretrain(TrainingOptions):
             )
         units = (self.sizes.grid // self.sizes.unit) ** 2
         patch_counts(units, self.join.mask_ratio, self.join.throw_ratio)
-        if self.batch_size % self.crops_per_image:
-            raise UserError(
-                f"--batch-size {self.batch_size} crops are not made of images with "
-                f"--crops-per-image {self.crops_per_image}"
-            )
         if self.batch_size % self.accumulate:
             raise UserError(
-                f"--batch-size {self.batch_size} does not divide into --accumulate "
-                f"{self.accumulate} equal parts"
+                f"--batch-size {self.batch_size} must be a multiple of --accumulate "
+                f"{self.accumulate}"
             )
 
     @property
@@ -260,18 +271,18 @@ class Pretrain(TrainingOptions):
 
     @property
     def weighs(self) -> bool:
-        """Whether a signal weighs patches."""
+        """Whether any signal weighs the patches."""
         return not all(slot.is_off for slot in self.slots.values())
 
     @property
     def refreshed_kinds(self) -> list[str]:
-        """Model scores that a job beside the training makes anew, each once."""
+        """Kinds of model scores that the refresh job computes during the run, without repeats."""
         slots = (self.frequency, self.attention)
         return list(dict.fromkeys(each.kind for each in slots if each.is_refreshed))
 
     @property
     def refreshes(self) -> range:
-        """Epochs that begin with a generation of those scores being due."""
+        """Epochs at whose start a new generation of those scores is due."""
         if not self.refreshed_kinds or self.refresh.pin:
             return range(0)
         every = self.refresh.every or math.ceil(self.epochs / 10)
@@ -279,106 +290,54 @@ class Pretrain(TrainingOptions):
 
     @property
     def plain_until(self) -> int:
-        """The epoch that weights begin with: not before the first generation if all signals are of
-        it."""
-        sources = {each.source for each in self.slots.values()} - {"off"}
+        """The first epoch with weights: that of the first generation if all signals come from
+        generations."""
+        sources = {each.source for each in self.slots.values()} - {OFF}
         waits = all(each.startswith("refreshed") for each in sources) and not self.refresh.pin
         return self.plain_epochs or (self.refreshes.start if waits else 0)
 
     @property
     def cached_score(self) -> ScoreSpec | None:
-        """The pixel score that all images must have, if one is read."""
+        """The pixel score that every image must have in the cache, if the run reads one."""
         return self.spec if self.frequency.is_cached else None
 
-    @property
-    def sizes(self) -> ModelConfig:
-        """The model's, and what the method and the options put in place of them."""
-        names = (
-            "image_size", "patch_size", "decoder_width", "decoder_depth", "decoder_heads", "unit",
-            "normalise_targets", "low_pass",
-        )  # fmt: skip
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        changes = {**METHODS[self.method].defaults, **given}
-        if METHODS[self.method].has_decoder:
-            changes["decoder"] = self.decoder
-        return dataclasses.replace(MODELS[self.model], fused=self.fused, **changes)
-
-    @property
-    def plain(self) -> JoinConfig:
-        """How the method masks where nothing is known of the patches: at random, none thrown."""
-        return JoinConfig(mask_ratio=METHODS[self.method].plain_mask_ratio, throw_ratio=0.0)
-
     def differing(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-        """(dotted name, value, notes) of the options that are not as the code has them by default;
-        an option that is new in the code is not among those of a run from before."""
-        defaults = {name: value for name, value, _ in annotated(type(self)(**_UNSAID))}
+        """(dotted name, value, notes) of the options that differ from the defaults in the code; an
+        option added later is at its default in an older run."""
+        defaults = {name: value for name, value, _ in annotated(type(self)(**_REQUIRED))}
         for name, value, notes in annotated(self):
             if value != defaults[name]:
                 yield name, value, notes
 
     def without_effect(self) -> list[str]:
-        """Options that were given and change nothing beside the others, each with the reason."""
-        draws = "join.visible", "join.thrown", "join.blend", "join.loss_exponent"
-        of_weights = (*(f"{name}." for name in self.slots), "spec.", "refresh.", *draws)
-        never_due = bool(self.refreshed_kinds) and not self.refresh.pin and not self.refreshes
-        rules: list[tuple[bool, tuple[str, ...], str]] = [
-            (not self.weighs, of_weights, "no signal weighs patches"),
-            (
-                self.plain_epochs >= self.epochs,
-                (*of_weights, "join."),
-                f"all {self.epochs} epochs are of --plain-epochs",
-            ),
+        """Options that were given but change nothing beside the others, each with the reason."""
+        weights = r"(frequency|attention|hardness|spec|refresh)\.|join\.(visible|thrown|blend|loss)"
+        step_alone = ("live", "seen", "refreshed")
+        rules = [
+            (not self.weighs, weights, "no signal weighs patches"),
             *(
-                (slot.is_off, (f"{name}.",), "its source is off")
+                (slot.is_off, rf"{name}\.", "its source is off")
                 for name, slot in self.slots.items()
             ),
-            (
-                not self.frequency.is_cached,
-                ("spec.", "frequency.cached_exponent"),
-                "none is cached",
-            ),
-            (
-                self.frequency.is_cached and not self.frequency.is_refreshed,
-                ("frequency.exponent", "frequency.kind"),
-                "none is refreshed",
-            ),
-            (
-                self.attention.source in ("live", "seen", "refreshed"),
-                ("attention.every", "attention.image_size"),
-                f"{self.attention.source} is not rolling",
-            ),
-            (not self.refreshed_kinds, ("refresh.",), "no score is refreshed"),
-            (bool(self.refresh.pin), ("refresh.every", "refresh.wait"), "a generation is pinned"),
-            (never_due, ("refresh.",), f"none is due in {self.epochs} epochs"),
-            (
-                self.join.visible == "uniform" or not self.join.throw_ratio,
-                ("join.thrown",),
-                "all others are visible or masked",
-            ),
-            (self.join.predicted_share == 1, ("join.predicted",), "all are predicted"),
-            (
-                not METHODS[self.method].has_decoder,
-                ("decoder", "decoder_width", "decoder_depth", "decoder_heads"),
-                f"{self.method} has no decoder",
-            ),
-            (not self.monitor, ("monitor_epochs",), "nothing is monitored"),
+            (not self.frequency.is_cached, r"spec\.|frequency\.cached", "no score is cached"),
+            (self.attention.source in step_alone, r"attention\.(every|image)", "it is not rolling"),
+            (not self.refreshes, r"refresh\.(every|wait)", "no score is refreshed"),
+            (self.join.predicted_share == 1, r"join\.predicted$", "all are predicted"),
+            (not METHODS[self.method].has_decoder, "decoder", f"{self.method} has no decoder"),
+            (not self.monitor, "monitor_epochs", "nothing is monitored"),
         ]
-        given = {name for name, _, _ in self.differing() if not name.endswith(".source")}
-        if never_due:
-            given.add("refresh.every")
         found = []
-        for name in sorted(given):
-            for holds, options, reason in rules:
-                if holds and (name in options or f"{name.split('.')[0]}." in options):
-                    found.append(f"--{name.replace('_', '-')} ({reason})")
-                    break
+        for name, _, _ in self.differing():
+            reasons = (why for holds, idle, why in rules if holds and re.match(idle, name))
+            if not name.endswith(".source") and (reason := next(reasons, None)):
+                found.append(f"--{name.replace('_', '-')} ({reason})")
         return found
 
 
 Options = TypeVar("Options", bound=Pretrain)
 
-# They have no default: a recipe may give them; where it does not, the command line must.
-_UNSAID: dict[str, Any] = {"shards": [], "cache": "", "out": Path()}
+# Required, by a recipe or by the command line.
+_REQUIRED: dict[str, Any] = {"shards": [], "cache": "", "out": Path()}
 
 
 def parse(
@@ -386,10 +345,10 @@ def parse(
     description: str | None,
     program: type[Options] = Pretrain,  # type: ignore[assignment]
 ) -> Options:
-    """The command line; `--recipe` is read first, since it sets what the others default to.
+    """Parse a command line; `--recipe` is read first, as it sets the other options' defaults.
 
     Raises:
-        ValueError: the recipe is not there, or its file is wrong; names the file.
+        UserError: the recipe does not exist, or its file is wrong; names the file.
     """
     name = recipe.DEFAULT
     for position, argument in enumerate(arguments):
@@ -397,9 +356,9 @@ def parse(
             name = arguments[position + 1]
         elif argument.startswith("--recipe="):
             name = argument.partition("=")[2]
-    told = _resolve(recipe.load(name), program)
-    unsaid = {each: tyro.MISSING for each, value in _UNSAID.items() if getattr(told, each) == value}
-    default = dataclasses.replace(told, recipe=name, **unsaid)
+    default = _resolve(recipe.load(name), program)
+    missing = [each for each, value in _REQUIRED.items() if getattr(default, each) == value]
+    default = dataclasses.replace(default, recipe=name, **dict.fromkeys(missing, tyro.MISSING))
     about = f"{description or ''}\nRecipes:\n\n{recipe.overview()}"
     if {"-h", "--help"} & {*arguments}:
         short = _short(program)
@@ -413,7 +372,7 @@ def parse(
 
 
 def _short(program: type[Options]) -> type[Options]:
-    """The same options, of which those noted `MAIN` alone are shown."""
+    """The same options; the help shows only those noted `MAIN`."""
     hints = get_type_hints(program, include_extras=True)
     hidden = [
         (each.name, Annotated[hints[each.name], tyro.conf.Suppress], each)
@@ -424,9 +383,9 @@ def _short(program: type[Options]) -> type[Options]:
 
 
 def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
-    """The options of a program as a recipe sets them, on top of those that it builds on."""
-    default = _resolve(each.extends, program) if each.extends else program(**_UNSAID)
+    """A program's options as a recipe and those that it extends set them."""
+    default = _resolve(each.extends, program) if each.extends else program(**_REQUIRED)
     try:
         return tyro.cli(program, args=each.options, default=default)
-    except SystemExit:  # tyro has said on stderr which option, and why
-        raise UserError(f"{each.path}: options of the recipe are wrong, as told above") from None
+    except SystemExit:  # tyro has printed which option is wrong, and why
+        raise UserError(f"{each.path}: wrong options in the recipe, see above") from None

@@ -181,7 +181,14 @@ def test_maps_lie_as_the_loaders_pixels_whatever_the_metadata(tmp_path):
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     score([path], cache, spec)
     table = load_samples([str(path)], cache)
-    config = LoaderConfig(16, spec.size, WholeView(), "bilinear", shuffle_buffer=0, threads=1)
+    config = LoaderConfig(
+        16,
+        image_size=spec.size,
+        view=WholeView(),
+        interpolation="bilinear",
+        shuffle_buffer=0,
+        threads=1,
+    )
     files = dict(members)
     seen = set()
     for crops in CropLoader(table, config, drop_last=False):

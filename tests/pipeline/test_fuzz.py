@@ -159,7 +159,9 @@ def test_images_that_are_kept_decode_in_dali_and_have_their_maps_on_their_crops(
 
 def _epoch(table, view, size):
     """One epoch; that it ends is part of the test. The error names the image if it does not."""
-    config = LoaderConfig(16, size, view, "bilinear", shuffle_buffer=0, threads=2)
+    config = LoaderConfig(
+        16, image_size=size, view=view, interpolation="bilinear", shuffle_buffer=0, threads=2
+    )
     rows = []
     for crops in CropLoader(table, config, drop_last=False):
         rows += crops.rows.tolist()

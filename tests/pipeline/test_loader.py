@@ -159,7 +159,9 @@ def test_an_epoch_with_several_crops_decodes_every_image_once(table):
 
 
 def test_a_batch_that_is_not_made_of_whole_images_is_refused():
-    with pytest.raises(ValueError, match="batch of 4 crops is not made of images with 3 crops"):
+    with pytest.raises(
+        ValueError, match="--batch-size 4 must be a multiple of --crops-per-image 3"
+    ):
         dataclasses.replace(SMALL, crops_per_image=3)
 
 
@@ -400,6 +402,7 @@ def test_an_image_that_ends_an_epoch_is_named_with_the_remedy(scored, content, s
     jpeg = bytes(data[place.offset : place.offset + place.size])
     data[place.offset : place.offset + place.size] = content(jpeg)
     path.write_bytes(data)
-    loader = CropLoader(table, LoaderConfig(5, 16, shuffle_buffer=0, threads=1), drop_last=False)
+    config = LoaderConfig(5, image_size=16, shuffle_buffer=0, threads=1)
+    loader = CropLoader(table, config, drop_last=False)
     with pytest.raises(CacheError, match=rf"{sample}.*--retry-bad --shards '.*' --cache"):
         list(loader)

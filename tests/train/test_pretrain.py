@@ -150,8 +150,8 @@ def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
         ({"frequency": FrequencyConfig(exponent=float("nan"))}, "--frequency.exponent nan"),
         ({"optimiser": OptimiserConfig(ema_decay=1.5)}, "--optimiser.ema-decay 1.5"),
         ({"attention": AttentionConfig(image_size=30)}, "--attention.image-size 30 must be a mult"),
-        ({"batch_size": 9, "accumulate": 2}, "does not divide"),
-        ({"batch_size": 8, "crops_per_image": 3}, "not made of images with --crops-per-image 3"),
+        ({"batch_size": 9, "accumulate": 2}, "multiple of --accumulate 2"),
+        ({"batch_size": 8, "crops_per_image": 3}, "multiple of --crops-per-image 3"),
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_name(config, options, message):
@@ -201,7 +201,7 @@ def test_a_size_on_the_command_line_overrides_the_models():
     given = parse([*base, "--image-size", "96", "--patch-size", "8"], None).sizes
     assert (given.grid, given.width, given.depth) == (12, 384, 12)
     with pytest.raises(ValueError, match="96 is no multiple of patch size 7"):
-        Pretrain([], "c", Path("o"), image_size=96, patch_size=7)
+        Pretrain(shards=[], cache="c", out=Path("o"), image_size=96, patch_size=7)
 
 
 @pytest.mark.parametrize(

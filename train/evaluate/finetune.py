@@ -101,7 +101,7 @@ class Finetuning(Training[Mixed]):
             effective_batch=options.batch_size * ranks.world_size,
         )
         self.restore()
-        self.trained, _ = data_parallel(self.model, ranks)
+        self.trained, _ = data_parallel(self.model, ranks, compile=options.compile)
         self.model.train()
 
     def prepare(self, crops: CropBatch, step: int) -> Mixed:

@@ -135,6 +135,12 @@ def test_other_options_are_refused_and_another_batch_size_is_elastic(make):
     evaluate(make(epochs=1, batch_size=8, elastic=True))
 
 
+def test_images_are_read_as_in_pretraining(make):
+    options = make(epochs=1, resident=True, crops_per_image=2, interpolation="bilinear")
+    evaluate(options)
+    assert checkpoint.load(options.out).step == 12  # 24 images, 2 crops of each, 4 at a time
+
+
 def test_blocks_learn_the_slower_the_nearer_to_the_image(make):
     options = make(optimiser=FinetuneOptimiser(0.05, layer_decay=0.5, warmup_epochs=0))
     encoder = open_encoder(options)
