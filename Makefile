@@ -3,7 +3,7 @@ BIN := .venv/bin
 DATA ?=
 GRID ?= quick
 
-.PHONY: demo results test test-all lint format bench gpu gpu-results gpu-kit clean
+.PHONY: demo results docs test test-all lint format bench gpu gpu-results gpu-kit clean
 
 # One environment for everything, made anew when the dependencies change.
 .venv/installed: pyproject.toml
@@ -17,6 +17,10 @@ demo: .venv/installed  ## the whole path in minutes; DATA=<folder of class folde
 
 results: .venv/installed  ## train and compare what docs/grids/$(GRID).toml declares
 	$(BIN)/famt results docs/grids/$(GRID).toml
+
+docs: .venv/installed  ## the pages as a site, in build/docs
+	$(BIN)/pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
 
 test: lint  ## lint and the fast tests
 	$(BIN)/python -m pytest

@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import sys
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,25 +92,25 @@ def suggest(images: Images, *, gpu: bool) -> dict[str, str]:
     return {"model": "vit_nano", "optimiser.base-learning-rate": "2e-3", **options}
 
 
-def suggested(data: str, labels: Path | None, out: Path, given: list[str]) -> list[str]:
+def suggested(given: Namespace) -> list[str]:
     """The options that `--data` implies; they precede the given ones.
 
     With --recipe or --model among the given ones, sizes and length are left to these.
     """
-    folder = _folder(out)
+    folder = _folder(Path(given.out))
     words = ["--shards", str(folder / "shards" / "train-*.tar"), "--cache", str(folder / "scores")]
-    images = look_at(data, labels)
-    if images.can_be_monitored and not _has(given, "monitor"):
+    images = look_at(given.data, given.labels and Path(given.labels))
+    if images.can_be_monitored and not given.monitor:
         words += ["--monitor", str(folder / "shards" / "val-*.tar")]
-    if not (_has(given, "recipe") or _has(given, "model")):
+    if not (given.recipe or given.model):
         import torch
 
-        gpu = torch.cuda.is_available() and not _has(given, "device", "cpu")
+        gpu = torch.cuda.is_available() and given.device != "cpu"
         options = suggest(images, gpu=gpu)
         where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
         chosen = [word for name, value in options.items() for word in (f"--{name}", value)]
         print(
-            f"{data}: {images.count} images, {images.classes or 'no'} classes, median side "
+            f"{given.data}: {images.count} images, {images.classes or 'no'} classes, median side "
             f"{images.side} px. Options for a first run on {where}: {' '.join(chosen)}",
             file=sys.stderr,
         )
@@ -183,12 +184,3 @@ def _digest(data: str, labels: Path | None) -> str:
     classes, items, *_ = open_source(data, "train", labels=labels)
     text = json.dumps([classes, [(item.name, item.label) for item in items]])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _has(words: list[str], option: str, value: str | None = None) -> bool:
-    """Whether a command line has an option, with that value if given."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, inline = word.partition("=")
-        if name == f"--{option}" and value in (None, inline if equals else following):
-            return True
-    return False

@@ -58,16 +58,15 @@ class RayPretrain(Pretrain):
         """The options that --data implies, followed by the given ones, which override them."""
         if "--help" in arguments:
             return arguments
-        given = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        given.add_argument("--data")
-        given.add_argument("--labels", type=Path)
-        given.add_argument("--out", type=Path)
-        found, _ = given.parse_known_args(arguments)
-        if found.data is None or found.out is None:
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        for name in ("data", "labels", "out", "monitor", "recipe", "model", "device"):
+            parser.add_argument(f"--{name}")
+        given, _ = parser.parse_known_args(arguments)
+        if None in (given.data, given.out):
             return arguments
         from famt.jobs.from_images import suggested
 
-        return [*suggested(found.data, found.labels, found.out, arguments), *arguments]
+        return [*suggested(given), *arguments]
 
 
 @dataclass(frozen=True)

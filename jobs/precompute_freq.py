@@ -25,6 +25,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import obstore.exceptions
@@ -59,15 +60,13 @@ def _score(url: str, cache: ScoreCache, spec: ScoreSpec, retry_bad: bool) -> Sha
 
 def main(args: PrecomputeFreq) -> int:
     """Run the job; see the module's docstring for the exit code."""
-    pause = None if args.watch is None else seconds(args.watch)
-    if pause is None:
-        return _run_once(args)
-    while True:
+    while args.watch is not None:
         try:
             _run_once(args)
         except _PASSING as error:
             print(f"{type(error).__name__}: {storage.reason(error)}; trying again", file=sys.stderr)
-        time.sleep(pause)
+        time.sleep(seconds(args.watch))
+    return _run_once(args)
 
 
 def _run_once(args: PrecomputeFreq) -> int:
@@ -168,25 +167,21 @@ def _report(
     seconds: float,
 ) -> int:
     records = cache.manifests.lookup([url for url in urls if url not in failed])
-    damaged: dict[str, str] = {}
-    kept, bad_samples, passed_over = 0, [], []
     ids = [record.shard_id for record in records.values()]
-    for url, table in zip(records, each_at_once(cache.read_table, ids), strict=True):
-        if table.damage:
-            damaged[url] = table.damage
-        kept += table.kept
-        bad_samples += [f"{url}:{bad.key}: {bad.reason}" for bad in table.rejected]
-        passed_over.append(table.passed_over)
-    quarantined = len(bad_samples)
+    tables = dict(zip(records, each_at_once(cache.read_table, ids), strict=True))
+    damaged = {url: table.damage for url, table in tables.items() if table.damage}
+    quarantined = [
+        f"{url}:{bad.key}: {bad.reason}" for url, table in tables.items() for bad in table.rejected
+    ]
+    kept = sum(table.kept for table in tables.values())
     decoded = sum(report.decoded for report in reports)
-    bad = quarantined / max(1, kept + quarantined)
     summary = {
         "shards": len(urls),
         "scored_now": len(reports),
         "failed": failed,
         "damaged": damaged,
         "kept": kept,
-        "quarantined": quarantined,
+        "quarantined": len(quarantined),
         "decoded_now": decoded,
         "images_per_second": round(decoded / seconds, 1),
         "seconds": round(seconds, 1),
@@ -197,28 +192,25 @@ def _report(
     if args.summary:
         Path(args.summary).write_text(text + "\n")
     print(text)
-    for what, lines in (
-        ("damaged", [f"{url}: {damage}" for url, damage in damaged.items()]),
-        ("quarantined", bad_samples),
-    ):
+    say = partial(print, file=sys.stderr)
+    reasons = {"damaged": [": ".join(each) for each in damaged.items()], "quarantined": quarantined}
+    for what, lines in reasons.items():
         for line in lines[:_SHOWN]:
-            print(f"{what}: {line}", file=sys.stderr)
+            say(f"{what}: {line}")
         if len(lines) > _SHOWN:
-            print(f"... and {len(lines) - _SHOWN} more {what}", file=sys.stderr)
-    if line := passed_over_line(passed_over):
-        print(line, file=sys.stderr)
-    if bad > args.max_bad:
-        print(
-            f"a larger share than --max-bad {args.max_bad} of the images is quarantined",
-            file=sys.stderr,
-        )
-    if len(damaged) > args.max_damaged:
-        print(
+            say(f"... and {len(lines) - _SHOWN} more {what}")
+    if line := passed_over_line([table.passed_over for table in tables.values()]):
+        say(line)
+    too_bad = len(quarantined) > args.max_bad * (kept + len(quarantined))
+    if too_bad:
+        say(f"a larger share than --max-bad {args.max_bad} of the images is quarantined")
+    too_damaged = len(damaged) > args.max_damaged
+    if too_damaged:
+        say(
             f"more than --max-damaged {args.max_damaged} of the tars are damaged; write them again "
-            "to get the rest of their images",
-            file=sys.stderr,
+            "to get the rest of their images"
         )
-    return 1 if failed or bad > args.max_bad or len(damaged) > args.max_damaged else 0
+    return int(bool(failed or too_bad or too_damaged))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import subprocess
+import sys
 import typing
 from pathlib import Path
 from pkgutil import resolve_name
@@ -28,6 +30,33 @@ def test_every_file_and_module_that_a_page_names_is_there(page):
     for module in re.findall(r"-m ((?:train|jobs)\.\w+)", text):
         path = ROOT / module.replace(".", "/")
         assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def _anchors(page):
+    headings = re.findall(r"^#+ (.*)", page.read_text(), re.M)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_of_a_page_leads_to_a_file_and_a_heading(page):
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", (ROOT / page).read_text(), flags=re.S)
+    for link in re.findall(r"\]\((?!https?:)([^)]*)\)", text):
+        path, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.is_file(), link
+        assert not anchor or anchor in _anchors(target), link
+
+
+@pytest.mark.slow
+def test_the_pages_build_as_a_site(tmp_path):
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", "docs/site/mkdocs.yml"]
+    done = subprocess.run([*command, "-d", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {page.replace("README", "docs/index") for page in PAGES}
+    assert {page.removeprefix("docs/").removesuffix(".md") for page in pages} <= {
+        "index", *(path.parent.name for path in tmp_path.glob("*/index.html"))
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("page", PAGES)

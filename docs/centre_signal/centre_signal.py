@@ -1,4 +1,4 @@
-"""A signal of one's own: patches near the middle of the image weigh more."""
+"""A custom signal: patches near the centre of the image weigh more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from famt.train.signals.signal import Context, Signal
 
 
 class Centre(Signal):
-    """A Gaussian around the centre of the image, wherever the crop was cut."""
+    """A Gaussian around the centre of the image, for any crop."""
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.exponent, context.grid

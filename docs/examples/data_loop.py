@@ -1,4 +1,4 @@
-"""FAMT's shards, scores and sampling under a loop of one's own, without its trainer.
+"""Your own training loop on FAMT's shards, scores and sampling, without its trainer.
 
 python docs/examples/data_loop.py 'shards/train-*.tar' scores
 """

@@ -1,7 +1,7 @@
 """MAE from lightly's modules, with FAMT's weights and sampling: python docs/examples/lightly_mae.py
 
-The lines marked FAMT are all that tells it from lightly's MAE, which draws `idx_keep` and
-`idx_mask` by `utils.random_token_mask` and decodes every patch.
+Only the lines marked FAMT differ from lightly's MAE, which draws `idx_keep` and `idx_mask` with
+`utils.random_token_mask` and decodes every patch.
 """
 
 import timm

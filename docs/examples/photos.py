@@ -1,4 +1,4 @@
-"""Photos for the examples to train on: random crops of the two that scikit-learn ships."""
+"""Training images of the examples: random crops of the two photos in scikit-learn."""
 
 import numpy as np
 import torch

@@ -1,7 +1,7 @@
-"""A training loop of one's own around a timm ViT: python docs/examples/timm_loop.py
+"""Your own training loop around a timm ViT: python docs/examples/timm_loop.py
 
-It predicts masked patches by one linear layer. The lines marked FAMT are all that tells it from the
-same loop with a random `order` of all patches, of which the first are masked.
+It predicts masked patches with one linear layer. Only the lines marked FAMT differ from a loop with
+a random `order` of all patches that masks the first ones.
 """
 
 import timm

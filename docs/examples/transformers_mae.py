@@ -1,8 +1,7 @@
 """Hugging Face's MAE, with FAMT's weights and sampling: python docs/examples/transformers_mae.py
 
-The lines marked FAMT are all that tells it from a plain `ViTMAEForPreTraining`: its argument
-`noise`, by which it masks, brings the weights. Thrown patches enter neither encoder nor loss; its
-decoder has a token for every patch all the same.
+Only the lines marked FAMT differ from a plain `ViTMAEForPreTraining`; its argument `noise` carries
+the weights. Thrown patches enter neither encoder nor loss, but the decoder has a token for each.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Compare photos by an exported encoder: python use_encoder.py exported first.jpg second.jpg ..."""
+"""Compare photos with an encoder: python use_encoder.py exported first.jpg second.jpg ..."""
 
 import sys
 

@@ -3,7 +3,7 @@
 nvcc stores GPU code in the ELF section `.nv_fatbin`: containers, each a header of 16 bytes (magic
 u32, version u16, header size u16, body size u64) and a body of entries, each with its own header
 (at 4: header size u32, at 8: payload size u64, at 28: architecture u32) and payload. Sizes and
-offsets stay as they are; only payloads become zeros. A driver that finds an entry for its own
+offsets do not change; only payloads become zeros. A driver that finds an entry for its own
 architecture reads no other.
 """
 
@@ -14,7 +14,7 @@ _MAGIC = struct.pack("<I", 0xBA55ED50)
 
 
 def keep_architectures(library: bytearray, keep: Set[int]) -> int:
-    """Zero, in place, the payloads of architectures that `keep` lacks (90 is Hopper's sm_90).
+    """Zero in place the payloads of all architectures but `keep` (90 is Hopper's sm_90).
 
     A container with no entry to keep stays whole: the driver uses its code for an older
     architecture, or compiles its PTX. Returns the number of bytes zeroed; 0 for a file that is no

@@ -1,12 +1,11 @@
-"""Pack what this project needs and a GPU machine without network lacks, in parts to carry there.
+"""Pack the packages that a GPU machine without network lacks, in parts.
 
     python3 -m pip list --format freeze > have.txt          on the GPU machine
     make gpu-kit HAVE=have.txt PYTHON_THERE=3.12 ARCH=90    where packages can be downloaded
-    eval "$(python3 kit/unpack.py ~/famt-site)"             on the GPU machine, kit/ carried there
+    eval "$(python3 kit/unpack.py ~/famt-site)"             on the GPU machine, with a copy of kit/
 
-Downloads the wheels of the project's dependencies and of theirs for x86-64 Linux, less those that
-the machine has; drops what nothing runs; writes parts, kit.json with their checksums, and
-unpack.py.
+Downloads wheels of the project's dependencies for x86-64 Linux, except packages that the machine
+has; removes unused files; writes parts, kit.json with their checksums, and unpack.py.
 """
 
 import argparse
@@ -65,10 +64,10 @@ _NAMESPACE = "from pkgutil import extend_path\n\n__path__ = extend_path(__path__
 def fetch(
     asked: Iterable[str], have: dict[str, str], without: list[str], python: str, into: Path
 ) -> None:
-    """Download wheels of `asked` and of what they require into a folder.
+    """Download wheels of `asked` and of their requirements into a folder.
 
-    Versions are those of this environment, which tests pass with; the newest of what it lacks.
-    have: versions by canonical name, "" for any; one that satisfies a requirement spares its wheel.
+    Versions are those of this environment, with which the tests pass, or else the newest. A package
+    in `have` (version by canonical name, "" for any) that satisfies a requirement is left out.
     Raises CalledProcessError if pip finds no wheel that satisfies all requirements of a package.
     """
     environment = {"python_version": python, "python_full_version": f"{python}.0"}
@@ -122,7 +121,7 @@ def _metadata(wheel: Path):
 
 
 def install(wheels: Path, site: Path, python: str, keep: set[int]) -> None:
-    """Unzip wheels into a folder, less scripts, what nothing runs and other GPUs' code."""
+    """Unzip wheels into a folder, without scripts, unused files and code for other GPUs."""
     for wheel in sorted(wheels.glob("*.whl")):
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)
@@ -176,7 +175,7 @@ def write_parts(site: Path, out: Path, python: str, part_bytes: int) -> None:
 
 
 def main() -> None:
-    """Pack what the command line asks for."""
+    """Pack according to the command line."""
     about, _, more = __doc__.partition("\n\n")
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, epilog=more, formatter_class=plain)

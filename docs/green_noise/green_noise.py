@@ -1,4 +1,4 @@
-"""Masks in small groups, as ColorMAE draws them of green noise (arXiv 2407.13036)."""
+"""Masks in small groups, from green noise as in ColorMAE (arXiv 2407.13036)."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ NARROW, WIDE, MARGIN = 0.5, 2.0, 6  # deviations of two Gaussians, and their rea
 
 
 class GreenNoise(Signal):
-    """Band-passed white noise, anew for every crop of every step, whatever it shows."""
+    """Band-passed white noise, new for every crop, independent of its content."""
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.exponent, context.grid

@@ -1,4 +1,4 @@
-"""Two controls for refreshed maps: what they gain with these is not due to where they point."""
+"""Two controls for refreshed maps: a gain under them is not due to the content of the maps."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from famt.train.signals.signal import Context
 class TopLeft(Refreshed):
     """The join of the released code: every crop gets the top left corner of its image's map.
 
-    It slices a map of G x G cells by `i // H : (i + h) // H + 2`; i and h are the crop's top
-    and height in pixels of an image H high. i // H is 0, and (i + h) // H is 1 only for a crop that
-    reaches the lower edge. So two cells a side, or three, are stretched over every crop.
+    It slices a map of G x G cells by `i // H : (i + h) // H + 2`, where i and h are top and height
+    of the crop in an image H px high. i // H is 0, and (i + h) // H is 1 only if the crop reaches
+    the lower edge. So two or three cells a side are stretched over every crop.
     """
 
     def read(self, crops: CropBatch, step: int) -> Tensor | None:

@@ -11,10 +11,10 @@ TEMPERATURE = (0.5 / 12**0.5) / (torch.pi / 6**0.5)
 
 
 def salience(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    """How much all patches attend to a patch, before the first block.
+    """Attention that each patch receives from all patches, before the first block.
 
-    With x the embedded patches with their positions: the sums of the columns of softmax(x x^T),
-    whose rows sum to 1 and whose products are not scaled; brought to [0, 1] in each image.
+    With x the embedded patches and their positions: column sums of softmax(x x^T), rows normalised,
+    products not scaled; the sums are scaled to [0, 1] in each image.
 
     Args:
         encoder: a timm ViT with a class token.

@@ -184,22 +184,6 @@ def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_pat
     assert _summary(capsys)["scored_now"] == 0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_bad": -0.1},
-        {"max_bad": float("nan")},
-        {"max_damaged": -1},
-        {"workers": 0},
-        {"watch": "soon"},
-        {"retry_bad": True, "watch": "1m"},
-    ],
-)
-def test_options_out_of_bounds_are_refused_by_name(tmp_path, spec, options):
-    with pytest.raises(ValueError, match=next(iter(options)).replace("_", ".")):
-        _config(tmp_path, tmp_path, spec, **options)
-
-
 @pytest.mark.parametrize("inside", ["shards", "shards/cache"])
 def test_a_cache_among_the_tars_is_refused(shards, tmp_path, spec, inside):
     config = PrecomputeFreq([str(shards)], str(tmp_path / inside), spec)
@@ -210,10 +194,15 @@ def test_a_cache_among_the_tars_is_refused(shards, tmp_path, spec, inside):
     assert sorted(each.suffix for each in shards.iterdir()) == [".tar"] * 3
 
 
-@pytest.mark.parametrize("watch", ["10", "m", "5 m", "-1s"])
-def test_a_watch_without_a_time_is_refused(shards, tmp_path, spec, watch):
+@pytest.mark.parametrize("watch", ["soon", "10", "m", "5 m", "-1s"])
+def test_a_watch_without_a_time_is_refused(tmp_path, spec, watch):
     with pytest.raises(ValueError, match="30s, 10m or 2h"):
-        main(_config(shards, tmp_path, spec, watch=watch))
+        _config(tmp_path, tmp_path, spec, watch=watch)
+
+
+def test_a_watch_does_not_judge_all_images_again_at_each_look(tmp_path, spec):
+    with pytest.raises(ValueError, match="--retry-bad and --watch"):
+        _config(tmp_path, tmp_path, spec, watch="1m", retry_bad=True)
 
 
 def _wait_for(images, shards, cache, spec):
