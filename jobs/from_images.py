@@ -18,7 +18,7 @@ from famt.jobs import make_shards, precompute_freq
 from famt.jobs.options import MakeShards, PrecomputeFreq
 from famt.pipeline.dataset_json import described
 from famt.pipeline.errors import UserError
-from famt.pipeline.writer import open_source
+from famt.pipeline.sources import open_source
 from famt.train import export
 from famt.train.options import Export
 
