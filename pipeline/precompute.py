@@ -1,7 +1,7 @@
-"""Judge and score one shard: the pure kernel under the Ray job.
+"""Judge and score one shard: what a task of the Ray job does.
 
-One read of the tar serves its hash, its table, every decode and every score. Judging, which decides
-what enters training, is a step of its own, `judge_shard`; scoring looks at the pixels it hands on.
+The tar is read once, for its hash, its table, all decodes and all scores. `judge_shard` decides
+which images enter training, and hands on their pixels to be scored.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from famt.pipeline.shards import (
     list_shard,
 )
 
-_BATCH = 128  # enough to share the cost of a call
+_BATCH = 128  # images scored in one call
 
 
 class ShardScores(NamedTuple):
-    """Result of scoring one tar: its table and `maps [n, G, G]` float16, one a sample kept."""
+    """The table of a tar, and `maps [n, G, G]` float16 of the samples kept."""
 
     table: ShardTable
     maps: NDArray[np.float16]
@@ -41,12 +41,13 @@ class ShardScores(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What one task did with one tar.
+    """The result of `precompute_shard`.
 
     Attributes:
-        version: size and stamp of the file as it was read.
-        kept, quarantined: images; together all that were seen.
-        decoded: images decoded now; 0 if the cache had it all.
+        version: size and stamp of the file when it was read.
+        kept, quarantined: images of the tar; together all of them.
+        decoded: images decoded now; 0 if the cache lacked nothing.
+        damage, passed_over: as of `ShardTable`.
     """
 
     url: str
@@ -67,22 +68,22 @@ def precompute_shard(
     retry_bad: bool = False,
     known_only: bool = False,
 ) -> ShardReport:
-    """Make the cache hold the table and the maps of the tar at `url`; compute only what it lacks.
+    """Put the table and the maps of the tar at `url` into the cache; compute only what is missing.
 
     Args:
-        spec: which maps; the table alone if None.
-        retry_bad: judge every image again by the decoders that are here now. If that changes which
-            images enter training, the tar gets a new entry, with maps of `spec` alone: those of the
-            old one lie in other rows.
-        known_only: refuse a tar whose content the cache does not know.
+        spec: which maps; None for the table alone.
+        retry_bad: judge all images again with the decoders installed now. If other images enter
+            training then, the tar gets a new entry, with maps of `spec` alone, since maps of the
+            old entry follow other rows.
+        known_only: refuse a tar whose content is not in the cache.
 
     Raises:
         OSError: the tar can't be read, or the cache can't be written.
-        ValueError: the file is no tar, was judged too often, or is refused.
+        UserError: the file is no tar, was judged too often, or is refused.
     """
     data, content, version = _read(url)
     shard_id, free = _newest_entry(cache, content)
-    # A table that is there decides which samples there are: its other maps go by it.
+    # A stored table decides which samples there are, since stored maps follow its rows.
     table = cache.find_table(shard_id)
     if table is None and known_only:
         raise UserError("its content is new")
@@ -114,10 +115,10 @@ def precompute_shard(
 
 
 def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
-    """The id of a tar's entry by its newest judgement, and the id that the next one would get.
+    """The id of the entry by a tar's newest judgement, and the id for the next judgement.
 
     Raises:
-        ValueError: it was judged too often.
+        UserError: it was judged too often.
     """
     newest, *later = judgement_ids(content)
     for shard_id in later:
@@ -128,7 +129,7 @@ def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
 
 
 def _read(url: str) -> tuple[bytes, str, storage.Version]:
-    """Bytes of a tar, their hash, and the state of the file that they are of."""
+    """Bytes of a tar, their hash, and the state of the file."""
     before = storage.version(url)
     data = storage.read(url)
     if storage.version(url) != before or len(data) != before.size:
@@ -144,20 +145,18 @@ def judge_shard(
     on_kept: Callable[[NDArray[np.uint8]], None] = lambda pixels: None,
     known: ShardTable | None = None,
 ) -> ShardTable:
-    """Decide which images of a tar in memory enter training, and where their bytes lie.
+    """Decide which images of a tar in memory enter training, and locate their bytes.
 
     Args:
         data: the bytes of the tar.
-        name: what to call the tar in an error.
+        name: of the tar, for errors.
         size: side of the squares that images are squashed to, px.
         on_kept: called with the pixels `[size, size, 3]` uint8 of each image kept, in tar order.
-        known: what an earlier call on the same bytes returned: only its samples are decoded, and
-            all of them must be.
+        known: an earlier result for the same bytes; its samples alone are decoded.
 
     Raises:
-        ValueError: `data` is not a tar, holds no image at all, or a sample of `known` does not
-            decode any more.
-        MemoryError: too little of it here for one of the images.
+        UserError: `data` is no tar or holds no image, or a sample of `known` no longer decodes.
+        MemoryError: too little memory for one of the images.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
@@ -201,13 +200,7 @@ def judge_shard(
 def score_shard(
     data: bytes, spec: ScoreSpec, name: str = "tar", known: ShardTable | None = None
 ) -> ShardScores:
-    """Judge and score every image of a tar in memory.
-
-    Args:
-        data: the bytes of the tar.
-        spec: which score.
-        name, known: see `judge_shard`, whose errors this raises too.
-    """
+    """Judge and score every image of a tar in memory; arguments and errors as of `judge_shard`."""
     maps: list[torch.Tensor] = []
     batch: list[NDArray[np.uint8]] = []
 
