@@ -87,9 +87,7 @@ class SampleTable:
 
     def judge_again(self) -> str:
         """The command that judges the images of these shards again."""
-        shards = " ".join(f"'{each}'" for each in self.patterns)
-        command = "famt score --retry-bad"
-        return f"{command} --shards {shards} --cache {self._cache.url}"
+        return _score_command(self.patterns, self._cache, ScoreSpec(), "--retry-bad")
 
     def shards_of(self, rows: range) -> list[int]:
         """Numbers of the shards that consecutive rows lie in."""
@@ -181,7 +179,7 @@ def require_shards(
     if len(mend) == len(shards.stale) > 0:
         failed = judge_shards(mend, cache, known_only=spec is not None)
         shards = look_up(urls, cache, spec)
-    _refuse_stale(shards, failed, _remedy(patterns or urls, cache, spec or ScoreSpec()))
+    _refuse_stale(shards, failed, _score_command(patterns or urls, cache, spec or ScoreSpec()))
     return shards.records
 
 
@@ -207,21 +205,21 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
         each_at_once(read, range(len(samples.urls)))
     except CacheError:
         shards = look_up(samples.urls, cache, spec)  # to name the tar and the remedy
-        _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
+        _refuse_stale(shards, {}, _score_command(samples.patterns, cache, spec))
         raise
     return torch.from_numpy(maps)
 
 
-def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:
+def _refuse_stale(shards: Shards, failed: dict[str, str], command: str) -> None:
     if shards.stale:
         (url, first), *more = shards.stale.items()
         why = f" ({failed[url]})" if url in failed else ""
         others = f" (and {len(more)} more shards)" if more else ""
-        raise CacheError(f"{url}: {first.reason}{why}{others}. {remedy}")
+        raise CacheError(f"{url}: {first.reason}{why}{others}. Remedy: {command}")
 
 
-def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
-    command = ["famt score --shards", *(f"'{each}'" for each in patterns)]
+def _score_command(patterns: list[str], cache: ScoreCache, spec: ScoreSpec, *flags: str) -> str:
+    command = ["famt score", *flags, "--shards", *(f"'{each}'" for each in patterns)]
     command.append(f"--cache {cache.url}")
     default = ScoreSpec()
     for field in dataclasses.fields(ScoreSpec):
@@ -229,4 +227,4 @@ def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
         if value != getattr(default, field.name):
             text = " ".join(map(str, value)) if isinstance(value, tuple) else value
             command.append(f"--spec.{field.name.replace('_', '-')} {text}")
-    return f"Remedy: {' '.join(command)}"
+    return " ".join(command)

@@ -1,13 +1,11 @@
 """Judge and score one shard: what a task of the Ray job does.
 
-The tar is read once, for its hash, its table, all decodes and all scores. `judge_shard` decides
-which images enter training, and hands on their pixels to be scored.
+The tar is read once, for its hash, its table, all decodes and all scores.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import (
     Rejected,
     Sample,
+    ShardListing,
     content_id,
     count_endings,
     judgement_ids,
@@ -33,7 +32,7 @@ _BATCH = 128  # images scored in one call
 
 
 class ShardScores(NamedTuple):
-    """The table of a tar, and `maps [n, G, G]` float16 of the samples kept."""
+    """The table of a tar, and `maps [n, G, G]` float16 of the samples kept; none without a spec."""
 
     table: ShardTable
     maps: NDArray[np.float16]
@@ -89,11 +88,7 @@ def precompute_shard(
         raise UserError("its content is new")
     decoded = 0
     if table is None or retry_bad or not (spec is None or cache.has_maps(shard_id, spec)):
-        known = None if retry_bad else table
-        if spec is None:
-            new = judge_shard(data, url, known=known)
-        else:
-            new, maps = score_shard(data, spec, url, known)
+        new, maps = score_shard(data, spec, url, None if retry_bad else table)
         decoded = new.kept
         if table is not None and not new.same_rows(table):
             shard_id, table = free, None
@@ -137,55 +132,52 @@ def _read(url: str) -> tuple[bytes, str, storage.Version]:
     return data, content_id(data), before
 
 
-def judge_shard(
-    data: bytes,
-    name: str = "tar",
-    *,
-    size: int = 1,
-    on_kept: Callable[[NDArray[np.uint8]], None] = lambda pixels: None,
-    known: ShardTable | None = None,
-) -> ShardTable:
-    """Decide which images of a tar in memory enter training, and locate their bytes.
+def score_shard(
+    data: bytes, spec: ScoreSpec | None, name: str = "tar", known: ShardTable | None = None
+) -> ShardScores:
+    """Decide which images of a tar in memory enter training, and score these.
 
     Args:
         data: the bytes of the tar.
+        spec: which score; None for none.
         name: of the tar, for errors.
-        size: side of the squares that images are squashed to, px.
-        on_kept: called with the pixels `[size, size, 3]` uint8 of each image kept, in tar order.
-        known: an earlier result for the same bytes; its samples alone are decoded.
+        known: an earlier table of the same bytes; its samples alone are decoded.
 
     Raises:
         UserError: `data` is no tar or holds no image, or a sample of `known` no longer decodes.
         MemoryError: too little memory for one of the images.
     """
+    listing = _list(data, name) if known is None else _as_listing(known)
+    kept, rejected = [], [*listing.rejected]
+    maps: list[torch.Tensor] = []
+    batch: list[NDArray[np.uint8]] = []
+
+    def score_batch() -> None:
+        if spec and batch:
+            maps.append(spec.score(torch.from_numpy(np.stack(batch))))
+        batch.clear()
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
-        if known is not None:
-            for sample in _samples(known):
-                try:
-                    on_kept(decode(_bytes(data, sample), size))
-                except BadImage as error:
+        for sample in listing.samples:
+            image = data[sample.offset : sample.offset + sample.size]
+            try:
+                batch.append(decode(image, spec.size if spec else 1))
+            except BadImage as error:
+                if known is not None:
                     raise UserError(
                         f"{name}: {sample.key} was kept before and does not decode now ({error}); "
                         "judge the shard again with `famt score --retry-bad`"
                     ) from error
-            return known
-        listing = list_shard(data)
-        if not listing.samples and not listing.rejected:
-            others = f"; it holds {count_endings(listing.passed_over)}" * bool(listing.passed_over)
-            raise UserError(
-                f"{name}: no image in it ({listing.damage or 'the tar is whole'}{others})"
-            )
-        kept, rejected = [], list(listing.rejected)
-        for sample in listing.samples:
-            try:
-                pixels = decode(_bytes(data, sample), size)
-            except BadImage as error:
                 rejected.append(Rejected(sample.key, str(error)))
-            else:
-                on_kept(pixels)
-                kept.append(sample)
-    return ShardTable(
+                continue
+            kept.append(sample)
+            if len(batch) == _BATCH:
+                score_batch()
+    score_batch()
+    grid = spec.grid if spec else 1
+    stacked = torch.cat(maps) if maps else torch.empty(0, grid, grid)
+    table = known or ShardTable(
         key=[sample.key for sample in kept],
         offset=np.array([sample.offset for sample in kept], np.int64),
         size=np.array([sample.size for sample in kept], np.int64),
@@ -195,35 +187,18 @@ def judge_shard(
         damage=listing.damage,
         passed_over=listing.passed_over,
     )
-
-
-def score_shard(
-    data: bytes, spec: ScoreSpec, name: str = "tar", known: ShardTable | None = None
-) -> ShardScores:
-    """Judge and score every image of a tar in memory; arguments and errors as of `judge_shard`."""
-    maps: list[torch.Tensor] = []
-    batch: list[NDArray[np.uint8]] = []
-
-    def score_batch() -> None:
-        maps.append(spec.score(torch.from_numpy(np.stack(batch))))
-        batch.clear()
-
-    def add(pixels: NDArray[np.uint8]) -> None:
-        batch.append(pixels)
-        if len(batch) == _BATCH:
-            score_batch()
-
-    table = judge_shard(data, name, size=spec.size, on_kept=add, known=known)
-    if batch:
-        score_batch()
-    stacked = torch.cat(maps) if maps else torch.empty(0, spec.grid, spec.grid)
     return ShardScores(table, stacked.to(torch.float16).numpy())
 
 
-def _samples(table: ShardTable) -> list[Sample]:
+def _list(data: bytes, name: str) -> ShardListing:
+    listing = list_shard(data)
+    if not listing.samples and not listing.rejected:
+        others = f"; it holds {count_endings(listing.passed_over)}" * bool(listing.passed_over)
+        raise UserError(f"{name}: no image in it ({listing.damage or 'the tar is whole'}{others})")
+    return listing
+
+
+def _as_listing(table: ShardTable) -> ShardListing:
     rows = zip(table.key, table.offset, table.size, table.label, strict=True)
-    return [Sample(key, int(offset), int(size), int(c)) for key, offset, size, c in rows]
-
-
-def _bytes(data: bytes, sample: Sample) -> bytes:
-    return data[sample.offset : sample.offset + sample.size]
+    samples = [Sample(key, int(offset), int(size), int(c)) for key, offset, size, c in rows]
+    return ShardListing(samples, table.rejected, table.damage, table.passed_over)

@@ -11,7 +11,7 @@ from samples import encode, photo, photo_members, tar_bytes
 from famt.frequency import pixel_frequency
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.decode import BadImage, decode
-from famt.pipeline.precompute import judge_shard, precompute_shard, score_shard
+from famt.pipeline.precompute import precompute_shard, score_shard
 from famt.pipeline.scores import ScoreSpec
 
 
@@ -44,7 +44,7 @@ def test_judging_alone_gives_the_table_that_scoring_gives(spec):
     data = tar_bytes(
         [*photo_members(3), ("bad.jpg", b"garbage"), ("d.png", encode(photo(4), "PNG"))]
     )
-    judged, scored = judge_shard(data), score_shard(data, spec).table
+    judged, scored = (score_shard(data, each).table for each in (None, spec))
     assert (judged.key, judged.rejected) == (scored.key, scored.rejected)
     for column in ("offset", "size", "label"):
         assert getattr(judged, column).tolist() == getattr(scored, column).tolist()
