@@ -72,14 +72,6 @@ def test_a_publisher_that_slept_through_many_versions_still_gets_its_records_in(
     assert cache.manifests.read("/data") == expected
 
 
-def test_every_folder_that_is_known_is_listed(cache):
-    cache.manifests.publish({"/data/a/0.tar": _record(0), "/data/b/0.tar": _record(1)})
-    assert cache.manifests.folders() == {
-        "/data/a": {"0.tar": _record(0)},
-        "/data/b": {"0.tar": _record(1)},
-    }
-
-
 @pytest.mark.parametrize(
     "content", [b"", b"{}", b"[]", b"null", b"7", b"[" * 100_000, b"\xff", None], ids=str
 )
