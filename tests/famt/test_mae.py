@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from samples import TINY
+from samples import TINY, split_pixels
 
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
@@ -31,11 +31,7 @@ def _split(mask, throw, batch=3, patches=16):
 
 def _loss(model, images, split):
     size = model.config.patch_size
-    return model(
-        normalise(gather_patches(images, split.visible, size)),
-        normalise(gather_patches(images, split.predicted, size)),
-        split,
-    )[0]
+    return model(*split_pixels(images, split, size), split)[0]
 
 
 def _layer_norm(x, state, name):
@@ -162,9 +158,7 @@ def test_only_predicted_patches_are_decoded_and_enter_the_loss(model, images):
 
 def test_loss_weights_multiply_each_patchs_error(model, images):
     split, size = _split(0.45, 0.40), model.config.patch_size
-    visible, masked = (
-        normalise(gather_patches(images, index, size)) for index in (split.visible, split.masked)
-    )
+    visible, masked = split_pixels(images, split, size)
     weights = torch.rand(split.masked.shape)
     expected = 0.0
     with torch.no_grad():

@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import split_pixels
 
 from famt.methods import METHODS
 from famt.models import ModelConfig
-from famt.patches import gather_patches, normalise, normalise_images
+from famt.patches import normalise_images
 from famt.sampling import PatchSplit, predict_some, sample_patches
 from famt.simmim import SimMIM
 from famt.units import split_of_patches
@@ -40,9 +41,7 @@ def _split(mask, throw):
 
 
 def _loss(model, images, split, weights=None):
-    visible, masked = (
-        normalise(gather_patches(images, index, 4)) for index in (split.visible, split.predicted)
-    )
+    visible, masked = split_pixels(images, split, 4)
     return model(visible, masked, split, weights)[0]
 
 

@@ -19,11 +19,6 @@ ID = "0123abcd" * 4
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return ScoreCache(str(tmp_path / "cache"), create=True)
-
-
-@pytest.fixture
 def entry(spec):
     members = [*photo_members(5), ("bad ü.jpg", b"garbage")]
     return score_shard(tar_bytes(members), spec)

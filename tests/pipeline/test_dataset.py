@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import photo_members, tar_bytes
+from samples import photo_members, tar_bytes, write_tar
 
 from famt.pipeline import storage
 from famt.pipeline.dataset import load_maps, load_samples
@@ -114,8 +114,7 @@ def test_a_spec_that_was_never_computed_is_named(scored):
 def test_shards_of_nothing_but_bad_images_are_an_error(scored, tmp_path, spec):
     from samples import score
 
-    path = tmp_path / "bad.tar"
-    path.write_bytes(tar_bytes([("a.jpg", b"x")]))
+    path = write_tar(tmp_path / "bad.tar", [("a.jpg", b"x")])
     score([path], scored.cache, spec)
     with pytest.raises(CacheError, match="quarantined"):
         load_samples([str(path)], scored.cache)

@@ -10,11 +10,6 @@ from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.storage import Version
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return ScoreCache(str(tmp_path / "cache"), create=True)
-
-
 def _record(n):
     return ShardRecord(Version(n, f"stamp {n}"), f"{n:032x}")
 
