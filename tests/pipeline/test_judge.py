@@ -78,12 +78,11 @@ def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_pat
     odd = whole[:33] + chunk + whole[33:]
     (tmp_path / "0.tar").write_bytes(tar_bytes([("a.png", odd), ("b.png", b"garbage")]))
     assert judge_shards([str(tmp_path / "0.tar")], cache) == {}
-    program = (
-        "from famt.pipeline.judge import judge_shards; from famt.pipeline.cache import ScoreCache; "
-    )
-    program += "print(judge_shards({!r}, ScoreCache({!r}, create=True)))".format(
-        [str(tmp_path / "0.tar")], str(tmp_path / "other")
-    )
+    program = f"""
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.judge import judge_shards
+print(judge_shards([{str(tmp_path / "0.tar")!r}], ScoreCache({str(tmp_path / "other")!r}, create=True)))
+"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "{}\n"
     for said in (capfd.readouterr().err, done.stderr):
