@@ -78,12 +78,14 @@ def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_pat
     odd = whole[:33] + chunk + whole[33:]
     (tmp_path / "0.tar").write_bytes(tar_bytes([("a.png", odd), ("b.png", b"garbage")]))
     assert judge_shards([str(tmp_path / "0.tar")], cache) == {}
-    program = f"""
+    program = """
+import sys
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.judge import judge_shards
-print(judge_shards([{str(tmp_path / "0.tar")!r}], ScoreCache({str(tmp_path / "other")!r}, create=True)))
+print(judge_shards([sys.argv[1]], ScoreCache(sys.argv[2], create=True)))
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    command = [sys.executable, "-c", program, tmp_path / "0.tar", tmp_path / "other"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "{}\n"
     for said in (capfd.readouterr().err, done.stderr):
         assert "libpng" not in said
