@@ -1,4 +1,4 @@
 """The FAMT method as pure tensor code: scores, geometry, sampling and the masked autoencoder.
 
-Nothing in this package reads a file or starts a process; it can be used on its own.
+It reads no files and starts no processes, and can be used on its own.
 """

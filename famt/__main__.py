@@ -1,4 +1,4 @@
-"""The `famt` command: a word for each program of the project."""
+"""The `famt` command: a subcommand for each program."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Command:
     """A program.
 
     Attributes:
-        module: where its `main` is, below `famt`.
-        options: what `main` takes, `module:name`. A command line is parsed before the module of the
-            program is imported, which takes seconds. "" where the program parses for itself.
-        about: what it does, in a line.
+        module: of its `main`, below `famt`.
+        options: class that `main` takes, `module:name`; parsed before the program is imported,
+            which takes seconds. "" if the program parses its own.
+        about: one line for `--help`.
     """
 
     module: str
@@ -27,7 +27,7 @@ class Command:
 
     @property
     def path(self) -> str:
-        """The module as it is imported."""
+        """The module's full name."""
         return f"famt.{self.module}"
 
 
@@ -79,8 +79,8 @@ frequency content and the model's own attention.
 
 
 def called() -> str:
-    """How the program that runs is called on a command line: `famt report`, say."""
-    if sys.argv[0].startswith("famt "):  # as `main` has it
+    """How the running program is called on a command line, such as `famt report`."""
+    if sys.argv[0].startswith("famt "):  # set by `main`
         return sys.argv[0]
     spec = sys.modules["__main__"].__spec__
     if spec is None:  # by its path
@@ -91,7 +91,7 @@ def called() -> str:
 
 
 def main() -> None:
-    """Run the program that the first word names, with the words after it."""
+    """Run the program that the first argument names, with the other arguments."""
     word, *rest = sys.argv[1:] or ["--help"]
     if word in ("-h", "--help"):
         commands = "\n".join(f"  {name:10} {each.about}" for name, each in COMMANDS.items())

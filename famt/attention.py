@@ -1,4 +1,4 @@
-"""What a vision transformer attends to: the last block's attention and the scores read off it."""
+"""Attention of a vision transformer's last block, and scores computed from it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def attention_scores(attn: Tensor) -> Tensor:
     """FAMT's attention score of each patch.
 
     Gui et al., arXiv 2211.15362 v3, section III. With A = `attn`, index 0 the class token, h over
-    heads and m over patches: `mean_h(A[h,0,n] * mean_m A[h,m,0])`, how much the class token looks
-    at patch n, plus `mean_h(mean_m A[h,m,n] * A[h,0,0])`, how much the patches do.
+    heads and m over patches: `mean_h(A[h,0,n] * mean_m A[h,m,0])`, attention of the class token to
+    patch n, plus `mean_h(mean_m A[h,m,n] * A[h,0,0])`, attention of the patches to it.
 
     Args:
         attn: `[B, H, N+1, N+1]` softmax attention, rows summing to 1.
@@ -39,7 +39,7 @@ def cls_attention(attn: Tensor) -> Tensor:
     """AMT's attention score: the class token's row, each head scaled to [0, 1], mean over heads.
 
     Gui et al., "Good Helper Is around You: Attention-driven Masked Image Modeling", AAAI 2023.
-    A head that looks at all patches alike says nothing and adds the same to every patch.
+    A head with equal attention to all patches adds 1 to each before the mean.
 
     Args:
         attn: `[B, H, N+1, N+1]` softmax attention.
@@ -62,21 +62,21 @@ def cls_attention(attn: Tensor) -> Tensor:
 def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
     """Softmax attention of a timm ViT's last block on whole, unmasked images.
 
-    Every block but the last runs as it always does, fused kernels included; of the last one only
-    the queries and keys are computed. The encoder's training flag is put back as it was found.
+    All blocks but the last run unchanged, fused kernels included; of the last one only queries and
+    keys are computed. The encoder runs in eval mode, and its training flag is restored.
 
     Args:
         encoder: a timm `VisionTransformer` with a class token and no register tokens, such as
             `MaskedAutoencoder.encoder`.
-        images: `[B, 3, H, W]` normalised as the encoder expects; of another size than it was built
-            for, its positions are interpolated.
+        images: `[B, 3, H, W]`, normalised as the encoder expects; for another size than the
+            encoder's, positions are interpolated.
 
     Returns:
         `[B, heads, N+1, N+1]` float32; index 0 is the class token.
 
     Raises:
-        ValueError: the encoder has not exactly one prefix token, or its last block has no joint
-            `qkv` projection.
+        ValueError: the encoder does not have exactly one prefix token, or its last block has no
+            joint `qkv` projection.
     """
     with _evaluating(encoder):
         return _attention(encoder.blocks[-1], _before_last_block(encoder, images))
@@ -84,7 +84,7 @@ def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def last_block(encoder: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What `last_attention` gives, and the last block's output tokens from the same pass.
+    """The result of `last_attention`, and the last block's output tokens from the same pass.
 
     Args:
         encoder, images: as in `last_attention`.
@@ -100,10 +100,10 @@ def last_block(encoder: VisionTransformer, images: Tensor) -> tuple[Tensor, Tens
 
 
 def attention_of(attention: Attention, projected: Tensor) -> Tensor:
-    """Softmax attention from what a timm attention's `qkv` layer gave.
+    """Softmax attention from the output of a timm attention's `qkv` layer.
 
     Args:
-        attention: the layer that the projection is of.
+        attention: the layer.
         projected: `[B, N, 3C]` queries, keys and values, or `[B, N, 2C]` without the values.
 
     Returns:

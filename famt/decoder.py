@@ -1,4 +1,4 @@
-"""The decoder block of CrossMAE: masked patches look at the visible ones, never at each other.
+"""The decoder block of CrossMAE: masked patches attend to visible ones, never to each other.
 
 Fu et al., "Rethinking Patch Dependence for Masked Autoencoders", 2024 (arXiv 2401.14391).
 """
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention, then an MLP; both with a norm before and a residual around.
+    """Cross-attention and an MLP, each pre-normed and residual.
 
-    Every block attends to the same visible tokens, the encoder's last. The paper's other variant,
-    in which each block gets a weighted sum of all encoder blocks' outputs, is not built.
+    Every block attends to the encoder's last tokens. The paper's variant in which each block
+    attends to a weighted sum of all encoder blocks' outputs is not built.
     """
 
     def __init__(self, width: int, heads: int, norm_layer: Callable[[int], nn.Module]) -> None:
@@ -32,7 +32,7 @@ class CrossBlock(nn.Module):
     def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
         """Masked tokens `hidden [B, M, D]`, visible ones `seen [B, 1+V, D]` -> `[B, M, D]`.
 
-        `seen` has no norm of its own here: it comes from the encoder's last one.
+        `seen` is not normed here, since it comes from the encoder's last norm.
         """
         hidden = hidden + self._attend(self.norm1(hidden), seen)
         return hidden + self.mlp(self.norm2(hidden))

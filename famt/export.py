@@ -1,8 +1,8 @@
-"""Weights under other people's key names, and theirs under ours.
+"""Map weights to and from the key names of timm, transformers and the MAE authors.
 
-The names that all are mapped to and from are those of the checkpoints that the MAE authors
-published. Their encoder's are also timm's (`blocks.0.attn.qkv.weight`), ViTDet's, and ours less
-the prefix `encoder.`; their decoder's are ours.
+The common names are those of the MAE authors' checkpoints, here called official. For the encoder
+they are also timm's (`blocks.0.attn.qkv.weight`), ViTDet's, and ours without the prefix `encoder.`;
+for the decoder they are ours.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _LAYER = {
     "mlp.fc2": "output.dense",
 }
 _QKV = ("query", "key", "value")
-# What transformers 5 calls the same in memory, and writes if asked to.
+# Names of the same in transformers 5, in memory and in some files it writes.
 _SINCE_5 = {
     **{f"attention.{name[0]}_proj": f"attention.attention.{name}" for name in _QKV},
     "attention.o_proj": "attention.output.dense",
@@ -48,23 +48,23 @@ _SINCE_5 = {
 
 
 def is_decoder(name: str) -> bool:
-    """Whether a name is one of the decoder's, or of what feeds it."""
+    """Whether a name is the decoder's, or that of its input layers."""
     return name.startswith(("decoder_", "fusion.")) or name == "mask_token"
 
 
 def encoder_state(model: MaskedModel) -> dict[str, Tensor]:
     """The encoder's weights as `timm.create_model("vit_...", num_classes=0)` loads them.
 
-    timm's own position embedding is a trained parameter of the same shape, so ours fits.
+    timm's position embedding is a trained parameter of the same shape, so ours fits.
     """
     return dict(model.encoder.state_dict())
 
 
 def official_state(model: MaskedModel) -> dict[str, Tensor]:
-    """All weights under the key names of the checkpoints that the MAE authors published.
+    """All weights under the official names.
 
     Raises:
-        ValueError: a part that those checkpoints don't have, the cross decoder say.
+        ValueError: the model has a part that MAE's checkpoints lack, such as a cross decoder.
     """
     _refuse_unofficial(model)
     return {key.removeprefix(_ENCODER): value for key, value in model.state_dict().items()}
@@ -73,10 +73,10 @@ def official_state(model: MaskedModel) -> dict[str, Tensor]:
 def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Official names to those of `transformers.ViTMAEForPreTraining`; values are not copied.
 
-    transformers keeps query, key and value apart: the joint projection is cut in three.
+    The joint projection becomes transformers' query, key and value.
 
     Raises:
-        KeyError: a name that is not one of MAE's.
+        KeyError: a name is not one of MAE's.
     """
     theirs: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -98,8 +98,8 @@ def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of `to_transformers`, for weights of any `ViT...` or `ViTMAE...` class.
 
-    Takes the names on the hub and those since transformers 5, with and without the prefix `vit.`.
-    Names that have no counterpart (`pooler`, `classifier`) stay as they are.
+    Accepts names on the hub and those of transformers 5, with and without the prefix `vit.`. Names
+    without a counterpart (`pooler`, `classifier`) stay as they are.
     """
     whole = {theirs: ours for ours, theirs in _WHOLE.items()}
     layers = {theirs: ours for ours, theirs in _LAYERS.items()}
@@ -109,7 +109,7 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         hub_name = name if name.startswith(("vit.", "decoder.")) else f"vit.{name}"
         hub_name = re.sub(r"^vit\.layers\.", "vit.encoder.layer.", hub_name)
-        # transformers 5 renames on writing, and takes `decoder_layers.` for its `layers.`.
+        # transformers 5 renames on writing, and mistakes `decoder_layers.` for `layers.`.
         hub_name = hub_name.replace("decoder.decoder_encoder.layer.", "decoder.decoder_layers.")
         match = re.fullmatch(
             r"(vit\.encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)\.(weight|bias)", hub_name

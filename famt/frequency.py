@@ -1,6 +1,6 @@
-"""How much frequency content each patch carries, from pixels (no model) or from tokens (a model's).
+"""Frequency scores of patches: from pixels without a model, or from a model's tokens.
 
-Frequencies are in cycles per image side, so a score means the same at any resolution, and an image
+Frequencies are in cycles per image side, so scores do not depend on the resolution, and an image
 decoded at half size scores like the full one.
 """
 
@@ -21,7 +21,7 @@ _SCALES: dict[str, tuple[float, ...]] = {
     "hypercomplex_fourier_scales": (0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
 }
 _SALIENCY_BLUR = 0.04  # of the image side
-_FLAT_LAB = 1e-2  # colours that differ by less are one
+_FLAT_LAB = 1e-2  # smaller differences of colour count as none
 _SPECTRAL_RESIDUAL_SIZE = 64
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -32,7 +32,7 @@ def pixel_frequency(
     kind: PixelKind = DEFAULT_KIND,
     band: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Score every cell of a `grid` x `grid` raster laid over whole images by its frequency content.
+    """Score every cell of a `grid` x `grid` raster over whole images by its frequency content.
 
     - `hypercomplex_fourier`: the CIE Lab image with a smoothed amplitude spectrum. The amplitude of
       all three channels together, `A = sqrt(|FL|^2 + |Fa|^2 + |Fb|^2)`, becomes `exp(blur(log A))`
@@ -48,12 +48,12 @@ def pixel_frequency(
       removed, smoothed over 3 x 3 cells. The three differ in their default band alone.
     - `spectral_residual`: the log-amplitude spectrum less its local mean, back in pixels, squared
       (Hou & Zhang, "Saliency Detection: A Spectral Residual Approach", CVPR 2007, section 3).
-    - `border_geodesic`: a saliency prior, not a spectrum. CIE Lab of the low-passed image. A
-      cell's score is the length of the cheapest path from the image border, where a step costs the
-      colour difference of two cells, and a path starts at what its border cell differs from the
-      rest of the border. Background
-      reaches the border cheaply; objects do not. (The boundary prior of Wei et al., "Geodesic
-      Saliency Using Background Priors", ECCV 2012, section 3, on a frequency-filtered image.)
+    - `border_geodesic`: a saliency prior, not a spectrum. In CIE Lab of the low-passed image, a
+      cell's score is the cost of the cheapest path from the image border. A step costs the colour
+      difference of two cells; a path starts at the cost of its border cell's difference from the
+      rest of the border. Background reaches the border cheaply, objects do not. (The boundary prior
+      of Wei et al., "Geodesic Saliency Using Background Priors", ECCV 2012, section 3, on a
+      frequency-filtered image.)
 
     Args:
         images: `[B, 3, H, W]` float in [0, 1], RGB, upright.
@@ -67,8 +67,7 @@ def pixel_frequency(
         scores 1 everywhere.
 
     Raises:
-        ValueError: wrong shape or dtype, unknown kind, NaN or infinite pixels, a band that is not
-            0 <= low < high, or a band given to a kind that takes none.
+        ValueError: wrong shape or dtype, NaN or infinite pixels, or as of `check_pixel_score`.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
@@ -177,23 +176,23 @@ def _gaussian_band(images: Tensor, low: float, high: float) -> Tensor:
 
 
 def _blur_edge(side_share: float) -> float:
-    """Where a blur of this standard deviation, as a share of the side, cuts off, in cycles."""
+    """Cut-off in cycles of a blur whose standard deviation is this share of the side."""
     return 1 / (2 * math.pi * side_share)
 
 
 def _hypercomplex_fourier(colour: Tensor, scales: tuple[float, ...]) -> Tensor:
-    """Squared length of an image whose amplitudes are smoothed: `[B, C, H, W]` -> `[B, 1, H, W]`.
+    """Squared length of images with smoothed amplitudes: `[B, C, H, W]` -> `[B, 1, H, W]`.
 
-    Of several scales each image takes its best.
+    Each image takes the best of several scales.
     """
     extent = colour.shape[-2:]
     spectrum = torch.fft.rfft2(colour)
     amplitude = spectrum.abs().square().sum(1, keepdim=True).sqrt()
-    floor = 1e-6 * amplitude.amax((2, 3), keepdim=True)  # what lies below is rounding noise
+    floor = 1e-6 * amplitude.amax((2, 3), keepdim=True)  # below is rounding noise
     amplitude = amplitude.maximum(floor.clamp_min(torch.finfo(torch.float32).tiny))
-    # Log A is real and even, so smoothing it, around all edges, is a product with real transforms.
+    # Log A is real and even, so its circular smoothing is a product of real transforms.
     cepstrum = torch.fft.irfft2(amplitude.log(), s=extent)
-    # Places in shares of the side: a spectrum's own "frequencies".
+    # Positions in shares of the side: the "frequencies" of a spectrum.
     fy, fx = (torch.fft.fftfreq(length, device=colour.device) for length in extent)
     radius2 = fy[:, None] ** 2 + fx**2
     chosen, least = (
@@ -237,7 +236,7 @@ def _spread(saliency: Tensor) -> Tensor:
 
 
 def _spectral_residual(images: Tensor, grid: int) -> Tensor:
-    """`[B, 3, H, W]` -> `[B, grid, grid]`, seen at 64 px as Hou & Zhang do."""
+    """`[B, 3, H, W]` -> `[B, grid, grid]`, at 64 px as in the paper."""
     size = (_SPECTRAL_RESIDUAL_SIZE, _SPECTRAL_RESIDUAL_SIZE)
     small = F.interpolate(_luminance(images), size=size, mode="bilinear", antialias=True)
     spectrum = torch.fft.fft2(small)
@@ -260,11 +259,11 @@ def _distance_from_border(colour: Tensor) -> Tensor:
     # touches the border is not taken for background. The nearest of all is the cell itself, at 0.
     half = border.shape[1] // 2
     between = torch.cdist(border, border, compute_mode="donot_use_mm_for_euclid_dist")
-    # NumPy parts them three times as fast as torch's topk.
+    # NumPy is three times as fast here as torch's topk.
     nearest = np.partition(between.cpu().numpy(), half, axis=-1)[..., : half + 1].sum(-1)
     start = torch.from_numpy(nearest).to(colour.device) / half
 
-    # The batch lies innermost, so that every operation below runs along memory.
+    # The batch is the innermost axis, so that the operations below run along memory.
     padded = torch.full((grid + 2, grid + 2, batch), math.inf, device=colour.device)
     distance = padded[1:-1, 1:-1]
     distance[on_border] = start.T
@@ -313,10 +312,10 @@ def _cells(planes: Tensor, grid: int) -> Tensor:
 
 
 def _finite(cells: Tensor) -> Tensor:
-    """`cells` themselves.
+    """`cells` unchanged.
 
     Raises:
-        ValueError: NaN or infinite pixels, which a filter has spread over the image.
+        ValueError: they are not finite, since a filter spread NaN or infinite pixels.
     """
     if not torch.isfinite(cells).all():
         raise ValueError("images hold NaN or infinite pixels")

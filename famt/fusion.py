@@ -1,9 +1,9 @@
-"""Shallow features for the decoder, so that the last block need not carry every detail along.
+"""Shallow features for the decoder, so that the last block need not carry every detail.
 
 Liu et al., "Improving Pixel-based MIM by Reducing Wasted Modeling Capability" (MFF), ICCV 2023
-(arXiv 2308.00261): the outputs of some blocks, each through a linear layer of its own, and that of
-the last block are averaged with learned weights, a softmax. The encoder that is taken elsewhere has
-none of this.
+(arXiv 2308.00261): outputs of some blocks, each through its own linear layer, are averaged with
+that of the last block; the weights are learned, under a softmax. The exported encoder has none of
+this.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class BlockFusion(nn.Module):
-    """Learned average of the outputs of some blocks and of the last one.
+    """Learned average of the outputs of some blocks and the last one.
 
     Args:
         width: of tokens.

@@ -1,7 +1,7 @@
-"""Where a crop lies in its image, and what a score map of the image says about the crop.
+"""Exact conversion between maps of whole images and crops of these images.
 
 A *view* is a window (top, left, height, width), in fractions of the upright image, and a horizontal
-flip. A map is constant on each of its G x G cells over the whole image.
+flip. A map is constant on each of its G x G cells, which cover the whole image.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 def crop_maps(maps: Tensor, windows: Tensor, flips: Tensor, grid: int) -> Tensor:
-    """Exact area mean of each map over every cell of the view laid on it.
+    """Exact area mean of each map over every cell of its view.
 
     The mean over a rectangle of a map that is constant on cells is separable: `R_y @ M @ R_x.T`,
     with R the share of each output interval that each map cell covers.
 
     Args:
         maps: `[B, G, G]` float.
-        windows: `[B, 4]` top, left, height, width in fractions of the upright image; height and
-            width > 0, the window inside [0, 1].
-        flips: `[B]` bool, the crop was mirrored left to right.
+        windows: `[B, 4]` top, left, height, width in fractions of the upright image, inside [0, 1]
+            with height and width > 0.
+        flips: `[B]` bool, the crop is mirrored left to right.
         grid: cells a side of the result.
 
     Returns:
@@ -48,16 +48,16 @@ def crop_maps(maps: Tensor, windows: Tensor, flips: Tensor, grid: int) -> Tensor
 def paste_maps(
     maps: Tensor, crops: Tensor, windows: Tensor, flips: Tensor, known: Tensor | None = None
 ) -> Tensor:
-    """Write what was seen through a view back into the map of its image.
+    """Write values of crops back into the maps of their images.
 
-    The transpose of `crop_maps`: a cell of the map takes on the mean of the crop over the part that
-    the view covers, and keeps its own value for the part that it does not.
+    The transpose of `crop_maps`: a cell of the map takes the crop's mean over the part covered by
+    the view, and keeps its own value for the rest.
 
     Args:
-        maps: `[B, G, G]` float, the maps as they are.
-        crops: `[B, n, n]` float, values seen in the cells of the view.
+        maps: `[B, G, G]` float, the current maps.
+        crops: `[B, n, n]` float, values in the cells of the view.
         windows, flips: the views, as in `crop_maps`.
-        known: `[B, n, n]` bool, the cells of the view that something was seen in; all if left out.
+        known: `[B, n, n]` bool, cells of the view that have a value; all if left out.
 
     Returns:
         `[B, G, G]` float32, or float64 if `maps` is. A crop of the full window without flip at
@@ -92,14 +92,14 @@ def paste_maps(
 
 
 def crop_labels(labels: Tensor, window: Tensor, flip: bool, size: int) -> Tensor:
-    """What a mask of a whole image says about a view of it, pixel by pixel.
+    """Cut a mask of a whole image by a view.
 
-    A pixel of the crop takes the label that lies under its centre: labels are never mixed.
+    Each pixel of the crop takes the label under its centre; labels are never mixed.
 
     Args:
         labels: `[H, W]` of any dtype, over the whole upright image, at any resolution.
         window: `[4]` float, top, left, height, width in fractions of the image.
-        flip: the crop was mirrored left to right.
+        flip: the crop is mirrored left to right.
         size: side of the result.
 
     Returns:
@@ -127,7 +127,7 @@ def overlap(start: Tensor, length: Tensor, cells: int, map_cells: int) -> Tensor
 
 
 def _shared(start: Tensor, length: Tensor, cells: int, map_cells: int) -> Tensor:
-    """What each part and each map cell have in common, in map cells: `[B, cells, map_cells]`."""
+    """Length shared by each part and each map cell, in map cells: `[B, cells, map_cells]`."""
     edges = torch.arange(cells + 1, device=start.device, dtype=start.dtype) / cells
     edges = (start[:, None] + length[:, None] * edges).clamp(0, 1) * map_cells
     low, high = edges[:, :-1, None], edges[:, 1:, None]

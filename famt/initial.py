@@ -1,4 +1,4 @@
-"""Weights of another encoder made to fit ours: positions and patches resampled, the rest listed."""
+"""Load weights of other encoders: resample positions and patches, report the rest."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from torch import Tensor
 from famt.masked import MaskedModel
 
 _ENCODER = "encoder."
-# Parts that change what an encoder computes: without them it would be another one.
+# Parts that a plain ViT lacks; without them the encoder would compute something else.
 _FOREIGN = re.compile(r"(blocks|norm_pre|reg_token|rope|rel_pos)\b.*")
 
 
 @dataclass
 class Fit:
-    """What became of the weights that a model was to begin with, by their official names.
+    """Which weights a model took over, by official names.
 
     Attributes:
-        taken: in the model now, bit for bit or resized.
-        resized: of these, those that were resampled, and how.
-        missing: of the model; the weights have none, and they are as they were.
-        left_out: of the weights; the model has no place for them.
+        taken: loaded, bit for bit or resized.
+        resized: loaded after resampling, and how.
+        missing: the model's tensors that the weights lack; unchanged.
+        left_out: tensors that the model has no place for.
     """
 
     taken: list[str] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Fit:
     left_out: list[str] = field(default_factory=list)
 
     def describe(self) -> str:
-        """A line for each kind that there is; every tensor is named, blocks by their number."""
+        """A line for each list that is not empty; tensors of blocks are counted."""
         lines = {
             "taken": f"{len(self.taken)} tensors",
             "resized": ", ".join(f"{name} ({how})" for name, how in self.resized.items()),
@@ -49,7 +49,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class EncoderSizes:
-    """What the shapes of an encoder's weights tell: width, depth, and pixels a side."""
+    """Sizes of an encoder, read off the shapes of its weights: width, depth, and px a side."""
 
     width: int
     depth: int
@@ -58,10 +58,10 @@ class EncoderSizes:
 
 
 def encoder_sizes(weights: Mapping[str, Tensor]) -> EncoderSizes:
-    """Sizes of the encoder that weights under official names belong to.
+    """Sizes of an encoder from its weights under official names.
 
     Raises:
-        ValueError: they are not those of a ViT with a square grid of patches.
+        ValueError: not the weights of a ViT with a square grid of patches.
     """
     projection, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     numbers = [int(name.split(".")[1]) for name in weights if re.match(r"blocks\.\d+\.", name)]
@@ -79,19 +79,19 @@ def encoder_sizes(weights: Mapping[str, Tensor]) -> EncoderSizes:
 
 
 def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tensor]) -> Fit:
-    """Put weights into an encoder: as they are where shapes agree.
+    """Load weights into an encoder.
 
     Positions are interpolated to the encoder's grid as timm does, and the patch projection to its
-    patch size by the pseudo-inverse of resizing (Beyer et al., "FlexiViT", CVPR 2023). A final norm
-    that the weights do not have stays as it is; a classifier's head is left out.
+    patch size by the pseudo-inverse of resizing (Beyer et al., "FlexiViT", CVPR 2023). A missing
+    final norm stays as it is; a classifier's head is left out.
 
     Args:
         encoder: with a class token and no head.
         weights: under official names.
 
     Raises:
-        ValueError: another width or depth, blocks of another kind, or a shape that does not fit;
-            the message names what is there and what is wanted.
+        ValueError: another width or depth, blocks of another kind, a tensor of another shape, or
+            missing tensors; names both sides.
     """
     own = encoder.state_dict()
     _check_sizes(encoder_sizes(weights), encoder)
@@ -123,13 +123,13 @@ def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tenso
 
 
 def load_weights(model: MaskedModel, weights: Mapping[str, Tensor]) -> Fit:
-    """Put weights into encoder and decoder; into the decoder only if all of its tensors fit.
+    """Load weights into the encoder, and into the decoder if all of its tensors fit.
 
     Args:
-        weights: under official names, without a decoder or with one of any kind.
+        weights: under official names, with a decoder of any kind or none.
 
     Raises:
-        ValueError: see `load_encoder_weights`.
+        ValueError: as of `load_encoder_weights`.
     """
     own = {
         name: value for name, value in model.state_dict().items() if not name.startswith(_ENCODER)
@@ -181,7 +181,7 @@ def _fit_positions(
 
 
 def _short(names: Iterable[str]) -> str:
-    """Names, those of blocks drawn together: `norm.weight, decoder_blocks.0-7 (96 tensors)`."""
+    """Names, those of blocks summed up: `norm.weight, decoder_blocks.0-7 (96 tensors)`."""
     blocks: Counter[str] = Counter()
     numbers: dict[str, list[int]] = {}
     others = []

@@ -1,4 +1,4 @@
-"""The kinds of pixel score by name, and what each can be asked for."""
+"""Kinds of pixel score, by name, and their parameters."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ BANDS: dict[str, tuple[float, float]] = {
 
 
 def check_pixel_score(grid: int, kind: str, band: tuple[float, float] | None) -> None:
-    """Refuse what `pixel_frequency` can't compute, whatever the images.
+    """Refuse parameters that `pixel_frequency` can't compute.
 
     Raises:
-        ValueError: says which of the three, and its bounds.
+        ValueError: names the parameter, and its bounds.
     """
     if grid < 2:
         raise ValueError(f"grid must be at least 2 cells a side, got {grid}")

@@ -1,8 +1,8 @@
-"""The masked autoencoder that only ever sees the patches it needs.
+"""The masked autoencoder (MAE), given only the patches it needs.
 
-He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. Plain MAE is this class
-with a split drawn from uniform weights, 75 % masked and nothing thrown; FAMT is the same class with
-another split. Thrown patches have no tensor here at all.
+He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022. MAE and FAMT are the same
+class with different splits: MAE masks 75 % at random and throws nothing. Thrown patches have no
+tensor here.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _norm = partial(nn.LayerNorm, eps=1e-6)  # as in timm's ViT
 
 
 class MaskedAutoencoder(MaskedModel):
-    """A timm ViT encoder over visible patches and a light decoder that fills in the masked ones.
+    """A timm ViT encoder of visible patches, and a light decoder that predicts masked ones.
 
-    The decoder "self" is MAE's: visible and masked tokens all attend to each other. "cross" is
-    CrossMAE's: masked tokens attend to visible ones alone (see `famt.decoder`), so what is
-    predicted for one does not depend on which others are masked.
+    With decoder "self" (MAE) all tokens attend to each other. With "cross" (CrossMAE) masked tokens
+    attend to visible ones alone (see `famt.decoder`), so a prediction does not depend on which
+    other patches are masked.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -70,13 +70,12 @@ class MaskedAutoencoder(MaskedModel):
         return self.decoder_pred(self.decoder_norm(hidden))
 
     def error(self, difference: Tensor) -> Tensor:
-        """Squared."""
+        """Squared error."""
         return difference.square()
 
     @property
     def unofficial(self) -> str | None:
-        """A cross decoder or fused blocks; with neither, all keys are those of MAE's checkpoints,
-        but for the `encoder.` before the encoder's (see `famt.export`)."""
+        """A cross decoder or fused blocks; without them all keys are official ones."""
         if self.config.decoder != "self":
             return f"{self.config.decoder} decoder"
         return "fused blocks" if self.config.fused else None

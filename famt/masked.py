@@ -1,4 +1,4 @@
-"""What the methods of masked image modelling have in common: an encoder that is given patches."""
+"""The base of all methods of masked image modelling: an encoder of patches."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from famt.sampling import PatchSplit
 class MaskedModel(nn.Module):
     """A timm ViT that learns by predicting masked patches.
 
-    A method derives from it: it says in `predict` what the encoder sees and how patches come of
-    it, in `error` what a wrong pixel costs, and calls `initialise` when it is built. Its line in
-    `famt.methods.METHODS` makes it known.
+    A method is a subclass with `predict`, which runs encoder and decoder, `error`, which compares
+    pixels, and `unofficial`. Its constructor calls `initialise`. A line in
+    `famt.methods.METHODS` gives it a name.
 
     Attributes:
-        config: all that it is built from.
-        encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head; its keys
-            are timm's own.
-        checkpoint_blocks: whether a backward pass computes the blocks' insides again: less memory
-            for a third more time.
+        config: all that the model is built from.
+        encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head, under
+            timm's keys.
+        checkpoint_blocks: recompute activations inside blocks in the backward pass: less memory for
+            a third more time.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -39,10 +39,10 @@ class MaskedModel(nn.Module):
         self.encoder.eval()
 
     def train(self, mode: bool = True) -> MaskedModel:
-        """Set the mode of all but the encoder.
+        """Set the mode of all but the encoder, which stays in eval mode.
 
-        It has neither dropout nor batch norm, so the mode changes nothing there, and stays in eval
-        mode: passes for scores then need not switch 250 modules twice a step, 9 ms on the host.
+        It has neither dropout nor batch norm, so the mode changes nothing. Passes for scores then
+        need not switch 250 modules twice a step, 9 ms on the host.
         """
         super().train(mode)
         self.encoder.eval()
@@ -60,18 +60,17 @@ class MaskedModel(nn.Module):
         Args:
             visible: `[B, V, P*P*3]` float, normalised pixels of `split.visible`.
             masked: `[B, K, P*P*3]` float, normalised pixels of `split.predicted`.
-            split: where the patches lie.
-            loss_weights: `[B, K]`, what each patch's error is multiplied by.
+            split: positions of the patches.
+            loss_weights: `[B, K]`, factors of the patches' errors.
 
         Returns:
-            scalar loss, and each patch's mean error `[B, K]`, which no gradient flows through; both
-            float32.
+            scalar loss, and each patch's mean error `[B, K]`, detached; both float32.
         """
         prediction = self.predict(visible, split)
         return self.loss(prediction, masked, loss_weights)
 
     def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
-        """What the model makes of the predicted patches.
+        """Predict the patches `split.predicted`.
 
         Args:
             visible, split: as in `forward`.
@@ -82,12 +81,12 @@ class MaskedModel(nn.Module):
         raise NotImplementedError
 
     def error(self, difference: Tensor) -> Tensor:
-        """What wrong values cost, each by itself."""
+        """Elementwise error of predictions minus targets."""
         raise NotImplementedError
 
     @property
     def unofficial(self) -> str | None:
-        """What the checkpoints of the MAE authors have no place for, in words; None if nothing."""
+        """The part that the MAE authors' checkpoints have no place for, in words; None if none."""
         raise NotImplementedError
 
     def embed(self, patches: Tensor, index: Tensor) -> Tensor:
@@ -109,8 +108,8 @@ class MaskedModel(nn.Module):
         return encoder.norm(tokens)
 
     def stages(self, blocks: Iterable[nn.Module]) -> list[Callable[..., Tensor]]:
-        """Blocks as they are to be called: with `checkpoint_blocks`, their insides are computed
-        again in the backward pass in place of being kept (Chen et al., arXiv 1604.06174)."""
+        """Blocks to call; with `checkpoint_blocks` the backward pass recomputes their activations
+        (Chen et al., arXiv 1604.06174)."""
         if not self.checkpoint_blocks or not torch.is_grad_enabled():
             return list(blocks)
         return [partial(checkpoint, block, use_reentrant=False) for block in blocks]
@@ -122,8 +121,8 @@ class MaskedModel(nn.Module):
     def loss(
         self, prediction: Tensor, masked: Tensor, loss_weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Mean error against the target of `masked`, in float32 whatever the autocast, and each
-        patch's own; see `forward`."""
+        """Mean error against the target of `masked`, and each patch's own; in float32 under any
+        autocast. See `forward`."""
         error = self.error(prediction.float() - self.target(masked))
         of_patches = error.detach().mean(-1)
         if loss_weights is None:
@@ -131,7 +130,7 @@ class MaskedModel(nn.Module):
         return (error.mean(-1) * loss_weights).mean(), of_patches
 
     def target(self, masked: Tensor) -> Tensor:
-        """What is to be predicted: pixels, normalised within each patch if the config says so."""
+        """Targets: pixels, normalised within each patch if the config says so."""
         masked = masked.float()
         if not self.config.normalise_targets:
             return masked
@@ -150,7 +149,7 @@ class MaskedModel(nn.Module):
         return prediction * deviation + mean
 
     def initialise(self) -> None:
-        """MAE's own initialisation: Xavier for every linear map, the patch projection included."""
+        """MAE's initialisation: Xavier for all linear layers, the patch projection included."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

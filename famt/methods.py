@@ -1,4 +1,4 @@
-"""The methods of masked image modelling by name: a new one is a class, and a line here."""
+"""Methods of masked image modelling, by name. A new method is a subclass and a line here."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Method:
     """A method of masked image modelling; calling it builds its model.
 
     Attributes:
-        model: where its class is, `module:name`; it is imported when the model is built.
-        plain_mask_ratio: what the paper masks at random, with nothing thrown.
-        has_decoder: whether the config's decoder is built.
-        defaults: fields of the config that the method sets apart from MAE's.
+        model: class, `module:name`, imported when the model is built.
+        plain_mask_ratio: share that the paper masks at random, with nothing thrown.
+        has_decoder: whether it has the config's decoder.
+        defaults: fields of the config that differ from MAE's.
     """
 
     model: str

@@ -1,6 +1,6 @@
-"""How large a model is, and what it is given: names for both, and what may be set apart.
+"""Sizes of models and of their inputs, with names for the common ones.
 
-The command line reads these sizes, so torch and timm are imported where an encoder is built.
+Command lines read this module, so torch and timm are imported only where an encoder is built.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Decoder = Literal["self", "cross"]
 
 @dataclass(frozen=True, kw_only=True)
 class PatchConfig:
-    """Images as patches: what a model is given, and what it has to predict.
+    """Sizes of images and patches, and what of the patches is reconstructed.
 
     Raises:
         ValueError: the image does not divide into patches and units, or an option is out of range.
@@ -31,7 +31,7 @@ class PatchConfig:
     unit: int = 1
     """patches a side of the squares that are masked as a whole (SimMIM)"""
     low_pass: float | None = None
-    """largest frequency of what is reconstructed, waves an image side (PixMIM); None leaves all"""
+    """highest frequency to reconstruct, cycles per image side (PixMIM); None for all"""
 
     def __post_init__(self) -> None:
         self._at_least_1("image_size", "patch_size", "unit")
@@ -57,10 +57,10 @@ class PatchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(PatchConfig):
-    """All that a model is built from; `dataclasses.asdict` of it goes into checkpoints.
+    """All that a model is built from; its `dataclasses.asdict` goes into checkpoints.
 
     Raises:
-        ValueError: see `PatchConfig`; or a width does not divide into its heads.
+        ValueError: as of `PatchConfig`, or a width does not divide into its heads.
     """
 
     width: int
@@ -70,7 +70,7 @@ class ModelConfig(PatchConfig):
     heads: int
     """encoder attention heads"""
     decoder: Decoder = "self"
-    """self-attention as in MAE, or cross: masked patches look at visible ones only (CrossMAE)"""
+    """self-attention as in MAE, or cross: masked patches attend to visible ones only (CrossMAE)"""
     decoder_width: int = 512
     """decoder token width"""
     decoder_depth: int = 8
@@ -80,7 +80,7 @@ class ModelConfig(PatchConfig):
     normalise_targets: bool = True
     """reconstruct each patch less its own mean, over its own deviation (MAE, section 4.1)"""
     fused: tuple[int, ...] = ()
-    """blocks, from 0, whose output reaches the decoder beside that of the last (MFF)"""
+    """blocks, from 0, whose outputs reach the decoder together with the last block's (MFF)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +105,7 @@ class ModelConfig(PatchConfig):
 
     @classmethod
     def of(cls, encoder: VisionTransformer) -> ModelConfig:
-        """The sizes of an encoder, with a decoder as it comes."""
+        """The sizes of an encoder, with the default decoder."""
         return cls(
             width=encoder.embed_dim,
             depth=len(encoder.blocks),
@@ -129,7 +129,7 @@ class ModelConfig(PatchConfig):
             weight_init="skip",
         )
         encoder.pos_embed = sincos_positions(self.grid, self.width)
-        nn.init.zeros_(encoder.cls_token)  # timm leaves it as the memory was
+        nn.init.zeros_(encoder.cls_token)  # timm leaves it uninitialised
         return encoder
 
 
@@ -143,7 +143,7 @@ def sincos_positions(grid: int, width: int) -> nn.Parameter:
     return torch.nn.Parameter(positions, requires_grad=False)
 
 
-# A name stands for widths, depths and heads, and for the image and patch size that it is made for.
+# A name stands for widths, depths and heads, and default image and patch sizes.
 MODELS: dict[str, ModelConfig] = {
     "vit_nano": ModelConfig(
         width=96, depth=6, heads=3, image_size=32, patch_size=4,

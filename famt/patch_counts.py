@@ -1,4 +1,4 @@
-"""How patches are chosen: names of the policies, and how many fall into each group."""
+"""Policies for choosing patches, by name, and the number of patches in each group."""
 
 from __future__ import annotations
 

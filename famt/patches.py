@@ -1,7 +1,7 @@
-"""Images as patches of raw pixels, and only the patches that are wanted.
+"""Cut images into patches of raw pixels, all or some.
 
-A patch is flattened row by row, pixel by pixel, channels last: the order of MAE's targets, and the
-order in which the bytes of an interleaved image lie in memory.
+A patch is flattened row by row, channels last: the order of MAE's targets, and of an interleaved
+image in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
 
 
 def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
-    """The patches at raster positions `index`, copied once, the others untouched.
+    """Copy the patches at raster positions `index`.
 
     Args:
         images: `[B, H, W, C]` interleaved, any dtype.
@@ -49,7 +49,7 @@ def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
     """
     batch, height, _, channels = images.shape
     down, across = _grid(images, patch_size)
-    # One line of one patch is contiguous; whole lines are copied, at the speed of memory.
+    # A line of a patch is contiguous, so whole lines are copied, at the speed of memory.
     lines = images.reshape(batch * height * across, patch_size * channels)
     first = torch.arange(batch, device=index.device)[:, None] * down + index // across
     line = torch.arange(patch_size, device=index.device) + first[..., None] * patch_size
@@ -58,19 +58,19 @@ def gather_patches(images: Tensor, index: Tensor, patch_size: int) -> Tensor:
 
 
 def normalise(patches: Tensor) -> Tensor:
-    """RGB patches `[B, K, P*P*3]`, 0 to 255, to float32, ImageNet mean and deviation removed."""
+    """RGB patches `[B, K, P*P*3]`, 0 to 255, to float32, normalised by ImageNet's moments."""
     factor, offset = _normalisation(patches.shape[-1] // 3, patches.device)
     return patches.to(torch.float32, copy=True).mul_(factor).sub_(offset)
 
 
 def normalise_images(images: Tensor) -> Tensor:
-    """uint8 `[B, H, W, 3]` to the float32 `[B, 3, H, W]` that an encoder takes."""
+    """uint8 images `[B, H, W, 3]` to an encoder's input, normalised float32 `[B, 3, H, W]`."""
     return normalise(images.flatten(2)).unflatten(-1, (-1, 3)).permute(0, 3, 1, 2).contiguous()
 
 
-@cache  # a constant that is sent to a GPU makes the host wait for it
+@cache  # sending a constant to a GPU makes the host wait
 def _normalisation(pixels: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Factor and offset of the values of so many pixels."""
+    """Factor and offset for the values of so many pixels."""
     with torch.inference_mode(False):
         mean, deviation = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         both = 1 / (255 * deviation), mean / deviation

@@ -1,4 +1,4 @@
-"""Cut crops out of images that lie in memory, and resize them: two small matrix products a crop."""
+"""Crop and resize images in memory by two small matrix products a crop."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def resample(
     size: int,
     interpolation: str = "bicubic",
 ) -> Tensor:
-    """Crops of images, resized with antialiasing as Pillow resizes an image that was cut first.
+    """Crops of images, resized with antialiasing as Pillow resizes a cropped image.
 
     A resize is linear and separable: `R_y @ image @ R_x.T` for each channel, with R the weights of
-    the pixels that an output pixel is made of. Where a crop is shrunk the filter widens with it.
+    input pixels for each output pixel. The filter widens where a crop is shrunk.
 
     Args:
-        images: `[B, 3, H, W]` uint8; what lies beyond an image's extent is not read.
+        images: `[B, 3, H, W]` uint8; pixels beyond an image's extent are not read.
         extents: `[B, 2]` height and width of each image, px.
         windows: `[B, 4]` float, top, left, height and width in fractions of the image.
         flips: `[B]` bool, mirror the crop left to right.
@@ -45,13 +45,13 @@ def resample(
 def _weights(
     start: Tensor, length: Tensor, size: int, pixels: int, kernel: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """How much each pixel of a side counts in each of `size` output pixels.
+    """Weights of input pixels along one side for each of `size` output pixels.
 
     Args:
-        start, length: `[B]` px, where the crop lies.
+        start, length: `[B]` px, of the crop.
 
     Returns:
-        `[B, size, pixels]` float32; rows sum to 1, and pixels outside the crop have none.
+        `[B, size, pixels]` float32; rows sum to 1, pixels outside the crop weigh 0.
     """
     outputs = (torch.arange(size, device=start.device) + 0.5) / size
     pixel = torch.arange(pixels, device=start.device) + 0.5

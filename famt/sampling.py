@@ -1,4 +1,4 @@
-"""From signals to weights, and from weights to which patches are masked, thrown or visible."""
+"""From signals to weights of patches, and from weights to masked, thrown and visible ones."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ _NEVER, _ALWAYS = -1e4, 1e4
 class PatchSplit:
     """Patch positions, int64 raster indices: `masked [B, M]`, `thrown [B, T]`, `visible [B, V]`.
 
-    Every row of the three together is a permutation of 0 .. N-1. Visible patches enter the encoder,
-    thrown ones enter nothing. Of the masked ones `predicted [B, P]` are reconstructed, all of them
-    if left out.
+    Each row of the three together is a permutation of 0 .. N-1. Visible patches enter the encoder,
+    thrown ones nothing. `predicted [B, P]` are the masked patches to reconstruct, all if left out.
     """
 
     masked: Tensor
@@ -42,7 +41,7 @@ def patch_weights(signals: Mapping[str, Tensor], exponents: Mapping[str, float])
         exponents: name -> power of that signal, 1 where the name is absent.
 
     Returns:
-        `[B, N]` float32. A signal that is zero all over an image counts as 1 there.
+        `[B, N]` float32. A signal that is zero on a whole image counts as 1 there.
     """
     weights: Tensor | None = None
     for name, signal in signals.items():
@@ -67,34 +66,32 @@ def sample_patches(
 ) -> PatchSplit:
     """Draw patches without replacement, by weight: first the masked, then the thrown ones.
 
-    Gumbel top-k: sorting `log w + Gumbel noise` draws as if one patch at a time were taken with
+    Gumbel top-k: sorting `log w + Gumbel noise` is equivalent to drawing one patch at a time with
     probability proportional to weight (Kool et al., "Stochastic Beams and Where to Find Them",
     ICML 2019, section 3).
 
-    Weights that are no positive number have a meaning of their own: zero is taken only after every
-    positive weight, and infinity before every finite one, both at random among themselves; NaN and
-    negative weights say nothing and count as the mean of the image's finite, valid ones. An image
-    without any valid weight is sampled uniformly.
+    Degenerate weights: zeros are drawn after all positive weights, infinities before all finite
+    ones, both uniformly among themselves. NaN and negative weights count as the mean of the image's
+    finite, valid ones. An image without a valid weight is sampled uniformly.
 
     Args:
         weights: `[B, N]` float, any scale.
         mask_ratio, throw_ratio: shares of N; see `patch_counts`.
         generator: source of the noise, on the device of `weights`.
-        visible: "lightest" are those that the draws leave over (FAMT). "uniform" sets as many aside
-            first, each patch alike, so that the encoder sees what MAE's sees, heavy patches among
-            it, as hints (AttMask, Kakogeorgiou et al., ECCV 2022); what is left is drawn by weight.
-        thrown: "heaviest" are drawn right after the masked ones (FAMT), "lightest" are the last to
-            be drawn, and the visible ones lie between. It makes no difference to uniform visible
-            patches: the thrown ones are then all that is left.
-        blend: in [0, 1], how much the weights count; see `blended_weights`. 0 is uniform, and
-            nothing is certain below 1 but by infinite weights.
+        visible: "lightest" are the patches left over by the draws (FAMT). "uniform" draws them
+            first, uniformly, so that the encoder sees some heavy patches, as hints (AttMask,
+            Kakogeorgiou et al., ECCV 2022); the others are then drawn by weight.
+        thrown: "heaviest" are drawn right after the masked ones (FAMT); "lightest" are drawn last,
+            after the visible ones. No difference if `visible` is "uniform".
+        blend: in [0, 1], influence of the weights; see `blended_weights`. 0 draws uniformly; below
+            1 only infinite weights make a draw certain.
 
     Returns:
-        the split; within each group patches are in the order drawn.
+        the split; patches of each group in the order drawn.
 
     Raises:
-        ValueError: `weights` is not `[B, N]` float, the ratios leave nothing to mask or see, or
-            `blend` is outside [0, 1].
+        ValueError: `weights` is not `[B, N]` float, the ratios leave no masked or no visible patch,
+            or `blend` is outside [0, 1].
     """
     if weights.ndim != 2 or not weights.is_floating_point():
         raise ValueError(f"weights must be float [B, N], got {weights.dtype} {list(weights.shape)}")
@@ -114,10 +111,10 @@ def sample_patches(
 
 
 def blended_weights(weights: Tensor, blend: float) -> Tensor:
-    """What patches are drawn by: `(1 - blend) + blend * w / mean(w)`, or `w` where `blend` is 1.
+    """Weights to draw by: `(1 - blend) + blend * w / mean(w)`, or `w` if `blend` is 1.
 
     Args:
-        weights: `[B, N]` float; see `sample_patches` for those that are no positive number.
+        weights: `[B, N]` float; see `sample_patches` for degenerate ones.
         blend: in [0, 1].
 
     Returns:
@@ -126,7 +123,7 @@ def blended_weights(weights: Tensor, blend: float) -> Tensor:
     weights = weights.double()
     silent = weights.isnan() | (weights < 0)
     finite = ~silent & weights.isfinite()
-    # The mean relative to the row's largest weight: a plain sum of huge weights could overflow.
+    # The mean relative to the row's largest weight, since a sum of huge weights could overflow.
     peak = weights.where(finite, 0.0).amax(1, keepdim=True)
     scaled = weights.where(finite, 0.0) / peak.masked_fill(peak == 0, 1.0)
     mean = scaled.sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp_min(1) * peak
@@ -145,15 +142,14 @@ def predict_some(
     choice: Predicted = "random",
     generator: torch.Generator | None = None,
 ) -> PatchSplit:
-    """Have only a share of the masked patches reconstructed; the others enter no decoder.
+    """Choose a share of the masked patches to predict; the others do not enter the decoder.
 
     Args:
         split: of a square grid of patches.
         share: of the masked patches, in (0, 1]; at least one is predicted.
-        choice: "random", each alike (CrossMAE, Fu et al., arXiv 2401.14391, "prediction ratio"), or
-            "spread" over the image: one at random, then again and again the one that lies
-            furthest from all chosen before (Gonzalez, 1985), ties at random. That takes as many
-            small operations one after another as patches are chosen.
+        choice: "random" draws uniformly (CrossMAE, Fu et al., arXiv 2401.14391, "prediction
+            ratio"). "spread" takes one at random, then repeatedly the one furthest from all chosen
+            (Gonzalez, 1985), ties at random: as many small sequential steps as patches.
         generator: as in `sample_patches`; untouched if `share` is 1.
 
     Returns:
@@ -177,17 +173,17 @@ def predict_some(
 
 
 def loss_weights(weights: Tensor, split: PatchSplit, exponent: float) -> Tensor:
-    """How much each predicted patch counts in the loss: its weight to a power.
+    """Factor of each predicted patch in the loss: its weight to a power, mean 1 an image.
 
     Args:
-        weights: `[B, N]` float, any scale; what is no finite number of at least 0 counts as the
-            mean of the image's valid ones.
-        split: whose masked patches have a mean of 1, in each image.
+        weights: `[B, N]` float, any scale; negative and non-finite ones count as the mean of the
+            image's valid ones.
+        split: the mean is over its masked patches.
         exponent: 0 or more.
 
     Returns:
-        `[B, P]` float32, >= 0, in the order of `split.predicted`. Where all masked patches of an
-        image weigh nothing, each counts 1.
+        `[B, P]` float32, >= 0, in the order of `split.predicted`; ones if all masked patches of an
+        image weigh 0.
     """
     valid = weights.isfinite() & (weights >= 0)
     known = weights.double().where(valid, 0.0)
@@ -209,8 +205,8 @@ def _gumbel(like: Tensor, generator: torch.Generator | None) -> Tensor:
 def _spread(masked: Tensor, grid: int, count: int, noise: Tensor) -> Tensor:
     """Columns `[B, count]` of `masked [B, M]`, each furthest from those before.
 
-    `noise [B, M]` in [0, 1) says where to begin; half of it is smaller than any difference of
-    squared distances, and decides between equals.
+    `noise [B, M]` in [0, 1) chooses the first, and breaks ties: half of it is smaller than any
+    difference of squared distances.
     """
     place = torch.stack([masked // grid, masked % grid], dim=-1).to(noise.dtype)
     nearest = torch.full_like(noise, torch.inf)

@@ -1,10 +1,9 @@
 """SimMIM: the encoder itself sees mask tokens, and one linear layer predicts the pixels.
 
-Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022. Plain SimMIM is this
-class with a split drawn from uniform weights, 60 % of the 32-px units masked and nothing thrown.
-With throwing (Gui et al., arXiv 2211.15362 v3: 44 % masked, 26 % thrown) the encoder sees 74 % of
-the tokens. The paper's ViT has relative positions as well; this one has MAE's, so that its encoder
-goes wherever MAE's does.
+Xie et al., "SimMIM: A Simple Framework for Masked Image Modeling", CVPR 2022. Plain SimMIM masks
+60 % of the 32-px units at random and throws nothing. With throwing (Gui et al., arXiv 2211.15362
+v3: 44 % masked, 26 % thrown) the encoder sees 74 % of the tokens. The paper's ViT also has relative
+positions; this one has MAE's alone, so that its encoder can be used wherever MAE's can.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class SimMIM(MaskedModel):
     """A timm ViT over visible patches and mask tokens, and a head of one layer.
 
     Raises:
-        ValueError: a config that asks for a decoder of another kind.
+        ValueError: the config has a cross decoder.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -36,15 +35,14 @@ class SimMIM(MaskedModel):
     def predict(self, visible: Tensor, split: PatchSplit) -> Tensor:
         """Pixels of the predicted patches `[B, K, P*P*3]`; see `MaskedModel`.
 
-        A mask token stands for each predicted patch; what is masked but not predicted enters
-        nothing.
+        Each predicted patch has a mask token; other masked patches have none.
         """
         hidden = self.mask_token + self.encoder.pos_embed[0, 1 + split.predicted]
         tokens = self.transform(torch.cat([self.embed(visible, split.visible), hidden], dim=1))
         return self.decoder_pred(tokens[:, -hidden.shape[1] :])
 
     def error(self, difference: Tensor) -> Tensor:
-        """Absolute (section 3.4)."""
+        """Absolute error (section 3.4)."""
         return difference.abs()
 
     @property

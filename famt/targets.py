@@ -1,4 +1,4 @@
-"""Images that a model is to predict in place of the ones that it sees."""
+"""Images to predict in place of those that the encoder sees."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def low_pass(images: Tensor, radius: float) -> Tensor:
-    """Images without their finest detail: an ideal low-pass, as PixMIM's targets are made.
+    """Ideal low-pass of images, as for PixMIM's targets.
 
     Liu et al., "PixMIM: Rethinking Pixel Reconstruction in Masked Image Modeling" (arXiv
-    2303.02416), section 3: every frequency within a circle stays as it is, all others go. The paper
-    takes a radius of 40 for 224-px images. Frequencies are whole numbers of waves here, so that the
-    circle lies around frequency 0; the paper's code has it half a wave beside.
+    2303.02416), section 3: keep frequencies within a circle, drop all others. The paper's radius is
+    40 for 224-px images. The circle is centred on frequency 0; in the paper's code it is off by
+    half a cycle.
 
     Args:
         images: `[B, H, W, C]`, any dtype.
-        radius: largest frequency that stays, waves an image side; at 0 the mean colour is left.
+        radius: highest frequency kept, cycles per image side; 0 leaves the mean colour.
 
     Returns:
-        `[B, H, W, C]` float32 on the scale of `images`; edges may ring a little beyond its range.
+        `[B, H, W, C]` float32 on the scale of `images`; edges may ring slightly beyond its range.
     """
     height, width = images.shape[1:3]
     down = torch.fft.fftfreq(height, 1 / height, device=images.device)

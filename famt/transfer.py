@@ -1,4 +1,4 @@
-"""Tensors on their way to a device, without a wait."""
+"""Copy tensors between host and device without waiting."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; towards a GPU the copy is queued, and the host goes on at once.
+    """The tensor on `device`; a copy to a GPU is queued, and the host continues at once.
 
-    Only from pinned memory a copy needs no wait. torch keeps such memory until the copy is done.
+    Such a copy must be from pinned memory. torch keeps that memory until the copy is done.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -17,11 +17,7 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Fetched:
-    """A tensor on its way from a device to the host: copied behind the work that makes it.
-
-    Args:
-        tensor: on any device.
-    """
+    """A copy of a tensor to the host, queued behind the work that computes it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._copied = tensor, None
@@ -31,7 +27,7 @@ class Fetched:
             self._copied = torch.cuda.current_stream(tensor.device).record_event()
 
     def get(self) -> Tensor:
-        """The tensor on the CPU; waits for that copy alone."""
+        """The tensor on the CPU, once it is copied."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._tensor

@@ -1,4 +1,4 @@
-"""Squares of several patches that are masked, thrown or seen as a whole."""
+"""Units: squares of patches that are masked, thrown or seen as a whole."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unit_weights(weights: Tensor, unit: int) -> Tensor:
 
 
 def split_of_patches(split: PatchSplit, unit: int) -> PatchSplit:
-    """The split of patches that a split of units stands for; each unit's patches lie together."""
+    """A split of units as a split of patches; the patches of a unit are adjacent."""
     units = sum(group.shape[1] for group in (split.masked, split.thrown, split.visible))
     side = round(units**0.5)
     within = torch.arange(unit, device=split.masked.device)

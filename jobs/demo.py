@@ -27,7 +27,7 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import load_samples
 from famt.pipeline.options import RandomView
 from famt.pipeline.patterns import expand_shards
-from famt.pipeline.writer import DIGITS
+from famt.pipeline.sources import DIGITS
 from famt.train import figures, pretrain, report
 from famt.train.config import Pretrain, parse
 from famt.train.evaluate.options import Probe

@@ -5,5 +5,5 @@ The only package that knows tars, zarr and DALI.
 
 import os
 
-# Its warnings name no file; what counts of them is the verdict on the image.
+# OpenCV's warnings name no file; the quarantine has the reason.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")

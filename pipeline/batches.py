@@ -1,4 +1,4 @@
-"""The data plane alone: from shards and a score cache to split batches, for anybody's loop.
+"""The data plane for a training loop of your own: shards and a score cache in, split batches out.
 
 for batch in famt_loader(["shards/train-*.tar"], "scores", patches=PatchConfig(image_size=96)):
     images, split = batch.images, batch.patches.split
@@ -32,7 +32,7 @@ from famt.sampling import patch_weights
 
 @dataclass(frozen=True)
 class FamtBatch:
-    """Crops, how heavy their patches are, and which of them are masked, thrown and visible.
+    """Crops, the weights of their patches, and the split into masked, thrown and visible.
 
     Attributes:
         images: `[B, S, S, 3]` uint8, whole crops.
@@ -66,38 +66,37 @@ def famt_loader(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Iterator[FamtBatch]:
-    """Load, crop, weigh, split and gather, epoch after epoch.
+    """Load, crop, weigh, split and gather patches, epoch after epoch.
 
     Args:
         shards: tars, folders of tars, wildcards or brace patterns.
         cache: folder or URL of the score cache.
         patches: sizes of crops, patches and units.
         loader: how crops are read and cut; its image size is that of `patches`.
-        join: which patches are masked, thrown, seen and predicted, by their weights.
+        join: how patches are masked, thrown and predicted by their weights.
         spec: which cached score weighs; the default one if left out.
-        refreshed: folder whose newest generation of maps weighs in place of the cached score,
-            looked for as each epoch begins; or the file of one. A run leaves them in its folder
-            `refresh`; `famt refresh --out` makes them of a checkpoint or of any model's weights.
-        kind: which score of that generation.
-        frequency_exponent: power of the cached or refreshed score in the weight, 0.25 or 1 if left
-            out; 0 needs no scores at all.
-        encoder: a timm ViT in training; weights are multiplied by its rolling attention, an eighth
-            of each batch looked at in half its size.
-        attention: crops `[B, S, S, 3]` uint8 -> `[B, N]`, >= 0, which weights are multiplied by in
-            place of that.
+        refreshed: folder of generations, the newest of which replaces the cached score at the
+            beginning of each epoch; or one generation's file. A run writes them to its folder
+            `refresh`, `famt refresh --out` makes them from a checkpoint or any model's weights.
+        kind: which score of the generation.
+        frequency_exponent: power of the cached (0.25 if left out) or refreshed (1) score in the
+            weight; 0 needs no scores at all.
+        encoder: a timm ViT in training. Weights are multiplied by its rolling attention: an eighth
+            of each batch is scored at half size.
+        attention: crops `[B, S, S, 3]` uint8 -> `[B, N]`, >= 0, to multiply weights by instead.
         epochs: passes over the shards.
         rank, world_size: this process among those that share an epoch.
-        device: where batches end up; "cuda" decodes there.
+        device: of the batches; "cuda" decodes there.
         seed: of shuffle, crops and draws.
 
     Yields:
-        full batches, as many on every rank.
+        full batches, equally many on every rank.
 
     Raises:
-        CacheError: a shard that can't be read or lacks the scores; names it and the command.
-        GenerationError: `refreshed` names none of these images; names it and the command.
-        FileNotFoundError: a pattern that matches nothing, or no cache.
-        ValueError: fewer samples than one batch on every rank.
+        CacheError: a shard can't be read or lacks the scores; names it and the remedy.
+        GenerationError: no generation of these images at `refreshed`; names it and the remedy.
+        FileNotFoundError: a pattern matches nothing, or there is no cache.
+        UserError: fewer samples than one batch on every rank.
     """
     join, spec = join or JoinConfig(), spec or ScoreSpec()
     exponent = frequency_exponent

@@ -1,4 +1,4 @@
-"""The score cache: content-addressed objects that all experiments share.
+"""The score cache: content-addressed objects, shared by all experiments.
 
     <cache>/shards/<shard id>/table.zip       a zarr group, zipped:
         samples                               int64 [n, 3]: offset, size, label, in tar order
@@ -10,10 +10,9 @@
         attributes                            spec, spelled out
     <cache>/datasets/<folder>/<version>.json  for a folder of shards: name -> size, stamp, shard id
 
-A shard id is the hash of the tar's bytes and a spec id that of the score's definition, so an object
-never changes, and whoever writes it writes the same bytes (machines that round otherwise write
-others, as good). It is put whole, with a checksum (see `cache_store`). Nothing here deletes;
-`famt.pipeline.gc` does.
+A shard id is the hash of the tar's bytes, a spec id that of the score's definition. So an object
+never changes: all writers write the same bytes, up to rounding. It is put whole, with a checksum
+(see `cache_store`). Only `famt.pipeline.gc` deletes.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ from famt.pipeline.zarr_zip import Group
 
 @dataclass(frozen=True)
 class ShardTable:
-    """What a shard holds: one row a sample kept, in tar order, and what was left out.
+    """The contents of a shard: a row for each sample kept, in tar order, and what was left out.
 
     Attributes:
         key: sample names.
-        offset, size: int64 `[n]`, where the image's bytes lie in the tar.
+        offset, size: int64 `[n]`, of the image's bytes in the tar.
         label: int64 `[n]`, -1 where the sample has none.
-        rejected: what was quarantined, with reasons.
+        rejected: quarantined images, with reasons.
         bytes: size of the tar.
         damage: what is wrong with the tar itself, or None.
-        passed_over: how many files have which ending that are no part of any image.
+        passed_over: number of files that belong to no image, by ending.
     """
 
     key: list[str]
@@ -58,11 +57,11 @@ class ShardTable:
 
     @property
     def kept(self) -> int:
-        """Samples that enter training."""
+        """Number of samples that enter training."""
         return len(self.key)
 
     def same_rows(self, other: ShardTable) -> bool:
-        """Whether maps of the other table's samples are in the order of this one's."""
+        """Whether both tables list the same samples in the same order."""
         return self.key == other.key and all(
             np.array_equal(getattr(self, column), getattr(other, column))
             for column in ("offset", "size", "label")
@@ -71,12 +70,11 @@ class ShardTable:
 
 @dataclass(frozen=True)
 class Entry:
-    """What is stored for one shard.
+    """The objects stored for one shard.
 
     Attributes:
-        table: whether its table is.
-        specs: ids of the scores whose maps are, sorted.
-        objects: all of them.
+        table: whether its table is stored.
+        specs: ids of the scores whose maps are stored, sorted.
     """
 
     shard_id: str
@@ -86,12 +84,12 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """What it takes in the store."""
+        """Size in the store."""
         return sum(each.bytes for each in self.objects)
 
     @property
     def modified(self) -> datetime:
-        """When its newest object was put."""
+        """When the newest object was put."""
         return max(each.modified for each in self.objects)
 
 
@@ -100,17 +98,17 @@ class ScoreCache:
 
     Args:
         url: its root folder.
-        create: open it to be written, and make a local root that is not there.
+        create: open for writing; makes a missing local root.
 
     Attributes:
-        store: all that it holds.
+        store: its objects.
         manifests: which shard of which folder has which entry.
 
     Raises:
-        ValueError: an empty URL.
-        FileNotFoundError: a local root that is not there, without `create`.
-        OSError: a root that can't be made.
-        CacheError: with `create`, a root whose folders hold what is no part of a cache.
+        UserError: an empty URL.
+        FileNotFoundError: no such local root, without `create`.
+        OSError: the root can't be made.
+        CacheError: with `create`, the root's folders hold foreign files.
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:
@@ -128,7 +126,7 @@ class ScoreCache:
         if create:
             self.store.refuse_foreign()
 
-    # Pickled to Ray workers: a store holds connections, its URL says all.
+    # Pickled to Ray workers by its URL, since a store holds connections.
     def __getstate__(self) -> str:
         return self.url
 
@@ -136,17 +134,17 @@ class ScoreCache:
         self.__init__(url)  # type: ignore[misc]
 
     def has_table(self, shard_id: str) -> bool:
-        """Whether the shard's table is there."""
+        """Whether the shard's table is stored."""
         return self.store.exists(_path(shard_id, TABLE))
 
     def has_maps(self, shard_id: str, spec: ScoreSpec) -> bool:
-        """Whether the shard's maps of `spec` are there."""
+        """Whether the shard's maps of `spec` are stored."""
         return self.store.exists(_path(shard_id, spec.id))
 
     def write(
         self, shard_id: str, table: ShardTable, spec: ScoreSpec, maps: NDArray[np.float16]
     ) -> None:
-        """Put a shard's table as `write_table` does, then maps `[n, G, G]` in its order.
+        """Put a shard's table as `write_table` does, then maps `[n, G, G]`, a row a sample.
 
         Raises:
             ValueError: maps that do not fit the table and spec, or are not finite, or zero.
@@ -156,12 +154,13 @@ class ScoreCache:
         self.store.put_group(_path(shard_id, spec.id), {"spec": spec.describe()}, {"maps": maps})
 
     def write_table(self, shard_id: str, table: ShardTable) -> None:
-        """Put what a shard holds, unless it is there.
+        """Put a shard's table unless it is stored.
 
         Raises:
-            ValueError: another table is there, which maps go by.
+            UserError: the stored table, whose rows stored maps follow, has other samples.
             CacheError: the stored table is damaged.
-            OSError: the store refused, a full disk say.
+            CacheFullError: no room is left.
+            OSError: the store refused.
         """
         known = self.find_table(shard_id)
         if known is not None:
@@ -183,7 +182,7 @@ class ScoreCache:
         self.store.put_group(_path(shard_id, TABLE), attributes, arrays)
 
     def find_table(self, shard_id: str) -> ShardTable | None:
-        """The table of a shard, None if there is none.
+        """The table of a shard, or None.
 
         Raises:
             CacheError: it is damaged.
@@ -209,12 +208,13 @@ class ScoreCache:
         """The maps `[n, G, G]` of a shard, in the order of its table.
 
         Raises:
-            CacheError: there are none of this spec, or they are damaged.
+            CacheError: none of this spec are stored, or they are damaged.
         """
         return self._group(shard_id, spec.id).numbers("maps", np.float16, spec.grid, spec.grid)
 
     def stored_spec(self, shard_id: str, spec_id: str) -> ScoreSpec | None:
-        """The spec of stored maps, or None if other code wrote them; errors as of `read_maps`."""
+        """The spec of stored maps, or None if code of another version wrote them; errors as of
+        `read_maps`."""
         return ScoreSpec.from_description(self._group(shard_id, spec_id).attributes["spec"])
 
     def _group(self, shard_id: str, name: str) -> Group:
@@ -227,7 +227,7 @@ class ScoreCache:
             ) from None
 
     def entries(self) -> Iterator[Entry]:
-        """All that is stored, shard by shard."""
+        """All entries, sorted by shard id."""
         objects: dict[str, list[Stored]] = {}
         for each in self.store.below("shards"):
             objects.setdefault(each.path.split("/")[1], []).append(each)

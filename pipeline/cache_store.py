@@ -1,15 +1,14 @@
-"""The store below a score cache: names of objects, their checksums, and every call to the store.
+"""The objects of a score cache: their names, checksums, and every call to the store.
 
-    shards/<shard id>/table.zip            what a shard holds
+    shards/<shard id>/table.zip            the contents of a shard
     shards/<shard id>/<spec id>.zip        its maps of one score
     datasets/<folder>-<hash>/<version>.json
 
-An object appears under its name whole or not at all. It ends in a checksum, BLAKE3 of the cache's
-format, the object's path and its bytes; so an object that was cut short, in which a bit flipped, or
-that is another's is damage, never believed. What has another name is not the cache's, and nothing
-in this project deletes it.
+An object appears under its name whole or not at all. It ends in a checksum: BLAKE3 of the cache's
+format, the object's path and its bytes. So truncation, a flipped bit or a swapped object is
+detected. Files with other names are foreign, and nothing in this project deletes them.
 
-A local writer fills `<name>#<number>` before it takes the name; a killed one leaves that behind.
+A local writer fills `<name>#<number>` before it takes the name; a killed writer leaves that file.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ TABLE = "table"
 
 _FORMAT = 5  # up to 4 an entry was a folder of many objects
 _SPEC_ID = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{12}"
-# Folders of the root, with what may lie right in them.
+# Folders of the root, and names of their children.
 _CHILDREN = {"shards": r"[0-9a-f]{32}", "datasets": r"[A-Za-z0-9_-]+-[0-9a-f]{12}"}
 _OBJECT = re.compile(
     rf"shards/{_CHILDREN['shards']}/({TABLE}|{_SPEC_ID})\.zip"
@@ -44,12 +43,12 @@ _OBJECT = re.compile(
 )
 _DIGITS = 32  # of a checksum
 _BLANK = "0" * _DIGITS
-_AFTER_JSON = len('"\n}')  # bytes that follow the checksum in JSON; a zip ends with it
+_AFTER_JSON = len('"\n}')  # follows the checksum in JSON; a zip ends with the checksum
 
 
 @dataclass(frozen=True)
 class Stored:
-    """An object as a listing shows it: its path in the cache, bytes, and when it was put."""
+    """A listed object: its path in the cache, its size in bytes, and when it was put."""
 
     path: str
     bytes: int
@@ -57,15 +56,15 @@ class Stored:
 
 
 def is_spec_id(name: str) -> bool:
-    """Whether a name can be that of stored maps."""
+    """Whether a name is well-formed as that of stored maps."""
     return re.fullmatch(_SPEC_ID, name) is not None
 
 
 class CacheStore:
-    """Objects below the folder or object-store URL `url`; a local one is made if `create`.
+    """Objects below the folder or object-store URL `url`; `create` makes a local folder.
 
     Raises:
-        FileNotFoundError: a local folder that is not there, without `create`.
+        FileNotFoundError: no such local folder, without `create`.
     """
 
     def __init__(self, url: str, *, create: bool = False) -> None:
@@ -82,10 +81,10 @@ class CacheStore:
         return json.loads(self._get(path))
 
     def put_json(self, path: str, content: dict[str, Any]) -> None:
-        """Put a JSON object where there is none; see `put`.
+        """Put a new JSON object; errors as of `put`.
 
         Raises:
-            AlreadyExistsError: there is one.
+            AlreadyExistsError: it exists.
         """
         data = json.dumps({**content, "checksum": _BLANK}, indent=1).encode()
         self.put(path, _sealed(path, data), "create")
@@ -95,7 +94,7 @@ class CacheStore:
         return zarr_zip.Group(self._get(path))
 
     def put_group(self, path: str, attributes: dict[str, Any], arrays: dict[str, NDArray]) -> None:
-        """Put a zarr group; see `put`."""
+        """Put a zarr group; errors as of `put`."""
         self.put(path, _sealed(path, zarr_zip.pack(attributes, arrays, _BLANK.encode())))
 
     def _get(self, path: str) -> bytes:
@@ -120,10 +119,10 @@ class CacheStore:
     def put(
         self, path: str, data: bytes, mode: Literal["create", "overwrite"] = "overwrite"
     ) -> None:
-        """Put an object whole, whose bytes have its checksum; see `storage.put`.
+        """Put sealed bytes; errors as of `storage.put`.
 
         Raises:
-            ValueError: a name that the cache itself could not tell from a foreign one.
+            ValueError: not a name of a cache's object.
             CacheFullError: no room is left.
         """
         if _OBJECT.fullmatch(path) is None:
@@ -140,7 +139,7 @@ class CacheStore:
             ) from error
 
     def exists(self, path: str) -> bool:
-        """Whether there is such an object."""
+        """Whether the object exists."""
         if not storage.is_remote(self.url):
             return os.path.exists(f"{self.url}/{path}")
         try:
@@ -150,21 +149,21 @@ class CacheStore:
         return True
 
     def below(self, folder: str) -> Iterator[Stored]:
-        """Objects of the cache anywhere below a folder; foreign ones are left out."""
+        """Objects of the cache anywhere below a folder, without foreign files."""
         for part in obstore.list(self._store, folder, chunk_size=1000):
             for meta in part:
                 if _OBJECT.fullmatch(meta["path"]):
                     yield Stored(meta["path"], meta["size"], meta["last_modified"])
 
     def children(self, folder: str) -> list[str]:
-        """Names right in one of the root's folders that can be the cache's, sorted."""
+        """Names right in a folder of the root, sorted, without foreign ones."""
         return sorted(name for name in self._names(folder) if re.fullmatch(_CHILDREN[folder], name))
 
     def refuse_foreign(self) -> None:
-        """Make sure that the root's folders hold nothing but the cache's own.
+        """Make sure that the root's folders hold no foreign files.
 
         Raises:
-            CacheError: they do; a cache there might be taken for the owner of other files.
+            CacheError: names the first one.
         """
         for folder, pattern in _CHILDREN.items():
             for name in self._names(folder):
@@ -176,10 +175,10 @@ class CacheStore:
                     )
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete objects; for `gc`, and old versions of a manifest.
+        """Delete objects; for `gc`, and for old versions of a manifest.
 
         Raises:
-            ValueError: a name that can't be the cache's.
+            ValueError: not a name of a cache's object.
         """
         paths = list(paths)
         for path in paths:
@@ -189,19 +188,16 @@ class CacheStore:
             obstore.delete(self._store, paths)
             return
         for path in paths:
-            with contextlib.suppress(FileNotFoundError):  # someone else was faster
-                obstore.delete(self._store, path)
+            Path(self.url, path).unlink(missing_ok=True)  # someone else may be faster
 
     def staging_files(self) -> Iterator[Stored]:
-        """What killed local writers left behind; an object store has none.
-
-        obstore names them `<name>#<number>`, and neither lists nor deletes them.
-        """
+        """Partial files of killed local writers, `<name>#<number>`; obstore does not list them."""
+        # An object store has none.
         for file in [] if storage.is_remote(self.url) else Path(self.url).glob("*/*/*#*"):
             path = file.relative_to(self.url).as_posix()
             final, _, number = path.rpartition("#")
             if number.isdecimal() and _OBJECT.fullmatch(final) and not file.is_symlink():
-                with contextlib.suppress(FileNotFoundError):  # its writer took the name
+                with contextlib.suppress(FileNotFoundError):  # its writer has just renamed it
                     info = file.stat()
                     modified = datetime.fromtimestamp(info.st_mtime, UTC)
                     yield Stored(path, info.st_size, modified)
@@ -211,7 +207,7 @@ class CacheStore:
         Path(self.url, file.path).unlink(missing_ok=True)
 
     def _names(self, folder: str) -> list[str]:
-        """All names right in a folder of the root, files and folders; none if it is not there."""
+        """All names right in a folder of the root; none if there is no such folder."""
         if not storage.is_remote(self.url):
             try:
                 return os.listdir(Path(self.url, folder))
@@ -223,7 +219,7 @@ class CacheStore:
 
 
 def remedy(url: str, path: str) -> str:
-    """What helps against damage in an object: to remove what it is part of."""
+    """How to repair a damaged object: remove what it belongs to, and run the job again."""
     if path.startswith("datasets/"):
         return (
             "Remove it and run `famt score` over its folder again: shards are hashed anew, "
@@ -235,7 +231,7 @@ def remedy(url: str, path: str) -> str:
 
 
 def _sealed(path: str, data: bytes) -> bytes:
-    """The bytes of an object with the checksum in its place, whatever is there."""
+    """The bytes of an object, with its checksum in place of the one there."""
     end = len(data) - (_AFTER_JSON if path.endswith(".json") else 0)
     head, tail = data[: max(0, end - _DIGITS)], data[max(0, end) :]
     digest = blake3(f"{_FORMAT} {path} ".encode())

@@ -1,4 +1,4 @@
-"""The samples of a training set and their score maps in RAM, a row an image."""
+"""A data set in memory: the samples of its shards, and their score maps, a row for each image."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from famt.pipeline.validity import Shards, look_up
 
 @dataclass(frozen=True)
 class SampleTable:
-    """Every sample of a set of shards: row r is one image, the same in all arrays and in maps.
+    """All samples of a set of shards; row r is the same image in all arrays and in maps.
 
     Attributes:
-        patterns: that named the shards.
-        urls: shards, in the order that rows follow.
-        paths: where their bytes are read: at their URLs, or where they were staged.
+        patterns: of the shards, as the user gave them.
+        urls: of the shards, in the order of rows.
+        paths: where their bytes are read: their URLs, or their staged copies.
         labels: `[R]` int64, -1 where a sample has none.
-        first_row: `[S + 1]`, rows of shard s are `first_row[s] : first_row[s + 1]`.
+        first_row: `[S + 1]`; rows of shard s are `first_row[s] : first_row[s + 1]`.
         shard_ids: content id of each shard.
     """
 
@@ -52,18 +52,18 @@ class SampleTable:
 
     @property
     def counts(self) -> list[int]:
-        """How many rows each shard has."""
+        """Number of rows of each shard."""
         return [end - first for first, end in itertools.pairwise(self.first_row)]
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the shards' contents and places in their order: equal ones mean equal rows."""
+        """Hash of the samples in their order: equal digests mean equal rows."""
         digest = hashlib.sha256(" ".join(self.shard_ids).encode())
         digest.update(self._places.numpy().data)
         return digest.hexdigest()[:12]
 
     def keys(self, shard: int) -> list[str]:
-        """Sample keys of the shard of that number, in the order of its rows."""
+        """Sample keys of a shard, by its number, in the order of rows."""
         return self._cache.read_table(self.shard_ids[shard]).key
 
     def key(self, row: int) -> str:
@@ -72,12 +72,12 @@ class SampleTable:
         return f"{self.urls[shard]}:{self.keys(shard)[row - self.first_row[shard]]}"
 
     def offsets(self, shard: int) -> list[int]:
-        """Where in the tar the images of the shard of that number lie, in the order of its rows."""
+        """Offsets in the tar of a shard's images, by its number, in the order of rows."""
         first, end = self.first_row[shard : shard + 2]
         return self._places[first:end, 0].tolist()
 
     def left_out(self) -> list[str]:
-        """`<url>:<key>: <reason>` of every image that the shards hold and the table does not."""
+        """`<url>:<key>: <reason>` of every quarantined image."""
         tables = each_at_once(self._cache.read_table, self.shard_ids)
         return [
             f"{url}:{bad.key}: {bad.reason}"
@@ -87,19 +87,17 @@ class SampleTable:
 
     def judge_again(self) -> str:
         """The command that judges the images of these shards again."""
-        shards = " ".join(f"'{each}'" for each in self.patterns)
-        command = "famt score --retry-bad"
-        return f"{command} --shards {shards} --cache {self._cache.url}"
+        return _score_command(self.patterns, self._cache, ScoreSpec(), "--retry-bad")
 
     def shards_of(self, rows: range) -> list[int]:
         """Numbers of the shards that consecutive rows lie in."""
         return [number for number, own in enumerate(self._parts(rows)) if own]
 
     def write_indices(self, folder: Path, rows: range) -> list[int]:
-        """Write DALI's index of consecutive rows: `<shard number>.idx` for each shard they lie in.
+        """Write DALI's index of consecutive rows: `<number>.idx` for each of `shards_of(rows)`.
 
         Returns:
-            the numbers of those shards, in their order.
+            `shards_of(rows)`.
         """
         parts, shards = self._parts(rows), self.shards_of(rows)
         for number in shards:
@@ -109,7 +107,7 @@ class SampleTable:
         return shards
 
     def _parts(self, rows: range) -> list[range]:
-        """Which of consecutive rows each shard has."""
+        """The part of consecutive rows that each shard has."""
         return [
             range(max(first, rows.start), min(end, rows.stop))
             for first, end in itertools.pairwise(self.first_row)
@@ -119,11 +117,11 @@ class SampleTable:
 def load_samples(
     patterns: list[str], cache: ScoreCache, spec: ScoreSpec | None = None
 ) -> SampleTable:
-    """What shards hold, by the cache; what it does not know of them is found out and put there.
+    """Load the tables of shards from the cache; shards without one are judged first.
 
     Args:
-        patterns: shards; see `expand_shards`.
-        cache: where their tables are.
+        patterns: of shards; see `expand_shards`.
+        cache: of their tables.
         spec: see `require_shards`.
 
     Raises:
@@ -159,18 +157,17 @@ def require_shards(
     *,
     patterns: list[str] | None = None,
 ) -> dict[str, ShardRecord]:
-    """Make sure that the cache knows shards as they are now; returns URL -> record.
+    """Make sure that the cache has the shards as they are now; returns URL -> record.
 
     Args:
         urls: normalised.
-        spec: a score that the caller is going to load: what was not scored is an error at once
-            then, and nothing is judged. A tar that was copied, or whose times alone changed, is
-            hashed, no more.
-        patterns: what the user called the shards.
+        spec: a score that the caller is going to load. Nothing is judged then: a shard without this
+            score is an error, and a tar that was copied, or whose times alone changed, is hashed.
+        patterns: of the shards, as the user gave them.
 
     Raises:
-        CacheError: a shard that is gone, can't be read, or lacks maps of `spec`. Names the first
-            such shard, the reason, the number of others, and the command that repairs it.
+        CacheError: a shard is gone, can't be read, or lacks maps of `spec`. Names the first such
+            shard, the reason, the number of others, and the command that repairs it.
     """
     shards = look_up(urls, cache, spec)
     mend = [
@@ -182,15 +179,15 @@ def require_shards(
     if len(mend) == len(shards.stale) > 0:
         failed = judge_shards(mend, cache, known_only=spec is not None)
         shards = look_up(urls, cache, spec)
-    _refuse_stale(shards, failed, _remedy(patterns or urls, cache, spec or ScoreSpec()))
+    _refuse_stale(shards, failed, _score_command(patterns or urls, cache, spec or ScoreSpec()))
     return shards.records
 
 
 def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tensor:
-    """The score maps of samples, `[R, G, G]` float16, mean 1 an image, row by row as `samples`.
+    """The score maps of samples, `[R, G, G]` float16 with mean 1 an image.
 
     Raises:
-        CacheError: a shard without maps of this spec; see `load_samples` for what it names.
+        CacheError: a shard lacks maps of this spec; names the same as `require_shards`.
     """
     maps = np.empty((len(samples), spec.grid, spec.grid), np.float16)
 
@@ -207,22 +204,22 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
     try:
         each_at_once(read, range(len(samples.urls)))
     except CacheError:
-        shards = look_up(samples.urls, cache, spec)  # tells which tar, and what helps
-        _refuse_stale(shards, {}, _remedy(samples.patterns, cache, spec))
+        shards = look_up(samples.urls, cache, spec)  # to name the tar and the remedy
+        _refuse_stale(shards, {}, _score_command(samples.patterns, cache, spec))
         raise
     return torch.from_numpy(maps)
 
 
-def _refuse_stale(shards: Shards, failed: dict[str, str], remedy: str) -> None:
+def _refuse_stale(shards: Shards, failed: dict[str, str], command: str) -> None:
     if shards.stale:
         (url, first), *more = shards.stale.items()
         why = f" ({failed[url]})" if url in failed else ""
         others = f" (and {len(more)} more shards)" if more else ""
-        raise CacheError(f"{url}: {first.reason}{why}{others}. {remedy}")
+        raise CacheError(f"{url}: {first.reason}{why}{others}. Remedy: {command}")
 
 
-def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
-    command = ["famt score --shards", *(f"'{each}'" for each in patterns)]
+def _score_command(patterns: list[str], cache: ScoreCache, spec: ScoreSpec, *flags: str) -> str:
+    command = ["famt score", *flags, "--shards", *(f"'{each}'" for each in patterns)]
     command.append(f"--cache {cache.url}")
     default = ScoreSpec()
     for field in dataclasses.fields(ScoreSpec):
@@ -230,4 +227,4 @@ def _remedy(patterns: list[str], cache: ScoreCache, spec: ScoreSpec) -> str:
         if value != getattr(default, field.name):
             text = " ".join(map(str, value)) if isinstance(value, tuple) else value
             command.append(f"--spec.{field.name.replace('_', '-')} {text}")
-    return f"Remedy: {' '.join(command)}"
+    return " ".join(command)

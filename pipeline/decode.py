@@ -1,8 +1,8 @@
-"""Decode an image ahead of training as training will decode it, or say why it can't enter.
+"""Decode an image ahead of training as training will decode it, or reject it with a reason.
 
-DALI reads images by nvImageCodec, and one that it can't decode ends a whole epoch. So nvImageCodec
-is the judge, of whether an image decodes and of how it lies. Plain JPEGs alone go another way: for
-them Pillow's scaled decode, several times cheaper, gives the same verdict and the same picture.
+DALI reads images with nvImageCodec, and one that it can't decode ends the epoch. So nvImageCodec
+decides whether an image decodes, and its orientation. For plain JPEGs Pillow's scaled decode gives
+the same verdict and picture at a fraction of the cost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 
 from famt.pipeline.orientation import is_ambiguous, may_be_turned, may_turn
 
-# nvImageCodec logs each image that it refuses; here the quarantine says so.
+# nvImageCodec logs each image that it refuses; the quarantine has the reasons.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")
 from nvidia import nvimgcodec
 
@@ -25,9 +25,9 @@ _MAX_PIXELS = 100_000_000
 _MAX_SIDE = 65_535  # JPEG's own; DALI draws crops outside of images above some 262,000 px high
 _CODECS = ("jpeg", "png", "webp")
 _KNOWN = "JPEG, PNG or WebP"
-# Above 256 scans nvImageCodec decodes a progressive JPEG by another library; encoders write 10.
+# Above 256 scans nvImageCodec decodes progressive JPEGs with another library; encoders write 10.
 _MAX_PLAIN_SCANS = 100
-# What a decoder needs at most: RGB, its turned copy, and a progressive JPEG's coefficients.
+# A decoder's peak: RGB, its turned copy, and a progressive JPEG's coefficients.
 _BYTES_PER_PIXEL = 16
 
 _START, _SCAN, _METADATA, _APP2 = 0xD8, 0xDA, 0xE1, 0xE2
@@ -36,18 +36,18 @@ _TABLES = (0xC4, 0xDB, 0xDD, 0xFE)  # Huffman, quantisation, restart interval, c
 
 
 class BadImage(ValueError):
-    """An image that can't enter training; the message says why."""
+    """An image that can't enter training; the message has the reason."""
 
 
 def decode(data: bytes, size: int) -> NDArray[np.uint8]:
-    """Decode an image as it lies in training, as RGB, squashed to `[size, size, 3]` uint8.
+    """Decode an image upright, as training will, to RGB squashed to `[size, size, 3]` uint8.
 
-    A plain JPEG is decoded at the smallest DCT scale (1, 1/2, 1/4, 1/8) that is still at least
-    `size`, everything else whole and by the library that DALI decodes with.
+    A plain JPEG is decoded at the smallest DCT scale (1, 1/2, 1/4, 1/8) that gives at least `size`
+    px, any other image whole, with DALI's library.
 
     Raises:
         BadImage: undecodable, cut off, neither JPEG, PNG nor WebP, or absurdly large.
-        MemoryError: too little of it here to decode this image; that is no verdict on the image.
+        MemoryError: too little memory to decode it, which is no verdict on the image.
     """
     extent = plain_jpeg_extent(data)
     if extent is not None:
@@ -56,10 +56,10 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
 
 
 def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of a JPEG on which all decoders agree, or None for any other image.
+    """(height, width) of a plain JPEG, on which all decoders agree; None for any other image.
 
-    Plain is: 8 bits, Huffman-coded, grey or three colours, well-formed segments up to the first
-    scan, and no metadata that could turn it (EXIF, in APP1) or holds further images (MPF, in APP2).
+    Plain means 8 bits, Huffman-coded, grey or three colours, well-formed segments up to the first
+    scan, and no metadata that could turn it (EXIF, in APP1) or hold further images (MPF, in APP2).
     """
     if data[:2] != bytes((0xFF, _START)):
         return None
@@ -134,9 +134,9 @@ def _decode_whole(data: bytes) -> Image.Image:
 
 
 def _parse(data: bytes) -> nvimgcodec.CodeStream:
-    """What nvImageCodec makes of an image's headers.
+    """An image's headers by nvImageCodec.
 
-    It refuses stray bytes between the segments of a JPEG, say, which Pillow skips.
+    It refuses what Pillow may skip, such as stray bytes between the segments of a JPEG.
     """
     try:
         stream = nvimgcodec.CodeStream(data)
@@ -150,7 +150,7 @@ _own = threading.local()
 
 
 def _decoder() -> nvimgcodec.Decoder:
-    """A thread's own: one CPU thread, and the very plugins that DALI's CPU decoders use."""
+    """This thread's decoder, with one CPU thread and the plugins of DALI's CPU decoders."""
     if not hasattr(_own, "decoder"):
         _own.decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
@@ -168,13 +168,10 @@ def _check_extent(height: int, width: int) -> None:
 
 
 def _check_agreement(stream: nvimgcodec.CodeStream, found: tuple[int, ...], turned: bool) -> None:
-    """Compare the height and width of an image's headers, by which DALI cuts, with its pixels'.
+    """Refuse an image whose headers, by which DALI cuts, announce another extent than its pixels'.
 
     Args:
-        turned: pixels may be turned, which headers are not.
-
-    Raises:
-        BadImage: they differ.
+        turned: height and width may be swapped.
     """
     announced = stream.height, stream.width
     if found != announced and not (turned and found[::-1] == announced):
@@ -182,11 +179,8 @@ def _check_agreement(stream: nvimgcodec.CodeStream, found: tuple[int, ...], turn
 
 
 def _prove_memory(height: int, width: int) -> None:
-    """Tell a decoder that gave up for want of memory from one that refused the image.
+    """Raise a MemoryError if an image of this extent can't be decoded here.
 
-    Both decoders report the two alike.
-
-    Raises:
-        MemoryError: there is not enough for an image of this extent.
+    Both decoders report too little memory as a bad image.
     """
     np.empty(height * width * _BYTES_PER_PIXEL, np.uint8)

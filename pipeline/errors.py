@@ -4,19 +4,19 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Wrong input; the message says what is wrong with it, and what to do.
+    """Wrong input; the message names it and the remedy.
 
-    Programs show it in one line. Any other `ValueError` is a defect, and shows its traceback.
+    Programs print it in one line. Any other `ValueError` is a defect, and keeps its traceback.
     """
 
 
 class CacheError(RuntimeError):
-    """The score cache lacks what was asked of it, or it is damaged; the message has the remedy."""
+    """The score cache lacks something, or is damaged; the message has the remedy."""
 
 
 class CacheFullError(CacheError):
-    """The cache's disk has no room left, or its user no quota; nothing else will succeed."""
+    """The cache's disk or its user's quota is full; all further writes would fail."""
 
 
 class RankError(RuntimeError):
-    """Another rank of a training failed or was lost, and this one can't go on without it."""
+    """Another rank of a training failed or was lost."""

@@ -1,21 +1,21 @@
-"""Garbage collection of a score cache: the one module that deletes from it.
+"""Garbage collection of a score cache: the only module that deletes from it.
 
-A collection removes records of shards whose tars were deleted from a folder that still holds others
-of it; entries that no manifest names and that are old; and old staging files of killed writers.
-Only objects with names of the cache's own are deleted (`famt.pipeline.cache_store`).
+A collection removes records of deleted tars from folders that still hold others, old entries that
+no manifest names, and old staging files of killed writers. It deletes only names that the cache
+itself gives (see `cache_store`).
 
-**Beside jobs at work.** What a job has put but not yet named in a manifest looks like garbage, and
-a job may rely on garbage that it found. There are no locks; both act, and look afterwards:
+**Concurrent jobs.** Objects that a job has put but not yet recorded look like garbage, and a job
+may rely on garbage that it found. There are no locks; both sides act, then check:
 
-    writer:     put what is missing -> publish a record -> look: make again what is gone
-    collection: look at the names   -> delete           -> look: put back what has a name by now
+    writer:     put what is missing -> publish a record -> check: make again what is gone
+    collection: read the records    -> delete           -> check: put back what has a record now
 
-If the deletion comes before the writer's look, the writer makes the object again; if it comes
-later, the record is there before the collection's second look. That only old objects go saves work.
+If the deletion precedes the writer's check, the writer makes the object again; otherwise the record
+precedes the collection's check. That only old objects go merely saves work.
 
-**Folders out of reach.** A disk that is not mounted, a link that leads nowhere, another store's
-empty bucket of that name: a folder in which none of its recorded shards is to be seen is taken for
-out of reach, and keeps its records.
+**Unreachable folders.** An unmounted disk, a dangling link, or an empty bucket of that name in
+another store: a folder that shows none of its recorded shards counts as unreachable, and keeps its
+records.
 """
 
 from __future__ import annotations
@@ -31,18 +31,17 @@ from famt.pipeline.cache_store import TABLE
 from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.storage import each_at_once
 
-_BATCH = 100  # entries that are in memory at a time, in case they have to be put back
+_BATCH = 100  # entries held in memory at a time, in case they have to be put back
 _PUT = timedelta(minutes=10)  # a put takes seconds; an older staging file is a killed writer's
 
 
 @dataclass(frozen=True)
 class Removed:
-    """Something that a collection removed, or would remove.
+    """An object or record that a collection removed, or would remove.
 
     Attributes:
-        what: its name in the cache, or a shard's URL.
+        what: name in the cache, or a shard's URL.
         reason: why nothing needs it.
-        bytes: that it took.
     """
 
     what: str
@@ -52,13 +51,13 @@ class Removed:
 
 @dataclass(frozen=True)
 class Collection:
-    """Which things to collect.
+    """What to collect.
 
     Attributes:
-        older_than: leave entries that are younger, in case a job is at work on them. Of staging
-            files those of ten minutes stay whatever it is.
-        dry_run: remove nothing, only say what would go.
-        out_of_reach: filled with folder -> reason, for those whose shards could not be looked for.
+        older_than: leave younger entries, which a job may be using. Staging files stay for ten
+            minutes at least.
+        dry_run: remove nothing.
+        out_of_reach: output, reason by unreachable folder.
     """
 
     older_than: timedelta = timedelta(days=7)
@@ -67,11 +66,11 @@ class Collection:
 
 
 def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
-    """Remove from a cache what nothing needs; yields it, all of it once the iterator ends.
+    """Remove what nothing needs, and yield it; done only when the iterator is exhausted.
 
     Raises:
-        CacheError: the cache holds what is not its own, or a manifest is damaged; nothing more is
-            removed then.
+        CacheError: the cache's folders hold foreign files, or a manifest is damaged. Nothing more
+            is removed then.
     """
     cache.store.refuse_foreign()
     now = datetime.now(UTC)
@@ -103,8 +102,8 @@ def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
 
 
 def _delete(cache: ScoreCache, entries: Sequence[Entry]) -> set[str]:
-    """Delete entries, but for those that were named meanwhile: returns their shard ids."""
-    # The tables last, so that no maps outlive the table that they go by.
+    """Delete entries, except those recorded meanwhile; returns the shard ids of these."""
+    # Tables last, so that no maps outlive the table whose rows they follow.
     paths = [each.path for entry in entries for each in entry.objects]
     paths.sort(key=lambda path: path.endswith(f"/{TABLE}.zip"))
     read = zip(paths, each_at_once(lambda path: _bytes(cache, path), paths), strict=True)
@@ -124,7 +123,7 @@ def _bytes(cache: ScoreCache, path: str) -> bytes | None:
 
 
 def _named(cache: ScoreCache, gone: dict[str, dict[str, ShardRecord]]) -> set[str]:
-    """Ids of the shards that manifests name, but for records that are going to be forgotten."""
+    """Ids of the shards that manifests name, without the records about to be dropped."""
     return {
         record.shard_id
         for folder, records in cache.manifests.folders().items()
@@ -136,7 +135,7 @@ def _named(cache: ScoreCache, gone: dict[str, dict[str, ShardRecord]]) -> set[st
 def _records_of_deleted(
     folder: str, records: dict[str, ShardRecord], options: Collection
 ) -> dict[str, ShardRecord]:
-    """Records of a folder's tars that were deleted; none if the folder is out of reach."""
+    """Records of a folder's deleted tars; none if the folder is unreachable."""
     try:
         present = storage.list_names(folder)
     except storage.UNREACHABLE as error:
@@ -152,7 +151,7 @@ def _records_of_deleted(
 
 
 def _forget(cache: ScoreCache, folder: str, gone: dict[str, ShardRecord]) -> None:
-    """Drop records of tars, unless they are back meanwhile: then nobody published them anew."""
+    """Drop records of tars, and restore those of tars that are back meanwhile."""
     cache.manifests.forget(folder, gone)
     try:
         present = storage.list_names(folder)

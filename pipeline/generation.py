@@ -1,9 +1,9 @@
-"""Generations: scores of all images of a data set by one encoder, a file each.
+"""Generations: scores of all images of a data set by one encoder, in one file.
 
-    <run>/refresh/generation-<step>.zip    a zarr group in a zip; attributes: run, step, data, specs
-        <kind>                             float16 [R, G, G], a row an image, ordered as SampleTable
+    <run>/refresh/generation-<step>.zip    a zipped zarr group; attributes: run, step, data, specs
+        <kind>                             float16 [R, G, G], rows as in SampleTable
 
-A file appears whole under its name and never changes. The zip has a checksum of each of its parts.
+A file appears under its name whole, and never changes. The zip has a checksum of each member.
 """
 
 from __future__ import annotations
@@ -34,19 +34,18 @@ _CHUNK = 8 << 20  # bytes
 
 
 class GenerationError(UserError):
-    """A generation is missing, damaged, or of other images; the message names it and a remedy."""
+    """A generation is missing, damaged, or of other images; the message has the remedy."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What the file of a generation says of itself.
+    """The attributes of a generation's file.
 
     Attributes:
-        path: of the file.
-        run: id of the run whose encoder it is.
-        step: optimiser steps that the encoder had done.
+        run: id of the run that trained the encoder.
+        step: optimiser steps that the encoder was trained for.
         data: `SampleTable.digest` of the images.
-        specs: description of the score of each kind.
+        specs: description of the score, by kind.
     """
 
     path: Path
@@ -56,10 +55,10 @@ class Generation:
     specs: dict[str, dict[str, object]]
 
     def maps(self, samples: SampleTable, kinds: Collection[str], grid: int) -> dict[str, Tensor]:
-        """Maps of each kind, `[R, grid, grid]` float16, mean 1 an image, row by row as `samples`.
+        """Maps by kind, `[R, grid, grid]` float16, mean 1 an image, a row for each of `samples`.
 
         Raises:
-            GenerationError: the file is of other images, kinds or another grid, or damaged.
+            GenerationError: the file has other images, kinds or another grid, or is damaged.
         """
         why = ""
         if self.data != samples.digest:
@@ -93,9 +92,8 @@ def write_generation(
 
     Args:
         path: see `generation_path`.
-        run: id of the run whose encoder it is.
-        data: `SampleTable.digest` of the images.
-        maps: `[R, G, G]`, finite.
+        run, data: as of `Generation`.
+        maps: `[R, G, G]`, finite, by spec.
 
     Raises:
         OSError: it could not be written.
@@ -126,10 +124,10 @@ def write_generation(
 
 
 def open_generation(path: Path) -> Generation:
-    """What a file holds, without its maps.
+    """Read a generation's attributes.
 
     Raises:
-        GenerationError: there is no such file, or it is damaged.
+        GenerationError: no such file, or it is damaged.
     """
     if not _NAME.fullmatch(path.name):
         raise GenerationError(
@@ -159,7 +157,7 @@ def newest_generation(path: Path) -> Generation:
 
 
 def step_of(path: Path) -> int:
-    """The step of a generation, by the name of its file."""
+    """The step of a generation, from its file's name."""
     return int(path.name.removeprefix("generation-")[:8])
 
 
@@ -176,7 +174,7 @@ def _opened(path: Path) -> Iterator[zarr.Group]:
         ) from None
     except Exception as error:  # zipfile, zarr and codecs each raise their own
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise  # a disk that can't be read now
+            raise  # the disk can't be read now
         raise _damaged(path, error) from error
 
 

@@ -1,8 +1,7 @@
-"""Judge the images of shards on first use, for work that needs images and no scores.
+"""Judge the images of shards on first use, for work that needs no scores.
 
-Each shard is hashed, and its images are judged unless the cache knows the hash. The tables go into
-the cache. Any number of processes may do the same work at once; on a cluster `famt score` does it,
-and scores, on all machines.
+Each shard is hashed, and judged unless the cache has a table of that hash. Any number of processes
+may do so at once. `famt score` judges and scores on all machines of a cluster.
 """
 
 from __future__ import annotations
@@ -29,19 +28,19 @@ _MOST_THREADS = 16  # each holds a tar
 def judge_shards(
     urls: Sequence[str], cache: ScoreCache, *, known_only: bool = False
 ) -> dict[str, str]:
-    """Make the cache know shards as they are now, with a progress bar.
+    """Record shards as they are now in the cache, with a progress bar.
 
     Args:
         urls: normalised.
-        known_only: judge nothing; the first shard whose hash the cache does not know, or that can't
-            be read, ends the work, and the others stay unknown.
+        known_only: judge nothing; stop at the first shard that can't be read, or whose hash is not
+            in the cache.
 
     Returns:
-        shards (URL -> reason) that could not be read, are no tars, or stay unknown.
+        reason by URL, for shards that could not be read, are no tars, or are not in the cache.
 
     Raises:
         OSError: the cache can't be written.
-        CacheFullError: no room is left in it.
+        CacheFullError: no room is left in the cache.
     """
     failed: dict[str, str] = {}
     reports: dict[str, ShardReport] = {}
@@ -76,7 +75,7 @@ def _judge(
     publisher = Publisher(cache, None)
     threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
     with (
-        warnings.catch_warnings(),  # threads that do so themselves would undo each other's
+        warnings.catch_warnings(),  # here, since threads would undo each other's
         _quiet_decoders(),
         ThreadPoolExecutor(threads) as pool,
     ):
@@ -108,10 +107,9 @@ def _judge(
 
 @contextmanager
 def _quiet_decoders() -> Iterator[None]:
-    """Drop what libraries print to file 2, and nothing that Python prints to `sys.stderr`.
+    """Drop what libraries print to file descriptor 2, but not what Python prints to `sys.stderr`.
 
-    libpng tells of odd files there, without their names, into the progress bar; what counts of it
-    is the verdict on the image.
+    libpng warns of odd files without their names, into the progress bar.
     """
     said, kept = sys.stderr, os.dup(2)
     try:
@@ -128,6 +126,6 @@ def _quiet_decoders() -> Iterator[None]:
 
 
 def _cancel(running: Iterable[Future]) -> None:
-    """Let what has begun come to its end, and nothing else begin."""
+    """Let running work end, and start no more."""
     for each in running:
         each.cancel()

@@ -1,4 +1,4 @@
-"""Classes of images from a file that lists them, as data sets come with."""
+"""Classes of images from a table, as data sets bring along."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _CLASSES = ("label", "class", "category", "class_name", "target")
 
 
 def read_labels(path: Path) -> dict[str, str]:
-    """Image name -> class of a table in CSV, separated by commas, semicolons or tabs.
+    """Image name -> class, from a CSV file separated by commas, semicolons or tabs.
 
-    A header names the two columns (`file_name` and `label`, say, as in the `metadata.csv` of
-    Hugging Face's image folders). Without one they are the first two, as in Tiny ImageNet's
+    A header names the two columns, such as `file_name` and `label` in the `metadata.csv` of Hugging
+    Face's image folders. Without a header they are the first two, as in Tiny ImageNet's
     `val_annotations.txt`.
 
     Raises:
@@ -55,14 +55,13 @@ def read_labels(path: Path) -> dict[str, str]:
 
 
 def class_names(labels: dict[str, str]) -> list[str]:
-    """All classes, sorted; by their value if all are numbers."""
+    """All classes, sorted; by value if all are numbers."""
     names = set(labels.values())
     return sorted(names, key=int) if all(each.isdecimal() for each in names) else sorted(names)
 
 
 def find_label(labels: dict[str, str], image: Path) -> str | None:
-    """The class of an image by its path below its folder, or by its name alone, with or without
-    its ending."""
+    """The class of an image, by its relative path, its name, or its stem."""
     for key in (image.as_posix(), image.name, image.stem):
         if key in labels:
             return labels[key]

@@ -33,7 +33,7 @@ _PREFETCHED = 2  # batches
 
 @dataclass(frozen=True)
 class Views:
-    """Which parts of which images a batch shows; attributes as in `CropBatch`."""
+    """Which parts of which images a batch shows; attributes as of `CropBatch`."""
 
     rows: Tensor
     windows: Tensor
@@ -49,13 +49,13 @@ class CropBatch:
     """Crops and where they come from.
 
     Attributes:
-        images: `[B, S, S, 3]` uint8 on the training device. On a GPU they are read in the stream
-            that was current when the batch was taken; another one needs a copy.
+        images: `[B, S, S, 3]` uint8 on the training device. On a GPU, valid in the stream that was
+            current when the batch was taken; copy them for another one.
         rows: `[B]` int64 on the CPU, the image's row in the `SampleTable`; several crops of one
-            image follow one another.
+            image are adjacent.
         windows: `[B, 4]` float32 on the CPU: top, left, height, width of the crop in fractions of
             the upright image.
-        flips: `[B]` bool on the CPU.
+        flips: `[B]` bool on the CPU, mirrored left to right.
     """
 
     images: Tensor
@@ -79,36 +79,35 @@ class CropBatch:
 
 
 def own_share(samples: int, rank: int, world_size: int) -> range:
-    """The rows, of so many, that a rank reads; ranks differ by one row at most."""
+    """Rows that a rank reads of so many samples; shares differ by at most one row."""
     return range(rank * samples // world_size, (rank + 1) * samples // world_size)
 
 
 class CropLoader:
-    """Streams the kept samples of a table's shards, epoch by epoch.
+    """Iterates over crops of a table's samples, an epoch at a time.
 
-    Each rank reads a share of the samples, always the same: consecutive rows, so it opens no tars
-    but those that hold them. With `drop_last` every rank yields the same number of full batches an
-    epoch and what is left over is skipped (`remainder` of them; others each epoch, unless they are
-    read unshuffled); without it every sample of the rank's share is decoded exactly once, the last
-    batch being smaller.
+    Each rank reads the same consecutive rows in every epoch, and so opens only the tars that hold
+    them. With `drop_last` all ranks yield equally many full batches an epoch and skip `remainder`
+    samples, others in each epoch if shuffled. Without it every sample of the rank's share is
+    decoded exactly once, and the last batch may be smaller.
 
     Args:
-        table: which samples; its index is written to a temporary folder.
+        table: samples; their index is written to a temporary folder.
         config: how to read and cut.
-        drop_last: see above; training wants it, evaluation must not.
+        drop_last: True for training, False for evaluation.
         rank, world_size: this process among those that share the epoch.
         device: where crops end up; "cuda" decodes there.
-        seed: of shuffle, crops and flips; the same on all ranks, who draw from it differently.
-        first_epoch: epochs that are counted as done; each has another shuffle and other crops.
+        seed: of shuffle, crops and flips, equal on all ranks; each rank draws its own.
+        first_epoch: number of epochs counted as done; each has its own shuffle and crops.
 
     Attributes:
-        rows: of the table, those that this rank reads.
-        steps_per_epoch: batches that it yields an epoch.
+        rows: the table's rows that this rank reads.
+        steps_per_epoch: batches that this rank yields an epoch.
         remainder: samples of all ranks that an epoch skips.
-        epoch, step: epochs that are done, and batches of the present one.
+        epoch, step: epochs done, and batches of the current one.
 
     Raises:
-        ValueError: fewer samples than one batch on every rank.
+        UserError: fewer samples than one batch on every rank.
     """
 
     def __init__(
@@ -150,7 +149,7 @@ class CropLoader:
             self.step += 1
             images = self.config.images_per_batch
             valid = len(self.rows) - (self.step - 1) * images
-            # DALI fills the last batch up by repeating a sample.
+            # DALI pads the last batch by repeating a sample.
             yield batch if valid >= images else batch.first(valid * self.config.crops_per_image)
         for _ in range(self._runs - self.steps_per_epoch):
             self._run_graph()
@@ -174,7 +173,7 @@ class CropLoader:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a loader needs to go on with the batch after the last one yielded."""
+        """All that a loader needs to continue after the last batch yielded."""
         return {
             "setup": self._setup,
             "first_epoch": self._first_epoch,
@@ -184,10 +183,10 @@ class CropLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the very next batch, in a loader that was not read from yet.
+        """Continue with the very next batch, in a loader that was not read from yet.
 
         Raises:
-            ValueError: the state is of another set-up.
+            UserError: the state is of another set-up.
         """
         if state["setup"] != self._setup:
             raise UserError(
@@ -200,7 +199,7 @@ class CropLoader:
     def _run(self) -> CropBatch:
         source, anchor, shape, extent, flip, *pixels = self._run_graph()
         crops = self.config.crops_per_image
-        # All but the rows: a line an image, a column a crop.
+        # Axes: images, crops of each, then values.
         size = torch.from_numpy(extent.as_array()).double()[:, None]
         top_left = torch.from_numpy(anchor.as_array()).double() / size
         height_width = torch.from_numpy(shape.as_array()).double() / size
@@ -216,10 +215,10 @@ class CropLoader:
         return from_dlpack(decoded.as_tensor()).flatten(0, 1)
 
     def _run_graph(self) -> tuple:
-        """The outputs of the graph's next run.
+        """Outputs of the graph's next run.
 
-        A failed read ends a DALI pipeline. On remote shards a new one then continues from the
-        checkpoint taken after the last run, so no sample is lost or repeated.
+        A failed read ends a DALI pipeline. On remote shards a new one continues from the checkpoint
+        taken after the last run, so no sample is lost or repeated.
 
         Raises:
             CacheError: an image can't be decoded.
@@ -234,7 +233,7 @@ class CropLoader:
                 return outputs
             except RuntimeError as error:
                 self._explain(error)
-                # What fails while a checkpoint is restored does not name the operator.
+                # A failure while a checkpoint is restored does not name the operator.
                 if not self._remote or (self._pipeline and "readers.webdataset" not in str(error)):
                     raise
                 problem = f"{self._read_now()}: the store failed ({_reason(error)})"
@@ -249,20 +248,19 @@ class CropLoader:
         raise AssertionError("the last attempt returns or raises")
 
     def _stream(self) -> torch.cuda.Stream | None:
-        """The stream that a GPU's batches are read in.
+        """The stream in which a GPU's batches are read.
 
-        DALI orders the reuse of a batch's memory behind that stream's work, so pixels survive until
-        what was queued there has read them. Given none, it reuses memory as soon as Python drops
-        the batch.
+        DALI reuses a batch's memory only after the work queued in that stream. Without a stream it
+        reuses it as soon as Python drops the batch.
         """
         on_gpu = self.device.type == "cuda"
         return torch.cuda.current_stream(self.device) if on_gpu else None
 
     def _read_now(self) -> str:
-        """Path of the tar that is being read now, or the first of those that may be."""
+        """Path of the tar being read, or of the first of those that may be."""
         first = self.rows.start + min(self.step * self.config.images_per_batch, len(self.rows) - 1)
         end = first + self.config.shuffle_buffer + (1 + _PREFETCHED) * self.config.images_per_batch
-        # Past its end, the reader is in the next epoch.
+        # Past the end of its rows the reader is in the next epoch.
         rows = range(first, end) if end <= self.rows.stop else self.rows
         shard, shards = (
             self._table.shards_of(range(first, first + 1))[0],
@@ -272,21 +270,20 @@ class CropLoader:
         return f"{self._table.paths[shard]}{others}"
 
     def _explain(self, error: RuntimeError) -> None:
-        """Raise a CacheError if DALI failed at an image, of which the error names the row."""
-        # Of a failed decode DALI says `<tar>:<offset>:<row>`, of headers nothing.
+        """Raise a CacheError if DALI failed on an image; only failed decodes name its row."""
         decoding = re.search(r"Failed to decode sample #\d+ : .*:(\d+)$", str(error), re.M)
         if decoding is None and "nvImageCodec failure" not in str(error):
             return
         sample = self._table.key(int(decoding[1])) if decoding else "an image of these shards"
         raise CacheError(
-            f"{sample}: DALI can't decode it, though it was kept when its shard was scored: "
-            "the tar was written over, or the decoders here are others. Remove it from the "
-            f"tar, or have all judged again: {self._table.judge_again()}"
+            f"{sample}: DALI can't decode it, though it could when its shard was scored: the tar "
+            "was overwritten, or the decoders are of other versions. Remove the image from its "
+            f"tar, or judge all images again: {self._table.judge_again()}"
         ) from error
 
     @property
     def _setup(self) -> str:
-        """Everything that decides which sample comes next, spelled out."""
+        """All that decides which sample comes next, spelled out."""
         config = self.config
         return (
             f"{self._table.digest} batch={config.batch_size} size={config.image_size} "
@@ -298,6 +295,6 @@ class CropLoader:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What DALI says of a failed read, without what it says of the pipeline."""
+    """DALI's reason for a failed read, without its description of the pipeline."""
     text = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
     return text.strip(": \n").partition("\n")[0] or "no reason given"

@@ -1,7 +1,7 @@
-"""Which shard of which folder has which entry in the score cache.
+"""Manifests: which shard of which folder has which entry in the score cache.
 
-A folder of shards has one manifest, an object that is versioned: a new version is put only if
-nobody else has put that number, so any number of jobs may publish at once.
+Each folder of shards has one manifest, a versioned object. A version is put only if its number is
+free, so any number of jobs may publish at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEEP_VERSIONS = 3
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the cache knows of the file at one URL: its state when it was read, and its content."""
+    """The state of a shard's file when it was read, and the id of its content."""
 
     version: Version
     shard_id: str
@@ -36,13 +36,13 @@ class _Manifest:
 
 
 class Manifests:
-    """The manifests of the cache in `store`."""
+    """The manifests of a cache."""
 
     def __init__(self, store: CacheStore) -> None:
         self._store = store
 
     def read(self, folder: str) -> dict[str, ShardRecord]:
-        """What is known of the shards in a folder: file name -> record; empty if nothing is.
+        """Records of the shards in a folder, by file name.
 
         Raises:
             CacheError: the manifest is damaged.
@@ -50,9 +50,9 @@ class Manifests:
         return self._newest(_prefix(folder)).records
 
     def publish(self, records: Mapping[str, ShardRecord]) -> None:
-        """Add records (URL -> record) to their folders' manifests, atomically folder by folder.
+        """Add records (URL -> record) to their folders' manifests, atomically for each folder.
 
-        Two jobs that publish at once both succeed: whoever comes second merges and tries again.
+        Of two jobs that publish at once the second merges and tries again.
         """
         folders: dict[str, dict[str, ShardRecord]] = {}
         for url, record in records.items():
@@ -65,13 +65,13 @@ class Manifests:
     def forget(self, folder: str, records: Mapping[str, ShardRecord]) -> None:
         """Drop records (file name -> record) from a folder's manifest, atomically.
 
-        One that was published anew meanwhile, and so differs, stays.
+        A record that was published anew meanwhile, and so differs, stays.
         """
         while not self._change_once(folder, {}, records):
             pass
 
     def lookup(self, urls: Iterable[str]) -> dict[str, ShardRecord]:
-        """Records of those URLs that the manifests know; whether they still hold is not checked."""
+        """Records of those URLs that have one, whether or not the files have changed."""
         manifests: dict[str, dict[str, ShardRecord]] = {}
         found = {}
         for url in urls:
@@ -87,7 +87,7 @@ class Manifests:
         return _prefix(folder)
 
     def folders(self) -> dict[str, dict[str, ShardRecord]]:
-        """Every folder of shards that the cache knows, with its manifest.
+        """Records of every known folder of shards, by file name.
 
         Raises:
             CacheError: a manifest is damaged.
@@ -123,8 +123,8 @@ class Manifests:
             return False
         versions = self._versions(prefix)
         self._store.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
-        # A publisher that was slow may have put a number that was taken and cleared away already.
-        # Then newer versions, which know nothing of it, are there: it has to merge into those.
+        # A slow publisher may have put a number that was taken and cleared away meanwhile. Newer
+        # versions then lack its records, and it has to merge into those.
         return versions[-1] == old.version + 1 or not self._is_missing(prefix, new)
 
     def _is_missing(self, prefix: str, new: Mapping[str, ShardRecord]) -> bool:
@@ -132,13 +132,13 @@ class Manifests:
         return any(records.get(name) != record for name, record in new.items())
 
     def _newest(self, prefix: str) -> _Manifest:
-        """The newest version of a manifest; version 0, which knows nothing, if there is none."""
+        """The newest version of a manifest, or an empty version 0."""
         while versions := self._versions(prefix):
             path = _path(prefix, versions[-1])
             try:
                 content = self._store.get_json(path)
             except FileNotFoundError:
-                continue  # outdated and cleared away since it was listed
+                continue  # cleared away since it was listed
             records = {
                 name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
                 for name, entry in content["shards"].items()

@@ -1,4 +1,4 @@
-"""The join: crops meet the scores of their images, and leave as the patches that training needs."""
+"""From crops and the scores of their images to masked, thrown and visible patches."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ from famt.units import split_of_patches, unit_weights
 
 @dataclass(frozen=True)
 class PatchBatch:
-    """What training takes of a batch: pixels of two of the three groups, and where they lie.
+    """The patches of a batch that training needs: pixels of two groups, positions of all three.
 
     Attributes:
         visible: `[B, V, P*P*3]` uint8 pixels of the patches that the encoder sees.
         masked: `[B, K, P*P*3]` pixels of the patches to reconstruct, `split.predicted`; uint8, or
             float32 on the same scale if they are low-passed.
         split: positions of all groups, on the device of the pixels.
-        views: which parts of which images they are.
-        loss_weights: `[B, K]` float32, share of each of those patches in the loss; None counts
-            them alike.
+        views: which parts of which images the crops show.
+        loss_weights: `[B, K]` float32, factor of each of those patches in the loss; None for 1.
     """
 
     visible: Tensor
@@ -39,7 +38,7 @@ class PatchBatch:
     loss_weights: Tensor | None = None
 
     def chunk(self, parts: int) -> list[PatchBatch]:
-        """The batch in equal parts, one after another."""
+        """The batch in so many equal parts, in order."""
         splits = zip(*(each.chunk(parts) for each in vars(self.split).values()), strict=True)
         rows = torch.arange(len(self.visible)).chunk(parts)
         others = (each.chunk(parts) for each in (self.visible, self.masked))
@@ -53,11 +52,11 @@ class PatchBatch:
 
 
 def crop_scores(maps: Tensor, crops: CropBatch, grid: int) -> Tensor:
-    """What maps of whole images say about crops of them.
+    """Scores of crops' patches, read from maps of their whole images.
 
     Args:
         maps: `[R, G, G]` float on the CPU, a row an image.
-        crops: views on images.
+        crops: with their rows and views.
         grid: patches a side of a crop.
 
     Returns:
@@ -76,15 +75,15 @@ def split_crops(
     generator: torch.Generator | None = None,
     progress: float = 1.0,
 ) -> PatchBatch:
-    """Sample masked, thrown and visible patches by weight and gather the pixels that are needed.
+    """Sample masked, thrown and visible patches by weight, and gather the pixels needed.
 
     Args:
-        crops: views on images.
-        weights: `[B, N]` of their patches; see `famt.train.signals.patch_weights`.
+        crops: images and their views.
+        weights: `[B, N]` of their patches; see `famt.sampling.patch_weights`.
         sizes: of crops, patches and units.
         config: how to draw.
         generator: of the draws, on the crops' device.
-        progress: share of the run's steps that are done, in [0, 1].
+        progress: share of the run's steps done, in [0, 1].
     """
     split = sample_patches(
         unit_weights(weights, sizes.unit),

@@ -1,7 +1,7 @@
-"""What was last seen of every image, kept in the frame of the whole image.
+"""Remembered scores of every image, in the frame of the whole image.
 
-What a crop says of its patches is written back through the inverse of its view, and any later crop
-of the image reads it through its own. So one look serves many epochs, however the crops fall.
+Scores of a crop are written through the inverse of its view, and later crops read them through
+their own views: one look at an image serves many epochs.
 """
 
 from __future__ import annotations
@@ -19,45 +19,43 @@ _NEVER = -1
 class MapBank:
     """A map for every row of a `SampleTable`.
 
-    A crop tells how its patches compare with one another, not with the rest of the image. So what
-    is written is scaled to the mean that the bank has in that window, and the mean of a map over
-    its whole image stays 1.
+    Scores of a crop compare its patches with one another, not with the rest of the image. So they
+    are scaled to the bank's mean in that window, and the mean of a map stays 1.
 
     Attributes:
-        maps: `[R, G, G]` float16, mean 1 an image; all ones for a row that was never seen.
-        refreshed: `[R]` int32, the step of a row's last refresh, -1 for never.
+        maps: `[R, G, G]` float16, mean 1 an image; ones for a row never written.
+        refreshed: `[R]` int32, step at which a row was last written, -1 for never.
     """
 
     def __init__(self, rows: int, grid: int) -> None:
         self.maps = torch.ones(rows, grid, grid, dtype=torch.float16)
         self.refreshed = torch.full((rows,), _NEVER, dtype=torch.int32)
-        self._told = 0  # other banks know what was refreshed before this step
+        self._synced = 0  # other banks have all rows written before this step
 
     def oldest(self, rows: Tensor, count: int) -> Tensor:
-        """Positions in `rows [B]` of the `count` longest without a refresh, `[count]` int64.
+        """Positions in `rows [B]` of the `count` rows written longest ago, `[count]` int64.
 
-        Of a row that is there several times, another place counts only after all rows had one.
+        A second position of a row comes after the first positions of all rows.
         """
         by_age = self.refreshed[rows].argsort(stable=True)
         return by_age[_turns(rows)[by_age].argsort(stable=True)][:count]
 
     def read(self, crops: CropBatch, grid: int) -> Tensor:
-        """Crops' parts of it, `[B, grid**2]` float32 on their device, >= 0; ones if never seen."""
+        """Scores of crops, `[B, grid**2]` float32 on their device, >= 0; ones if never written."""
         return crop_scores(self.maps, crops, grid)
 
     def write(self, views: Views, scores: Tensor, step: int, known: Tensor | None = None) -> None:
-        """Take up what crops say of their patches.
+        """Write scores of crops into the maps of their rows.
 
-        Several crops of one row are taken up one after the other, as they stand: where they
-        overlap, the last one counts.
+        Several crops of one row are written in order: where they overlap, the last one counts.
 
         Args:
-            views: of any rows.
-            scores: `[B, n**2]` float on the CPU, >= 0, any scale; a crop with a known score that is
-                not finite, or with none above 0, says nothing and is left out.
-            step: of the run, now.
+            views: of the crops; rows may repeat.
+            scores: `[B, n**2]` float on the CPU, >= 0, any scale. Crops with a known score that is
+                not finite, or with none above 0, are left out.
+            step: current step of the run.
             known: `[B, n**2]` bool on the CPU, the patches that have a score; all if left out. The
-                others leave the map as it is.
+                map stays as it is under the others.
         """
         turns = _turns(views.rows)
         if turns.any():
@@ -89,32 +87,32 @@ class MapBank:
         self.refreshed[views.rows] = step
 
     def news(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows refreshed since the last news, their maps and steps: what other banks `merge`."""
-        rows = (self.refreshed >= self._told).nonzero().flatten()
-        self._told = self._next_step()
+        """Rows written since the last sync, their maps and steps, for other banks to `merge`."""
+        rows = (self.refreshed >= self._synced).nonzero().flatten()
+        self._synced = self._next_step()
         return rows, self.maps[rows], self.refreshed[rows]
 
     def merge(self, rows: Tensor, maps: Tensor, refreshed: Tensor) -> None:
-        """Take over another bank's `news`, but for rows that this bank refreshed later."""
+        """Take over another bank's `news`, except rows that this bank wrote later."""
         newer = refreshed > self.refreshed[rows]
         rows = rows[newer]
         self.maps[rows] = maps[newer]
         self.refreshed[rows] = refreshed[newer]
-        self._told = self._next_step()
+        self._synced = self._next_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the bank holds."""
         return {"maps": self.maps, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over what `state_dict` of a bank of as many rows said, in place."""
+        """Load the state of a bank of equal size, in place."""
         self.maps.copy_(state["maps"])
         self.refreshed.copy_(state["refreshed"])
-        self._told = self._next_step()
+        self._synced = self._next_step()
 
     @property
     def coverage(self) -> float:
-        """Share of the rows that were ever seen."""
+        """Share of the rows ever written."""
         return (self.refreshed != _NEVER).float().mean().item()
 
     def _next_step(self) -> int:
@@ -122,7 +120,7 @@ class MapBank:
 
 
 def _turns(rows: Tensor) -> Tensor:
-    """How often the same row stands before each place of `rows [B]`: `[B]` int64."""
+    """How often each row occurs before its position in `rows [B]`: `[B]` int64."""
     order = rows.argsort(stable=True)
     ordered = rows[order]
     turns = torch.empty_like(rows)

@@ -1,6 +1,6 @@
-"""Scores that a model gives: what `ModelScoreSpec` names, computed.
+"""Compute the scores that `ModelScoreSpec` names.
 
-Apart from `famt.pipeline.scores`, so that scoring pixels imports no timm: 125 MB a worker, 2 s.
+Apart from `famt.pipeline.scores`, so that workers that score pixels need no timm: 125 MB, 2 s.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from famt.pipeline.scores import ModelScoreSpec, checked_maps, model_plugin
 ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
 """an encoder in eval mode and images `[B, 3, S, S]` float, normalised -> `[B, N]` float, >= 0"""
 
-# What the last block gives: its attention [B, H, N+1, N+1], and its patch tokens [B, N, C].
+# Functions of the last block's attention [B, H, N+1, N+1] and patch tokens [B, N, C].
 _OF_ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": attention_scores,  # FAMT's formula
     "cls_attention": cls_attention,  # AMT's formula
@@ -37,18 +37,18 @@ _OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def model_scores(
     kinds: Sequence[str], encoder: VisionTransformer, images: Tensor
 ) -> dict[str, Tensor]:
-    """Scores that an encoder gives of images, all of this package's kinds by one forward pass.
+    """Scores of images by an encoder; all of this project's kinds take one forward pass.
 
     Args:
-        kinds: keys of `MODEL_KINDS`, or of other packages.
+        kinds: of `MODEL_KINDS`, or of other packages.
         encoder: a timm `VisionTransformer` with a class token.
         images: `[B, 3, S, S]` float, normalised.
 
     Returns:
-        `[B, N]` float, >= 0, for each kind.
+        `[B, N]` float, >= 0, by kind.
 
     Raises:
-        ValueError: no such kind here.
+        UserError: no such kind is installed.
     """
     scores: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -69,15 +69,15 @@ def model_scores(
 def score_crops(
     kind: str, encoder: VisionTransformer, images: Tensor, size: int | None = None
 ) -> Tensor:
-    """A model's score of the patches of crops.
+    """Score the patches of crops by a model.
 
     Args:
         kind, encoder: as for `model_scores`.
         images: `[B, S, S, 3]` uint8.
-        size: side that the crops are shrunk to first, px; None leaves them.
+        size: side to which crops are shrunk first, px; None leaves them.
 
     Returns:
-        `[B, n**2]` float, >= 0; n cells a side of what the encoder saw.
+        `[B, n**2]` float, >= 0; the encoder sees n patches a side.
     """
     pixels = normalise_images(images)
     if size not in (None, pixels.shape[-1]):
@@ -91,11 +91,11 @@ def model_maps(
     """Maps of images by several specs of one encoder: `[B, grid, grid]` float32, mean 1 an image.
 
     Args:
-        specs: alike but for their kinds.
+        specs: equal but for their kinds.
         encoder, images: as for `model_scores`.
 
     Raises:
-        ValueError: no such kind here, or another package's score is not what it must be.
+        UserError: no such kind is installed, or a score is not finite and >= 0.
     """
     with torch.autocast(images.device.type, torch.bfloat16, enabled=specs[0].precision == "bf16"):
         scores = model_scores([spec.kind for spec in specs], encoder, images)

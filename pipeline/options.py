@@ -1,15 +1,12 @@
-"""Options: bounds and notes beside each of them, and those of the loader and of the join.
+"""Options with bounds and notes beside them, and the options of the loader and of masking.
 
-This module imports nothing heavy, and neither does any other that holds options of a program: a
-command line is parsed before torch is imported.
-
-Bounds are checked in one place for every program:
+Bounds are those of the `annotated-types` package: `Ge`, `Gt`, `Le`, `Lt`, and `MinLen` for an
+option of several values. `Checked` compares them:
 
     epochs: Annotated[int, Ge(1)] = 800
     flip: Annotated[float, Ge(0), Le(1)] = 0.5
 
-The bounds are those of the `annotated-types` package: `Ge`, `Gt`, `Le`, `Lt`, and `MinLen` for an
-option of several values.
+Modules of options import nothing heavy: command lines are parsed before torch is imported.
 """
 
 from __future__ import annotations
@@ -31,15 +28,13 @@ from famt.pipeline.errors import UserError
 Options = TypeVar("Options")
 
 FREE = "may differ on resume"
-"""note beside an option of a run: nothing that is learned depends on it"""
+"""note on an option of a run: nothing that is learned depends on it"""
 ELASTIC = "may differ on resume with --elastic"
-"""note beside an option of a run: it may, from the beginning of an epoch"""
-
-
+"""note on an option of a run: it may change at the beginning of an epoch"""
 MAIN = "shown by --help"
-"""note beside one of the options that matter most, where a program has many"""
+"""note on an option that matters most, of a program with many"""
 PLACE = "a path or URL"
-"""note beside an option: it is written down so that it holds in any working directory"""
+"""note on an option: it is recorded so that it holds in any working directory"""
 
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """seed of a generator, as every library here takes it"""
@@ -53,18 +48,18 @@ _BOUNDS: dict[type, tuple[str, Callable[[Any, Any], bool], str]] = {
 
 
 class Checked:
-    """Base of the options of a program: a dataclass whose bounds hold, with all that is in it."""
+    """Base of a dataclass of options that checks its bounds, nested dataclasses included."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
 
 
 def check_bounds(options: Any) -> None:
-    """Compare every number in a dataclass, and in those inside it, with the bounds beside it.
+    """Check every number in a dataclass, and in those nested in it, against its bounds.
 
     Raises:
-        ValueError: one is out of bounds or not finite, or values are too few; names the option as
-            the command line does.
+        UserError: a number is out of bounds or not finite, or values are too few; names the option
+            as on the command line.
     """
     for name, value, notes in annotated(options):
         option = "--" + name.replace("_", "-")
@@ -84,7 +79,7 @@ def check_bounds(options: Any) -> None:
 
 
 def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
-    """(dotted name, value, notes beside its type) of every option in a dataclass."""
+    """(dotted name, value, notes) of every option in a dataclass."""
     for own_name, notes in notes_of(type(options)).items():
         value, name = getattr(options, own_name), above + own_name
         if dataclasses.is_dataclass(value):
@@ -95,7 +90,7 @@ def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[A
 
 
 def flat(options: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """Nested options as plain data, by their dotted names."""
+    """Nested plain data by dotted names."""
     found: dict[str, Any] = {}
     for name, value in options.items():
         found |= (
@@ -105,9 +100,9 @@ def flat(options: dict[str, Any], above: str = "") -> dict[str, Any]:
 
 
 def restored(kind: type[Options], plain: dict[str, Any]) -> Options:
-    """A dataclass of options out of plain data as JSON keeps it.
+    """A dataclass of options from JSON's plain data.
 
-    Options that are not there are as by default; what is there besides is passed over.
+    Missing options keep their defaults; unknown ones are ignored.
     """
     values: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
@@ -125,7 +120,7 @@ def restored(kind: type[Options], plain: dict[str, Any]) -> Options:
 
 
 def notes_of(kind: type) -> dict[str, tuple[Any, ...]]:
-    """Notes beside the type of each option of a dataclass, by its name."""
+    """Notes on the options of a dataclass, by name."""
     return _notes_of(cast(Hashable, kind))
 
 
@@ -174,16 +169,16 @@ View = RandomView | CentreView | WholeView
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How images are decoded for a GPU; for a CPU nothing of it counts."""
+    """How images are decoded for a GPU; a CPU ignores it."""
 
     on: Literal["gpu", "cpu"] = "gpu"
-    """where; on cpu the threads decode, and the GPU resizes what they send"""
+    """device that decodes; with cpu the GPU resizes what threads decode"""
     hardware_share: Annotated[float, Ge(0), Le(1)] = 0.65
-    """share of a batch for the hardware decoder of a GPU that has one; the others are decoded by
-    threads and CUDA cores, so more threads want a smaller share"""
+    """share of a batch for the GPU's hardware decoder, if it has one; threads and CUDA cores decode
+    the rest, so more threads want a smaller share"""
     preallocate: Annotated[int, Ge(0)] = 0
-    """side of images, px, that the hardware decoder gets memory for at the start; 0 lets it grow
-    with the images"""
+    """side of images, px, for which the hardware decoder allocates memory at the start; 0 lets it
+    grow with the images"""
 
 
 @dataclass(frozen=True)
@@ -233,7 +228,7 @@ class LoaderConfig(LoaderOptions):
 
 @dataclass(frozen=True)
 class JoinConfig:
-    """How weights become a split."""
+    """How patches are masked and thrown by their weights."""
 
     mask_ratio: Annotated[float, Ge(0), Lt(1)] = 0.45
     """share of the patches that are hidden and reconstructed"""

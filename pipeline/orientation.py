@@ -1,9 +1,8 @@
-"""Tell metadata that every reader understands alike from metadata that turns an image for some.
+"""Find EXIF whose orientation readers may understand in different ways.
 
-nvImageCodec reads the orientation of an image twice: its parser, which decides how large the
-upright image is, and its decoder, which turns it. Where the two part, DALI ends the epoch or writes
-beyond the end of the image: a process dies now, or later, of something else. So such a file must
-not even be decoded.
+nvImageCodec reads an image's orientation twice: in its parser, which computes the upright extent,
+and in its decoder, which turns the pixels. If the two differ, DALI ends the epoch or writes past
+the end of the image, and the process may crash later. Such a file must not even be decoded.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ _EXIF = b"Exif\0\0"
 
 
 def is_ambiguous(data: bytes) -> bool:
-    """Whether readers may take the upright form of this JPEG, PNG or WebP for another.
+    """Whether readers may disagree on the orientation of this JPEG, PNG or WebP.
 
-    Not ambiguous is: no EXIF at all; one block of it that is well-formed; or any number and state
-    of them in which nothing could be read as an orientation other than upright.
+    Unambiguous are: no EXIF; one well-formed block; any blocks that could not be read as another
+    orientation than upright.
     """
     blocks = _blocks(data)
     if len(blocks) == 1 and _is_well_formed(blocks[0]):
@@ -29,19 +28,19 @@ def is_ambiguous(data: bytes) -> bool:
 
 
 def may_be_turned(data: bytes) -> bool:
-    """Whether any reader could take this JPEG, PNG or WebP to lie other than upright."""
+    """Whether any reader could turn this JPEG, PNG or WebP."""
     return any(map(may_turn, _blocks(data)))
 
 
 def _blocks(data: bytes) -> list[bytes]:
-    """All that some reader could take for the EXIF of an image."""
+    """All bytes that some reader could take for the EXIF of an image."""
     if data[:2] == b"\xff\xd8":
         return list(_jpeg_blocks(data))
     return _webp_blocks(data) if data[:4] == b"RIFF" else list(_png_blocks(data))
 
 
 def _jpeg_blocks(data: bytes) -> Iterator[bytes]:
-    """The EXIF of each APP1 segment before the first scan; all of the file if its headers break."""
+    """The EXIF of each APP1 segment before the first scan; the whole file if its headers break."""
     at = 2
     while True:
         while data[at : at + 2] == b"\xff\xff":  # fill bytes
@@ -69,7 +68,7 @@ def _png_blocks(data: bytes) -> Iterator[bytes]:
 
 
 def _webp_blocks(data: bytes) -> list[bytes]:
-    """Each EXIF chunk; all of the file if the word stands elsewhere, as beyond the RIFF's end."""
+    """Each EXIF chunk; the whole file if "EXIF" also occurs elsewhere, as past the RIFF's end."""
     blocks, at = [], 12
     end = min(len(data), 8 + int.from_bytes(data[4:8], "little"))
     while at + 8 <= end:
@@ -82,7 +81,7 @@ def _webp_blocks(data: bytes) -> list[bytes]:
 
 
 def _is_well_formed(block: bytes) -> bool:
-    """Whether a TIFF block's first directory, and all that it points at, lies inside the block."""
+    """Whether a TIFF block holds its first directory and all that it points at."""
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     if order is None or len(block) < 10:
         return False
@@ -97,7 +96,7 @@ def _is_well_formed(block: bytes) -> bool:
     for at in range(start + 2, end, 12):
         tag, kind, values, offset = struct.unpack(order + "HHLL", block[at : at + 12])
         size = _KIND_BYTES.get(kind, len(block)) * values
-        # A pointer to another directory is a value of 4 bytes, and an offset all the same.
+        # A pointer to another directory has 4 bytes, but is an offset all the same.
         if (size > 4 or tag == 0x8769) and offset + (size if size > 4 else 2) > len(block):
             return False
         tags.append(tag)
@@ -105,7 +104,7 @@ def _is_well_formed(block: bytes) -> bool:
 
 
 def may_turn(block: bytes) -> bool:
-    """Whether anything in a block of EXIF could be read as an Orientation other than 1, upright."""
+    """Whether anything in a block could be read as an Orientation other than 1, upright."""
     for order in "<>":
         tag = struct.pack(order + "H", _ORIENTATION)
         upright = tag + struct.pack(order + "HLH", 3, 1, 1)

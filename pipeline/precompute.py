@@ -1,13 +1,11 @@
-"""Judge and score one shard: the pure kernel under the Ray job.
+"""Judge and score one shard: what a task of the Ray job does.
 
-One read of the tar serves its hash, its table, every decode and every score. Judging, which decides
-what enters training, is a step of its own, `judge_shard`; scoring looks at the pixels it hands on.
+The tar is read once, for its hash, its table, all decodes and all scores.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,17 +21,18 @@ from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import (
     Rejected,
     Sample,
+    ShardListing,
     content_id,
     count_endings,
     judgement_ids,
     list_shard,
 )
 
-_BATCH = 128  # enough to share the cost of a call
+_BATCH = 128  # images scored in one call
 
 
 class ShardScores(NamedTuple):
-    """Result of scoring one tar: its table and `maps [n, G, G]` float16, one a sample kept."""
+    """The table of a tar, and `maps [n, G, G]` float16 of the samples kept; none without a spec."""
 
     table: ShardTable
     maps: NDArray[np.float16]
@@ -41,12 +40,13 @@ class ShardScores(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What one task did with one tar.
+    """The result of `precompute_shard`.
 
     Attributes:
-        version: size and stamp of the file as it was read.
-        kept, quarantined: images; together all that were seen.
-        decoded: images decoded now; 0 if the cache had it all.
+        version: size and stamp of the file when it was read.
+        kept, quarantined: images of the tar; together all of them.
+        decoded: images decoded now; 0 if the cache lacked nothing.
+        damage, passed_over: as of `ShardTable`.
     """
 
     url: str
@@ -67,32 +67,28 @@ def precompute_shard(
     retry_bad: bool = False,
     known_only: bool = False,
 ) -> ShardReport:
-    """Make the cache hold the table and the maps of the tar at `url`; compute only what it lacks.
+    """Put the table and the maps of the tar at `url` into the cache; compute only what is missing.
 
     Args:
-        spec: which maps; the table alone if None.
-        retry_bad: judge every image again by the decoders that are here now. If that changes which
-            images enter training, the tar gets a new entry, with maps of `spec` alone: those of the
-            old one lie in other rows.
-        known_only: refuse a tar whose content the cache does not know.
+        spec: which maps; None for the table alone.
+        retry_bad: judge all images again with the decoders installed now. If other images enter
+            training then, the tar gets a new entry, with maps of `spec` alone, since maps of the
+            old entry follow other rows.
+        known_only: refuse a tar whose content is not in the cache.
 
     Raises:
         OSError: the tar can't be read, or the cache can't be written.
-        ValueError: the file is no tar, was judged too often, or is refused.
+        UserError: the file is no tar, was judged too often, or is refused.
     """
     data, content, version = _read(url)
     shard_id, free = _newest_entry(cache, content)
-    # A table that is there decides which samples there are: its other maps go by it.
+    # A stored table decides which samples there are, since stored maps follow its rows.
     table = cache.find_table(shard_id)
     if table is None and known_only:
         raise UserError("its content is new")
     decoded = 0
     if table is None or retry_bad or not (spec is None or cache.has_maps(shard_id, spec)):
-        known = None if retry_bad else table
-        if spec is None:
-            new = judge_shard(data, url, known=known)
-        else:
-            new, maps = score_shard(data, spec, url, known)
+        new, maps = score_shard(data, spec, url, None if retry_bad else table)
         decoded = new.kept
         if table is not None and not new.same_rows(table):
             shard_id, table = free, None
@@ -114,10 +110,10 @@ def precompute_shard(
 
 
 def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
-    """The id of a tar's entry by its newest judgement, and the id that the next one would get.
+    """The id of the entry by a tar's newest judgement, and the id for the next judgement.
 
     Raises:
-        ValueError: it was judged too often.
+        UserError: it was judged too often.
     """
     newest, *later = judgement_ids(content)
     for shard_id in later:
@@ -128,7 +124,7 @@ def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
 
 
 def _read(url: str) -> tuple[bytes, str, storage.Version]:
-    """Bytes of a tar, their hash, and the state of the file that they are of."""
+    """Bytes of a tar, their hash, and the state of the file."""
     before = storage.version(url)
     data = storage.read(url)
     if storage.version(url) != before or len(data) != before.size:
@@ -136,57 +132,52 @@ def _read(url: str) -> tuple[bytes, str, storage.Version]:
     return data, content_id(data), before
 
 
-def judge_shard(
-    data: bytes,
-    name: str = "tar",
-    *,
-    size: int = 1,
-    on_kept: Callable[[NDArray[np.uint8]], None] = lambda pixels: None,
-    known: ShardTable | None = None,
-) -> ShardTable:
-    """Decide which images of a tar in memory enter training, and where their bytes lie.
+def score_shard(
+    data: bytes, spec: ScoreSpec | None, name: str = "tar", known: ShardTable | None = None
+) -> ShardScores:
+    """Decide which images of a tar in memory enter training, and score these.
 
     Args:
         data: the bytes of the tar.
-        name: what to call the tar in an error.
-        size: side of the squares that images are squashed to, px.
-        on_kept: called with the pixels `[size, size, 3]` uint8 of each image kept, in tar order.
-        known: what an earlier call on the same bytes returned: only its samples are decoded, and
-            all of them must be.
+        spec: which score; None for none.
+        name: of the tar, for errors.
+        known: an earlier table of the same bytes; its samples alone are decoded.
 
     Raises:
-        ValueError: `data` is not a tar, holds no image at all, or a sample of `known` does not
-            decode any more.
-        MemoryError: too little of it here for one of the images.
+        UserError: `data` is no tar or holds no image, or a sample of `known` no longer decodes.
+        MemoryError: too little memory for one of the images.
     """
+    listing = _list(data, name) if known is None else _as_listing(known)
+    kept, rejected = [], [*listing.rejected]
+    maps: list[torch.Tensor] = []
+    batch: list[NDArray[np.uint8]] = []
+
+    def score_batch() -> None:
+        if spec and batch:
+            maps.append(spec.score(torch.from_numpy(np.stack(batch))))
+        batch.clear()
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
-        if known is not None:
-            for sample in _samples(known):
-                try:
-                    on_kept(decode(_bytes(data, sample), size))
-                except BadImage as error:
+        for sample in listing.samples:
+            image = data[sample.offset : sample.offset + sample.size]
+            try:
+                batch.append(decode(image, spec.size if spec else 1))
+            except BadImage as error:
+                if known is not None:
                     raise UserError(
                         f"{name}: {sample.key} was kept before and does not decode now ({error}); "
                         "judge the shard again with `famt score --retry-bad`"
                     ) from error
-            return known
-        listing = list_shard(data)
-        if not listing.samples and not listing.rejected:
-            others = f"; it holds {count_endings(listing.passed_over)}" * bool(listing.passed_over)
-            raise UserError(
-                f"{name}: no image in it ({listing.damage or 'the tar is whole'}{others})"
-            )
-        kept, rejected = [], list(listing.rejected)
-        for sample in listing.samples:
-            try:
-                pixels = decode(_bytes(data, sample), size)
-            except BadImage as error:
                 rejected.append(Rejected(sample.key, str(error)))
-            else:
-                on_kept(pixels)
-                kept.append(sample)
-    return ShardTable(
+                continue
+            kept.append(sample)
+            if len(batch) == _BATCH:
+                score_batch()
+    score_batch()
+    grid = spec.grid if spec else 1
+    stacked = torch.cat(maps) if maps else torch.empty(0, grid, grid)
+    table = known or ShardTable(
         key=[sample.key for sample in kept],
         offset=np.array([sample.offset for sample in kept], np.int64),
         size=np.array([sample.size for sample in kept], np.int64),
@@ -196,41 +187,18 @@ def judge_shard(
         damage=listing.damage,
         passed_over=listing.passed_over,
     )
-
-
-def score_shard(
-    data: bytes, spec: ScoreSpec, name: str = "tar", known: ShardTable | None = None
-) -> ShardScores:
-    """Judge and score every image of a tar in memory.
-
-    Args:
-        data: the bytes of the tar.
-        spec: which score.
-        name, known: see `judge_shard`, whose errors this raises too.
-    """
-    maps: list[torch.Tensor] = []
-    batch: list[NDArray[np.uint8]] = []
-
-    def score_batch() -> None:
-        maps.append(spec.score(torch.from_numpy(np.stack(batch))))
-        batch.clear()
-
-    def add(pixels: NDArray[np.uint8]) -> None:
-        batch.append(pixels)
-        if len(batch) == _BATCH:
-            score_batch()
-
-    table = judge_shard(data, name, size=spec.size, on_kept=add, known=known)
-    if batch:
-        score_batch()
-    stacked = torch.cat(maps) if maps else torch.empty(0, spec.grid, spec.grid)
     return ShardScores(table, stacked.to(torch.float16).numpy())
 
 
-def _samples(table: ShardTable) -> list[Sample]:
+def _list(data: bytes, name: str) -> ShardListing:
+    listing = list_shard(data)
+    if not listing.samples and not listing.rejected:
+        others = f"; it holds {count_endings(listing.passed_over)}" * bool(listing.passed_over)
+        raise UserError(f"{name}: no image in it ({listing.damage or 'the tar is whole'}{others})")
+    return listing
+
+
+def _as_listing(table: ShardTable) -> ShardListing:
     rows = zip(table.key, table.offset, table.size, table.label, strict=True)
-    return [Sample(key, int(offset), int(size), int(c)) for key, offset, size, c in rows]
-
-
-def _bytes(data: bytes, sample: Sample) -> bytes:
-    return data[sample.offset : sample.offset + sample.size]
+    samples = [Sample(key, int(offset), int(size), int(c)) for key, offset, size, c in rows]
+    return ShardListing(samples, table.rejected, table.damage, table.passed_over)

@@ -19,8 +19,8 @@ def publish(reports: Iterable[ShardReport], cache: ScoreCache, spec: ScoreSpec |
     """Record shards whose table, and whose maps of `spec`, are in the cache.
 
     Returns:
-        URLs of shards whose entry `famt.pipeline.gc` deleted before it was recorded: score these
-        again.
+        URLs of shards whose entry a collection (`famt cache gc`) deleted before it was recorded:
+        score these again.
     """
     reports = list(reports)
     cache.manifests.publish(

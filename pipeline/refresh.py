@@ -1,4 +1,4 @@
-"""Score whole images with an encoder: the pure kernel under the refresh job."""
+"""Score whole images with an encoder: what an actor of the refresh job does."""
 
 from __future__ import annotations
 
@@ -26,20 +26,17 @@ def score_images(
     threads: int,
     device: torch.device,
 ) -> dict[ModelScoreSpec, NDArray[np.float16]]:
-    """Maps `[R, G, G]` that an encoder gives of images, a row a sample, by one forward pass each.
+    """Maps `[R, G, G]` of images by an encoder, by spec; one forward pass an image.
 
-    Images are squashed to the encoder's size whole, as the paper does.
+    Whole images are squashed to the encoder's size, as in the paper.
 
     Args:
         encoder: on `device`, in eval mode.
-        samples: the images.
-        specs: what to compute, alike but for their kinds; their `encoder` is the digest of this
-            encoder's weights.
-        batch_size: images at a time.
-        threads: that decode.
+        specs: equal but for their kinds; their `encoder` is the digest of these weights.
+        threads: CPU threads that decode.
 
     Raises:
-        ValueError: the encoder's scores are not finite.
+        UserError: the encoder's scores are not finite.
         OSError: a shard can't be read.
     """
     loader = CropLoader(

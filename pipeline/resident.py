@@ -1,4 +1,4 @@
-"""A loader for small sets: images are decoded once and held, and crops are cut from memory."""
+"""A loader for small data sets: decodes each image once and cuts crops from memory."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _ROOM = 0.5  # share of the free memory that the images may take
 class ResidentLoader(CropLoader):
     """A `CropLoader` that decodes each image of its rank's share once, into the device's memory.
 
-    It yields the same rows, windows and flips in the same order, and its state is that loader's:
-    DALI still reads headers and draws crops. Pixels differ by rounding, and at a crop's rim, where
-    the other loader's filter on a GPU sees what lies beyond. Images are held whole, 3 bytes a
-    pixel, padded to the largest: 0.5 GB for 40,000 of 64 x 64 px.
+    Rows, windows, flips, their order and the state are those of `CropLoader`: DALI still reads
+    headers and draws crops. Pixels differ by rounding, and at a crop's rim where `CropLoader`'s
+    filter sees beyond the crop. Images take 3 bytes a pixel, padded to the largest: 0.5 GB for
+    40,000 of 64 x 64 px.
 
-    Args: those of `CropLoader`.
+    Args: as of `CropLoader`.
 
     Raises:
-        UserError: also if the images take more than half of the memory that is free.
+        UserError: as of `CropLoader`, or the images take more than half of the free memory.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -80,10 +80,10 @@ class ResidentLoader(CropLoader):
         return images, extents.to(self.device)
 
     def _grown(self, images: Tensor, height: int, width: int) -> Tensor:
-        """The array with room for images that are so much larger.
+        """Pad the images by so many px.
 
         Raises:
-            UserError: there is no memory for it.
+            UserError: too little memory.
         """
         count, _, high, wide = images.shape
         needed = count * (high + height) * (wide + width) * 3
@@ -96,6 +96,6 @@ class ResidentLoader(CropLoader):
             raise UserError(
                 f"--resident: {count} images of up to {wide + width} x {high + height} px take "
                 f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {self.device}; leave "
-                "it out, and images are decoded each time"
+                "it out to decode images each time"
             )
         return pad(images, (0, width, 0, height))

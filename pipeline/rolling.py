@@ -1,4 +1,4 @@
-"""A model's score of every crop, of which a part is looked at each step and the rest remembered."""
+"""A model's score of every crop: computed for an eighth of each batch, remembered for the rest."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ EVERY = 8  # at half size an eighth of a batch costs 1 to 3 % of a step of ViT-B
 
 
 def half_size(image_size: int, patch_size: int) -> int:
-    """Half a crop's side in whole patches, px: what the model looks at."""
+    """Half a crop's side in whole patches, px: the size at which crops are scored."""
     return max(1, image_size // 2 // patch_size) * patch_size
 
 
 class RollingScores:
-    """Scores from a bank in the frame of each image, into which 1/every of each batch is written.
+    """Scores from a bank, in which 1/every of each batch is scored anew, oldest rows first.
 
     Args:
-        bank: of the rows that crops are of.
+        bank: of the crops' rows.
         grid: patches a side of a crop.
         score: crops `[B, S, S, 3]` uint8 -> `[B, n**2]` float, >= 0.
-        every: a batch's images that were not looked at for longest come first.
-        write: takes up what was seen; the bank's own `write`, at once, if left out.
+        every: see above.
+        write: called with views, new scores and the step; writes them into the bank if left out.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class RollingScores:
         self._write = write or (lambda views, scores, step: bank.write(views, scores.cpu(), step))
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
-        """Scores `[B, grid**2]` float32 on the crops' device; ones of an image not seen yet."""
+        """Scores `[B, grid**2]` float32 on the crops' device; ones for an image not scored yet."""
         scores = self._bank.read(crops, self._grid)
         chosen = self._bank.oldest(crops.rows, -(-len(crops.rows) // self._every))
         seen = crops.take(chosen)

@@ -1,9 +1,8 @@
-"""What a score is: its kind and parameters, and the id under which the cache keeps it.
+"""Specs of scores: kind, parameters, and the id under which the cache keeps the maps.
 
-Two families: scores of pixels (`ScoreSpec`), computed once ahead of training, and scores that a
-model in training gives (`ModelScoreSpec`), computed again as it learns. Both are open: a package
-that declares an entry point in `famt.scores` or `famt.model_scores` adds a kind by its name; see
-docs/custom-scores.md.
+Pixel scores (`ScoreSpec`) are computed once ahead of training, scores by a model in training
+(`ModelScoreSpec`) again and again as it learns. Other packages add kinds of both by entry points in
+`famt.scores` and `famt.model_scores`; see docs/custom-scores.md.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.options import Checked
 from famt.pipeline.plugins import find_plugin
 
-if TYPE_CHECKING:  # options of programs are here, and parsed before torch is imported
+if TYPE_CHECKING:  # command lines are parsed before torch is imported
     from torch import Tensor
 
-# Raise these with any change that alters the numbers of an existing kind.
+# Raise these when the numbers of an existing kind change.
 _CODE_VERSION = 2  # 1 decoded all images by Pillow
 _MODEL_CODE_VERSION = 1
 
@@ -37,12 +36,12 @@ _MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 PixelScore = Callable[["Tensor", int], "Tensor"]
 """images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
 MODEL_KINDS = ("attention", "cls_attention", "token_frequency", "frequency_attention")
-"""scores that a model gives; `famt.pipeline.model_scores` computes them"""
+"""kinds that `famt.pipeline.model_scores` computes"""
 
 
 @dataclass(frozen=True)
 class ScoreSpec(Checked):
-    """A kind of pixel score and all that its numbers depend on. Equal specs share cached maps."""
+    """A pixel score and all that its numbers depend on. Equal specs share cached maps."""
 
     kind: str = DEFAULT_KIND
     """which score: hypercomplex_fourier, hypercomplex_fourier_scales, frequency_tuned, bandpass,
@@ -76,17 +75,17 @@ class ScoreSpec(Checked):
         return self.grid * self.pixels_per_cell
 
     def describe(self) -> dict[str, object]:
-        """The spec spelled out, as JSON keeps it.
+        """The spec as plain data, to be kept as JSON.
 
         Raises:
-            ValueError: no such kind here.
+            UserError: no such kind is installed.
         """
         described = json.loads(json.dumps(dataclasses.asdict(self)))
         return {**described, "code_version": self._code_version()}
 
     @classmethod
     def from_description(cls, described: dict[str, Any]) -> ScoreSpec | None:
-        """The spec that `describe` spelled out, or None if other code's scores are meant."""
+        """Inverse of `describe`; None for a description by code of another version."""
         values = dict(described)
         code_version = values.pop("code_version", None)
         if values.get("band") is not None:
@@ -106,7 +105,7 @@ class ScoreSpec(Checked):
         """`[B, size, size, 3]` uint8 -> `[B, grid, grid]` float32, mean 1 an image.
 
         Raises:
-            ValueError: no such kind here, or another package's score is not what it must be.
+            UserError: no such kind is installed, or another package's score is invalid.
         """
         import torch
 
@@ -127,14 +126,14 @@ class ScoreSpec(Checked):
 
 @dataclass(frozen=True)
 class ModelScoreSpec:
-    """A score that a certain encoder gives, and all that its numbers depend on."""
+    """A score by a certain encoder, and all that its numbers depend on."""
 
     kind: str
     """key of `MODEL_KINDS`, or one that an installed package adds"""
     grid: int
     """cells a side: the encoder's patches"""
     image_size: int
-    """images are squashed to squares of this side, px"""
+    """side of the squares that images are squashed to, px"""
     encoder: str
     """`encoder_digest` of its weights"""
     precision: Literal["bf16", "fp32"] = "fp32"
@@ -145,10 +144,10 @@ class ModelScoreSpec:
             raise ValueError(f"a grid of {self.grid} cells on images of {self.image_size} px")
 
     def describe(self) -> dict[str, object]:
-        """The spec spelled out, as JSON keeps it.
+        """The spec as plain data, to be kept as JSON.
 
         Raises:
-            ValueError: no such kind here.
+            UserError: no such kind is installed.
         """
         code: int | str = _MODEL_CODE_VERSION
         if self.kind not in MODEL_KINDS:
@@ -169,10 +168,10 @@ def encoder_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def check_model_kinds(kinds: Iterable[str]) -> None:
-    """Refuse a kind of model score that is none.
+    """Refuse kinds of model score that are not installed.
 
     Raises:
-        ValueError: no such kind here.
+        UserError: names the first one, and all there are.
     """
     for kind in kinds:
         if kind not in MODEL_KINDS:

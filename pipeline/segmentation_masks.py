@@ -1,4 +1,4 @@
-"""Masks: which class every pixel of an image belongs to."""
+"""Segmentation masks: the class of every pixel."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _MODES = ("1", "L", "P", "I", "I;16")
 
 
 def read_masks(table: SampleTable) -> list[bytes]:
-    """The PNG of every sample's mask, row by row; each tar is read once, whole.
+    """The PNG of every sample's mask, in the order of rows; each tar is read once, whole.
 
     Raises:
-        ValueError: a sample has none; names it.
+        UserError: names a sample without a mask.
     """
 
     def of_shard(number: int) -> list[bytes]:
@@ -47,10 +47,10 @@ def read_masks(table: SampleTable) -> list[bytes]:
 
 
 def decode_mask(png: bytes) -> Tensor:
-    """Class of every pixel, `[H, W]` int64, `IGNORED` where there is none.
+    """Class of every pixel, `[H, W]` int64, `IGNORED` for none; of a palette image its indices.
 
     Raises:
-        ValueError: no image, or one of colours; a palette image gives its indices.
+        UserError: no image, or one with colours.
     """
     try:
         with Image.open(io.BytesIO(png)) as image:
@@ -62,14 +62,14 @@ def decode_mask(png: bytes) -> Tensor:
 
 
 def crop_masks(masks: Iterable[bytes], windows: Tensor, flips: Tensor, size: int) -> Tensor:
-    """Masks of crops, cut by the very views of the crops: `[B, size, size]` int64.
+    """Masks of crops, cut by the crops' views: `[B, size, size]` int64.
 
     Args:
         masks: PNG of each crop's image.
-        windows, flips: the views; see `famt.pipeline.loader.CropBatch`.
+        windows, flips: as of `famt.pipeline.loader.CropBatch`.
 
     Raises:
-        ValueError: see `decode_mask`.
+        UserError: see `decode_mask`.
     """
     views = zip(masks, windows, flips.tolist(), strict=True)
     return torch.stack(

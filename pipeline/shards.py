@@ -1,8 +1,7 @@
-"""What is inside a webdataset tar: which members are images, where their bytes lie, their labels.
+"""List a webdataset tar: which members are images, where their bytes lie, and their labels.
 
-Nothing is ever extracted: a sample is an offset and a size in the tar, so a member's name can point
-nowhere. The same two numbers make the DALI index, which is why a sample left out here never reaches
-training.
+Nothing is extracted. A sample is an offset and a size in the tar; the DALI index holds the same two
+numbers, so a sample that is not listed here never reaches training.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 LABEL_EXTENSION = "cls"
 MASK_EXTENSION = "mask.png"
 NO_LABEL = -1
-_JUDGEMENTS = 100
-_ENDINGS = 8  # named in a line
+_JUDGEMENTS = 100  # of one tar, at most
+_ENDINGS = 8  # named in a message
 
 
 @dataclass(frozen=True)
@@ -30,9 +29,9 @@ class Sample:
     """One image of a shard.
 
     Attributes:
-        offset, size: where its bytes lie in the tar.
-        label: its class, `NO_LABEL` if none.
-        mask: offset and size of the mask that tells the class of every pixel, or None.
+        offset, size: of its bytes in the tar.
+        label: its class, or `NO_LABEL`.
+        mask: offset and size of its segmentation mask, or None.
     """
 
     key: str
@@ -44,7 +43,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rejected:
-    """One member that can't enter training, and why."""
+    """An image that can't enter training, and why."""
 
     key: str
     reason: str
@@ -52,12 +51,12 @@ class Rejected:
 
 @dataclass(frozen=True)
 class ShardListing:
-    """All that a tar holds: `samples` in tar order, `rejected` with reasons, and its damage.
+    """The contents of a tar.
 
     Attributes:
-        samples, rejected: together every image of the tar.
-        damage: what is wrong with the tar itself, or None; the samples before the damage stand.
-        passed_over: how many files have which ending (`.json`) that are no part of any image.
+        samples, rejected: together all images of the tar; samples in tar order.
+        damage: what is wrong with the tar, or None; samples before the damage are listed.
+        passed_over: number of files that belong to no image, by ending such as `.json`.
     """
 
     samples: list[Sample]
@@ -67,33 +66,32 @@ class ShardListing:
 
 
 def content_id(data: bytes) -> str:
-    """The name of a shard in the cache: BLAKE3 of its bytes, 32 hex digits of it."""
+    """The id of a shard in the cache: 32 hex digits of its bytes' BLAKE3."""
     return blake3(data).hexdigest(length=16)
 
 
 def judgement_ids(content: str) -> list[str]:
-    """The names that one tar's entries may have in the cache: one a judgement, the first is plain.
+    """The ids that a tar's entries may have in the cache, one for each time it was judged.
 
-    An entry never changes, since the rows of all its maps go by its table. Where a tar is judged
-    again and the verdict on an image differs, it gets another entry.
+    An entry never changes, since all its maps follow the rows of its table. A tar that is judged
+    again with another verdict gets another entry. The first id is `content` itself.
     """
     later = (f"{content} judged again {n}".encode() for n in range(1, _JUDGEMENTS))
     return [content, *(content_id(text) for text in later)]
 
 
 def list_shard(data: bytes) -> ShardListing:
-    """Find the images of a tar in memory.
+    """List the images of a tar in memory.
 
-    A sample is a member named `<key>.<jpg|jpeg|png|webp>`, whatever the case; its class is the
-    integer text of `<key>.cls`, or of the `.cls` under the name up to its first dot, as webdataset
-    groups files. A `<key>.mask.png`, found alike, is the sample's mask. Keys may hold dots, spaces
-    and folders; but of several images that webdataset would take for one sample, such as `7.jpg`
-    and `7.depth.png`, only one named up to the first dot is its photo. Bytes of a name that are no
-    text stand as escapes in its key. Other members are counted, except macOS's shadows
-    (`._<name>`).
+    A sample is a member named `<key>.<jpg|jpeg|png|webp>` in any case. Its class is the integer in
+    `<key>.cls`, or in `<group>.cls`, where the group is the key up to its first dot, as webdataset
+    groups files. Its mask is `<key>.mask.png` or `<group>.mask.png`. Keys may hold dots, spaces and
+    folders. Of several images of one group, such as `7.jpg` and `7.depth.png`, only the one named
+    by the group is a sample. Bytes of a name that are no text become escapes. Other members are
+    counted by ending, except macOS's shadow files (`._<name>`).
 
-    Where it can't be told what class or mask an image has, or which image is meant, none is
-    guessed: the sample is rejected. So are all images of one key.
+    If an image's class or mask, or the image of a group, is ambiguous, it is rejected. So are all
+    images of one key.
     """
     contents = _read_members(data)
     files = [
@@ -146,7 +144,7 @@ def list_shard(data: bytes) -> ShardListing:
 
 
 def passed_over_line(counts: Iterable[Mapping[str, int]]) -> str:
-    """What to say at the end of files in shards that are no part of any image; "" if none is."""
+    """A message on files in shards that belong to no image; "" if there are none."""
     total = sum(map(Counter, counts), Counter[str]())
     if not total:
         return ""
@@ -157,7 +155,7 @@ def passed_over_line(counts: Iterable[Mapping[str, int]]) -> str:
 
 
 def count_endings(counts: Mapping[str, int]) -> str:
-    """How many files have which ending: the most frequent ones each, and the rest together."""
+    """Numbers of files by ending, in words: the most frequent endings, then the rest."""
     most = Counter(counts).most_common()
     named = [f"{count} {ending or 'without an ending'}" for ending, count in most[:_ENDINGS]]
     rest = sum(count for _, count in most[_ENDINGS:])
@@ -167,18 +165,18 @@ def count_endings(counts: Mapping[str, int]) -> str:
 def write_dali_index(path: Path, samples: Iterable[tuple[int, int, int]]) -> None:
     """Write the index of one tar for DALI's webdataset reader.
 
-    DALI echoes a sample's name with its data, so the name carries the sample's row.
+    DALI returns a sample's name with its data, so the name holds the sample's row.
 
     Args:
         path: file to write.
-        samples: (row, offset, size) of each image to be read, in tar order.
+        samples: (row, offset, size) of each image, in tar order.
     """
     lines = [f"jpg {offset} {size} {row}" for row, offset, size in samples]
     path.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
 
 
 class _Header(tarfile.TarInfo):
-    """tarfile's header, read in a third of the time where it is that of a plain file."""
+    """tarfile's header, parsed in a third of the time if it is a plain file's."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
@@ -186,7 +184,7 @@ class _Header(tarfile.TarInfo):
         if not (
             len(buf) == tarfile.BLOCKSIZE
             and buf[156:157] == tarfile.REGTYPE
-            and buf[345:346] == b"\0"  # the whole name stands in its first field
+            and buf[345:346] == b"\0"  # no prefix: the first field has the whole name
             and buf[135:136] in b"\0 "
             and buf[154:156] == b"\0 "
             and size.translate(None, b"01234567") == checksum.translate(None, b"01234567") == b""
@@ -200,11 +198,11 @@ class _Header(tarfile.TarInfo):
 
 @dataclass(frozen=True)
 class _Contents:
-    """Members of a tar, as far as they can be read, their names escaped.
+    """Readable members of a tar, with escaped names.
 
     Attributes:
         damage: what is wrong with the tar, or None.
-        broken: whether reading stopped before the tar's own end.
+        broken: whether reading stopped before the tar's end.
     """
 
     members: list[tarfile.TarInfo]
@@ -241,7 +239,7 @@ def _read_members(data: bytes) -> _Contents:
     if members and members[-1].offset_data + members[-1].size > len(data):
         damage = f"cut off inside {members[-1].name} at {len(data)} bytes"
         return _Contents(members, damage, broken=True)
-    # tarfile stops at a broken header as quietly as at the end-of-archive mark, a block of zeros.
+    # tarfile stops silently at a broken header, as at the end-of-archive mark, a block of zeros.
     if data[end : end + tarfile.BLOCKSIZE].strip(b"\0") or end >= len(data):
         damage = f"cut off or broken at byte {min(end, len(data))}: no end-of-archive mark"
         return _Contents(members, damage, broken=True)
@@ -255,7 +253,7 @@ def _read_members(data: bytes) -> _Contents:
 
 
 def _escape(name: str) -> str:
-    """A member's name with what no terminal prints, and no UTF-8 holds, as backslash escapes."""
+    """A name whose control characters and undecodable bytes are backslash escapes."""
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]",
         lambda each: each[0].encode("unicode_escape").decode(),

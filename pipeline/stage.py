@@ -1,13 +1,12 @@
-"""Tars of a far or slow store on a fast local disk, each fetched once for all runs of a machine.
+"""Copy tars of a slow store to a local disk, once for all runs of a machine.
 
-A machine fetches those that its ranks read: ranks read consecutive rows, always the same.
+A machine fetches only what its ranks read: the same consecutive rows in every epoch.
 
-    <folder>/<shard id>.tar        a tar whose bytes were compared with that id
-    <folder>/<shard id>.tar.part   what is there of one that is being fetched, or was when a run
-                                   was killed: the next one goes on at its end
+    <folder>/<shard id>.tar        a tar whose bytes were checked against that id
+    <folder>/<shard id>.tar.part   the beginning of a tar; a later fetch continues at its end
 
-Any number of ranks and runs may share a folder: a lock on the part keeps them from fetching the
-same tar. Nothing here deletes whole tars; remove the folder when it is not needed any more.
+Ranks and runs may share a folder: a lock on the part keeps two from fetching the same tar. Whole
+tars are never deleted; remove the folder when it is no longer needed.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from typing import BinaryIO
 import obstore
 from blake3 import blake3
 from obstore.exceptions import BaseError
-from obstore.store import ObjectStore
 from tqdm import tqdm
 
 from famt.pipeline import storage
@@ -46,22 +44,22 @@ def stage_shards(
     *,
     show: bool = False,
 ) -> SampleTable:
-    """Fetch what a machine lacks of the shards of `samples`, to be read from there.
+    """Fetch the shards of `samples` that this machine reads and lacks.
 
     Args:
-        samples: of which some are going to be read.
-        cache: it knows how large the shards are.
-        folder: on a local disk, made if it is not there; None to read them where they are.
-        parts: rows that are read on this machine, by any of its ranks; all if left out.
+        samples: to be read.
+        cache: has the sizes of the shards.
+        folder: on a local disk; made if it does not exist. None to read shards where they are.
+        parts: rows that the ranks of this machine read; all if left out.
         show: a progress bar.
 
     Returns:
-        the same samples, with the paths of their staged tars.
+        the same samples, with paths of the staged tars.
 
     Raises:
-        CacheError: a tar holds other bytes than those that were scored.
+        CacheError: a tar's bytes are not those that were scored.
         FileNotFoundError: a tar is gone.
-        OSError: too little room, with the sizes; or a store or disk is out of reach.
+        OSError: the disk is too small, or a store or disk is out of reach.
     """
     if folder is None:
         return samples
@@ -86,7 +84,7 @@ def stage_shards(
         disable=not show or not lacking,
     )
     with bar:
-        # What another rank is at work on is waited for at last.
+        # Tars that other ranks are fetching are waited for last.
         busy = _fetch_all(lacking, bar.update, wait=False)
         _fetch_all(busy, bar.update, wait=True)
     paths = [*samples.paths]
@@ -97,7 +95,7 @@ def stage_shards(
 
 @dataclass(frozen=True)
 class _Staged:
-    """A tar's URL, id and bytes, and where it is to lie."""
+    """A tar to stage: its URL, id and bytes, and the path of its copy."""
 
     url: str
     shard_id: str
@@ -112,19 +110,19 @@ class _Staged:
         return _size(self.path) == self.size
 
     def fetch(self, progress: Callable[[int], object], *, wait: bool) -> bool:
-        """Fetch it, unless it is there; False if another process does, and `wait` is not asked."""
+        """Fetch the tar unless it is there; False if another process does, and not `wait`."""
         part = _open_locked(self.part, wait=wait)
         if part is None:
             return False
         with part:
-            if self.is_there():  # by now
+            if self.is_there():  # fetched while this process waited
                 self.part.unlink()
                 progress(self.size)
                 return True
             begun = os.fstat(part.fileno()).st_size > 0
             whole = self._complete(part, progress)
             if begun and not whole:
-                # A crash of the machine may have left zeros where bytes were not on disk yet.
+                # A crash of the machine may have left zeros in place of bytes not yet on disk.
                 part.truncate(0)
                 whole = self._complete(part, lambda _: None)
             if not whole:
@@ -138,7 +136,7 @@ class _Staged:
         return True
 
     def _complete(self, part: BinaryIO, progress: Callable[[int], object]) -> bool:
-        """Add what is missing at the end of the part; whether it is the tar then."""
+        """Append the missing bytes to the part; returns whether it is the tar then."""
         digest = blake3()
         part.seek(0)
         while chunk := part.read(_CHUNK):
@@ -146,9 +144,11 @@ class _Staged:
             progress(len(chunk))
         there = part.tell()
         if there < self.size:
-            store, name = _opened(self.url)
+            place, name = storage.split_url(self.url)
             try:
-                rest = obstore.get(store, name, options={"range": {"offset": there}})
+                rest = obstore.get(
+                    storage.open_store(place), name, options={"range": {"offset": there}}
+                )
                 for received in rest.stream(min_chunk_size=_CHUNK):
                     digest.update(received)
                     part.write(received)
@@ -162,12 +162,12 @@ class _Staged:
 
 
 def _open_locked(path: Path, *, wait: bool) -> BinaryIO | None:
-    """The file at `path`, made if it is not there, for this process alone; None if it is taken."""
+    """Open and lock a file, made if it does not exist; None if another process has the lock."""
     while True:
         file = open(path, "a+b")  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # Whoever had the lock before may have given the file another name, or removed it.
+            # The last holder of the lock may have renamed or removed the file.
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except BlockingIOError:
@@ -178,15 +178,10 @@ def _open_locked(path: Path, *, wait: bool) -> BinaryIO | None:
         file.close()
 
 
-def _opened(url: str) -> tuple[ObjectStore, str]:
-    folder, name = storage.split_url(url)
-    return storage.open_store(folder), name
-
-
 def _fetch_all(
     staged: Sequence[_Staged], progress: Callable[[int], object], *, wait: bool
 ) -> list[_Staged]:
-    """Fetch side by side; returns those that other processes are at work on."""
+    """Fetch in threads; returns those that other processes are fetching."""
     pool = ThreadPoolExecutor(_SIDE_BY_SIDE)
     try:
         done = pool.map(lambda each: each.fetch(progress, wait=wait), staged)
@@ -196,7 +191,7 @@ def _fetch_all(
 
 
 def _check_room(folder: Path, lacking: Sequence[_Staged]) -> None:
-    free = shutil.disk_usage(folder).free  # before what is there: other ranks are at work
+    free = shutil.disk_usage(folder).free  # read first, since other ranks are fetching
     needed = sum(each.size - _size(each.part) for each in lacking if not each.is_there())
     if needed > free:
         raise OSError(
@@ -207,7 +202,7 @@ def _check_room(folder: Path, lacking: Sequence[_Staged]) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; 0 if there is none."""
+    """Bytes of a file; 0 if it does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Which shards the cache is valid for: the one place that decides what it lacks of them."""
+"""Decide for which shards the cached data is valid, and what the others lack."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from famt.pipeline.storage import each_at_once
 
 @dataclass(frozen=True)
 class Stale:
-    """Why the cache is not valid for a shard.
+    """Why the cached data of a shard is not valid.
 
     Attributes:
-        lacks: the file itself; a record of it; one of the file as it is now, which a hash tells if
-            only its times changed; its table; maps of the score that was asked for.
-        reason: the same, for people.
+        lacks: "file" itself; a "record" of it; the "hash" of a file that changed, maybe only in its
+            times; its "table"; "maps" of the score asked for.
+        reason: the same, in words.
     """
 
     lacks: Literal["file", "record", "hash", "table", "maps"]
@@ -29,18 +29,18 @@ class Stale:
 
 @dataclass(frozen=True)
 class Shards:
-    """What the cache knows of shards, URL by URL: all have a record, or are stale, or both."""
+    """Records and gaps of shards, by URL; each shard has a record, or is stale, or both."""
 
     records: dict[str, ShardRecord]
     stale: dict[str, Stale]
 
 
 def look_up(urls: Sequence[str], cache: ScoreCache, spec: ScoreSpec | None) -> Shards:
-    """What the cache knows of shards as they are now, and lacks of them.
+    """Compare the cache with shards as they are now.
 
     Args:
         urls: normalised.
-        spec: a score whose maps are wanted too.
+        spec: also ask for maps of this score.
 
     Raises:
         CacheError: a manifest is damaged.

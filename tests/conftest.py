@@ -31,7 +31,13 @@ def spec() -> ScoreSpec:
 
 
 @pytest.fixture
-def scored(tmp_path: Path, spec: ScoreSpec) -> Scored:
+def cache(tmp_path: Path) -> ScoreCache:
+    """An empty one on disk."""
+    return ScoreCache(str(tmp_path / "cache"), create=True)
+
+
+@pytest.fixture
+def scored(tmp_path: Path, spec: ScoreSpec, cache: ScoreCache) -> Scored:
     """Three shards of 10, 7 and 9 images, scored."""
     first = 0
     shards = []
@@ -41,7 +47,6 @@ def scored(tmp_path: Path, spec: ScoreSpec) -> Scored:
         path.write_bytes(tar_bytes(photo_members(count, first)))
         shards.append(path)
         first += count
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
     score(shards, cache, spec)
     return Scored(tmp_path / "shards", [str(path) for path in shards], cache, spec)
 

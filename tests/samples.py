@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from famt.models import MODELS, ModelConfig
+from famt.patches import gather_patches, normalise
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import SampleTable
 from famt.pipeline.precompute import precompute_shard
 from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
+from famt.sampling import PatchSplit
 from famt.train.distributed import Ranks
 from famt.train.signals.signal import Context
 
@@ -51,6 +54,21 @@ def tar_bytes(members: list[tuple[str, bytes]]) -> bytes:
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar of those files at a path, which it returns."""
+    path.write_bytes(tar_bytes(members))
+    return path
+
+
+def split_pixels(images: Tensor, split: PatchSplit, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Normalised pixels of the visible and of the predicted patches of uint8 images."""
+    visible, predicted = (
+        normalise(gather_patches(images, index, patch_size))
+        for index in (split.visible, split.predicted)
+    )
+    return visible, predicted
 
 
 def photo_members(count: int, first: int = 0, **size: int) -> list[tuple[str, bytes]]:

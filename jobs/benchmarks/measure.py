@@ -19,7 +19,8 @@ from famt.pipeline.patterns import expand_shards
 from famt.pipeline.precompute import precompute_shard
 from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.writer import Item, write_shards
+from famt.pipeline.sources import Item
+from famt.pipeline.writer import write_shards
 
 Report = dict[str, object]
 

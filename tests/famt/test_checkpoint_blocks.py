@@ -4,11 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from samples import TINY
+from samples import TINY, split_pixels
 from torch.autograd.graph import saved_tensors_hooks
 
 from famt.methods import METHODS
-from famt.patches import gather_patches, normalise
 from famt.sampling import sample_patches
 
 
@@ -21,14 +20,9 @@ def _step(model, images):
         return tensor
 
     split = sample_patches(torch.ones(4, 16), 0.5, 0.25, torch.Generator().manual_seed(0))
-    size = model.config.patch_size
     model.zero_grad()
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = model(
-            normalise(gather_patches(images, split.visible, size)),
-            normalise(gather_patches(images, split.predicted, size)),
-            split,
-        )
+        loss, _ = model(*split_pixels(images, split, model.config.patch_size), split)
     loss.backward()
     weights = sum(each.numel() * each.element_size() for each in model.parameters())
     return loss, [each.grad for each in model.parameters()], sum(kept.values()) - weights

@@ -70,25 +70,3 @@ def test_names_of_transformers_without_a_counterpart_stay_as_they_are():
     assert from_transformers(extra).keys() == extra.keys()
     with pytest.raises(KeyError):
         to_transformers({"head.weight": torch.ones(2)})
-
-
-def test_every_tensor_of_a_vitdet_backbone_is_in_the_export_with_its_shape():
-    """As detectron2's and mmdet's ViT name them, class token's position included."""
-    width, patch, cells, hidden = 24, 8, 4 * 4, 4 * 24
-    block = {
-        "norm1.weight": [width], "norm1.bias": [width], "norm2.weight": [width],
-        "norm2.bias": [width], "attn.qkv.weight": [3 * width, width], "attn.qkv.bias": [3 * width],
-        "attn.proj.weight": [width, width], "attn.proj.bias": [width],
-        "mlp.fc1.weight": [hidden, width], "mlp.fc1.bias": [hidden],
-        "mlp.fc2.weight": [width, hidden], "mlp.fc2.bias": [width],
-    }  # fmt: skip
-    wanted = {
-        "pos_embed": [1, 1 + cells, width],
-        "patch_embed.proj.weight": [width, 3, patch, patch],
-        "patch_embed.proj.bias": [width],
-        **{f"blocks.{n}.{name}": shape for n in range(2) for name, shape in block.items()},
-    }
-    state = official_state(MaskedAutoencoder(TINY))
-    assert {name: list(state[name].shape) for name in wanted} == wanted
-    unused = {name.split(".")[0] for name in state.keys() - wanted.keys()}
-    assert {name for name in unused if "decoder" not in name} == {"cls_token", "norm", "mask_token"}

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from samples import split_pixels
 
 from famt.export import encoder_state, official_state
 from famt.methods import METHODS
 from famt.models import ModelConfig
-from famt.patches import gather_patches, normalise
 from famt.sampling import sample_patches
 
 PLAIN = ModelConfig(
@@ -21,9 +21,7 @@ PLAIN = ModelConfig(
 def batch():
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
     split = sample_patches(torch.ones(3, 16), 0.45, 0.40)
-    visible, masked = (
-        normalise(gather_patches(images, index, 8)) for index in (split.visible, split.masked)
-    )
+    visible, masked = split_pixels(images, split, 8)
     return visible, masked, split
 
 

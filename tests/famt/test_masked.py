@@ -2,11 +2,10 @@ import dataclasses
 
 import pytest
 import torch
-from samples import TINY
+from samples import TINY, split_pixels
 
 from famt.masked import MaskedModel
 from famt.methods import METHODS
-from famt.patches import gather_patches, normalise
 from famt.sampling import sample_patches
 
 
@@ -20,9 +19,7 @@ def test_a_reconstruction_differs_from_the_pixels_as_the_prediction_from_the_tar
     model = METHODS[method](dataclasses.replace(TINY, normalise_targets=normalise_targets))
     images = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     split = sample_patches(torch.ones(2, 16), 0.45, 0.40)
-    visible, masked = (
-        normalise(gather_patches(images, index, 8)) for index in (split.visible, split.masked)
-    )
+    visible, masked = split_pixels(images, split, 8)
     difference = model.reconstruct(visible, masked, split) - masked
     expected = model.predict(visible, split) - model.target(masked)
     if normalise_targets:

@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from famt.mae import MaskedAutoencoder
 from famt.models import MODELS, ModelConfig
 
 
@@ -31,19 +32,6 @@ def test_sizes_that_make_no_model_are_refused(change, message):
         dataclasses.replace(MODELS["vit_nano"], **change)
 
 
-def test_a_config_comes_back_from_plain_data():
-    config = dataclasses.replace(MODELS["vit_small"], image_size=96, patch_size=8)
-    assert ModelConfig(**dataclasses.asdict(config)) == config
-    assert config.grid == 12
-
-
-def test_positions_are_those_of_mae_and_fixed():
-    positions = dataclasses.replace(MODELS["vit_nano"], image_size=64).encoder().pos_embed
-    assert positions.shape == (1, 1 + 16 * 16, 96)
-    assert not positions.requires_grad
-    assert (positions[:, 0] == 0).all()
-
-
 def test_sizes_are_read_off_an_encoder():
     for name in ("vit_nano", "vit_tiny"):
         sizes = ModelConfig.of(MODELS[name].encoder())
@@ -59,3 +47,13 @@ def test_no_weight_of_a_new_encoder_is_what_the_memory_held():
     finally:
         torch.use_deterministic_algorithms(False)
     assert [name for name, each in weights.items() if not each.isfinite().all()] == []
+
+
+def test_positions_are_maes_and_not_trained():
+    model = MaskedAutoencoder(dataclasses.replace(MODELS["vit_nano"], image_size=64))
+    for positions, width in ((model.encoder.pos_embed, 96), (model.decoder_pos_embed, 64)):
+        assert positions.shape == (1, 1 + 16 * 16, width)
+        assert not positions.requires_grad
+        assert (positions[:, 0] == 0).all()
+        first = positions[0, 1]  # at (0, 0) every sine is 0 and every cosine 1
+        assert sorted(first.tolist()) == [0.0] * (width // 2) + [1.0] * (width // 2)

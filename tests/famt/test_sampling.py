@@ -24,23 +24,6 @@ def _sequence_probability(weights, sequence):
     return probability
 
 
-def test_masked_and_thrown_follow_exact_inclusion_probabilities():
-    weights, draws = [1.0, 2.0, 3.0, 6.0, 0.5], 40_000
-    split = sample_patches(torch.tensor([weights]).expand(draws, -1), 0.4, 0.4, _generator())
-    masked, thrown = [0.0] * 5, [0.0] * 5
-    for sequence in itertools.permutations(range(5), 4):
-        probability = _sequence_probability(weights, sequence)
-        for index in sequence[:2]:
-            masked[index] += probability
-        for index in sequence[2:]:
-            thrown[index] += probability
-    for group, expected in ((split.masked, masked), (split.thrown, thrown)):
-        counts = torch.bincount(group.flatten(), minlength=5).double() / draws
-        deviation = torch.tensor(expected).double()
-        error = (deviation * (1 - deviation) / draws).sqrt()
-        assert ((counts - deviation).abs() < 5 * error).all()
-
-
 def test_the_order_of_draws_agrees_with_torch_multinomial():
     weights, draws = torch.tensor([0.2, 1.0, 3.0, 0.7]), 30_000
     ours = sample_patches(weights.expand(draws, -1), 0.5, 0.25, _generator(1))
@@ -50,20 +33,6 @@ def test_the_order_of_draws_agrees_with_torch_multinomial():
     table = torch.stack([torch.bincount((x * code).sum(1), minlength=64) for x in (drawn, theirs)])
     table = table[:, table.sum(0) > 0]
     assert scipy.stats.chi2_contingency(table.numpy()).pvalue > 1e-4
-
-
-@given(st.integers(2, 200), st.floats(0.05, 0.9), st.floats(0, 0.9), st.integers(0, 999))
-def test_the_split_is_a_partition(patches, mask, throw, seed):
-    throw = min(throw, 0.95 - mask)
-    if throw < 0 or int(patches * mask) < 1:
-        return
-    weights = torch.rand(3, patches, generator=_generator(seed))
-    split = sample_patches(weights, mask, throw, _generator(seed))
-    together = torch.cat([split.masked, split.thrown, split.visible], 1)
-    assert together.dtype == torch.int64
-    assert (together.sort(1).values == torch.arange(patches)).all()
-    counts = (split.masked.shape[1], split.thrown.shape[1], split.visible.shape[1])
-    assert counts == patch_counts(patches, mask, throw)
 
 
 def test_counts_are_those_of_the_published_code():
@@ -78,12 +47,6 @@ def test_zero_weights_come_last_and_evenly():
     assert (split.masked.sort(1).values == torch.tensor([1, 3])).all()
     counts = torch.bincount(split.thrown.flatten(), minlength=5)
     assert (counts[[0, 2, 4]] - 2000).abs().max() < 200
-
-
-def test_one_hot_weights_always_mask_that_patch():
-    weights = torch.zeros(500, 9)
-    weights[:, 4] = 1
-    assert (sample_patches(weights, 0.12, 0.5, _generator()).masked == 4).all()
 
 
 def test_infinite_weights_come_first_and_evenly():

@@ -5,12 +5,11 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from samples import split_pixels
 
-from famt.export import encoder_state, official_state
-from famt.initial import load_weights
 from famt.methods import METHODS
-from famt.models import MODELS, ModelConfig
-from famt.patches import gather_patches, normalise, normalise_images
+from famt.models import ModelConfig
+from famt.patches import normalise_images
 from famt.sampling import PatchSplit, predict_some, sample_patches
 from famt.simmim import SimMIM
 from famt.units import split_of_patches
@@ -42,9 +41,7 @@ def _split(mask, throw):
 
 
 def _loss(model, images, split, weights=None):
-    visible, masked = (
-        normalise(gather_patches(images, index, 4)) for index in (split.visible, split.predicted)
-    )
+    visible, masked = split_pixels(images, split, 4)
     return model(visible, masked, split, weights)[0]
 
 
@@ -104,41 +101,6 @@ def test_the_encoder_sees_visible_and_predicted_tokens_alone(model, images):
     )
     _loss(model, images, split)
     assert lengths == {1 + split.visible.shape[1] + split.masked.shape[1] // 2}
-
-
-@torch.no_grad()
-def test_loss_weights_multiply_each_patchs_error(model, images):
-    split = _split(0.44, 0.26)
-    weights = torch.rand(split.masked.shape)
-    visible, masked = (
-        normalise(gather_patches(images, index, 4)) for index in (split.visible, split.masked)
-    )
-    error = (model.predict(visible, split) - masked).abs().mean(-1)
-    torch.testing.assert_close(_loss(model, images, split, weights), (error * weights).mean())
-
-
-def test_the_loss_can_be_learned(images):
-    torch.manual_seed(0)
-    model, split = SimMIM(TINY), _split(0.44, 0.26)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    first = _loss(model, images, split).item()
-    for _ in range(100):
-        loss = _loss(model, images, split)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss.item() < 0.65 * first
-
-
-def test_its_encoder_goes_wherever_maes_does():
-    model = SimMIM(dataclasses.replace(MODELS["vit_nano"], **METHODS["simmim"].defaults))
-    with pytest.raises(ValueError, match="SimMIM head"):
-        official_state(model)
-    other = SimMIM(model.config)
-    fit = load_weights(other, encoder_state(model))
-    assert fit.missing == ["mask_token", "decoder_pred.weight", "decoder_pred.bias"]
-    for name, value in encoder_state(model).items():
-        assert torch.equal(encoder_state(other)[name], value)
 
 
 def test_a_cross_decoder_is_refused():

@@ -19,11 +19,6 @@ ID = "0123abcd" * 4
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return ScoreCache(str(tmp_path / "cache"), create=True)
-
-
-@pytest.fixture
 def entry(spec):
     members = [*photo_members(5), ("bad ü.jpg", b"garbage")]
     return score_shard(tar_bytes(members), spec)
@@ -138,15 +133,3 @@ def test_every_swap_of_two_objects_is_noticed_and_mended_by_its_remedy(tmp_path,
                 doomed = Path(remedy.partition("Remove ")[2].partition(" and ")[0])
                 shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
         assert {path: path.read_bytes() for path in objects} == objects, (one, two)
-
-
-def test_a_manifest_in_the_place_of_another_is_refused(tmp_path, spec):
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
-    for n in range(2):
-        (tmp_path / f"data{n}").mkdir()
-        (tmp_path / f"data{n}/0.tar").write_bytes(tar_bytes(photo_members(2, first=n)))
-        score([tmp_path / f"data{n}/0.tar"], cache, spec)
-    one, other = Path(cache.url, "datasets").glob("*/*.json")
-    shutil.copy(one, other)
-    with pytest.raises(CacheError, match=rf"{other} is damaged .*Remove it"):
-        cache.manifests.folders()

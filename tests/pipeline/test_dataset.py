@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from samples import photo_members, tar_bytes
+from samples import photo_members, tar_bytes, write_tar
 
 from famt.pipeline import storage
 from famt.pipeline.dataset import load_maps, load_samples
@@ -84,24 +84,6 @@ def test_of_many_shards_that_nobody_scored_only_the_first_are_read(scored, spec,
     assert len(reads) < 100
 
 
-def test_a_shard_replaced_at_equal_size_and_time_is_found(scored, spec):
-    """Other pixels, and rsync kept the time."""
-    path = Path(scored.shards[1])
-    info, data = path.stat(), bytearray(path.read_bytes())
-    data[512 + 200] ^= 1
-    path.write_bytes(data)
-    os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
-    with pytest.raises(CacheError, match=r"train-000001\.tar: changed since"):
-        load_samples(scored.shards, scored.cache, spec)
-
-
-def test_an_unknown_shard_and_the_number_of_others_are_named(scored, spec):
-    for name in ("new-a.tar", "new-b.tar"):
-        (scored.folder / name).write_bytes(tar_bytes(photo_members(1)))
-    with pytest.raises(CacheError, match=r"new-a\.tar: .*does not know.*\(and 1 more shards\)"):
-        load_samples([str(scored.folder)], scored.cache, spec)
-
-
 def test_shards_that_nobody_scored_are_judged_on_first_use(scored, spec, capsys):
     members = [*photo_members(3, 50), ("bad.jpg", b"garbage"), ("bad.json", b"{}")]
     (scored.folder / "new.tar").write_bytes(tar_bytes(members))
@@ -132,8 +114,7 @@ def test_a_spec_that_was_never_computed_is_named(scored):
 def test_shards_of_nothing_but_bad_images_are_an_error(scored, tmp_path, spec):
     from samples import score
 
-    path = tmp_path / "bad.tar"
-    path.write_bytes(tar_bytes([("a.jpg", b"x")]))
+    path = write_tar(tmp_path / "bad.tar", [("a.jpg", b"x")])
     score([path], scored.cache, spec)
     with pytest.raises(CacheError, match="quarantined"):
         load_samples([str(path)], scored.cache)

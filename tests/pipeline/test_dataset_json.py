@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from famt.pipeline.dataset import load_samples
+from famt.pipeline.dataset_json import check_dataset
 
 
 def describe(folder: Path, **splits: list[str]) -> None:
@@ -28,3 +29,16 @@ def test_a_folder_that_holds_one_of_its_splits_alone_is_taken(scored):
     names = [Path(each).name for each in scored.shards]
     describe(scored.folder, train=names, val=["val-000000.tar"])
     assert len(load_samples([str(scored.folder)], scored.cache)) == 26
+
+
+def test_a_new_folder_has_no_splits_yet(tmp_path):
+    assert check_dataset(str(tmp_path / "new"), ["a"]) == {"classes": ["a"], "splits": {}}
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"classes": 1, "splits": {}}'])
+def test_a_damaged_description_is_named_with_the_remedy(tmp_path, content):
+    (tmp_path / "dataset.json").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/dataset\.json is damaged; restore or remove"
+    ):
+        check_dataset(str(tmp_path), ["a"])

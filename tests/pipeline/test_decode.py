@@ -21,10 +21,9 @@ from hostile import (
 )
 from launch import program_file
 from PIL import Image
-from samples import encode, photo, score, tar_bytes
+from samples import encode, photo, score, write_tar
 
 import famt.pipeline.decode
-from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import load_samples
 from famt.pipeline.decode import BadImage, decode, plain_jpeg_extent
 from famt.pipeline.loader import CropLoader
@@ -170,15 +169,13 @@ def test_too_little_memory_is_no_verdict_on_an_image():
 KINDS = {**hostile.METADATA, **hostile.STRUCTURE}
 
 
-def test_maps_lie_as_the_loaders_pixels_whatever_the_metadata(tmp_path):
+def test_maps_lie_as_the_loaders_pixels_whatever_the_metadata(tmp_path, cache):
     """Of each kind some files: what is kept decodes in DALI, and looks there as it did here."""
     spec = ScoreSpec()
     members = [
         (f"{kind}-{n}.jpg", make(Random(n))) for kind, make in KINDS.items() for n in range(6)
     ]
-    path = tmp_path / "odd.tar"
-    path.write_bytes(tar_bytes(members))
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    path = write_tar(tmp_path / "odd.tar", members)
     score([path], cache, spec)
     table = load_samples([str(path)], cache)
     config = LoaderConfig(

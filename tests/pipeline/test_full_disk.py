@@ -6,18 +6,16 @@ import pytest
 from samples import photo_members, tar_bytes
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
 from famt.pipeline.errors import CacheFullError
 from famt.pipeline.judge import judge_shards
 from famt.pipeline.precompute import precompute_shard
 
 
 @pytest.mark.parametrize("number", [28, 122])  # ENOSPC, EDQUOT
-def test_no_room_and_no_quota_end_all_work_at_once(tmp_path, spec, monkeypatch, number):
+def test_no_room_and_no_quota_end_all_work_at_once(tmp_path, cache, spec, monkeypatch, number):
     urls = [str(tmp_path / f"{n}.tar") for n in range(40)]
     for n, url in enumerate(urls):
         Path(url).write_bytes(tar_bytes(photo_members(2, 2 * n)))
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
     puts = []
 
     def refuse(store, path, data, **options):

@@ -22,9 +22,8 @@ import torch
 from hostile import METADATA, STRUCTURE, marked, picture
 from hostile_tars import TARS
 from PIL import Image
-from samples import encode, photo_members, score, tar_bytes
+from samples import encode, photo_members, score, tar_bytes, write_tar
 
-from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.decode import decode
 from famt.pipeline.loader import CropLoader
@@ -120,14 +119,15 @@ def _images(seed: int, each: int) -> dict[str, list[bytes]]:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("each", [4, pytest.param(91, marks=pytest.mark.slow)])
 def test_images_that_are_kept_decode_in_dali_and_have_their_maps_on_their_crops(
-    tmp_path, seed, each
+    tmp_path,
+    cache,
+    seed,
+    each,
 ):
     made = _images(seed, each)
     files = {f"{kind} {n}": data for kind, many in made.items() for n, data in enumerate(many)}
     files["whole"] = encode(marked(Random(0)))
-    path = tmp_path / "odd.tar"
-    path.write_bytes(tar_bytes([(f"{key}.jpg", data) for key, data in files.items()]))
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+    path = write_tar(tmp_path / "odd.tar", [(f"{key}.jpg", data) for key, data in files.items()])
     score([path], cache, SPEC)
     table = load_samples([str(path)], cache)
     maps = load_maps(table, cache, SPEC)
@@ -201,9 +201,10 @@ def _shows(data: bytes, crop: torch.Tensor, window: torch.Tensor, flip: bool) ->
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("each", [1, pytest.param(13, marks=pytest.mark.slow)])
-def test_of_malformed_tars_nothing_is_lost_silently_or_gets_a_wrong_class(tmp_path, seed, each):
+def test_of_malformed_tars_nothing_is_lost_silently_or_gets_a_wrong_class(
+    tmp_path, cache, seed, each
+):
     chance = Random(seed)
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
     reports, truth, counts = [], {}, Counter()
     for kind, make in TARS.items():
         for n in range(each):
@@ -250,9 +251,8 @@ def _odd_name(chance: Random) -> str:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_tars_of_odd_names_are_scored_and_trained_on(tmp_path, seed):
+def test_tars_of_odd_names_are_scored_and_trained_on(tmp_path, cache, seed):
     chance = Random(seed)
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
     folder = tmp_path / "odd"
     folder.mkdir()
     names = {f"{n}{_odd_name(chance)}.tar" for n in range(35)}

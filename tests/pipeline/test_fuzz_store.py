@@ -128,10 +128,9 @@ NAMES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("as_folder", [False, True])
-def test_odd_names_are_kept_apart_and_never_collected(tmp_path, spec, as_folder):
+def test_odd_names_are_kept_apart_and_never_collected(tmp_path, cache, spec, as_folder):
     """Names of tars, and of the folders that hold them."""
     rng = random.Random(SEED)
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
     contents = [tar_bytes(photo_members(2, rng.randrange(10**6))) for _ in NAMES]
     paths = []
     for name, data in zip(NAMES, contents, strict=True):

@@ -23,11 +23,6 @@ SPEC = SPECS[0]
 SEED = int(os.environ.get("FAMT_SEED", "0"))
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return ScoreCache(str(tmp_path / "cache"), create=True)
-
-
 def _id(number):
     return f"{number:032x}"
 

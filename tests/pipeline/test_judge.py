@@ -24,12 +24,8 @@ def _tars(folder, count, damaged=False):
     return urls
 
 
-def _cache(tmp_path):
-    return ScoreCache(str(tmp_path / "cache"), create=True)
-
-
-def test_what_shards_hold_is_found_without_any_score(tmp_path):
-    urls, cache = _tars(tmp_path, 3), _cache(tmp_path)
+def test_what_shards_hold_is_found_without_any_score(tmp_path, cache):
+    urls = _tars(tmp_path, 3)
     assert judge_shards(urls, cache) == {}
     shards = look_up(urls, cache, None)
     assert shards.stale == {}
@@ -39,8 +35,8 @@ def test_what_shards_hold_is_found_without_any_score(tmp_path):
     assert [each.specs for each in cache.entries()] == [[], [], []]
 
 
-def test_the_score_job_goes_by_the_samples_that_are_there(tmp_path, spec):
-    (url,), cache = _tars(tmp_path, 1), _cache(tmp_path)
+def test_the_score_job_goes_by_the_samples_that_are_there(tmp_path, cache, spec):
+    (url,) = _tars(tmp_path, 1)
     judge_shards([url], cache)
     (record,) = look_up([url], cache, None).records.values()
     entry = Path(cache.url) / "shards" / record.shard_id
@@ -49,13 +45,13 @@ def test_the_score_job_goes_by_the_samples_that_are_there(tmp_path, spec):
     assert (report.kept, report.quarantined, report.decoded) == (4, 1, 4)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert cache.read_maps(report.shard_id, spec).shape == (4, 7, 7)
-    alone = _cache(tmp_path / "alone")
+    alone = ScoreCache(str(tmp_path / "alone"), create=True)
     precompute_shard(url, alone, spec)
     assert cache.read_table(report.shard_id).key == alone.read_table(report.shard_id).key
 
 
-def test_a_shard_of_known_content_is_only_hashed(tmp_path):
-    urls, cache = _tars(tmp_path, 2), _cache(tmp_path)
+def test_a_shard_of_known_content_is_only_hashed(tmp_path, cache):
+    urls = _tars(tmp_path, 2)
     judge_shards(urls[:1], cache)
     Path(urls[0]).touch()
     assert judge_shards(urls[:1], cache, known_only=True) == {}
@@ -63,8 +59,8 @@ def test_a_shard_of_known_content_is_only_hashed(tmp_path):
     assert set(look_up(urls, cache, None).stale) == {urls[1]}
 
 
-def test_what_can_not_be_read_is_told_and_the_others_are_done(tmp_path, capsys):
-    urls, cache = _tars(tmp_path, 2, damaged=True), _cache(tmp_path)
+def test_what_can_not_be_read_is_told_and_the_others_are_done(tmp_path, cache, capsys):
+    urls = _tars(tmp_path, 2, damaged=True)
     Path(urls[0]).write_bytes(b"no tar")
     gone = str(tmp_path / "gone.tar")
     failed = judge_shards([gone, *urls], cache)
@@ -74,21 +70,22 @@ def test_what_can_not_be_read_is_told_and_the_others_are_done(tmp_path, capsys):
     assert set(look_up(urls, cache, None).stale) == {urls[0]}
 
 
-def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_path, capfd):
+def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_path, cache, capfd):
     """An iCCP chunk that is too short: libpng warns, and the image is kept."""
     whole = encode(photo(0), "PNG")
     profile = b"iCCPx\0\0"
     chunk = struct.pack(">I", 3) + profile + struct.pack(">I", zlib.crc32(profile))
     odd = whole[:33] + chunk + whole[33:]
     (tmp_path / "0.tar").write_bytes(tar_bytes([("a.png", odd), ("b.png", b"garbage")]))
-    assert judge_shards([str(tmp_path / "0.tar")], _cache(tmp_path)) == {}
-    program = (
-        "from famt.pipeline.judge import judge_shards; from famt.pipeline.cache import ScoreCache; "
-    )
-    program += "print(judge_shards({!r}, ScoreCache({!r}, create=True)))".format(
-        [str(tmp_path / "0.tar")], str(tmp_path / "other")
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert judge_shards([str(tmp_path / "0.tar")], cache) == {}
+    program = """
+import sys
+from famt.pipeline.cache import ScoreCache
+from famt.pipeline.judge import judge_shards
+print(judge_shards([sys.argv[1]], ScoreCache(sys.argv[2], create=True)))
+"""
+    command = [sys.executable, "-c", program, tmp_path / "0.tar", tmp_path / "other"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout == "{}\n"
     for said in (capfd.readouterr().err, done.stderr):
         assert "libpng" not in said

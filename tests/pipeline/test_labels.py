@@ -7,7 +7,7 @@ from PIL import Image
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.labels import class_names, read_labels
-from famt.pipeline.writer import open_source
+from famt.pipeline.sources import open_source
 
 TABLES = {
     "file_name,label\na.jpg,cat\nb.jpg,dog\n": {"a.jpg": "cat", "b.jpg": "dog"},

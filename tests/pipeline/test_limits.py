@@ -8,14 +8,12 @@ from launch import program_file
 from samples import photo_members, score, tar_bytes
 
 from famt.pipeline import limits
-from famt.pipeline.cache import ScoreCache
 
 TARS = int(os.environ.get("FAMT_TARS", "300"))
 
 
 @pytest.mark.slow
-def test_shards_beyond_the_soft_limit_of_open_files_are_read(tmp_path, spec):
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+def test_shards_beyond_the_soft_limit_of_open_files_are_read(tmp_path, cache, spec):
     (tmp_path / "shards").mkdir()
     shards = [tmp_path / "shards" / f"{n:06d}.tar" for n in range(TARS)]
     for n, shard in enumerate(shards):

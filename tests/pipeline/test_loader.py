@@ -8,7 +8,7 @@ import scipy.stats
 import torch
 import torchvision.transforms.functional as tvf
 from PIL import Image
-from samples import encode, photo, photo_members, score, tar_bytes
+from samples import encode, photo, photo_members, score, tar_bytes, write_tar
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from famt.geometry import crop_maps
@@ -35,8 +35,7 @@ def _rows(loader):
 
 def _table_of(tmp_path, members):
     """A table over one tar of those members."""
-    path = tmp_path / "only.tar"
-    path.write_bytes(tar_bytes(members))
+    path = write_tar(tmp_path / "only.tar", members)
     cache = ScoreCache(str(tmp_path / "only-cache"), create=True)
     score([path], cache, ScoreSpec())
     return load_samples([str(path)], cache)

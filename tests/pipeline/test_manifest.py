@@ -10,11 +10,6 @@ from famt.pipeline.manifest import ShardRecord
 from famt.pipeline.storage import Version
 
 
-@pytest.fixture
-def cache(tmp_path):
-    return ScoreCache(str(tmp_path / "cache"), create=True)
-
-
 def _record(n):
     return ShardRecord(Version(n, f"stamp {n}"), f"{n:032x}")
 
@@ -70,14 +65,6 @@ def test_a_publisher_that_slept_through_many_versions_still_gets_its_records_in(
     cache.manifests.publish({"/data/late.tar": _record(99)})
     expected = {f"{n}.tar": _record(n) for n in range(9)} | {"late.tar": _record(99)}
     assert cache.manifests.read("/data") == expected
-
-
-def test_every_folder_that_is_known_is_listed(cache):
-    cache.manifests.publish({"/data/a/0.tar": _record(0), "/data/b/0.tar": _record(1)})
-    assert cache.manifests.folders() == {
-        "/data/a": {"0.tar": _record(0)},
-        "/data/b": {"0.tar": _record(1)},
-    }
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from famt.patches import gather_patches, normalise, patchify
 from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.masking import crop_scores, split_crops
-from famt.pipeline.options import JoinConfig, LoaderConfig, check_bounds
+from famt.pipeline.options import JoinConfig, LoaderConfig
 from famt.targets import low_pass
 
 GRID, PATCH = 7, 8
@@ -98,20 +98,6 @@ def test_weights_count_more_as_the_run_goes_on(crops, maps):
     assert shares[0] == pytest.approx(22 / 49, abs=0.1)
     assert shares[0] < shares[1] < shares[2] == shares[3] == 1.0
     assert [config.blend_at(each) for each in (-1.0, 0.25, 1.0, 2.0)] == [0.0, 0.25, 1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"blend": (0.5, 1.5)}, "blend"),
-        ({"blend": (float("nan"), 1.0)}, "blend"),
-        ({"predicted_share": 0.0}, "predicted-share"),
-        ({"loss_exponent": -1.0}, "loss-exponent"),
-    ],
-)
-def test_options_out_of_bounds_are_named(options, named):
-    with pytest.raises(ValueError, match=f"--{named} .* must be"):
-        check_bounds(JoinConfig(**options))
 
 
 def test_units_are_masked_whole_by_their_mean_weight(crops):

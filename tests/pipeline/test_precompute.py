@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import encode, photo, photo_members, tar_bytes
+from samples import encode, photo, photo_members, tar_bytes, write_tar
 
 from famt.frequency import pixel_frequency
 from famt.pipeline.cache import ScoreCache
 from famt.pipeline.decode import BadImage, decode
-from famt.pipeline.precompute import judge_shard, precompute_shard, score_shard
+from famt.pipeline.precompute import precompute_shard, score_shard
 from famt.pipeline.scores import ScoreSpec
 
 
@@ -44,7 +44,7 @@ def test_judging_alone_gives_the_table_that_scoring_gives(spec):
     data = tar_bytes(
         [*photo_members(3), ("bad.jpg", b"garbage"), ("d.png", encode(photo(4), "PNG"))]
     )
-    judged, scored = judge_shard(data), score_shard(data, spec).table
+    judged, scored = (score_shard(data, each).table for each in (None, spec))
     assert (judged.key, judged.rejected) == (scored.key, scored.rejected)
     for column in ("offset", "size", "label"):
         assert getattr(judged, column).tolist() == getattr(scored, column).tolist()
@@ -66,14 +66,12 @@ def test_a_tar_without_images_is_an_error_that_names_it(spec):
 
 
 def test_a_shard_of_only_bad_images_has_an_empty_entry(spec, tmp_path):
-    path = tmp_path / "bad.tar"
-    path.write_bytes(tar_bytes([("a.jpg", b"x"), ("b.jpg", b"y")]))
+    path = write_tar(tmp_path / "bad.tar", [("a.jpg", b"x"), ("b.jpg", b"y")])
     report = precompute_shard(str(path), ScoreCache(str(tmp_path / "c"), create=True), spec)
     assert (report.kept, report.quarantined) == (0, 2)
 
 
-def test_the_same_tar_is_never_scored_twice(tmp_path, spec):
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
+def test_the_same_tar_is_never_scored_twice(tmp_path, cache, spec):
     data = tar_bytes(photo_members(4))
     for name in ("a.tar", "renamed.tar"):
         (tmp_path / name).write_bytes(data)
@@ -86,11 +84,9 @@ def test_the_same_tar_is_never_scored_twice(tmp_path, spec):
     assert other.shard_id == first.shard_id
 
 
-def test_a_second_score_goes_by_the_table_of_the_first(tmp_path, spec, monkeypatch):
+def test_a_second_score_goes_by_the_table_of_the_first(tmp_path, cache, spec, monkeypatch):
     """Even if the decoder has become stricter: the maps of both must lie in the same rows."""
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
-    path = tmp_path / "a.tar"
-    path.write_bytes(tar_bytes([*photo_members(3), ("odd.jpg", b"garbage")]))
+    path = write_tar(tmp_path / "a.tar", [*photo_members(3), ("odd.jpg", b"garbage")])
     first = precompute_shard(str(path), cache, spec)
     table = cache.read_table(first.shard_id)
     other = ScoreSpec(kind="lowpass", grid=7)
@@ -120,11 +116,12 @@ def _keep(*keys):
 
 
 def test_another_verdict_gives_a_shard_another_entry_that_all_scores_then_go_by(
-    tmp_path, spec, monkeypatch
+    tmp_path,
+    cache,
+    spec,
+    monkeypatch,
 ):
-    cache = ScoreCache(str(tmp_path / "cache"), create=True)
-    path = tmp_path / "a.tar"
-    path.write_bytes(tar_bytes(photo_members(4)))
+    path = write_tar(tmp_path / "a.tar", photo_members(4))
     ids = []
     for keys in ((0, 1), (1, 2), (0, 1, 2, 3)):
         monkeypatch.setattr("famt.pipeline.precompute.decode", _keep(*keys))

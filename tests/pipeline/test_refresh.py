@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from famt.attention import attention_scores, cls_attention
+from famt.frequency import token_frequency
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.dataset import load_samples
@@ -50,28 +52,14 @@ def _by_hooks(encoder, images):
 
 
 def _expected(kind, attn, tokens):
-    """The formulas of the papers, image by image and patch by patch."""
-    heads, patches = attn.shape[0], attn.shape[1] - 1
-    paper = torch.zeros(patches)
-    amt = torch.zeros(patches)
-    for h in range(heads):
-        a = attn[h]
-        low, high = a[0, 1:].min(), a[0, 1:].max()
-        for n in range(patches):
-            cls = a[0, 1 + n] * a[1:, 0].mean()
-            image = a[1:, 1 + n].mean() * a[0, 0]
-            paper[n] += (cls + image) / heads
-            amt[n] += (a[0, 1 + n] - low) / (high - low) / heads
-    j = np.arange(patches)
-    keep = 1 - np.exp(-((j - (patches - 1) / 2) ** 2) / (2 * (0.15 * patches / 2) ** 2))
-    x = tokens.double().numpy()
-    y = np.fft.ifft(np.fft.fft(x, axis=0) * keep[:, None], axis=0)
-    frequency = torch.from_numpy(np.abs(y).sum(1) / np.abs(x).sum(1).mean())
-    chosen = {
-        "attention": paper, "cls_attention": amt, "token_frequency": frequency,
-        "frequency_attention": frequency * paper,
-    }[kind]  # fmt: skip
-    return (chosen / chosen.mean()).view(8, 8).float()
+    """By the functions that tests/famt compares with slow loops."""
+    scores = {
+        "attention": attention_scores(attn),
+        "cls_attention": cls_attention(attn),
+        "token_frequency": token_frequency(tokens),
+        "frequency_attention": token_frequency(tokens) * attention_scores(attn),
+    }[kind]
+    return (scores / scores.mean(1, keepdim=True)).view(-1, 8, 8)
 
 
 @pytest.mark.parametrize("kind", MODEL_KINDS)
@@ -79,12 +67,8 @@ def test_maps_equal_those_from_hooks_on_timms_blocks(scored, encoder, kind):
     spec = _spec(encoder, kind)
     scores = _score(encoder, scored.shards, scored, spec).split((10, 7, 9))
     for shard, maps in zip(scored.shards, scores, strict=True):
-        crops = _squashed(shard)
-        attn, tokens = _by_hooks(encoder, crops)
-        for n in range(len(maps)):
-            torch.testing.assert_close(
-                maps[n], _expected(kind, attn[n], tokens[n]), rtol=1e-3, atol=2e-3
-            )
+        expected = _expected(kind, *_by_hooks(encoder, _squashed(shard)))
+        torch.testing.assert_close(maps, expected, rtol=1e-3, atol=2e-3)
 
 
 def _squashed(shard):

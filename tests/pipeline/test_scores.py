@@ -21,10 +21,6 @@ def test_equal_specs_share_an_id_and_any_difference_parts_them():
     assert set(changes) == {field.name for field in dataclasses.fields(ScoreSpec)}
 
 
-def test_an_id_says_its_kind():
-    assert ScoreSpec(kind="highpass").id.startswith("highpass-")
-
-
 def test_a_spec_scores_bytes_as_the_method_scores_floats():
     spec = ScoreSpec(kind="bandpass", grid=4, band=(1.0, 3.0))
     images = torch.randint(0, 256, (2, spec.size, spec.size, 3), dtype=torch.uint8)

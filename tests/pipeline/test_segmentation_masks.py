@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import encode, photo_members, score, tar_bytes
+from samples import encode, photo_members, score, tar_bytes, write_tar
 
 from famt.pipeline.dataset import load_samples
 from famt.pipeline.loader import CropLoader
@@ -20,8 +20,7 @@ def _places(height, width):
 
 
 def _table(scored, tmp_path, members):
-    path = tmp_path / "masked.tar"
-    path.write_bytes(tar_bytes(members))
+    path = write_tar(tmp_path / "masked.tar", members)
     score([path], scored.cache, scored.spec)
     return load_samples([str(path)], scored.cache)
 
