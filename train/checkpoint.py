@@ -335,7 +335,8 @@ def resume(
         ValueError: the folder's run is another one, or may not be gone on with; all of its
             checkpoints are damaged; or a machine does not see the folder.
     """
-    found = ranks.from_main(lambda: _choose(config.out))
+    chosen = ranks.from_main(lambda: _choose(config.out))
+    found = chosen and config.out / chosen.name  # each machine looks in its own --out
     _wait_to_see(found or config.out / "lock", ranks)
     if found is None:
         return None, True

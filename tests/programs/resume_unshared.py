@@ -1,11 +1,9 @@
 """A run's ranks, each machine with a folder of its own under the name of the run's."""
 
 import contextlib
-import dataclasses
+import json
 import sys
 from pathlib import Path
-
-import torch
 
 from famt.train import checkpoint
 from famt.train.config import Pretrain
@@ -13,12 +11,11 @@ from famt.train.distributed import join_ranks
 from famt.train.files import own_folder
 
 folder = Path(sys.argv[1])
-config = Pretrain(**torch.load(folder / "options.pt"))
 checkpoint._SEEN_WITHIN = 1.0
 with join_ranks("cpu") as ranks:
-    own = dataclasses.replace(config, out=folder / ranks.node)
+    own = Pretrain(shards=["x"], cache="y", out=folder / ranks.node)
     try:
         with own_folder(own.out) if ranks.is_main else contextlib.nullcontext():
-            checkpoint.resume(own, {}, ranks)
+            checkpoint.resume(own, json.loads(sys.argv[2]), ranks)
     except ValueError as error:
         (folder / f"error{ranks.rank}").write_text(str(error))

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from launch import finish, launch, program_file
 from famt.pipeline.options import ELASTIC, FREE, Checked
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, resume
+from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
 from famt.train.files import BusyError, own_folder
 from famt.train.pretrain import main
@@ -182,10 +184,10 @@ def test_what_a_killed_writer_left_is_removed_by_the_next_run(options):
 @pytest.mark.slow
 def test_a_folder_that_a_machine_does_not_see_is_named_on_all_ranks(tmp_path):
     (tmp_path / "a").mkdir()
-    _save(Options(tmp_path / "a"), 7)
-    torch.save({"shards": ["x"], "cache": "y", "out": str(tmp_path)}, tmp_path / "options.pt")
+    _save(Pretrain(shards=["x"], cache="y", out=tmp_path / "a"), 7)
     program = program_file("resume_unshared")
-    finish(launch(program, str(tmp_path), machines=["a", "a", "b"]))
+    of_run = json.dumps(CIRCUMSTANCES)
+    finish(launch(program, str(tmp_path), of_run, machines=["a", "a", "b"]))
     for rank in range(3):
         assert "checkpoint-00000007.pt was not seen on b within 1 s; --out must be" in (
             (tmp_path / f"error{rank}").read_text()
