@@ -1,4 +1,4 @@
-"""The data plane: tar shards, the score cache, the DALI loader, and the join of the two.
+"""The data plane: tar shards, the score cache, the DALI loader, and masking by scores.
 
 The only package that knows tars, zarr and DALI.
 """

@@ -183,7 +183,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class LoaderOptions(Checked):
-    """How crops are read, as the command line of a training gives it."""
+    """Options of the loader on a training's command line."""
 
     batch_size: Annotated[int, Ge(1), ELASTIC, MAIN] = 64
     """crops per step on each rank"""
@@ -218,7 +218,7 @@ class LoaderOptions(Checked):
 
 @dataclass(frozen=True)
 class LoaderConfig(LoaderOptions):
-    """All that a loader needs to know: its options, and which crops to cut."""
+    """How crops are read, resized and cut."""
 
     image_size: Annotated[int, Ge(1)] = 224
     """side of the square crops, px"""
@@ -231,26 +231,26 @@ class JoinConfig:
     """How patches are masked and thrown by their weights."""
 
     mask_ratio: Annotated[float, Ge(0), Lt(1)] = 0.45
-    """share of the patches that are hidden and reconstructed"""
+    """share of the patches that are masked, to be reconstructed"""
     throw_ratio: Annotated[float, Ge(0), Lt(1)] = 0.40
-    """share of the patches that are left out of everything"""
+    """share of the patches that are thrown, and enter nothing"""
     visible: Visible = "lightest"
-    """the visible patches are the lightest, which masking and throwing leave over, or a uniform
-    draw made first, as MAE's are"""
+    """which patches are visible: the lightest, left over by masking and throwing, or a uniform draw
+    made first, as MAE's"""
     thrown: Thrown = "heaviest"
-    """the thrown patches are the heaviest after the masked ones, or the lightest of all"""
+    """which patches are thrown: the heaviest after the masked ones, or the lightest of all"""
     blend: Annotated[tuple[float, float], Ge(0), Le(1)] = (1.0, 1.0)
-    """how much the weights count at the first and at the last step, and linearly between: 0 draws
+    """influence of the weights at the first and at the last step, linear in between: 0 draws
     uniformly, 1 by weight alone"""
     predicted_share: Annotated[float, Gt(0), Le(1)] = 1.0
     """share of the masked patches that are reconstructed; the others cost nothing"""
     predicted: Predicted = "random"
-    """which ones: a uniform draw, or spread as far from each other as can be"""
+    """which masked patches these are: a uniform draw, or spread far from each other"""
     loss_exponent: Annotated[float, Ge(0)] = 0.0
-    """power of a patch's weight in its share of the loss; 0 counts all patches alike"""
+    """power of a patch's weight in its factor of the loss; 0 counts all patches equally"""
 
     def blend_at(self, progress: float) -> float:
-        """How much the weights count when `progress` in [0, 1] of the run's steps are done."""
+        """Influence of the weights when `progress` in [0, 1] of the run's steps are done."""
         first, last = self.blend
         return first + (last - first) * min(max(progress, 0.0), 1.0)
 
