@@ -25,6 +25,7 @@ from famt.train import config
 Config = TypeVar("Config")
 
 _STDOUT = 1  # its file descriptor
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # as torch puts it, on GPUs and on CPUs
 
 
 def is_users(error: BaseException) -> bool:
@@ -83,9 +84,15 @@ def _ending() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(128 + signal.SIGPIPE)
-        if not is_users(error):
+        message = storage.reason(error)
+        if isinstance(error, RuntimeError) and any(each in message for each in _NO_MEMORY):
+            message = (
+                "not enough memory: lower --batch-size; in training, --accumulate and "
+                f"--checkpoint-blocks save memory too ({message})"
+            )
+        elif not is_users(error):
             raise
-        print(f"error: {storage.reason(error)}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 

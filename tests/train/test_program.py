@@ -36,6 +36,13 @@ def test_a_users_error_is_its_message_alone(kind, capsys):
     assert capsys.readouterr().err == "error: train-7.tar: gone. Remedy: look elsewhere\n"
 
 
+def test_too_little_memory_is_a_message_with_a_remedy(capsys):
+    assert _exit(lambda _: torch.empty(1 << 60)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: not enough memory: lower --batch-size; ")
+    assert error.count("\n") == 1
+
+
 def test_a_defect_shows_where_it_is():
     def main(_):
         raise KeyError("x")
