@@ -15,8 +15,6 @@ import ray
 from famt.pipeline import storage
 from famt.pipeline.errors import CacheFullError
 
-_LOCAL = "give RAY_ADDRESS=local to use this machine alone"
-
 
 def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     """Join the Ray cluster that RAY_ADDRESS names, or start one on this machine for this program.
@@ -45,14 +43,16 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     try:
         if address not in ("local", "auto"):
             host, _, port = address.rpartition("/")[2].rpartition(":")
-            socket.create_connection(
-                (host, int(port)), timeout=10
-            ).close()  # Ray would try for minutes
+            # Ray would try for minutes.
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address, log_to_driver=log_to_driver, logging_level="warning", **options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones, too: its own start times out, say
+        reason = storage.reason(error)
+        if address == "local":
+            raise ConnectionError(f"Ray does not start on this machine ({reason})") from error
         raise ConnectionError(
-            f"no Ray cluster can be joined at RAY_ADDRESS={address} ({storage.reason(error)}); "
-            f"start it, or {_LOCAL}"
+            f"no Ray cluster can be joined at RAY_ADDRESS={address} ({reason}); start it, or give "
+            "RAY_ADDRESS=local to use this machine alone"
         ) from error
     # Ray's own handler aborts with a native stack trace.
     if threading.current_thread() is threading.main_thread():
