@@ -45,6 +45,8 @@ from famt.train.signals.config import (
     RefreshConfig,
 )
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
 TIMM = "timm:"
 """Prefix of `--init` that marks the name of a timm model; any other value is a path."""
 
@@ -95,6 +97,9 @@ class TrainingOptions(LoaderOptions):
     """number of recent checkpoints to keep"""
     log_steps: Annotated[int, Ge(1), ELASTIC] = 20
     """steps between log points; checkpoints are written at log points"""
+    track: Annotated[Tracker, FREE, APART] = "tensorboard"
+    """also send curves and pictures to Weights & Biases or MLflow, set up by their own environment
+    variables; TensorBoard is always written"""
     seed: Seed = 0
     """seed of weights, shuffling, crops and all other random draws"""
 
@@ -237,8 +242,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     """recompute each block's activations in the backward pass (gradient checkpointing): less
     memory, a third more time"""
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
-    """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 draws
-    none"""
+    """epochs between pictures of crops, weights, splits and reconstructions; 0 draws none"""
     monitor: Annotated[list[str], FREE, PLACE, MAIN] = field(default_factory=list)
     """labelled shards; k-NN and a quick linear probe of the encoder on them are plotted beside the
     loss. Training pauses meanwhile; the log says for how long"""

@@ -54,12 +54,12 @@ def finetune(
                 told = "stopped before the last test was done; the same command makes it anew"
                 print(told, file=sys.stderr)
             return
-        if ranks.is_main:
-            log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
-        for name, share in found.items():
-            yield name, share
-            yield name.replace("top1", "stderr"), standard_error(share, len(val))
-        yield "epochs", options.epochs
+    if ranks.is_main:
+        log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
+    for name, share in found.items():
+        yield name, share
+        yield name.replace("top1", "stderr"), standard_error(share, len(val))
+    yield "epochs", options.epochs
 
 
 class Finetuning(Training[Mixed]):
