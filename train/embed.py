@@ -34,7 +34,7 @@ from famt.pipeline.dataset import SampleTable, load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.stage import stage_shards
 from famt.train.distributed import join_ranks
-from famt.train.evaluate.features import Images, default_centre
+from famt.train.evaluate.features import Images, default_centre, pool
 from famt.train.initial import build_initial_encoder
 from famt.train.options import Embed
 from famt.train.program import parsed, run_program
@@ -85,7 +85,8 @@ def _features(
             if crops.rows.tolist() != list(range(next_row, next_row + len(crops.rows))):
                 raise RuntimeError(f"images came out of order after row {next_row}")
             tokens = encoder.forward_features(normalise_images(crops.images)).float()
-            yield next_row, tokens[:, 0].cpu().numpy(), tokens[:, 1:].mean(1).cpu().numpy()
+            cls, mean = pool(encoder, tokens)
+            yield next_row, cls.cpu().numpy(), mean.cpu().numpy()
             next_row += len(crops.rows)
 
 

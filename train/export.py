@@ -50,6 +50,8 @@ def main(args: Export) -> list[str]:
     if args.out.exists():
         raise UserError(f"--out {args.out} is there already; give a new folder")
     model = checkpoint.load_model(args.checkpoint, ema=args.ema)
+    if model.config.timm and args.to != "timm":
+        raise UserError(f"{model.config.timm} is an architecture of timm's; export it --to timm")
     reason = None
     if model.unofficial:
         reason = f"{args.to} has no {model.unofficial}"
@@ -77,11 +79,14 @@ def main(args: Export) -> list[str]:
 def _timm(model: MaskedModel, out: Path) -> tuple[dict[str, Any], list[str]]:
     sizes = model.config
     name, arguments = timm_name(sizes)
+    pool = "token" if model.encoder.has_class_token else "avg"
+    if sizes.timm:
+        arguments["global_pool"] = pool
     config = {
         "architecture": name,
         "num_classes": 0,
         "num_features": sizes.width,
-        "global_pool": "token",
+        "global_pool": pool,
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, sizes.image_size, sizes.image_size],
@@ -103,8 +108,11 @@ def _timm(model: MaskedModel, out: Path) -> tuple[dict[str, Any], list[str]]:
     ]
 
 
-def timm_name(sizes: ModelConfig) -> tuple[str, dict[str, int]]:
+def timm_name(sizes: ModelConfig) -> tuple[str, dict[str, Any]]:
     """A name that timm knows, and what must be given beside it to get an encoder of these sizes."""
+    if sizes.timm:
+        patches = {"img_size": sizes.image_size, "patch_size": sizes.patch_size}
+        return sizes.timm, {**patches, "fc_norm": False}
     for name in ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"):
         name += f"_patch{sizes.patch_size}_{sizes.image_size}"
         if timm.is_model(name):
@@ -197,7 +205,7 @@ def _transformers(
 
 
 def _spelled(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in arguments.items())
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _write(out: Path, files: Mapping[str, Any]) -> None:

@@ -185,20 +185,17 @@ def classifier(encoder: VisionTransformer, classes: int, options: Finetune) -> V
     As in MAE's fine-tuning the mean of the patch tokens has a norm of its own, in place of the
     encoder's last one, and positions are trained.
     """
-    model = VisionTransformer(
-        img_size=encoder.patch_embed.img_size,
-        patch_size=encoder.patch_embed.patch_size,
-        embed_dim=encoder.embed_dim,
-        depth=len(encoder.blocks),
-        num_heads=encoder.blocks[0].attn.num_heads,
+    mean = options.pooling == "mean" or not encoder.has_class_token
+    model = ModelConfig.of(encoder).build(
         num_classes=classes,
-        global_pool="avg" if options.pooling == "mean" else "token",
+        global_pool="avg" if mean else "token",
+        fc_norm=mean,
         drop_path_rate=options.mixing.drop_path,
     )
     weights = {
         name: value
         for name, value in encoder.state_dict().items()
-        if options.pooling == "cls" or not name.startswith("norm.")
+        if not mean or not name.startswith("norm.")
     }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected
