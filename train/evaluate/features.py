@@ -176,10 +176,11 @@ class Images:
 def pool(encoder: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Class token and mean of the patches, `[B, C]` each, of an encoder's tokens `[B, P+N, C]`.
 
-    Without a class token the mean stands for both.
+    Without a class token the mean stands for both. A fine-tuned encoder's last norm may come after
+    the pooling.
     """
-    mean = tokens[:, encoder.num_prefix_tokens :].mean(1)
-    return (tokens[:, 0] if encoder.has_class_token else mean), mean
+    mean = encoder.fc_norm(tokens[:, encoder.num_prefix_tokens :].mean(1))
+    return (encoder.fc_norm(tokens[:, 0]) if encoder.has_class_token else mean), mean
 
 
 def open_images(options: Evaluation, encoder: VisionTransformer, name: str, ranks: Ranks) -> Images:
