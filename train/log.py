@@ -18,6 +18,9 @@ from famt.train.files import BusyError, own_folder, written_whole
 from famt.train.timing import Clock
 from famt.train.trackers import Board, TensorBoard, Tracked, open_tracker
 
+# A run says how long it will take after so many steps, or so much time.
+_TIMED_STEPS, _TIMED_SECONDS = 20, 60.0
+
 
 class Log:
     """Log of a run's main rank.
@@ -59,11 +62,26 @@ class Log:
             self._boards += open_tracker(folder, tracked)
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", mininterval=1)
         self._since, self._steps = time.perf_counter(), 0
+        self._first: float | None = None  # when the first step was done
+        self._timed = 0  # steps since then, until the end is foretold
 
     def step(self) -> None:
-        """One more optimiser step is done."""
+        """Count an optimiser step; print once how long the others will take."""
         self._steps += 1
         self._bar.update()
+        now = time.perf_counter()
+        if self._first is None:  # what is compiled or opened at first takes no time later
+            self._first = now
+        elif self._timed >= 0:
+            self._timed += 1
+            if self._timed >= _TIMED_STEPS or now - self._first >= _TIMED_SECONDS:
+                seconds = (now - self._first) / self._timed
+                left = self._bar.total - self._bar.n
+                tqdm.write(
+                    f"about {_duration(seconds * left)} to go: {left} steps of {seconds:.3g} s",
+                    file=sys.stderr,
+                )
+                self._timed = -1
 
     def point(self, step: int, epoch: int, scalars: dict[str, float]) -> None:
         """Log scalars, the rate and the share of every stage since the last point."""
@@ -110,6 +128,17 @@ class Log:
 
     def _write(self, line: dict[str, object]) -> None:
         _append(self._path, line)
+
+
+def _duration(seconds: float) -> str:
+    """The two largest units of a time: 3 h 20 min."""
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{days} d {hours % 24} h" if days else f"{hours} h {minutes % 60} min"
 
 
 def write_event(folder: Path, step: int, name: str, **details: object) -> None:
