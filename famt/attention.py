@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 
@@ -66,20 +66,20 @@ def last_attention(encoder: VisionTransformer, images: Tensor) -> Tensor:
     keys are computed. The encoder runs in eval mode, and its training flag is restored.
 
     Args:
-        encoder: a timm `VisionTransformer` with a class token and no register tokens, such as
+        encoder: a timm `VisionTransformer` with a class token, such as
             `MaskedAutoencoder.encoder`.
         images: `[B, 3, H, W]`, normalised as the encoder expects; for another size than the
             encoder's, positions are interpolated.
 
     Returns:
-        `[B, heads, N+1, N+1]` float32; index 0 is the class token.
+        `[B, heads, N+1, N+1]` float32; index 0 is the class token. Register tokens are left out of
+        the softmax.
 
     Raises:
-        ValueError: the encoder does not have exactly one prefix token, or its last block has no
-            joint `qkv` projection.
+        ValueError: the encoder has no class token, or its last block no joint `qkv` projection.
     """
     with _evaluating(encoder):
-        return _attention(encoder.blocks[-1], _before_last_block(encoder, images))
+        return _attention(encoder, _before_last_block(encoder, images))
 
 
 @torch.no_grad()
@@ -95,8 +95,8 @@ def last_block(encoder: VisionTransformer, images: Tensor) -> tuple[Tensor, Tens
     """
     with _evaluating(encoder):
         x = _before_last_block(encoder, images)
-        block = encoder.blocks[-1]
-        return _attention(block, x), block(x)[:, 1:].float()
+        tokens = encoder.blocks[-1](x)[:, encoder.num_prefix_tokens :]
+        return _attention(encoder, x), tokens.float()
 
 
 def attention_of(attention: Attention, projected: Tensor) -> Tensor:
@@ -118,6 +118,13 @@ def attention_of(attention: Attention, projected: Tensor) -> Tensor:
     return logits.float().softmax(-1)
 
 
+def without_registers(encoder: VisionTransformer, tokens: Tensor) -> Tensor:
+    """Tokens `[B, T, C]` of an encoder with a class token, less its register tokens."""
+    if encoder.num_prefix_tokens == 1:
+        return tokens
+    return torch.cat([tokens[:, :1], tokens[:, encoder.num_prefix_tokens :]], dim=1)
+
+
 @contextmanager
 def _evaluating(encoder: VisionTransformer) -> Iterator[None]:
     if not encoder.training:
@@ -131,37 +138,40 @@ def _evaluating(encoder: VisionTransformer) -> Iterator[None]:
 
 
 def _before_last_block(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    if encoder.num_prefix_tokens != 1:
-        raise ValueError(
-            f"the encoder has {encoder.num_prefix_tokens} prefix tokens; the scores are defined "
-            "for a class token alone"
-        )
+    if not encoder.has_class_token:
+        raise ValueError("the encoder has no class token, by which the scores are defined")
     x = encoder.norm_pre(_embed(encoder, images))
     for block in encoder.blocks[:-1]:
         x = block(x)
     return x
 
 
-def _attention(block: Block, x: Tensor) -> Tensor:
+def _attention(encoder: VisionTransformer, x: Tensor) -> Tensor:
+    block = encoder.blocks[-1]
     attention = block.attn
     if not hasattr(attention, "qkv"):
         raise ValueError(f"{type(attention).__name__} of the last block has no qkv projection")
     width = attention.num_heads * attention.head_dim
     weight, bias = attention.qkv.weight, attention.qkv.bias
     qk = F.linear(block.norm1(x), weight[: 2 * width], None if bias is None else bias[: 2 * width])
-    return attention_of(attention, qk)
+    return attention_of(attention, without_registers(encoder, qk))
 
 
 def _embed(encoder: VisionTransformer, images: Tensor) -> Tensor:
-    """Patch and class tokens with their positions, `[B, 1+N, C]`, at any image size."""
+    """Prefix and patch tokens with their positions, `[B, P+N, C]`, at any image size."""
     if tuple(images.shape[2:]) == encoder.patch_embed.img_size:
         return encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images)))
     patches = encoder.patch_embed.proj(images)
+    before = encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches
     position = resample_abs_pos_embed(
-        encoder.pos_embed, list(patches.shape[2:]), list(encoder.patch_embed.grid_size)
+        encoder.pos_embed, list(patches.shape[2:]), list(encoder.patch_embed.grid_size), before
     )
-    cls = encoder.cls_token.expand(len(images), -1, -1)
-    return torch.cat([cls, patches.flatten(2).transpose(1, 2)], dim=1) + position
+    own = [each for each in (encoder.cls_token, encoder.reg_token) if each is not None]
+    prefix = [each.expand(len(images), -1, -1) for each in own]
+    tokens = encoder.patch_embed.norm(patches.flatten(2).transpose(1, 2))
+    if before:
+        return torch.cat([*prefix, tokens], dim=1) + position
+    return torch.cat([*prefix, tokens + position], dim=1)
 
 
 def _checked(attn: Tensor) -> Tensor:

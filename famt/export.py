@@ -134,8 +134,9 @@ def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _refuse_unofficial(model: MaskedModel) -> None:
-    if model.unofficial:
+    if model.config.timm or model.unofficial:
+        part = f"{model.config.timm} of timm" if model.config.timm else model.unofficial
         raise ValueError(
-            f"the official MAE keys have no place for this model's {model.unofficial}; "
+            f"the official MAE keys have no place for this model's {part}; "
             "`encoder_state` gives its encoder's weights"
         )

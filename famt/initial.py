@@ -73,7 +73,8 @@ def encoder_sizes(weights: Mapping[str, Tensor]) -> EncoderSizes:
         )
     patch_size = projection.shape[-1]
     grid = math.isqrt(positions.shape[1])
-    if positions.shape[1] not in (grid**2, grid**2 + 1):
+    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    if positions.shape[1] - grid**2 not in (0, 1, registers, 1 + registers):
         raise ValueError(f"pos_embed {list(positions.shape)} is of no square grid of patches")
     return EncoderSizes(projection.shape[0], 1 + max(numbers), patch_size, grid * patch_size)
 
@@ -86,7 +87,7 @@ def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tenso
     final norm stays as it is; a classifier's head is left out.
 
     Args:
-        encoder: with a class token and no head.
+        encoder: without a head.
         weights: under official names.
 
     Raises:
@@ -98,12 +99,12 @@ def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tenso
     foreign = [name for name in weights if name not in own and _FOREIGN.fullmatch(name)]
     if foreign:
         raise ValueError(
-            f"its encoder is of another kind: it has {_short(foreign)}, which a plain ViT has not"
+            f"its encoder is of another kind: it has {_short(foreign)}, which this model has not"
         )
     fit, fitted = Fit(), {}
     for name, value in weights.items():
         if name == "pos_embed":
-            value = _fit_positions(value, encoder, fit)
+            value = _fit_positions(value, own[name], encoder, fit, name)
         elif name == "patch_embed.proj.weight" and value.shape[-1] != own[name].shape[-1]:
             value = resample_patch_embed(value, list(own[name].shape[2:]))
             fit.resized[name] = f"patches of {weights[name].shape[-1]} px to {value.shape[-1]}"
@@ -138,11 +139,10 @@ def load_weights(model: MaskedModel, weights: Mapping[str, Tensor]) -> Fit:
     fit = load_encoder_weights(
         model.encoder, {name: value for name, value in weights.items() if name not in own}
     )
-    positions, resized = given.get("decoder_pos_embed"), Fit()
-    if positions is not None and positions.shape[-1] == own["decoder_pos_embed"].shape[-1]:
-        given["decoder_pos_embed"] = _fit_positions(
-            positions, model.encoder, resized, "decoder_pos_embed"
-        )
+    name, resized = "decoder_pos_embed", Fit()
+    positions = given.get(name)
+    if positions is not None and positions.shape[-1] == own[name].shape[-1]:
+        given[name] = _fit_positions(positions, own[name], model.encoder, resized, name)
     fits = given.keys() == own.keys() and all(
         given[name].shape == value.shape for name, value in own.items()
     )
@@ -166,16 +166,21 @@ def _check_sizes(there: EncoderSizes, encoder: VisionTransformer) -> None:
 
 
 def _fit_positions(
-    positions: Tensor, encoder: VisionTransformer, fit: Fit, name: str = "pos_embed"
+    positions: Tensor, own: Tensor, encoder: VisionTransformer, fit: Fit, name: str
 ) -> Tensor:
-    """Positions `[1, 1+N, C]` or `[1, N, C]` on the encoder's grid, `[1, 1+M, C]`."""
+    """Positions `[1, P+N, C]` or `[1, N, C]` on the encoder's grid, `[1, P+M, C]` as `own`.
+
+    P is the number of class and register tokens that have a position.
+    """
     grid = math.isqrt(positions.shape[1])
-    if grid**2 == positions.shape[1]:  # of patches alone: the class token gets nothing added
-        positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
+    prefix = own.shape[1] - encoder.patch_embed.num_patches
+    if prefix and grid**2 == positions.shape[1]:  # of patches alone: the others get nothing added
+        zeros = torch.zeros_like(positions[:, :1]).expand(-1, prefix, -1)
+        positions = torch.cat([zeros, positions], dim=1)
         fit.resized[name] = "none for the class token: zeros"
     size = list(encoder.patch_embed.grid_size)
-    if size != [grid, grid]:
-        positions = resample_abs_pos_embed(positions, size, [grid, grid])
+    if size != [grid, grid] and positions.shape[1] == prefix + grid**2:
+        positions = resample_abs_pos_embed(positions, size, [grid, grid], prefix)
         fit.resized[name] = f"{grid} x {grid} patches to {size[0]} x {size[1]}"
     return positions
 

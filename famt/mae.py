@@ -50,11 +50,12 @@ class MaskedAutoencoder(MaskedModel):
         return self.decode(latent, split)
 
     def decode(self, latent: Tensor, split: PatchSplit) -> Tensor:
-        """Tokens `[B, 1+V, width]` -> pixels of the predicted patches `[B, K, P*P*3]`."""
+        """Tokens `[B, prefix+V, width]` -> pixels of the predicted patches `[B, K, P*P*3]`."""
         position = self.decoder_pos_embed
         seen = self.decoder_embed(latent)
         seen_at = torch.cat(
-            [position[:, :1].expand(len(seen), -1, -1), position[0, 1 + split.visible]], dim=1
+            [position[:, :1].expand(len(seen), self.prefix, -1), position[0, 1 + split.visible]],
+            dim=1,
         )
         hidden = self.mask_token + position[0, 1 + split.predicted]
         seen = seen + seen_at

@@ -24,8 +24,8 @@ class MaskedModel(nn.Module):
 
     Attributes:
         config: all that the model is built from.
-        encoder: a timm `VisionTransformer` with fixed 2-D sin-cos positions and no head, under
-            timm's keys.
+        encoder: a timm `VisionTransformer` without a head, under timm's keys.
+        prefix: number of the encoder's class and register tokens, which precede those of patches.
         checkpoint_blocks: recompute activations inside blocks in the backward pass: less memory for
             a third more time.
     """
@@ -34,6 +34,7 @@ class MaskedModel(nn.Module):
         super().__init__()
         self.config = config
         self.encoder = config.encoder()
+        self.prefix: int = self.encoder.num_prefix_tokens
         self.fusion = BlockFusion(config.width, config.fused) if config.fused else None
         self.checkpoint_blocks = False
         self.encoder.eval()
@@ -93,13 +94,28 @@ class MaskedModel(nn.Module):
         """Patches `[B, V, P*P*3]` at raster positions `index [B, V]` -> tokens `[B, V, width]`."""
         projection = self.encoder.patch_embed.proj
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(patches, weight, projection.bias) + self.encoder.pos_embed[0, 1 + index]
+        tokens = self.encoder.patch_embed.norm(F.linear(patches, weight, projection.bias))
+        return tokens + self.positions(index)
+
+    def positions(self, index: Tensor) -> Tensor:
+        """The encoder's positions of patches `index [B, V]`, `[B, V, width]`."""
+        return self.encoder.pos_embed[0, self._positions_before_patches + index]
+
+    @property
+    def _positions_before_patches(self) -> int:
+        return self.encoder.pos_embed.shape[1] - self.encoder.patch_embed.num_patches
 
     def transform(self, tokens: Tensor) -> Tensor:
-        """The encoder's blocks and last norm on tokens `[B, T, width]` -> `[B, 1+T, width]`."""
+        """The encoder's blocks and last norm on tokens `[B, T, width]` -> `[B, P+T, width]`, with
+        its P class and register tokens first."""
         encoder = self.encoder
-        cls = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        tokens = torch.cat([cls, tokens], dim=1)
+        own = [each for each in (encoder.cls_token, encoder.reg_token) if each is not None]
+        if own:
+            first = torch.cat(own, dim=1)
+            if before := self._positions_before_patches:
+                first = first + encoder.pos_embed[:, :before]
+            tokens = torch.cat([first.expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = encoder.norm_pre(tokens)
         blocks = self.stages(encoder.blocks)
         if self.fusion is not None:
             return encoder.norm(self.fusion(blocks, tokens))
@@ -115,7 +131,7 @@ class MaskedModel(nn.Module):
         return [partial(checkpoint, block, use_reentrant=False) for block in blocks]
 
     def encode(self, patches: Tensor, index: Tensor) -> Tensor:
-        """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, 1+V, width]`."""
+        """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, prefix+V, width]`."""
         return self.transform(self.embed(patches, index))
 
     def loss(
@@ -156,8 +172,10 @@ class MaskedModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.flatten(1))
-        nn.init.zeros_(self.encoder.patch_embed.proj.bias)
-        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        if self.encoder.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.encoder.patch_embed.proj.bias)
+        if self.encoder.cls_token is not None:
+            nn.init.normal_(self.encoder.cls_token, std=0.02)
 
 
 def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:

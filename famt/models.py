@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
@@ -81,6 +82,8 @@ class ModelConfig(PatchConfig):
     """reconstruct each patch less its own mean, over its own deviation (MAE, section 4.1)"""
     fused: tuple[int, ...] = ()
     """blocks, from 0, whose outputs reach the decoder together with the last block's (MFF)"""
+    timm: str = ""
+    """name of the encoder's architecture in timm; empty for MAE's ViT"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,8 +108,12 @@ class ModelConfig(PatchConfig):
 
     @classmethod
     def of(cls, encoder: VisionTransformer) -> ModelConfig:
-        """The sizes of an encoder, with the default decoder."""
+        """The sizes of an encoder, with the default decoder.
+
+        The architecture is named if `timm.create_model` built the encoder.
+        """
         return cls(
+            timm=getattr(encoder, "pretrained_cfg", {}).get("architecture", ""),
             width=encoder.embed_dim,
             depth=len(encoder.blocks),
             heads=encoder.blocks[0].attn.num_heads,
@@ -115,22 +122,43 @@ class ModelConfig(PatchConfig):
         )
 
     def encoder(self) -> VisionTransformer:
-        """A timm ViT with fixed 2-D sin-cos positions and no head, not initialised for training."""
-        from timm.models.vision_transformer import VisionTransformer
+        """A timm ViT with 2-D sin-cos positions and no head, not initialised for training.
+
+        The positions are fixed. Those of an architecture of timm's begin as sin-cos, and its last
+        norm comes before any pooling.
+        """
+        import torch
         from torch import nn
 
-        encoder = VisionTransformer(
+        if self.timm:
+            encoder = self.build(num_classes=0, global_pool="", fc_norm=False)
+            positions = sincos_positions(self.grid, self.width)[:, 1:]
+            with torch.no_grad():
+                encoder.pos_embed.zero_()[:, -(self.grid**2) :] = positions
+            return encoder
+        encoder = self.build(num_classes=0, weight_init="skip")
+        encoder.pos_embed = sincos_positions(self.grid, self.width)
+        nn.init.zeros_(encoder.cls_token)  # timm leaves it uninitialised
+        return encoder
+
+    def build(self, **options: Any) -> VisionTransformer:
+        """A timm ViT of these sizes, as timm initialises it; `options` are its constructor's."""
+        if self.timm:
+            import timm
+
+            return timm.create_model(
+                self.timm, img_size=self.image_size, patch_size=self.patch_size, **options
+            )
+        from timm.models.vision_transformer import VisionTransformer
+
+        return VisionTransformer(
             img_size=self.image_size,
             patch_size=self.patch_size,
             embed_dim=self.width,
             depth=self.depth,
             num_heads=self.heads,
-            num_classes=0,
-            weight_init="skip",
+            **options,
         )
-        encoder.pos_embed = sincos_positions(self.grid, self.width)
-        nn.init.zeros_(encoder.cls_token)  # timm leaves it uninitialised
-        return encoder
 
 
 def sincos_positions(grid: int, width: int) -> nn.Parameter:
@@ -141,6 +169,60 @@ def sincos_positions(grid: int, width: int) -> nn.Parameter:
     patches = build_sincos2d_pos_embed([grid, grid], width)
     positions = torch.cat([torch.zeros(1, width), patches])[None]
     return torch.nn.Parameter(positions, requires_grad=False)
+
+
+@cache
+def timm_model(
+    name: str, image_size: int | None = None, patch_size: int | None = None
+) -> ModelConfig:
+    """The sizes of an architecture of timm, with the default decoder.
+
+    Args:
+        name: as `timm.create_model` takes it.
+        image_size, patch_size: px, in place of its own.
+
+    Raises:
+        ValueError: no such model, or not one whose encoder can see a part of the patches.
+    """
+    import timm
+    import torch
+
+    sizes = {"img_size": image_size, "patch_size": patch_size}
+    given = {option: size for option, size in sizes.items() if size is not None}
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+            reason = _not_plain(model)
+            if reason is None and given:
+                model = timm.create_model(name, num_classes=0, **given)
+    except Exception as error:  # each architecture raises its own
+        raise ValueError(f"timm:{name}: timm can't build it: {error}") from error
+    if reason:
+        raise ValueError(f"timm:{name} can't be trained on a part of the patches: {reason}")
+    return ModelConfig.of(model)
+
+
+def _not_plain(model: Any) -> str | None:
+    """Why patches of a timm model can't be encoded without the others; None if they can."""
+    from timm.layers import PatchEmbed
+    from timm.models.vision_transformer import VisionTransformer
+
+    kind = type(model)
+    overridden = [
+        name
+        for name in ("_pos_embed", "forward_features")
+        if getattr(kind, name, None) is not getattr(VisionTransformer, name)
+    ]
+    if overridden:
+        return f"it is a {kind.__name__}, which is no plain VisionTransformer"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"its {type(model.patch_embed).__name__} lets patches overlap"
+    if model.pos_embed is None:
+        return "it has no position embedding"
+    if not hasattr(model.blocks[0], "attn"):
+        return f"its blocks are {type(model.blocks[0]).__name__}s"
+    size, patch = model.patch_embed.img_size, model.patch_embed.patch_size
+    return None if size[0] == size[1] and patch[0] == patch[1] else "its images are not square"
 
 
 # A name stands for widths, depths and heads, and default image and patch sizes.

@@ -37,7 +37,7 @@ class SimMIM(MaskedModel):
 
         Each predicted patch has a mask token; other masked patches have none.
         """
-        hidden = self.mask_token + self.encoder.pos_embed[0, 1 + split.predicted]
+        hidden = self.mask_token + self.positions(split.predicted)
         tokens = self.transform(torch.cat([self.embed(visible, split.visible), hidden], dim=1))
         return self.decoder_pred(tokens[:, -hidden.shape[1] :])
 

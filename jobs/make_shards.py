@@ -66,6 +66,12 @@ def main(args: MakeShards) -> int:
             f"{split}: {written.samples} images of {kinds} in {len(written.shards)} shards at "
             f"{args.out}"
         )
+        if written.transparent:
+            print(
+                f"{split}: {written.transparent} image(s) have transparency: their colours are "
+                "used, also of pixels that would not be seen",
+                file=sys.stderr,
+            )
         for name, reason in written.skipped:
             print(f"skipped {name}: {reason}", file=sys.stderr)
         skipped += len(written.skipped)

@@ -15,6 +15,7 @@ from torch import Tensor
 from famt.attention import attention_scores, cls_attention, last_attention, last_block
 from famt.frequency import token_frequency
 from famt.patches import normalise_images
+from famt.pipeline.errors import UserError
 from famt.pipeline.scores import ModelScoreSpec, checked_maps, model_plugin
 
 ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
@@ -48,8 +49,9 @@ def model_scores(
         `[B, N]` float, >= 0, by kind.
 
     Raises:
-        UserError: no such kind is installed.
+        UserError: no such kind is installed, or the encoder has no class token.
     """
+    require_class_token(kinds, encoder)
     scores: dict[str, Tensor] = {}
     with torch.no_grad():
         if any(kind in _OF_BOTH for kind in kinds):
@@ -64,6 +66,20 @@ def model_scores(
             else:
                 scores[kind] = model_plugin(kind).load()(encoder, images)
     return scores
+
+
+def require_class_token(kinds: Sequence[str], encoder: VisionTransformer) -> None:
+    """Check that an encoder has what the scores of this package are read from.
+
+    Raises:
+        UserError: it has no class token.
+    """
+    ours = [kind for kind in kinds if kind in _OF_ATTENTION or kind in _OF_BOTH]
+    if ours and not encoder.has_class_token:
+        raise UserError(
+            f"{', '.join(ours)}: scores of a model need its class token, and this one has none; "
+            "weigh by --frequency.source cached alone, or train by --recipe uniform"
+        )
 
 
 def score_crops(

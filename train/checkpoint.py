@@ -251,6 +251,33 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
     return model.eval()
 
 
+def is_finetuned(source: str | Path) -> bool:
+    """Whether a source is the folder or a checkpoint of a fine-tuning run."""
+    path = Path(source)
+    of_run = bool(_NAME.fullmatch(path.name)) if path.is_file() else latest(path) is not None
+    return of_run and load(path).method == CLASSIFIER
+
+
+def load_classifier(path: Path, *, ema: bool = False) -> VisionTransformer:
+    """Encoder and head of a fine-tuning run's checkpoint file or folder, in eval mode.
+
+    Args:
+        ema: with the averaged weights.
+    """
+    checkpoint = load(path)
+    weights = checkpoint.ema if ema else checkpoint.model
+    if weights is None:
+        raise UserError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
+    mean = "fc_norm.weight" in weights
+    model = ModelConfig(**checkpoint.sizes).build(
+        num_classes=len(weights["head.bias"]),
+        global_pool="avg" if mean else "token",
+        fc_norm=mean,
+    )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
 def _load_pretrained(path: Path) -> Checkpoint:
     checkpoint = load(path)
     if checkpoint.method not in METHODS:

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Lt
 
 from famt.__main__ import called
 from famt.methods import METHODS
-from famt.models import MODELS, Decoder, ModelConfig
+from famt.models import MODELS, Decoder, ModelConfig, timm_model
 from famt.patch_counts import patch_counts
 from famt.pipeline import storage
 from famt.pipeline.errors import UserError
@@ -45,8 +45,10 @@ from famt.train.signals.config import (
     RefreshConfig,
 )
 
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
 TIMM = "timm:"
-"""Prefix of `--init` that marks the name of a timm model; any other value is a path."""
+"""Prefix of `--init` and `--model` that marks the name of a timm model."""
 
 APART = "no part of what an evaluation's result depends on"
 """note beside an option: results name it on their own, or do not depend on it"""
@@ -95,6 +97,9 @@ class TrainingOptions(LoaderOptions):
     """number of recent checkpoints to keep"""
     log_steps: Annotated[int, Ge(1), ELASTIC] = 20
     """steps between log points; checkpoints are written at log points"""
+    track: Annotated[Tracker, FREE, APART] = "tensorboard"
+    """also send curves and pictures to Weights & Biases or MLflow, set up by their own environment
+    variables; TensorBoard is always written"""
     seed: Seed = 0
     """seed of weights, shuffling, crops and all other random draws"""
 
@@ -167,9 +172,10 @@ class ModelOptions(Checked):
 
     method: Annotated[Literal[tuple(METHODS)], MAIN] = "mae"  # type: ignore[valid-type]
     """pre-training method"""
-    model: Annotated[Literal[tuple(MODELS)], MAIN] = "vit_base"  # type: ignore[valid-type]
-    """width and depth of encoder and decoder; nano and micro default to 32-px images in 4-px
-    patches, huge to 224 px in 14, the others to 224 px in 16"""
+    model: Annotated[str, MAIN] = "vit_base"
+    """width and depth of encoder and decoder: vit_nano, vit_micro (32-px images in 4-px patches by
+    default), vit_tiny, vit_small, vit_base, vit_large (224 px in 16), vit_huge (224 px in 14), or
+    timm:<name>, an architecture of timm"""
     image_size: Annotated[int | None, Ge(1), MAIN] = None
     """side of the crops, px; the model's if not given"""
     patch_size: Annotated[int | None, Ge(1)] = None
@@ -207,7 +213,17 @@ class ModelOptions(Checked):
         changes = {**METHODS[self.method].defaults, **given}
         if METHODS[self.method].has_decoder:
             changes["decoder"] = self.decoder
-        return dataclasses.replace(MODELS[self.model], fused=self.fused, **changes)
+        if self.model.startswith(TIMM):
+            name = self.model.removeprefix(TIMM)
+            try:
+                model = timm_model(name, self.image_size, self.patch_size)
+            except ValueError as error:
+                raise UserError(f"--model {error}") from None
+        elif self.model in MODELS:
+            model = MODELS[self.model]
+        else:
+            raise UserError(f"--model {self.model}: give {', '.join(MODELS)}, or timm:<name>")
+        return dataclasses.replace(model, fused=self.fused, **changes)
 
     @property
     def plain(self) -> JoinConfig:
@@ -237,8 +253,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     """recompute each block's activations in the backward pass (gradient checkpointing): less
     memory, a third more time"""
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
-    """epochs between pictures of crops, weights, splits and reconstructions in TensorBoard; 0 draws
-    none"""
+    """epochs between pictures of crops, weights, splits and reconstructions; 0 draws none"""
     monitor: Annotated[list[str], FREE, PLACE, MAIN] = field(default_factory=list)
     """labelled shards; k-NN and a quick linear probe of the encoder on them are plotted beside the
     loss. Training pauses meanwhile; the log says for how long"""

@@ -33,8 +33,9 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import SampleTable, load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.stage import stage_shards
+from famt.train import checkpoint
 from famt.train.distributed import join_ranks
-from famt.train.evaluate.features import Images, default_centre
+from famt.train.evaluate.features import Images, default_centre, pool
 from famt.train.initial import build_initial_encoder
 from famt.train.options import Embed
 from famt.train.program import parsed, run_program
@@ -53,7 +54,11 @@ def main(args: Embed) -> None:
         raise UserError("one process writes the features; start it without torchrun")
     if args.out.exists():
         raise UserError(f"--out {args.out} is there already; give a new name")
-    encoder = build_initial_encoder(args.checkpoint, ema=args.ema)
+    encoder = (
+        checkpoint.load_classifier(Path(args.checkpoint), ema=args.ema)
+        if checkpoint.is_finetuned(args.checkpoint)
+        else build_initial_encoder(args.checkpoint, ema=args.ema)
+    )
     cache = ScoreCache(args.cache, create=True)
     table = stage_shards(load_samples(args.shards, cache), cache, args.stage, show=True)
     size = encoder.patch_embed.img_size[0]
@@ -85,7 +90,8 @@ def _features(
             if crops.rows.tolist() != list(range(next_row, next_row + len(crops.rows))):
                 raise RuntimeError(f"images came out of order after row {next_row}")
             tokens = encoder.forward_features(normalise_images(crops.images)).float()
-            yield next_row, tokens[:, 0].cpu().numpy(), tokens[:, 1:].mean(1).cpu().numpy()
+            cls, mean = pool(encoder, tokens)
+            yield next_row, cls.cpu().numpy(), mean.cpu().numpy()
             next_row += len(crops.rows)
 
 

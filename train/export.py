@@ -6,7 +6,7 @@
 Writes a folder with the weights and the configuration that the library reads, and prints the lines
 that load it there:
 
-    timm    encoder (model.safetensors, config.json)
+    timm    encoder (model.safetensors, config.json); of a fine-tuned run the head as well
     mae     encoder and decoder under the published checkpoints' names (mae.pth); detection
             backbones of ViTDet's kind read this one too
     hf      encoder and decoder for ViTMAEModel, ViTMAEForPreTraining and ViTModel
@@ -28,10 +28,10 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.export import encoder_state, is_decoder, official_state, to_transformers
-from famt.masked import MaskedModel
 from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from famt.pipeline.errors import UserError
@@ -49,39 +49,65 @@ def main(args: Export) -> list[str]:
     """
     if args.out.exists():
         raise UserError(f"--out {args.out} is there already; give a new folder")
+    if checkpoint.is_finetuned(args.checkpoint):
+        if args.to != "timm":
+            raise UserError(f"{args.checkpoint} is fine-tuned; export it --to timm, with its head")
+        classifier = checkpoint.load_classifier(args.checkpoint, ema=args.ema)
+        files, lines = _timm(classifier, ModelConfig.of(classifier), args.out)
+        _finish(args, files, lines)
+        return lines
     model = checkpoint.load_model(args.checkpoint, ema=args.ema)
+    if model.config.timm and args.to != "timm":
+        raise UserError(f"{model.config.timm} is an architecture of timm's; export it --to timm")
     reason = None
     if model.unofficial:
         reason = f"{args.to} has no {model.unofficial}"
     elif args.ema:
         reason = "the run averages nothing else"
     if args.to == "timm":
-        files, lines = _timm(model, args.out)
+        files, lines = _timm(model.encoder, model.config, args.out)
     else:
         weights = encoder_state(model) if reason else official_state(model)
         layout = _mae if args.to == "mae" else _transformers
         files, lines = layout(model.config, weights, args.out)
-    _write(args.out, files)
-    size = sum(path.stat().st_size for path in args.out.iterdir())
-    print(f"{args.checkpoint}: written to {args.out}, {size / 1e6:.1f} MB")
+    left_out = ""
     if reason and args.to != "timm":
         names = [name.split(".")[0] for name in model.state_dict()]
         left = ", ".join(dict.fromkeys(name for name in names if name != "encoder"))
-        print(f"left out: all but the encoder ({left}), because {reason}")
+        left_out = f"left out: all but the encoder ({left}), because {reason}"
     elif args.to != "timm" and model.config.low_pass is not None:
-        print(f"left out: that targets were low-passed; the loss in {args.to} knows no such thing")
-    print("To load it:", *lines, sep="\n    ")
+        left_out = (
+            f"left out: that targets were low-passed; the loss in {args.to} knows no such thing"
+        )
+    _finish(args, files, lines, left_out)
     return lines
 
 
-def _timm(model: MaskedModel, out: Path) -> tuple[dict[str, Any], list[str]]:
-    sizes = model.config
+def _finish(args: Export, files: Mapping[str, Any], lines: list[str], left_out: str = "") -> None:
+    """Write the folder, and print what loads it."""
+    _write(args.out, files)
+    size = sum(path.stat().st_size for path in args.out.iterdir())
+    print(f"{args.checkpoint}: written to {args.out}, {size / 1e6:.1f} MB")
+    if left_out:
+        print(left_out)
+    print("To load it:", *lines, sep="\n    ")
+
+
+def _timm(
+    model: VisionTransformer, sizes: ModelConfig, out: Path
+) -> tuple[dict[str, Any], list[str]]:
     name, arguments = timm_name(sizes)
+    pool = model.global_pool or ("token" if model.has_class_token else "avg")
+    if sizes.timm:
+        arguments |= {"global_pool": pool, "fc_norm": "fc_norm.weight" in model.state_dict()}
+    elif pool != "token":
+        arguments["global_pool"] = pool
+    classes = model.num_classes
     config = {
         "architecture": name,
-        "num_classes": 0,
+        "num_classes": classes,
         "num_features": sizes.width,
-        "global_pool": "token",
+        "global_pool": pool,
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, sizes.image_size, sizes.image_size],
@@ -91,20 +117,22 @@ def _timm(model: MaskedModel, out: Path) -> tuple[dict[str, Any], list[str]]:
             "crop_mode": "center",
             "mean": IMAGENET_MEAN,
             "std": IMAGENET_STD,
-            "num_classes": 0,
+            "num_classes": classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
         },
     }
-    return {"model.safetensors": encoder_state(model), "config.json": config}, [
+    return {"model.safetensors": model.state_dict(), "config.json": config}, [
         f'timm.create_model("local-dir:{out}", pretrained=True)',
-        f'timm.create_model("{name}", {_spelled({"num_classes": 0, **arguments})}, '
+        f'timm.create_model("{name}", {_spelled({"num_classes": classes, **arguments})}, '
         f'checkpoint_path="{out}/model.safetensors")',
     ]
 
 
-def timm_name(sizes: ModelConfig) -> tuple[str, dict[str, int]]:
+def timm_name(sizes: ModelConfig) -> tuple[str, dict[str, Any]]:
     """A name that timm knows, and what must be given beside it to get an encoder of these sizes."""
+    if sizes.timm:
+        return sizes.timm, {"img_size": sizes.image_size, "patch_size": sizes.patch_size}
     for name in ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"):
         name += f"_patch{sizes.patch_size}_{sizes.image_size}"
         if timm.is_model(name):
@@ -197,7 +225,7 @@ def _transformers(
 
 
 def _spelled(arguments: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in arguments.items())
+    return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
 
 
 def _write(out: Path, files: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ What a source may be, wherever `--init` asks for one:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ from torch import Tensor
 from famt.export import from_transformers, is_decoder
 from famt.initial import Fit, encoder_sizes, load_encoder_weights, load_weights
 from famt.masked import MaskedModel
-from famt.models import MODELS, ModelConfig, PatchConfig
+from famt.models import MODELS, ModelConfig, PatchConfig, timm_model
 from famt.pipeline.errors import UserError
 from famt.pipeline.storage import reason
 from famt.train import checkpoint
@@ -47,11 +48,13 @@ class Initial:
         source: as it was given.
         weights: under official names (see `famt.export`).
         heads: attention heads, or None where the source does not tell.
+        timm: architecture in timm of an encoder that is not MAE's ViT, else empty.
     """
 
     source: str
     weights: dict[str, Tensor]
     heads: int | None
+    timm: str = ""
 
 
 def load_initial(model: MaskedModel, source: str) -> Fit:
@@ -84,8 +87,15 @@ def build_initial_encoder(
         patches = PatchConfig(
             image_size=image_size or sizes.image_size, patch_size=sizes.patch_size
         )
+        model = (
+            timm_model(initial.timm, patches.image_size, patches.patch_size)
+            if initial.timm
+            else None
+        )
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
+    if model:
+        return _filled(initial, model.encoder())
     known = {(each.width, each.depth): each.heads for each in MODELS.values()}
     heads = initial.heads or known.get((sizes.width, sizes.depth))
     if heads is None:
@@ -100,11 +110,16 @@ def build_initial_encoder(
         image_size=patches.image_size,
         patch_size=patches.patch_size,
     ).encoder()
+    return _filled(initial, encoder)
+
+
+def _filled(initial: Initial, encoder: VisionTransformer) -> VisionTransformer:
+    """An encoder with the weights of a source, in eval mode."""
     # A decoder, whose absence goes without saying, is left out of the report.
     weights = {name: each for name, each in initial.weights.items() if not is_decoder(name)}
     fit = _load(initial, encoder, lambda: load_encoder_weights(encoder, weights))
     if fit.resized or fit.missing or fit.left_out:
-        print(f"{source}\n{fit.describe()}", file=sys.stderr)
+        print(f"{initial.source}\n{fit.describe()}", file=sys.stderr)
     return encoder.eval()
 
 
@@ -151,7 +166,7 @@ def _load(initial: Initial, encoder: VisionTransformer, load: Any) -> Fit:
 def _from_run(path: Path, *, ema: bool = False) -> Initial:
     model = checkpoint.load_model(path, ema=ema)
     weights = {name.removeprefix("encoder."): each for name, each in model.state_dict().items()}
-    return Initial(str(path), weights, model.config.heads)
+    return Initial(str(path), weights, model.config.heads, model.config.timm)
 
 
 def _from_file(path: Path) -> Initial:
@@ -172,7 +187,14 @@ def _from_timm(source: str, name: str) -> Initial:
         raise UserError(f"{source}: timm can't load it: {reason(error)}") from error
     if not isinstance(model, VisionTransformer):
         raise UserError(f"{source} is a {type(model).__name__}; a plain vision transformer fits")
-    return Initial(source, dict(model.state_dict()), model.blocks[0].attn.num_heads)
+    weights = dict(model.state_dict())
+    with torch.device("meta"):
+        plain = dataclasses.replace(ModelConfig.of(model), timm="").encoder().state_dict()
+    same = all(name in weights or name.startswith("norm.") for name in plain) and all(
+        name in plain or name.startswith(("norm.", "fc_norm.", "head.")) for name in weights
+    )
+    heads = model.blocks[0].attn.num_heads
+    return Initial(source, weights, heads, "" if same else model.pretrained_cfg["architecture"])
 
 
 def _from_transformers(path: Path, config: Mapping[str, Any]) -> Initial:

@@ -1,4 +1,4 @@
-"""What a run tells its watcher: a progress bar, TensorBoard, and a log of JSON lines."""
+"""What a run shows: a progress bar, curves and pictures in trackers, and a log of JSON lines."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from famt.train.files import written_whole
+from famt.train.files import BusyError, own_folder, written_whole
 from famt.train.timing import Clock
+from famt.train.trackers import Board, TensorBoard, Tracked, open_tracker
+
+# A run says how long it will take after so many steps, or so much time.
+_TIMED_STEPS, _TIMED_SECONDS = 20, 60.0
 
 
 class Log:
@@ -32,6 +35,7 @@ class Log:
         images_per_step: over all ranks.
         clock: times of the stages, read at every log point.
         name: of the progress bar.
+        tracked: the run, for a tracker beside TensorBoard.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class Log:
         images_per_step: int,
         clock: Clock,
         name: str,
+        tracked: Tracked | None = None,
     ) -> None:
         self._path = folder / "log.jsonl"
         self._images_per_step = images_per_step
@@ -52,14 +57,31 @@ class Log:
             with written_whole(self._path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
         # What stands at this very step is as true as before: evaluations, the last loss.
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        self._boards: list[Board] = [TensorBoard(folder, purge_step=step + 1)]
+        if tracked:
+            self._boards += open_tracker(folder, tracked)
         self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", mininterval=1)
         self._since, self._steps = time.perf_counter(), 0
+        self._first: float | None = None  # when the first step was done
+        self._timed = 0  # steps since then, until the end is foretold
 
     def step(self) -> None:
-        """One more optimiser step is done."""
+        """Count an optimiser step; print once how long the others will take."""
         self._steps += 1
         self._bar.update()
+        now = time.perf_counter()
+        if self._first is None:  # what is compiled or opened at first takes no time later
+            self._first = now
+        elif self._timed >= 0:
+            self._timed += 1
+            if self._timed >= _TIMED_STEPS or now - self._first >= _TIMED_SECONDS:
+                seconds = (now - self._first) / self._timed
+                left = self._bar.total - self._bar.n
+                tqdm.write(
+                    f"about {_duration(seconds * left)} to go: {left} steps of {seconds:.3g} s",
+                    file=sys.stderr,
+                )
+                self._timed = -1
 
     def point(self, step: int, epoch: int, scalars: dict[str, float]) -> None:
         """Log scalars, the rate and the share of every stage since the last point."""
@@ -69,8 +91,7 @@ class Log:
         rate = self._steps * self._images_per_step / seconds
         shares = {f"time/{name}": spent / seconds for name, spent in stages.items()}
         everything = {**scalars, "images_per_second": rate, **shares}
-        for name, value in everything.items():
-            self._board.add_scalar(name, value, step)
+        self._draw(everything, step)
         self._write({"step": step, "epoch": epoch, **everything})
         self._bar.set_postfix_str(
             f"loss {scalars['loss']:.4f}, {rate:.0f} images/s, "
@@ -87,21 +108,37 @@ class Log:
 
     def found(self, step: int, evaluator: str, values: dict[str, float], **data: int | str) -> None:
         """Log what an evaluator found at a step, and of which data."""
-        for name, value in values.items():
-            self._board.add_scalar(f"{evaluator}/{name}", value, step)
+        self._draw({f"{evaluator}/{name}": value for name, value in values.items()}, step)
         self._write({"step": step, "event": "evaluation", "evaluator": evaluator, **data, **values})
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Show what the run does to a few crops."""
-        self._board.add_image("crops", np.asarray(picture), step, dataformats="HWC")
+        for board in self._boards:
+            board.picture("crops", picture, step)
 
     def close(self) -> None:
         """End bar and curves."""
         self._bar.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
+
+    def _draw(self, values: Mapping[str, float], step: int) -> None:
+        for board in self._boards:
+            board.scalars(values, step)
 
     def _write(self, line: dict[str, object]) -> None:
         _append(self._path, line)
+
+
+def _duration(seconds: float) -> str:
+    """The two largest units of a time: 3 h 20 min."""
+    minutes = round(seconds / 60)
+    hours, days = minutes // 60, minutes // 1440
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{days} d {hours % 24} h" if days else f"{hours} h {minutes % 60} min"
 
 
 def write_event(folder: Path, step: int, name: str, **details: object) -> None:
@@ -175,6 +212,9 @@ def log_evaluation(
 ) -> None:
     """Add what an evaluator found of a run's encoder to the log and the curves of the run.
 
+    TensorBoard always gets it; the run's other tracker does unless the run is training now, since
+    W&B takes one writer at a time.
+
     Args:
         folder: of the run; it may be training meanwhile.
         step: of the checkpoint.
@@ -187,10 +227,33 @@ def log_evaluation(
     told = {"evaluator": name, "weights": weights, "options": options}
     write_event(folder, step, "evaluation", **told, **values)
     curve = name if weights == "trained" else f"{name}_{weights}"
-    with SummaryWriter(str(folder), filename_suffix=".evaluation") as board:
-        for value, number in values.items():
-            if not isinstance(number, str):
-                board.add_scalar(f"{curve}/{value}", number, step)
+    numbers = {
+        f"{curve}/{value}": number
+        for value, number in values.items()
+        if not isinstance(number, str)
+    }
+    board = TensorBoard(folder, filename_suffix=".evaluation")
+    board.scalars(numbers, step)
+    board.close()
+    if tracked := _tracked(folder):
+        with suppress(BusyError), own_folder(folder):
+            for each in open_tracker(folder, tracked):
+                each.scalars(numbers, step)
+                each.close()
+
+
+def _tracked(folder: Path) -> Tracked | None:
+    """A run as its tracker beside TensorBoard knows it, by the latest start in its log."""
+    for line in reversed((folder / "log.jsonl").read_text(errors="replace").splitlines()):
+        try:
+            found = json.loads(line)
+        except ValueError:  # cut off by a kill
+            continue
+        if found.get("event") == "start":
+            options = found["options"]
+            tracker = options.get("track", "tensorboard")
+            return Tracked(tracker, found["run"], options) if tracker != "tensorboard" else None
+    return None
 
 
 def _step_of(line: str) -> float:

@@ -27,6 +27,7 @@ from famt.train.log import Log
 from famt.train.optimisation import Optimisation
 from famt.train.streams import SideStream, Stop
 from famt.train.timing import Clock
+from famt.train.trackers import Tracked, require
 
 Batch = TypeVar("Batch")
 
@@ -68,6 +69,8 @@ class Training(ABC, Generic[Batch]):
         ranks: Ranks,
         lost: Callable[[Checkpoint], list[str]] = lambda _: [],
     ) -> None:
+        if ranks.is_main:
+            require(config.track)
         self.config, self.samples, self.ranks = config, samples, ranks
         self.clock, self.side_stream = Clock(ranks.device), SideStream(ranks.device)
         self.resumed, self.exact = resume(config, self.identity(), ranks, lost)
@@ -199,6 +202,7 @@ class Training(ABC, Generic[Batch]):
                 self.optimisation.effective_batch,
                 self.clock,
                 self.name,
+                Tracked(self.config.track, self.id, self.config.describe()),
             )
             self.log.event(
                 self.step,

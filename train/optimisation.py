@@ -53,9 +53,8 @@ class Optimisation:
         self.effective_batch = effective_batch
         self.step = self.schedule_start = 0
         self.total_steps = epochs * steps_per_epoch
-        self.warmup_steps = min(
-            round(config.warmup_epochs * steps_per_epoch), self.total_steps // 2
-        )
+        warmup_epochs = epochs / 20 if config.warmup_epochs is None else config.warmup_epochs
+        self.warmup_steps = min(round(warmup_epochs * steps_per_epoch), self.total_steps // 2)
         self.learning_rate = config.base_learning_rate * effective_batch / 256
         self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=betas, fused=True)
         self.schedule = CosineLRScheduler(

@@ -30,6 +30,7 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropBatch, own_share
 from famt.pipeline.masking import PatchBatch
+from famt.pipeline.model_scores import require_class_token
 from famt.pipeline.options import JoinConfig
 from famt.pipeline.stage import stage_shards
 from famt.train import figures
@@ -76,6 +77,8 @@ class Run(Training[PatchBatch]):
         self.method, self.sizes = config.method, config.sizes
         self.model = METHODS[config.method](self.sizes).to(ranks.device)
         self.model.checkpoint_blocks = config.checkpoint_blocks
+        attention = [] if config.attention.is_off else [config.attention.kind]
+        require_class_token([*attention, *config.refreshed_kinds], self.model.encoder)
         self.began_with = (
             load_initial(self.model, config.init) if config.init and not self.resumed else None
         )

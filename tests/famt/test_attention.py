@@ -103,7 +103,30 @@ def test_smaller_images_are_seen_with_positions_in_between():
     torch.testing.assert_close(last_attention(encoder, images), _plain_attention(small, images))
 
 
-def test_register_tokens_are_refused():
-    encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, reg_tokens=4)
-    with pytest.raises(ValueError, match="5 prefix tokens"):
+@pytest.mark.parametrize("size", [32, 48])
+def test_register_tokens_are_looked_at_by_nobody(size):
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, reg_tokens=4, init_values=1.0)
+    encoder = encoder.eval()
+    images = torch.randn(2, 3, size, size)
+    larger = timm.create_model(
+        "vit_tiny_patch16_224", img_size=size, reg_tokens=4, init_values=1.0
+    ).eval()
+    weights = encoder.state_dict()
+    grid = size // 16
+    patches = weights["pos_embed"][0, 5:].T.view(1, 192, 2, 2)
+    patches = torch.nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True)
+    prefix = weights["pos_embed"][:, :5]
+    weights["pos_embed"] = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+    larger.load_state_dict(weights)
+    whole = _plain_attention(larger, images)
+    kept = [0, *range(5, 5 + grid**2)]
+    kept = whole[:, :, kept][..., kept]
+    torch.testing.assert_close(last_attention(encoder, images), kept / kept.sum(-1, keepdim=True))
+
+
+def test_without_a_class_token_there_are_no_scores():
+    encoder = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, class_token=False, global_pool="avg"
+    )
+    with pytest.raises(ValueError, match="no class token"):
         last_attention(encoder, torch.zeros(1, 3, 32, 32))

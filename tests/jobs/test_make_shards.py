@@ -11,6 +11,7 @@ from samples import encode, photo
 
 from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
+from famt.pipeline.decode import decode
 from famt.pipeline.options import Encoding
 
 
@@ -90,6 +91,45 @@ def test_other_formats_are_stored_without_loss(tmp_path):
     main(MakeShards(source=str(tmp_path / "photos"), out=str(tmp_path / "o")))
     (sample,) = _read((tmp_path / "o").glob("*.tar"))
     assert (np.array(Image.open(io.BytesIO(sample["png"]))) == photo(0)).all()
+
+
+@pytest.mark.parametrize("ending", ["tiff", "png"])
+def test_16_bit_grey_is_scaled_by_its_range(tmp_path, capsys, ending):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    values = np.linspace(0, 65535, 24 * 24).reshape(24, 24).round().astype(np.uint16)
+    Image.fromarray(values).save(folder / f"bright.{ending}")
+    Image.fromarray(values // 17).save(folder / f"dark.{ending}")
+    assert main(MakeShards(source=str(folder), out=str(tmp_path / "o"))) == 1
+    (sample,) = _read((tmp_path / "o").glob("*.tar"))
+    expected = np.round(values / 65535 * 255)
+    pixels = decode(sample["png"], 24)
+    assert abs(pixels - expected[..., None]).max() <= 0.5 + 1e-9
+    told = capsys.readouterr().err
+    assert f"skipped dark.{ending}" in told
+    assert "end at 3855 of 65535 and would be almost black; scale them" in told
+
+
+def test_pixels_without_a_known_range_are_refused_with_the_remedy(tmp_path, capsys):
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    Image.fromarray(np.ones((8, 8), np.float32)).save(folder / "float.tiff")
+    assert main(MakeShards(source=str(folder), out=str(tmp_path / "o"))) == 1
+    assert "F pixels have no known range; scale them to 16 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_of_a_transparent_image_the_colours_count(tmp_path, capsys, ending):
+    folder = tmp_path / "cut"
+    folder.mkdir()
+    alpha = np.zeros((40, 48, 1), np.uint8)
+    Image.fromarray(np.concatenate([photo(0), alpha], axis=2)).save(folder / f"x.{ending}")
+    main(MakeShards(source=str(folder), out=str(tmp_path / "o")))
+    (sample,) = _read((tmp_path / "o").glob("*.tar"))
+    pixels = decode(sample["png"], 8)
+    expected = Image.fromarray(photo(0)).resize((8, 8), Image.Resampling.BOX)
+    assert (pixels == np.asarray(expected)).all()
+    assert "train: 1 image(s) have transparency: their colours are used" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_is_skipped_reported_and_fails_the_job(folder, tmp_path, capsys):

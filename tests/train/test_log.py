@@ -1,6 +1,8 @@
+import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from famt.train import log as log_module
 from famt.train.log import Log, evaluation_table, log_evaluation
 from famt.train.timing import Clock
 
@@ -28,6 +30,30 @@ def test_a_run_that_is_begun_again_at_its_end_keeps_what_stands_there(tmp_path):
     log_evaluation(tmp_path, 3, "knn", "trained", {"top1_cls": 0.5}, {})
     log.close()
     assert drawn() == {"loss": [2], "monitor/knn_cls": [3], "knn/top1_cls": [3]}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "total", "steps", "told"),
+    [
+        (2.0, 6021, 21, "about 3 h 20 min to go: 6000 steps of 2 s"),
+        (0.5, 46, 21, "about 12 s to go: 25 steps of 0.5 s"),
+        (45.0, 10003, 3, "about 5 d 5 h to go: 10000 steps of 45 s"),
+    ],
+)
+def test_how_long_a_run_will_take_is_said_once(
+    tmp_path, monkeypatch, capsys, seconds, total, steps, told
+):
+    now = [0.0]
+    monkeypatch.setattr(log_module.time, "perf_counter", lambda: now[0])
+    log = Log(tmp_path, 0, total, 8, Clock(torch.device("cpu")), "train")
+    now[0] = 500.0  # the first step opens files and compiles
+    for step in range(1, steps + 9):
+        log.step()
+        if step == steps - 1:
+            assert "to go" not in capsys.readouterr().err
+        now[0] += seconds
+    log.close()
+    assert capsys.readouterr().err.count(told) == 1
 
 
 def test_an_evaluation_is_shown_in_percent_with_its_standard_error():

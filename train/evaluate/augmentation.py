@@ -37,7 +37,7 @@ class Mixer:
     """Augments each image and mixes a batch's images and classes, as timm does.
 
     Args:
-        options: what is done, and how much.
+        options: what is done, and how much, each option with a value.
         classes: how many there are.
     """
 

@@ -37,7 +37,7 @@ class Features:
     """What an encoder makes of R images, after its last norm, on the CPU.
 
     Attributes:
-        cls: `[R, C]` float32, the class token.
+        cls: `[R, C]` float32, the class token; `mean` again where the encoder has none.
         mean: `[R, C]` float32, the mean of the patch tokens.
         tokens: `[R, N, C]` float16, the patch tokens in raster order, or None.
         labels: `[R]` int64.
@@ -158,11 +158,11 @@ class Images:
                 if stop:
                     stop.check()
                 every = encoder.forward_features(normalise_images(crops.images)).float()
-                first = encoder.num_prefix_tokens
-                cls[crops.rows] = every[:, 0].cpu()
-                mean[crops.rows] = every[:, first:].mean(1).cpu()
+                patches = every[:, encoder.num_prefix_tokens :]
+                for pooled, found in zip((cls, mean), pool(encoder, every), strict=True):
+                    pooled[crops.rows] = found.cpu()
                 if tokens:
-                    kept[crops.rows] = every[:, first:].half().cpu()
+                    kept[crops.rows] = patches.half().cpu()
         bad = ~(cls.isfinite().all(1) & mean.isfinite().all(1))
         if bad.any():
             first = self.table.key(int(bad.nonzero()[0]))
@@ -171,6 +171,16 @@ class Images:
                 "numbers: its weights ran away; take an earlier checkpoint of the run"
             )
         return Features(cls, mean, kept if tokens else None, self.table.labels)
+
+
+def pool(encoder: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Class token and mean of the patches, `[B, C]` each, of an encoder's tokens `[B, P+N, C]`.
+
+    Without a class token the mean stands for both. A fine-tuned encoder's last norm may come after
+    the pooling.
+    """
+    mean = encoder.fc_norm(tokens[:, encoder.num_prefix_tokens :].mean(1))
+    return (encoder.fc_norm(tokens[:, 0]) if encoder.has_class_token else mean), mean
 
 
 def open_images(options: Evaluation, encoder: VisionTransformer, name: str, ranks: Ranks) -> Images:

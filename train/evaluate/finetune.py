@@ -22,8 +22,9 @@ from famt.pipeline.loader import CropBatch
 from famt.train.checkpoint import CLASSIFIER
 from famt.train.distributed import data_parallel
 from famt.train.evaluate.augmentation import Mixed, Mixer
+from famt.train.evaluate.discriminant import discriminants
 from famt.train.evaluate.features import Images, Value, require_labels, standard_error
-from famt.train.evaluate.options import Finetune
+from famt.train.evaluate.options import Finetune, Mixing
 from famt.train.files import own_folder
 from famt.train.log import log_evaluation
 from famt.train.loop import Training
@@ -54,12 +55,12 @@ def finetune(
                 told = "stopped before the last test was done; the same command makes it anew"
                 print(told, file=sys.stderr)
             return
-        if ranks.is_main:
-            log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
-        for name, share in found.items():
-            yield name, share
-            yield name.replace("top1", "stderr"), standard_error(share, len(val))
-        yield "epochs", options.epochs
+    if ranks.is_main:
+        log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
+    for name, share in found.items():
+        yield name, share
+        yield name.replace("top1", "stderr"), standard_error(share, len(val))
+    yield "epochs", options.epochs
 
 
 class Finetuning(Training[Mixed]):
@@ -84,7 +85,7 @@ class Finetuning(Training[Mixed]):
         self.model = classifier(encoder, self.classes, options).to(ranks.device)
         self.sizes = ModelConfig.of(self.model)
         self.loader = self.open_loader(train.image_size)
-        self.mixer = Mixer(options.mixing, self.classes)
+        self.mixer = Mixer(options.mixing.resolved(options.epochs), self.classes)
         self.optimisation = Optimisation(
             options.optimiser,
             self.model,
@@ -100,9 +101,26 @@ class Finetuning(Training[Mixed]):
             steps_per_epoch=self.loader.steps_per_epoch,
             effective_batch=options.batch_size * ranks.world_size,
         )
+        if options.head == "discriminant" and not self.resumed:
+            self._begin_head(train)
         self.restore()
         self.trained, _ = data_parallel(self.model, ranks, compile=options.compile)
         self.model.train()
+
+    def _begin_head(self, train: Images) -> None:
+        """Set the head to the linear discriminants of the model's features of all images."""
+
+        def features() -> Iterator[tuple[Tensor, Tensor]]:
+            for crops in train.crops(own_share=True):
+                tokens = self.model.forward_features(normalise_images(crops.images))
+                pooled = self.model.forward_head(tokens, pre_logits=True)
+                yield pooled, train.table.labels[crops.rows]
+
+        self.model.eval()
+        weights, biases = discriminants(features(), self.classes, self.ranks)
+        with torch.no_grad():
+            self.model.head.weight.copy_(weights)
+            self.model.head.bias.copy_(biases)
 
     def prepare(self, crops: CropBatch, step: int) -> Mixed:
         """Augment and mix: from crops to what the model takes."""
@@ -174,9 +192,18 @@ class Finetuning(Training[Mixed]):
             "batch": f"{self.optimisation.effective_batch} = {options.batch_size} x "
             f"{self.ranks.world_size} rank(s)",
             **self.optimisation.describe(),
+            "mixing": _spelled(options.mixing.resolved(options.epochs)),
             "layers": f"learning rate x {options.optimiser.layer_decay:g} from block to block",
         }
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
+
+
+def _spelled(mixing: Mixing) -> str:
+    return (
+        f"RandAugment {mixing.randaugment or 'off'}, mixup {mixing.mixup:g}, CutMix "
+        f"{mixing.cutmix:g}, label smoothing {mixing.label_smoothing:g}, drop path "
+        f"{mixing.drop_path:g}"
+    )
 
 
 def classifier(encoder: VisionTransformer, classes: int, options: Finetune) -> VisionTransformer:
@@ -185,20 +212,17 @@ def classifier(encoder: VisionTransformer, classes: int, options: Finetune) -> V
     As in MAE's fine-tuning the mean of the patch tokens has a norm of its own, in place of the
     encoder's last one, and positions are trained.
     """
-    model = VisionTransformer(
-        img_size=encoder.patch_embed.img_size,
-        patch_size=encoder.patch_embed.patch_size,
-        embed_dim=encoder.embed_dim,
-        depth=len(encoder.blocks),
-        num_heads=encoder.blocks[0].attn.num_heads,
+    mean = options.pooling == "mean" or not encoder.has_class_token
+    model = ModelConfig.of(encoder).build(
         num_classes=classes,
-        global_pool="avg" if options.pooling == "mean" else "token",
-        drop_path_rate=options.mixing.drop_path,
+        global_pool="avg" if mean else "token",
+        fc_norm=mean,
+        drop_path_rate=options.mixing.resolved(options.epochs).drop_path,
     )
     weights = {
         name: value
         for name, value in encoder.state_dict().items()
-        if options.pooling == "cls" or not name.startswith("norm.")
+        if not mean or not name.startswith("norm.")
     }
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert not unexpected

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from famt.attention import attention_of, attention_scores, cls_attention
+from famt.attention import (
+    attention_of,
+    attention_scores,
+    cls_attention,
+    without_registers,
+)
 from famt.pipeline.errors import UserError
 from famt.train.signals.banked import Banked
 from famt.train.signals.config import AttentionConfig
@@ -31,13 +36,15 @@ class Seen(Banked):
             )
         super().__init__(slot.exponent, context)
         self._kind, self._formula = slot.kind, _FORMULAS[slot.kind]
+        self._encoder = context.encoder
         self._attention = context.encoder.blocks[-1].attn
         self._seen: list[Tensor] = []  # queries, keys and values of the parts of a step
         self._hook = self._attention.qkv.register_forward_hook(self._see)
 
     def learn(self, step: Step) -> None:
         with torch.no_grad():
-            parts = [self._formula(attention_of(self._attention, qkv)) for qkv in self._seen]
+            seen = [without_registers(self._encoder, qkv) for qkv in self._seen]
+            parts = [self._formula(attention_of(self._attention, qkv)) for qkv in seen]
         scores = torch.cat(parts)
         self._seen.clear()
         if scores.shape[1] != step.split.visible.shape[1]:

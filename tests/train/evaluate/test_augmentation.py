@@ -4,7 +4,7 @@ import torch
 from famt.train.evaluate.augmentation import Mixer
 from famt.train.evaluate.options import Mixing
 
-PLAIN = {"randaugment": "", "mixup": 0, "cutmix": 0, "label_smoothing": 0}
+PLAIN = {"randaugment": "", "mixup": 0, "cutmix": 0, "label_smoothing": 0, "drop_path": 0}
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_targets_say_how_images_were_mixed(batch):
 
 
 def test_what_is_drawn_depends_on_the_numbers_alone(batch):
-    mixer = Mixer(Mixing(), 2)
+    mixer = Mixer(Mixing().resolved(100), 2)
     first = mixer.mix(*batch, (0, 5, 1))
     other = mixer.mix(*batch, (0, 6, 1))
     again = mixer.mix(*batch, (0, 5, 1))
@@ -54,6 +54,6 @@ def test_what_is_drawn_depends_on_the_numbers_alone(batch):
 
 
 def test_the_strongest_augmentation_takes_every_image(batch):
-    mixer = Mixer(Mixing(randaugment="rand-m10-n4-mstd0.5-inc1"), 2)
+    mixer = Mixer(Mixing("rand-m10-n4-mstd0.5-inc1").resolved(100), 2)
     for step in range(5):  # 480 operations, of which some 30 posterize
         assert mixer.mix(*batch, (0, step, 0)).images.isfinite().all()

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from launch import finish, kill_at_random, launch, program_file
 from runs import equal, log_events, log_lines, log_points, weights
@@ -15,15 +16,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.patches import normalise_images
 from famt.train import checkpoint
 from famt.train.distributed import Ranks
+from famt.train.embed import main as embed
 from famt.train.evaluate.features import Images, open_images
 from famt.train.evaluate.finetune import Finetuning
 from famt.train.evaluate.options import Finetune, FinetuneOptimiser, Mixing
 from famt.train.evaluate.run import open_encoder
 from famt.train.evaluate.run import run as evaluate
+from famt.train.export import main as export
+from famt.train.options import Embed, Export
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
+MIXED = Mixing().resolved(100)
 PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)
 
 
@@ -46,7 +52,7 @@ def make(tmp_path, scored, options):
         known = {
             "checkpoint": str(tmp_path / "encoder.pth"), "train": [str(tmp_path / "train.tar")],
             "val": [str(tmp_path / "val.tar")], "batch_size": 4, "epochs": 2, "log_steps": 1,
-            "optimiser": FinetuneOptimiser(0.05, ema_decay=0.5, warmup_epochs=1),
+            "mixing": MIXED, "optimiser": FinetuneOptimiser(0.05, ema_decay=0.5, warmup_epochs=1),
             "out": tmp_path / out,
         }  # fmt: skip
         return options(Finetune, **(known | others))
@@ -55,7 +61,7 @@ def make(tmp_path, scored, options):
 
 
 def test_a_run_learns_and_leaves_checkpoint_log_and_curves(make, capsys):
-    values = evaluate(make(epochs=6, mixing=PLAIN))
+    values = evaluate(make(epochs=6, mixing=PLAIN, head="zero"))
     assert values["top1"] == 1.0
     assert values.keys() == {"top1", "stderr", "top1_ema", "stderr_ema", "epochs"}
     out = make().out
@@ -72,6 +78,41 @@ def test_a_run_learns_and_leaves_checkpoint_log_and_curves(make, capsys):
     assert "36 = 6 epochs x 6, 6 of warm-up; 0 done" in told
     assert re.search(r"^  top-1 +100\.0 ± 0\.0 %$", told, re.M)
     assert "val/top1" in EventAccumulator(str(out)).Reload().Tags()["scalars"]
+
+
+def test_the_head_begins_as_a_discriminant_of_what_the_encoder_sees(make):
+    none = FinetuneOptimiser(base_learning_rate=1e-9)
+    values = evaluate(make(epochs=1, mixing=PLAIN, optimiser=none))
+    assert values["top1"] == 1.0  # by features alone: nothing was learned since
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_a_fine_tuned_run_is_exported_with_its_head_and_embedded(make, tmp_path, scored, pooling):
+    evaluate(make(epochs=1, pooling=pooling))
+    tuned = checkpoint.load_classifier(make().out)
+    average = checkpoint.load_classifier(make().out, ema=True)
+    assert not torch.equal(tuned.head.weight, average.head.weight)
+    pixels = torch.randn(2, 3, 32, 32)
+    lines = export(Export(make().out, "timm", tmp_path / "exported"))
+    with torch.no_grad():
+        for line in lines:
+            theirs = eval(line, {"timm": timm}).eval()
+            torch.testing.assert_close(theirs(pixels), tuned(pixels), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="is fine-tuned; export it --to timm"):
+        export(Export(make().out, "hf", tmp_path / "hf"))
+    embed(
+        Embed(
+            str(make().out), scored.cache.url, make().val, tmp_path / "features", device="cpu",
+            threads=1,
+        )
+    )  # fmt: skip
+    name = "mean.npy" if pooling == "mean" else "cls.npy"
+    features = torch.from_numpy(np.load(tmp_path / "features" / name))
+    images = open_images(make(), tuned, "val", RANKS)
+    (crops,) = images.crops()
+    with torch.no_grad():
+        expected = tuned(normalise_images(crops.images))
+        torch.testing.assert_close(tuned.head(features), expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
@@ -129,7 +170,7 @@ def test_a_stop_leaves_a_test_at_once_and_costs_none(make, monkeypatch, capsys, 
 def test_other_options_are_refused_and_another_batch_size_is_elastic(make):
     evaluate(make(epochs=1))
     with pytest.raises(ValueError, match=r"mixing\.mixup: 0\.8 -> 0"):
-        evaluate(make(epochs=1, mixing=dataclasses.replace(Mixing(), mixup=0)))
+        evaluate(make(epochs=1, mixing=dataclasses.replace(MIXED, mixup=0)))
     with pytest.raises(ValueError, match="--elastic"):
         evaluate(make(epochs=1, batch_size=8))
     evaluate(make(epochs=1, batch_size=8, elastic=True))
@@ -157,6 +198,12 @@ def test_blocks_learn_the_slower_the_nearer_to_the_image(make):
     for n, block in enumerate(run.model.blocks):
         assert rate[id(block.attn.qkv.weight)] == pytest.approx(peak * 0.5 ** (6 - n))
     assert rate[id(run.model.patch_embed.proj.weight)] == pytest.approx(peak * 0.5**7)
+
+
+def test_short_runs_mix_nothing_unless_they_are_asked_to():
+    short, long = Mixing(cutmix=0.5).resolved(4), Mixing(cutmix=0.5).resolved(50)
+    assert short == Mixing("", 0.0, 0.5, 0.1, 0.0)
+    assert long == Mixing("rand-m9-mstd0.5-inc1", 0.8, 0.5, 0.1, 0.1)
 
 
 def test_options_out_of_bounds_are_refused(make):
