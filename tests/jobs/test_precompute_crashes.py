@@ -21,7 +21,6 @@ from famt.pipeline.cache import ScoreCache
 from famt.pipeline.dataset import load_samples
 from famt.pipeline.errors import CacheFullError
 from famt.pipeline.precompute import precompute_shard
-from famt.pipeline.publish import Publisher
 from famt.pipeline.scores import ScoreSpec
 
 ROOT = Path(__file__).parents[2]
@@ -189,21 +188,6 @@ def test_a_job_on_a_full_disk_fails_and_finishes_when_there_is_room(shards, smal
     subprocess.run(["mount", "-o", "remount,size=10m", str(small_disk)], check=True)
     assert main(PrecomputeFreq([str(shards)], str(small_disk / "cache"), spec=spec)) == 0
     assert len(load_samples([str(shards)], ScoreCache(str(small_disk / "cache")))) == IMAGES
-
-
-def test_a_scored_shard_that_cannot_be_published_waits_for_the_next_try(shards, small_disk, spec):
-    cache = ScoreCache(str(small_disk / "cache"), create=True)
-    url = str(shards / "train-00.tar")
-    publisher = Publisher(cache, spec)
-    publisher.add(precompute_shard(url, cache, spec))
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert "Read-only" in publisher.flush()
-    assert len(publisher.waiting) == 1
-    assert not cache.manifests.lookup([url])
-    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    assert publisher.flush() == ""
-    assert not publisher.waiting
-    assert url in cache.manifests.lookup([url])
 
 
 def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
