@@ -25,7 +25,7 @@ def test_rays_own_check_accepts_the_example_cluster():
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_and_module_that_a_page_names_is_there(page):
     text = (ROOT / page).read_text()
-    for path in re.findall(r"\b((?:jobs|docs)/\w+\.(?:py|png|yaml|md))\b", text):
+    for path in re.findall(r"(?<![\w/])((?:docs|famt|jobs|pipeline|train)/[\w/]+\.[\w.]*\w)", text):
         assert (ROOT / path).is_file(), path
     for module in re.findall(r"-m ((?:train|jobs)\.\w+)", text):
         path = ROOT / module.replace(".", "/")
