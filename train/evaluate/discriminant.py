@@ -7,12 +7,15 @@ what the classifier knows (compare Kumar et al., arXiv 2202.10054: probe first, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from famt.train.distributed import Ranks
+
+_SUREST = 0.9  # posterior of a class at its mean; as sure as smoothed labels
 
 
 @torch.no_grad()
@@ -21,16 +24,19 @@ def discriminants(
 ) -> tuple[Tensor, Tensor]:
     """Weights `[classes, C]` and biases `[classes]` float32 on the CPU, the same on every rank.
 
-    Logits are log posteriors up to a constant. The covariance is shrunk towards a multiple of the
-    identity (OAS: Chen et al., IEEE Transactions on Signal Processing 58(10), 2010, eq. 23 less its
-    terms in 2/C, as in scikit-learn). A class without images gets zero weights and the bias of half
-    an image.
+    Logits are log posteriors up to a constant, divided by a temperature if classes would be surer
+    at their means than a posterior of 0.9, as few images in many dimensions lie far apart. The
+    covariance is shrunk towards a multiple of the identity (OAS: Chen et al., IEEE Transactions on
+    Signal Processing 58(10), 2010, eq. 23 less its terms in 2/C, as in scikit-learn). A class
+    without images gets zero weights and the bias of half an image.
 
     Args:
         features: batches of this rank, `[B, C]` float and labels `[B]` int64.
     """
-    parts = [_moments(batch, labels, classes) for batch, labels in features]
-    mine = [torch.stack(each).sum(0) for each in zip(*parts, strict=True)] if parts else None
+    mine: list[Tensor] | None = None
+    for batch, labels in features:
+        found = _moments(batch, labels, classes)
+        mine = [a + b for a, b in zip(mine, found, strict=True)] if mine else [*found]
     everywhere = [each for each in ranks.gather(mine) if each is not None]
     counts, sums, squares = (torch.stack(each).sum(0) for each in zip(*everywhere, strict=True))
     count, mean = counts.sum(), sums.sum(0) / counts.sum()
@@ -39,7 +45,9 @@ def discriminants(
     covariance = (squares - (means.T * counts) @ means) / count
     weights = torch.linalg.solve(_shrunk(covariance, float(count)), (means - mean).T).T
     priors = (counts.clamp_min(0.5) / count).log()
-    return weights.float(), (priors - (weights * (means + mean)).sum(1) / 2).float()
+    biases = priors - (weights * (means + mean)).sum(1) / 2
+    scale = _tempered(means[seen] @ weights[seen].T + biases[seen])
+    return (scale * weights).float(), (scale * biases).float()
 
 
 def _moments(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,6 +55,17 @@ def _moments(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Te
     features = features.double().cpu()
     members = torch.nn.functional.one_hot(labels, classes).double()
     return members.sum(0), members.T @ features, features.T @ features
+
+
+def _tempered(logits: Tensor) -> Tensor:
+    """Factor in (0, 1] for logits `[K, K]` of K classes at the means of each."""
+    classes = len(logits)
+    if classes == 1:
+        return torch.ones(())
+    own = logits.diagonal()
+    others = (logits.sum(1) - own) / (classes - 1)
+    allowed = math.log(_SUREST / ((1 - _SUREST) / (classes - 1)))
+    return (allowed / (own - others).mean().clamp_min(1e-6)).clamp(max=1)
 
 
 def _shrunk(covariance: Tensor, count: float) -> Tensor:
