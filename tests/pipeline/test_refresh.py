@@ -67,7 +67,8 @@ def test_maps_equal_those_from_hooks_on_timms_blocks(scored, encoder, kind):
     spec = _spec(encoder, kind)
     scores = _score(encoder, scored.shards, scored, spec).split((10, 7, 9))
     for shard, maps in zip(scored.shards, scores, strict=True):
-        expected = _expected(kind, *_by_hooks(encoder, _squashed(shard)))
+        images = _squashed(shard)[: len(maps)]  # DALI pads its batch
+        expected = _expected(kind, *_by_hooks(encoder, images))
         torch.testing.assert_close(maps, expected, rtol=1e-3, atol=2e-3)
 
 
