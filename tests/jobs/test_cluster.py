@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from ray_clusters import cluster
@@ -13,6 +14,13 @@ def test_a_cluster_that_was_named_and_does_not_answer_is_told_of_at_once(monkeyp
     address = f"127.0.0.1:{free_port()}"
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConnectionError, match=rf"{address} .*refused.* RAY_ADDRESS=local"):
+        start_ray()
+
+
+def test_a_ray_that_does_not_start_is_reported(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setattr("ray.init", Mock(side_effect=Exception("timed out")))
+    with pytest.raises(ConnectionError, match=r"Ray does not start on this machine \(timed out\)"):
         start_ray()
 
 
