@@ -73,7 +73,7 @@ def encoder_sizes(weights: Mapping[str, Tensor]) -> EncoderSizes:
         )
     patch_size = projection.shape[-1]
     grid = math.isqrt(positions.shape[1])
-    registers = weights["reg_token"].shape[1] if "reg_token" in weights else 0
+    registers = weights["reg_token"].numel() // len(projection) if "reg_token" in weights else 0
     if positions.shape[1] - grid**2 not in (0, 1, registers, 1 + registers):
         raise ValueError(f"pos_embed {list(positions.shape)} is of no square grid of patches")
     return EncoderSizes(projection.shape[0], 1 + max(numbers), patch_size, grid * patch_size)

@@ -144,8 +144,8 @@ def test_a_resumed_run_ends_with_the_same_weights(make):
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_a_stop_leaves_a_test_at_once_and_costs_none(make, monkeypatch, capsys, number):
-    whole = evaluate(make("whole", epochs=3))
-    stopped = make("stopped", epochs=3)
+    whole = evaluate(make("whole", epochs=3, head="zero"))
+    stopped = make("stopped", epochs=3, head="zero")
     crops, begun, taken = Images.crops, [], []
 
     def interrupted(images, *arguments, **options):
@@ -224,6 +224,7 @@ def _command(options, out):
         "--out", str(out), "--batch-size", "2", "--epochs", "4", "--log-steps", "1",
         "--checkpoint-minutes", "0", "--device", "cpu", "--threads", "1",
         "--optimiser.ema-decay", "0.5", "--optimiser.base-learning-rate", "0.05",
+        "--head", "zero",
     ]  # fmt: skip
 
 
