@@ -43,6 +43,7 @@ from famt.train.signals.config import (
     FrequencyConfig,
     HardnessConfig,
     RefreshConfig,
+    Slot,
 )
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -277,12 +278,8 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
 
     @property
     def slots(self) -> dict[str, Any]:
-        """The slots of signals by name."""
-        return {
-            "frequency": self.frequency,
-            "attention": self.attention,
-            "hardness": self.hardness,
-        }
+        """The signals' slots, by name."""
+        return {name: each for name, each in vars(self).items() if isinstance(each, Slot)}
 
     @property
     def weighs(self) -> bool:
@@ -326,7 +323,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
 
     def without_effect(self) -> list[str]:
         """Options that were given but change nothing beside the others, each with the reason."""
-        weights = r"(frequency|attention|hardness|spec|refresh)\.|join\.(visible|thrown|blend|loss)"
+        weights = rf"({'|'.join(self.slots)}|spec|refresh)\.|join\.(visible|thrown|blend|loss)"
         step_alone = ("live", "seen", "refreshed")
         rules = [
             (not self.weighs, weights, "no signal weighs patches"),

@@ -10,7 +10,7 @@ from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.masking import crop_scores
 from famt.pipeline.options import JoinConfig, LoaderConfig, RandomView
-from famt.train import checkpoint, figures
+from famt.train import checkpoint, picture
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.figures import main
@@ -33,7 +33,7 @@ def drawn(monkeypatch):
         columns.update(given)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr(figures, "draw", draw)
+    monkeypatch.setattr(picture, "draw", draw)
     return columns
 
 
