@@ -182,7 +182,7 @@ class Training:
         for line in lines:
             if line.get("event") == "evaluation" and line["evaluator"] != "monitor":
                 wanted = asked.get(line["evaluator"])
-                if wanted is None or (wanted.weights, wanted.told(), _steps(lines)) != (
+                if wanted is None or (wanted.weights, wanted.conditions(), _steps(lines)) != (
                     line["weights"], line["options"], line["step"],
                 ):  # fmt: skip
                     continue

@@ -51,8 +51,8 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 TIMM = "timm:"
 """Prefix of `--init` and `--model` that marks the name of a timm model."""
 
-APART = "no part of what an evaluation's result depends on"
-"""note beside an option: results name it on their own, or do not depend on it"""
+APART = "apart from the options of a result"
+"""note beside an option: evaluations' results name it separately, or do not depend on it"""
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], APART]
 
@@ -109,11 +109,6 @@ class TrainingOptions(LoaderOptions):
         names = {each.name for each in dataclasses.fields(LoaderConfig)} - {"image_size"}
         given = {name: getattr(self, name) for name in names}
         return LoaderConfig(image_size=image_size, **given)
-
-    @classmethod
-    def with_suggestions(cls, arguments: list[str]) -> list[str]:
-        """A command line with its shorthands spelled out."""
-        return arguments
 
     def absolute(self) -> Self:
         """The same options with absolute paths, valid in any working directory."""
@@ -275,6 +270,11 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
                 f"--batch-size {self.batch_size} must be a multiple of --accumulate "
                 f"{self.accumulate}"
             )
+
+    @classmethod
+    def with_suggestions(cls, arguments: list[str]) -> list[str]:
+        """A command line with its shorthands spelled out."""
+        return arguments
 
     @property
     def slots(self) -> dict[str, Any]:

@@ -219,10 +219,10 @@ def log_evaluation(
         weights: trained, ema or untrained.
         values: the result; numbers become curves `<name>/<value>`, or `<name>_<weights>/<value>` if
             the weights are not the trained ones.
-        options: what else it depends on; see `famt.train.evaluate.options.Evaluation.told`.
+        options: what else it depends on; see `famt.train.evaluate.options.Evaluation.conditions`.
     """
-    told = {"evaluator": name, "weights": weights, "options": options}
-    write_event(folder, step, "evaluation", **told, **values)
+    about = {"evaluator": name, "weights": weights, "options": options}
+    write_event(folder, step, "evaluation", **about, **values)
     curve = name if weights == "trained" else f"{name}_{weights}"
     numbers = {
         f"{curve}/{value}": number

@@ -173,7 +173,8 @@ class Run(Training[PatchBatch]):
     def end_epoch(self, epoch: int, stop: Stop) -> bool:
         for signal in self.signals:
             signal.synchronise()
-        if not self.config.monitor or not self._monitor_is_due(epoch):
+        is_due = (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
+        if not (self.config.monitor and is_due):
             return True
         self.side_stream.join()
         done = True
@@ -251,9 +252,6 @@ class Run(Training[PatchBatch]):
             progress=self.optimisation.progress(step),
             look=look,
         )
-
-    def _monitor_is_due(self, epoch: int) -> bool:
-        return (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
 
 
 @dataclass(frozen=True)

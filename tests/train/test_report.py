@@ -129,6 +129,7 @@ def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
     drawn = charts((tmp_path / "page.html").read_text())
     assert [each["y"] for each in drawn] == ["loss"] * 2 + ["correct, %"] * 4
     assert {each["x"] for each in drawn[::2]} == {"epochs"}
+    assert 'title="forward: ' in (tmp_path / "page.html").read_text()
     assert all("training time" in each["x"] for each in drawn[1::2])
     losses, knn = drawn[0]["data"], drawn[2]["data"]
     assert losses[-1]["name"] == "&lt;famt>, seed 1"  # Plotly reads tags

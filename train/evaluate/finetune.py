@@ -62,7 +62,7 @@ def finetune(
                 print(message, file=sys.stderr)
             return
     if ranks.is_main:
-        log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
+        log_evaluation(options.out, run.step, "val", "trained", {**found}, options.conditions())
     for name, share in found.items():
         yield name, share
         yield name.replace("top1", "stderr"), standard_error(share, len(val))

@@ -53,7 +53,7 @@ class Evaluation(Checked):
     json: Annotated[bool, FREE] = False
     """print one JSON line instead of a table"""
 
-    def told(self) -> dict[str, Any]:
+    def conditions(self) -> dict[str, Any]:
         """What the result depends on besides the encoder, as plain data: the shards, and the
         options that differ from their defaults."""
         notes = notes_of(type(self))

@@ -50,7 +50,7 @@ def run(options: Evaluation) -> dict[str, Value]:
     line = rounded(about | ({"step": of_run[1]} if of_run else {}) | values)
     print(json.dumps(line) if options.json else evaluation_table(line))
     if of_run:
-        log_evaluation(*of_run, name, options.weights, values, options.told())
+        log_evaluation(*of_run, name, options.weights, values, options.conditions())
     return found
 
 

@@ -94,7 +94,8 @@ class RefreshedMaps:
                     return False
                 wanted = step
             else:
-                wanted = self._ranks.from_main(self._newest)
+                made = self._ranks.from_main(lambda: generations(self._folder.path))
+                wanted = step_of(made[-1]) if made else None
             try:
                 self._take_up(wanted, epoch, step, log)
                 break
@@ -152,20 +153,17 @@ class RefreshedMaps:
         while True:
             is_there = self._folder.generation(step).exists()
             why_not = "" if is_there else self._folder.why_failed(step)
-            told = self._ranks.gather((is_there, why_not, stop.asked))
-            is_there, why_not, _ = told[0]  # as the main rank sees it
+            seen = self._ranks.gather((is_there, why_not, stop.asked))
+            is_there, why_not, _ = seen[0]  # as the main rank sees it
             if why_not:
                 raise OSError(f"the generation of step {step} could not be made: {why_not}")
-            if any(asked for *_, asked in told):
+            if any(asked for *_, asked in seen):
                 return False
             if is_there:
                 return True
             if log:
                 self._job.report_end(step, log)
             time.sleep(_POLL)
-
-    def _newest(self) -> int | None:
-        return max(map(step_of, generations(self._folder.path)), default=None)
 
     def _take_up(self, wanted: int | None, epoch: int, step: int, log: Log | None) -> None:
         """Take up the generation of a step, unless it is in use."""
