@@ -285,7 +285,7 @@ def test_a_generation_is_never_overwritten(scored, tmp_path):
 
 def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt is no file of this program"):
+    with pytest.raises(ValueError, match=r"other\.pt was not written by this program"):
         refresh(RefreshScores(checkpoint=tmp_path / "other.pt", out=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
         refresh(RefreshScores(checkpoint=tmp_path / "none.pt", out=tmp_path))
