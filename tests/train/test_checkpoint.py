@@ -80,7 +80,7 @@ def test_another_format_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, _state(1), keep=2)
     state = torch.load(path)
     torch.save({**state, "format": 99}, path)
-    with pytest.raises(checkpoint.FormatError, match=r"00000001\.pt has format 99.*; use the version"):
+    with pytest.raises(checkpoint.FormatError, match=r"00000001\.pt has format 99.*; use the v"):
         checkpoint.load(tmp_path)
 
 
