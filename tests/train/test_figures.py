@@ -67,10 +67,10 @@ def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_p
             out=tmp_path / "new" / "picture.png", images=3,
         )
     )  # fmt: skip
-    picture = np.array(Image.open(out).convert("RGB"))
-    height, width, _ = picture.shape
+    drawing = np.array(Image.open(out).convert("RGB"))
+    height, width, _ = drawing.shape
     assert 1.7 < width / height < 2.1  # 6 columns by 3 rows
-    cells = [part for row in np.array_split(picture[40:], 3) for part in np.array_split(
+    cells = [part for row in np.array_split(drawing[40:], 3) for part in np.array_split(
         row, 6, axis=1)]  # fmt: skip
     assert all(cell.std() > 1 for cell in cells)  # nothing is left blank
 
