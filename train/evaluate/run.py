@@ -42,12 +42,15 @@ def run(options: Evaluation) -> dict[str, Value]:
         found = dict(evaluator(encoder, train, val, options))
     if not found or not ranks.is_main:
         return found
+    about: dict[str, Value] = {"evaluate": name, "checkpoint": options.checkpoint}
+    about["weights"] = options.weights
+    if of_run:
+        about["step"] = of_run[1]
     values: dict[str, Value] = {}
     for images in (train, val):
         values |= {f"{images.name}_images": len(images), f"{images.name}_data": images.table.digest}
     values |= found
-    about = {"evaluate": name, "checkpoint": options.checkpoint, "weights": options.weights}
-    line = rounded(about | ({"step": of_run[1]} if of_run else {}) | values)
+    line = rounded(about | values)
     print(json.dumps(line) if options.json else evaluation_table(line))
     if of_run:
         log_evaluation(*of_run, name, options.weights, values, options.conditions())
