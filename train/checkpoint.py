@@ -137,8 +137,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def latest(folder: Path) -> Path | None:
     """The last checkpoint in a run's folder, or None."""
-    found = files(folder)
-    return found[-1] if found else None
+    return next(reversed(files(folder)), None)
 
 
 def load(path: Path) -> Checkpoint:
@@ -150,8 +149,7 @@ def load(path: Path) -> Checkpoint:
             checkpoint of this program.
     """
     if path.is_dir():
-        found = latest(path)
-        if found is None:
+        if not (found := latest(path)):
             raise FileNotFoundError(f"{path} holds no checkpoint-*.pt; train one first")
         path = found
     try:
@@ -322,8 +320,8 @@ def resume(
     then, now = flat(resumed.config), flat({**config.describe(), **circumstances})
     notes = {name: beside for name, _, beside in annotated(config)}
     notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
-    differing = sorted(name for name in now if then.get(name) != now[name])
-    changed = [name for name in differing if FREE not in notes.get(name, ())]
+    bound = (name for name in sorted(now) if FREE not in notes.get(name, ()))
+    changed = [name for name in bound if then.get(name) != now[name]]
     harmless = all(ELASTIC in notes.get(name, ()) for name in changed)
     if config.elastic and changed and harmless:
         return resumed, False
@@ -350,8 +348,7 @@ def _choose(folder: Path) -> Path | None:
         if why is None:
             for each in damaged:
                 aside = each.rename(each.with_suffix(".damaged"))
-                details = {"file": aside.name, "resuming_from": path.name}
-                write_event(folder, step_of(path), "damaged checkpoint", **details)
+                write_event(folder, step_of(path), "damaged checkpoint", file=aside.name)
                 print(f"{each} is damaged; resuming from {path.name}", file=sys.stderr)
             return path
         damaged.append(path)
