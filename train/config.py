@@ -105,7 +105,7 @@ class TrainingOptions(LoaderOptions):
     """seed of weights, shuffling, crops and all other random draws"""
 
     def loader(self, image_size: int) -> LoaderConfig:
-        """The loader of crops of so many px a side."""
+        """What a loader of crops of `image_size` px needs to know."""
         names = {each.name for each in dataclasses.fields(LoaderConfig)} - {"image_size"}
         given = {name: getattr(self, name) for name in names}
         return LoaderConfig(image_size=image_size, **given)
