@@ -37,7 +37,7 @@ from famt.pipeline.precompute import score_shard
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.shards import content_id, judgement_ids
 from famt.pipeline.storage import each_at_once
-from famt.train.figures import draw
+from famt.train.picture import draw
 from famt.train.program import parsed, run_program
 
 

@@ -26,14 +26,9 @@ from famt.jobs.benchmarks.training import Steps, open_steps
 from famt.patches import normalise_images
 from famt.pipeline.model_scores import model_scores
 from famt.train.config import Pretrain
-from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
+from famt.train.signals.config import OFF
 
 _ROUNDS = 15
-_OFF: dict[str, Any] = {
-    "frequency": FrequencyConfig(source="off"),
-    "attention": AttentionConfig(source="off"),
-    "hardness": HardnessConfig(source="off"),
-}
 
 
 @dataclass(frozen=True)
@@ -74,7 +69,7 @@ def measured(run: Pretrain, reference: Pretrain) -> StepCost:
     torch.set_num_threads(1)  # so that CPU time is the step's work, whatever else the machine does
     timed = {"reference": _weighed(reference), "weighed": _weighed(run)}
     if run.plain_until:
-        timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_OFF)
+        timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_off(run))
     with ExitStack() as stack:
         runs = {name: stack.enter_context(open_steps(each)) for name, each in timed.items()}
         rivals: dict[str, Callable[[], None]] = {name: each.step for name, each in runs.items()}
@@ -95,8 +90,17 @@ def measured(run: Pretrain, reference: Pretrain) -> StepCost:
 def _weighed(run: Pretrain) -> Pretrain:
     """The run without its plain epochs."""
     # Without maps yet, a refreshed signal would make the step a plain one. It only costs a gather.
-    waited_for = [name for name in _OFF if getattr(run, name).source.startswith("refreshed")]
-    return dataclasses.replace(run, plain_epochs=0, **{name: _OFF[name] for name in waited_for})
+    waited_for = {
+        name: slot
+        for name, slot in _off(run).items()
+        if run.slots[name].source.startswith("refreshed")
+    }
+    return dataclasses.replace(run, plain_epochs=0, **waited_for)
+
+
+def _off(run: Pretrain) -> dict[str, Any]:
+    """The slots of a run's signals, all empty."""
+    return {name: type(slot)(source=OFF) for name, slot in run.slots.items()}
 
 
 def _refresh(kinds: list[str], steps: Steps) -> None:

@@ -9,8 +9,8 @@ from ray.train import UserCallback
 from famt.pipeline import storage
 from famt.train import pretrain
 from famt.train.config import Pretrain
-from famt.train.files import BusyError
 from famt.train.program import is_users
+from famt.train.run_folder import BusyError
 
 
 class MistakeError(Exception):

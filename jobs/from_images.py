@@ -22,8 +22,8 @@ from famt.jobs.options import MakeShards, PrecomputeFreq
 from famt.pipeline.errors import UserError
 from famt.pipeline.sources import open_source
 from famt.train import export
-from famt.train.files import written_whole
 from famt.train.options import Export
+from famt.train.run_folder import written_whole
 
 _LOOKED_AT = 200  # images to read the sizes of
 _HELD_OUT = 0.1  # share of labelled images for the monitor

@@ -20,8 +20,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.options import FREE
 from famt.train import history
 from famt.train.config import Pretrain, parse
-from famt.train.evaluate.options import Evaluation
-from famt.train.evaluate.run import EVALUATORS
+from famt.train.evaluate.options import EVALUATIONS, Evaluation
 
 Names = Annotated[list[str], Field(min_length=1)]
 
@@ -108,7 +107,7 @@ class Grid(BaseModel):
             "--val", *self.val, *shlex.split(self.evaluations[name]),  # type: ignore[index]
         ]  # fmt: skip
         try:
-            return arguments, tyro.cli(EVALUATORS[name][0], args=arguments)
+            return arguments, tyro.cli(EVALUATIONS[name], args=arguments)
         except SystemExit:
             raise UserError(f"evaluation {name!r}: its options are wrong, see above") from None
 
@@ -183,7 +182,7 @@ class Training:
         for line in lines:
             if line.get("event") == "evaluation" and line["evaluator"] != "monitor":
                 wanted = asked.get(line["evaluator"])
-                if wanted is None or (wanted.weights, wanted.told(), _steps(lines)) != (
+                if wanted is None or (wanted.weights, wanted.conditions(), _steps(lines)) != (
                     line["weights"], line["options"], line["step"],
                 ):  # fmt: skip
                     continue

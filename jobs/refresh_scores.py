@@ -48,10 +48,10 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.generation import generation_path, write_generation
 from famt.pipeline.patterns import expand_shards
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
-from famt.train.checkpoint import Encoder, load_encoder
-from famt.train.files import written_whole
+from famt.train.encoder import Encoder, load_encoder
 from famt.train.initial import build_initial_encoder
 from famt.train.program import is_users, parsed, run_program
+from famt.train.run_folder import written_whole
 from famt.train.signals.config import FrequencyConfig
 from famt.train.signals.refresh_folder import RefreshFolder
 

@@ -24,7 +24,7 @@ from famt.pipeline.dataset import SampleTable, load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec
-from famt.train.checkpoint import Encoder
+from famt.train.encoder import Encoder
 
 GPU_SHARE = 0.25
 """of a GPU for an actor beside a training"""

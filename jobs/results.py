@@ -36,8 +36,9 @@ from famt.jobs.options import Results
 from famt.jobs.tables import GridResult, RowResult, table
 from famt.pipeline.errors import UserError
 from famt.train import history, report
-from famt.train.files import written_whole
+from famt.train.comparison import Group
 from famt.train.program import parsed, run_program
+from famt.train.run_folder import written_whole
 
 _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
 
@@ -191,7 +192,7 @@ def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training
     if runs.get(grid.reference):
         steps = runs[grid.reference][0].total_steps
         groups = [
-            report.Group(each.name, runs[each.name], (each.cost or 0.0) / steps)
+            Group(each.name, runs[each.name], (each.cost or 0.0) / steps)
             for each in results
             if each.logs
         ]

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from famt.train import history
+from famt.train.comparison import METRICS, last, percent
 from famt.train.history import History
-from famt.train.report import METRICS, last, percent
 
 _NOTHING = "–"  # in a cell
 

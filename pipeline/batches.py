@@ -24,7 +24,7 @@ from famt.pipeline.loader import CropLoader
 from famt.pipeline.masking import PatchBatch, crop_scores, split_crops
 from famt.pipeline.memory_bank import MapBank
 from famt.pipeline.model_scores import score_crops
-from famt.pipeline.options import JoinConfig, LoaderConfig
+from famt.pipeline.options import CACHED_EXPONENT, JoinConfig, LoaderConfig
 from famt.pipeline.rolling import RollingScores, half_size
 from famt.pipeline.scores import ScoreSpec
 from famt.sampling import patch_weights
@@ -101,7 +101,7 @@ def famt_loader(
     join, spec = join or JoinConfig(), spec or ScoreSpec()
     exponent = frequency_exponent
     if exponent is None:
-        exponent = 1.0 if refreshed else 0.25
+        exponent = 1.0 if refreshed else CACHED_EXPONENT
     cached = exponent != 0 and not refreshed
     score_cache = ScoreCache(cache, create=exponent == 0)
     table = load_samples(shards, score_cache, spec if cached else None)

@@ -226,6 +226,12 @@ class LoaderConfig(LoaderOptions):
     """which part of an image a crop shows"""
 
 
+CACHED_EXPONENT = 0.25
+"""Exponent of the cached pixel score in the weight of a patch."""
+ROLLING_EVERY = 8
+"""Rolling attention looks at 1/8 of each batch: at half size, 1 to 3 % of a step of ViT-B."""
+
+
 @dataclass(frozen=True)
 class JoinConfig:
     """How patches are masked and thrown by their weights."""

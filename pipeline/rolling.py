@@ -9,9 +9,8 @@ from torch import Tensor
 
 from famt.pipeline.loader import CropBatch, Views
 from famt.pipeline.memory_bank import MapBank
+from famt.pipeline.options import ROLLING_EVERY
 from famt.transfer import send
-
-EVERY = 8  # at half size an eighth of a batch costs 1 to 3 % of a step of ViT-B
 
 
 def half_size(image_size: int, patch_size: int) -> int:
@@ -35,7 +34,7 @@ class RollingScores:
         bank: MapBank,
         grid: int,
         score: Callable[[Tensor], Tensor],
-        every: int = EVERY,
+        every: int = ROLLING_EVERY,
         write: Callable[[Views, Tensor, int], None] | None = None,
     ) -> None:
         self._bank, self._grid, self._score, self._every = bank, grid, score, every

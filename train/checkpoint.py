@@ -1,4 +1,4 @@
-"""A run's state on disk: how a checkpoint is written and read, and how a run goes on from it."""
+"""Checkpoints: how a run's state is written, read back, and resumed."""
 
 from __future__ import annotations
 
@@ -26,25 +26,24 @@ from famt.pipeline.options import ELASTIC, FREE, annotated, flat
 from famt.pipeline.storage import reason
 from famt.train.config import TrainingOptions
 from famt.train.distributed import Ranks
-from famt.train.files import written_whole
 from famt.train.log import write_event
-from famt.train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.run_folder import written_whole
 
 FORMAT = 2
-"""version of the files here; raise it where one of before can't be gone on from exactly"""
+"""Version of the files; raise it when older ones can no longer be resumed exactly."""
 
 CLASSIFIER = "classifier"
-"""method of fine-tuning runs: an encoder with a classifier, no pre-training model"""
+"""`method` of fine-tuning runs, whose model is an encoder with a classifier."""
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
 _SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one minute
 
-# Circumstances that may differ from the beginning of an epoch, as options do that are `ELASTIC`.
+# Circumstances that may change at the start of an epoch, like `ELASTIC` options.
 _ELASTIC_CIRCUMSTANCES = ("data", "world_size")
 
 
 class Component(Protocol):
-    """A part of a run that owns its state, as modules and optimisers of torch do."""
+    """A part of a run that owns its state, as torch's modules and optimisers do."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> object: ...
@@ -52,13 +51,13 @@ class Component(Protocol):
 
 @runtime_checkable
 class Elastic(Component, Protocol):
-    """A component that goes on otherwise if options differ, from the beginning of an epoch."""
+    """A component that can resume with changed options, at the start of an epoch."""
 
     def restart(self, state: dict[str, Any], epoch: int) -> None: ...
 
 
 class DamagedError(UserError):
-    """A file whose bytes are not those that were written."""
+    """A file that was damaged after it was written."""
 
 
 class FormatError(UserError):
@@ -71,14 +70,13 @@ class Checkpoint:
 
     Attributes:
         run: id of the run.
-        step: optimiser steps done; it only grows.
+        step: optimiser steps done; never decreases.
         epoch: whole epochs done.
         method: key of `famt.methods.METHODS`, or `CLASSIFIER`.
-        sizes: fields of the `famt.models.ModelConfig` that the model is built from.
-        components: states of the run's components by name: model, optimisation, and each signal by
-            its slot.
-        ranks: states of the components that each rank has for itself, by name.
-        config: the run's options and circumstances, spelled out.
+        sizes: fields of the model's `famt.models.ModelConfig`.
+        components: state of each component by name: model, optimisation, and signals by slot.
+        ranks: state of each rank's own components, by name.
+        config: the run's options and circumstances as plain data.
     """
 
     run: str
@@ -97,31 +95,26 @@ class Checkpoint:
 
     @property
     def ema(self) -> dict[str, Tensor] | None:
-        """The averaged weights of its encoder, if the run keeps them."""
+        """The encoder's averaged weights, if the run keeps them."""
         return self.components["optimisation"]["ema"]
 
     @property
     def signals(self) -> dict[str, dict[str, Any]]:
-        """The state of each signal, by its slot."""
+        """The state of each signal, by slot."""
         others = ("model", "optimisation")
         return {name: state for name, state in self.components.items() if name not in others}
 
     def restore(
         self, components: Mapping[str, Component], own: Mapping[str, Component], rank: int
     ) -> None:
-        """Let a run go on with the very next batch.
-
-        Args:
-            components: of the run.
-            own: of this rank.
-        """
+        """Load the run's components and this rank's own, to resume with the very next batch."""
         for name, component in components.items():
             component.load_state_dict(self.components[name])
         for name, component in own.items():
             component.load_state_dict(self.ranks[rank][name])
 
     def restart(self, components: Mapping[str, Component]) -> None:
-        """Let a run go on from the beginning of an epoch, with other options or data."""
+        """Load components to resume from the start of an epoch, with other options or data."""
         for name, component in components.items():
             if isinstance(component, Elastic):
                 component.restart(self.components[name], self.epoch)
@@ -129,119 +122,54 @@ class Checkpoint:
                 component.load_state_dict(self.components[name])
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """An encoder at a moment of a run; attributes as in `Checkpoint`, and what to make of it.
-
-    Attributes:
-        kinds: model scores that are wanted.
-        urls: tars to make them of, in the order of the run's rows; None for those of its patterns.
-    """
-
-    run: str
-    step: int
-    sizes: dict[str, Any]
-    weights: dict[str, Tensor]
-    config: dict[str, Any]
-    kinds: list[str]
-    urls: list[str] | None = None
-
-    def build(self) -> VisionTransformer:
-        """The encoder, in eval mode."""
-        encoder = ModelConfig(**self.sizes).encoder()
-        encoder.load_state_dict(self.weights)
-        return encoder.eval()
-
-
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `<folder>/checkpoint-<step>.pt` and remove all but the last `keep`.
-
-    The file appears under its name only when it is complete and on disk.
+    """Write `<folder>/checkpoint-<step>.pt` atomically, then remove all but the last `keep`.
 
     Raises:
-        OSError: the disk is full, say; earlier checkpoints are untouched.
+        OSError: writing failed, for example on a full disk; earlier checkpoints are untouched.
     """
     path = folder / f"checkpoint-{checkpoint.step:08d}.pt"
-    with written_whole(path) as file:
-        torch.save({"format": FORMAT, **vars(checkpoint)}, file)
+    write(path, checkpoint)
     for old in files(folder)[:-keep]:
         old.unlink()
     return path
 
 
-def save_encoder(path: Path, encoder: Encoder) -> None:
-    """Write an encoder's weights for the refresh job.
-
-    Raises:
-        OSError: the disk is full, say.
-    """
-    path.parent.mkdir(exist_ok=True)
-    with written_whole(path) as file:
-        torch.save({"format": FORMAT, **vars(encoder)}, file)
-
-
-def load_encoder(path: Path) -> Encoder:
-    """The encoder of a checkpoint, of a run's latest one, or of a file that `save_encoder` wrote.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: the file is neither, or of fine-tuning.
-    """
-    if path.is_dir() or _NAME.fullmatch(path.name):
-        state = _load_pretrained(path)
-        prefix = "encoder."
-        weights = {
-            name.removeprefix(prefix): value
-            for name, value in state.model.items()
-            if name.startswith(prefix)
-        }
-        frequency, attention = state.config["frequency"], state.config["attention"]
-        slots = FrequencyConfig(**frequency), AttentionConfig(**attention)
-        kinds = [each.kind for each in slots if each.is_refreshed]
-        return Encoder(state.run, state.step, state.sizes, weights, state.config, kinds)
-    try:
-        return Encoder(**_read(path))
-    except TypeError:
-        raise UserError(f"{path} is neither a checkpoint nor an encoder left for refresh") from None
-
-
 def latest(folder: Path) -> Path | None:
-    """The checkpoint of the highest step in a run's folder, or None."""
-    found = files(folder)
-    return found[-1] if found else None
+    """The last checkpoint in a run's folder, or None."""
+    return next(reversed(files(folder)), None)
 
 
 def load(path: Path) -> Checkpoint:
-    """Read a checkpoint file, or the latest one of a run's folder.
+    """Read a checkpoint file, or the last one in a run's folder.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the file is damaged (`DamagedError`), of another format (`FormatError`), or no
+        UserError: the file is damaged (`DamagedError`), of another format (`FormatError`), or no
             checkpoint of this program.
     """
     if path.is_dir():
-        found = latest(path)
-        if found is None:
+        if not (found := latest(path)):
             raise FileNotFoundError(f"{path} holds no checkpoint-*.pt; train one first")
         path = found
     try:
-        return Checkpoint(**_read(path))
+        return Checkpoint(**read(path))
     except FormatError:
         raise
     except (TypeError, ValueError) as error:
         earlier = [each for each in files(path.parent) if each < path]
-        remedy = f"; remove it to go on from {earlier[-1].name}" if earlier else ""
+        remedy = f"; remove it to resume from {earlier[-1].name}" if earlier else ""
         kind = DamagedError if isinstance(error, DamagedError) else UserError
-        raise kind(f"{path} is no whole checkpoint of this program{remedy}") from error
+        raise kind(f"{path} is not a whole checkpoint of this program{remedy}") from error
 
 
 def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
-    """The model of a checkpoint file or run folder, in eval mode.
+    """The model of a pre-training checkpoint or run, in eval mode.
 
     Args:
-        ema: with the averaged weights of the encoder.
+        ema: take the encoder's averaged weights.
     """
-    checkpoint = _load_pretrained(path)
+    checkpoint = load_pretrained(path)
     model = METHODS[checkpoint.method](ModelConfig(**checkpoint.sizes))
     model.load_state_dict(checkpoint.model)
     if ema:
@@ -254,15 +182,15 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
 def is_finetuned(source: str | Path) -> bool:
     """Whether a source is the folder or a checkpoint of a fine-tuning run."""
     path = Path(source)
-    of_run = bool(_NAME.fullmatch(path.name)) if path.is_file() else latest(path) is not None
+    of_run = is_checkpoint(path) if path.is_file() else latest(path) is not None
     return of_run and load(path).method == CLASSIFIER
 
 
 def load_classifier(path: Path, *, ema: bool = False) -> VisionTransformer:
-    """Encoder and head of a fine-tuning run's checkpoint file or folder, in eval mode.
+    """Encoder and head of a fine-tuning checkpoint or run, in eval mode.
 
     Args:
-        ema: with the averaged weights.
+        ema: take the averaged weights.
     """
     checkpoint = load(path)
     weights = checkpoint.ema if ema else checkpoint.model
@@ -278,14 +206,27 @@ def load_classifier(path: Path, *, ema: bool = False) -> VisionTransformer:
     return model.eval()
 
 
-def _load_pretrained(path: Path) -> Checkpoint:
+def load_pretrained(path: Path) -> Checkpoint:
+    """As `load`; refuses checkpoints of fine-tuning."""
     checkpoint = load(path)
     if checkpoint.method not in METHODS:
-        raise UserError(f"{path} is of fine-tuning; give the run that was pre-trained")
+        raise UserError(f"{path} is a fine-tuning run; give a pre-training run")
     return checkpoint
 
 
-def _read(path: Path) -> dict[str, Any]:
+def write(path: Path, content: Any) -> None:
+    """Write the fields of a dataclass as a file that `read` takes."""
+    with written_whole(path) as file:
+        torch.save({"format": FORMAT, **vars(content)}, file)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a file that `write` wrote, after comparing its checksums.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: see `load`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if damage := damage_of(path):
@@ -293,29 +234,29 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
-        raise UserError(f"{path} is no whole file of this program: {reason(error)}") from error
+        raise UserError(f"{path} can't be read: {reason(error)}") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{path} is no file of this program")
+        raise UserError(f"{path} was not written by this program")
     written = content.pop("format")
     if written != FORMAT:
         raise FormatError(
-            f"{path} has format {written}, and this version of the program reads format {FORMAT}; "
-            "use it with the version that wrote it, or train anew in another --out"
+            f"{path} has format {written}, but this version reads format {FORMAT}; use the version "
+            "that wrote it, or train from scratch in another --out"
         )
     return content
 
 
 def damage_of(path: Path) -> str | None:
-    """What speaks against a file's bytes by its own checksums, or None.
+    """Compare a file with its checksums; says what is damaged, or None.
 
-    `torch.save` writes a zip with a CRC-32 for each tensor, and `torch.load` does not look at them.
+    `torch.save` writes a zip with a CRC-32 for each tensor, which `torch.load` ignores.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
-            return f"the checksum of {record} is another" if record else None
+            return f"wrong checksum of {record}" if record else None
     except OSError as error:
-        if error.errno in (errno.EIO, errno.EINVAL):  # a bad sector; a position that can't be
+        if error.errno in (errno.EIO, errno.EINVAL):  # a bad sector; an impossible offset
             return reason(error)
         raise
     except Exception as error:  # zipfile raises a dozen kinds on damaged headers
@@ -323,17 +264,22 @@ def damage_of(path: Path) -> str | None:
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a run's folder, the earliest first."""
+    """Steps of the checkpoints in a run's folder, in order."""
     return [step_of(path) for path in files(folder)]
 
 
 def files(folder: Path) -> list[Path]:
-    """Checkpoints in a run's folder, the earliest first."""
-    return sorted(path for path in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(path.name))
+    """Checkpoints in a run's folder, in order."""
+    return sorted(filter(is_checkpoint, folder.glob("checkpoint-*.pt")))
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path has a checkpoint's name."""
+    return bool(_NAME.fullmatch(path.name))
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, by its name."""
+    """The step in a checkpoint's name."""
     return int(path.stem.removeprefix("checkpoint-"))
 
 
@@ -341,26 +287,27 @@ def resume(
     config: TrainingOptions,
     circumstances: dict[str, object],
     ranks: Ranks,
-    lost: Callable[[Checkpoint], list[str]] = lambda _: [],
+    lost: Callable[[Checkpoint], list[Path]] = lambda _: [],
 ) -> tuple[Checkpoint | None, bool]:
-    """The checkpoint that a run goes on from, if there is one, and whether with the next batch.
+    """The checkpoint to resume from, if there is one, and whether the run resumes exactly.
 
-    The main rank alone chooses it, the latest whose bytes are those that were written; the others
-    wait until they see it. Every rank calls this.
+    Every rank calls this. The main rank chooses the last undamaged checkpoint; the others wait
+    until they see it.
 
     Args:
-        config: of the run now.
-        circumstances: what else must be as it was: device, world size, data.
+        config: options of the run now.
+        circumstances: what else must not have changed: device, world size, data.
         ranks: this rank among those of the run.
-        lost: names what an exact continuation of a checkpoint needs and does not find any more; the
-            main rank alone calls it.
+        lost: lists files that an exact resume of a checkpoint needs but that are gone; only the
+            main rank calls it.
 
     Returns:
-        the checkpoint or None, and False if it must go back to the beginning of the epoch.
+        the checkpoint or None; True to resume with the very next batch, False to go back to the
+        start of the epoch.
 
     Raises:
-        ValueError: the folder's run is another one, or may not be gone on with; all of its
-            checkpoints are damaged; or a machine does not see the folder.
+        UserError: the folder holds another run, or resuming is not allowed; all of its checkpoints
+            are damaged; or a machine does not see the folder.
     """
     chosen = ranks.from_main(lambda: _choose(config.out))
     found = chosen and config.out / chosen.name  # each machine looks in its own --out
@@ -368,13 +315,13 @@ def resume(
     if found is None:
         return None, True
     if config.resume == "never":
-        raise UserError(f"{found} is there; --resume never wants a folder without checkpoints")
+        raise UserError(f"{found} exists, and --resume never refuses folders with checkpoints")
     resumed = load(found)
     then, now = flat(resumed.config), flat({**config.describe(), **circumstances})
     notes = {name: beside for name, _, beside in annotated(config)}
     notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
-    differing = sorted(name for name in now if then.get(name) != now[name])
-    changed = [name for name in differing if FREE not in notes.get(name, ())]
+    bound = (name for name in sorted(now) if FREE not in notes.get(name, ()))
+    changed = [name for name in bound if then.get(name) != now[name]]
     harmless = all(ELASTIC in notes.get(name, ()) for name in changed)
     if config.elastic and changed and harmless:
         return resumed, False
@@ -382,46 +329,45 @@ def resume(
         gone = ranks.from_main(lambda: lost(resumed))
         if gone and not config.elastic:
             raise UserError(
-                f"{found} can't be gone on from exactly without {', '.join(gone)}; --elastic goes "
-                "on from the beginning of the epoch with what is there"
+                f"{found} can't be resumed exactly without {', '.join(map(str, gone))}; --elastic "
+                "resumes from the start of the epoch with what is there"
             )
         return resumed, not gone
     differences = "; ".join(f"{each}: {then.get(each)} -> {now[each]}" for each in changed)
-    remedy = "use the same, or another --out"
+    remedy = "use the same options, or another --out"
     if harmless:
-        remedy += ", or --elastic to go on from the beginning of the epoch"
+        remedy += ", or --elastic to resume from the start of the epoch"
     raise UserError(f"{found} belongs to a run with other options ({differences}); {remedy}")
 
 
 def _choose(folder: Path) -> Path | None:
-    """The latest checkpoint that is whole; those after it are set aside as `*.damaged`."""
+    """The last undamaged checkpoint; damaged later ones are renamed to `*.damaged`."""
     damaged: list[Path] = []
     for path in reversed(files(folder)):
         why = damage_of(path)
         if why is None:
             for each in damaged:
                 aside = each.rename(each.with_suffix(".damaged"))
-                told = {"file": aside.name, "going_on_from": path.name}
-                write_event(folder, step_of(path), "damaged checkpoint", **told)
-                print(f"{each} is damaged; going on from {path.name}", file=sys.stderr)
+                write_event(folder, step_of(path), "damaged checkpoint", file=aside.name)
+                print(f"{each} is damaged; resuming from {path.name}", file=sys.stderr)
             return path
         damaged.append(path)
     if damaged:
         raise DamagedError(
-            f"{damaged[0]} is damaged and no whole checkpoint is before it; remove it to begin anew"
+            f"{damaged[0]} is damaged, and no earlier checkpoint is whole; remove it to start again"
         )
     return None
 
 
 def _wait_to_see(file: Path, ranks: Ranks) -> None:
-    """Wait until every rank sees a file as the main one does.
+    """Wait until every rank sees a file as the main rank does.
 
     Raises:
-        ValueError: one does not, after two minutes.
+        UserError: one does not, after two minutes.
     """
 
     def size() -> int | None:
-        # A listing makes clients of network file systems ask their server.
+        # Listing makes network file systems ask their server.
         listed = file.parent.is_dir() and file.name in os.listdir(file.parent)
         return file.stat().st_size if listed else None
 
@@ -432,6 +378,6 @@ def _wait_to_see(file: Path, ranks: Ranks) -> None:
     blind = sorted({node for node, sees in ranks.gather((ranks.node, same)) if not sees})
     if blind:
         raise UserError(
-            f"{file} was not seen on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out "
-            "must be a folder on a file system that all machines of the run share"
+            f"{file} did not appear on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out must "
+            "be on a file system that all machines of the run share"
         )

@@ -43,6 +43,7 @@ from famt.train.signals.config import (
     FrequencyConfig,
     HardnessConfig,
     RefreshConfig,
+    Slot,
 )
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -50,8 +51,8 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 TIMM = "timm:"
 """Prefix of `--init` and `--model` that marks the name of a timm model."""
 
-APART = "no part of what an evaluation's result depends on"
-"""note beside an option: results name it on their own, or do not depend on it"""
+APART = "apart from the options of a result"
+"""note beside an option: evaluations' results name it separately, or do not depend on it"""
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], APART]
 
@@ -104,15 +105,10 @@ class TrainingOptions(LoaderOptions):
     """seed of weights, shuffling, crops and all other random draws"""
 
     def loader(self, image_size: int) -> LoaderConfig:
-        """The loader of crops of so many px a side."""
+        """What a loader of crops of `image_size` px needs to know."""
         names = {each.name for each in dataclasses.fields(LoaderConfig)} - {"image_size"}
         given = {name: getattr(self, name) for name in names}
         return LoaderConfig(image_size=image_size, **given)
-
-    @classmethod
-    def with_suggestions(cls, arguments: list[str]) -> list[str]:
-        """A command line with its shorthands spelled out."""
-        return arguments
 
     def absolute(self) -> Self:
         """The same options with absolute paths, valid in any working directory."""
@@ -275,14 +271,15 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
                 f"{self.accumulate}"
             )
 
+    @classmethod
+    def with_suggestions(cls, arguments: list[str]) -> list[str]:
+        """A command line with its shorthands spelled out."""
+        return arguments
+
     @property
     def slots(self) -> dict[str, Any]:
-        """The slots of signals by name."""
-        return {
-            "frequency": self.frequency,
-            "attention": self.attention,
-            "hardness": self.hardness,
-        }
+        """The signals' slots, by name."""
+        return {name: each for name, each in vars(self).items() if isinstance(each, Slot)}
 
     @property
     def weighs(self) -> bool:
@@ -326,7 +323,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
 
     def without_effect(self) -> list[str]:
         """Options that were given but change nothing beside the others, each with the reason."""
-        weights = r"(frequency|attention|hardness|spec|refresh)\.|join\.(visible|thrown|blend|loss)"
+        weights = rf"({'|'.join(self.slots)}|spec|refresh)\.|join\.(visible|thrown|blend|loss)"
         step_alone = ("live", "seen", "refreshed")
         rules = [
             (not self.weighs, weights, "no signal weighs patches"),

@@ -1,4 +1,4 @@
-"""One process or many: what torchrun or Ray Train sets up, and what one process does without."""
+"""Ranks: processes started by torchrun or Ray Train, or a single one without a launcher."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 from famt.pipeline import storage
 from famt.pipeline.errors import RankError, UserError
 
-# Ranks may wait for a slow disk or a generation of maps. Of a rank that died they learn at once, as
-# the kernel closes its connections.
+# Ranks may wait for a slow disk or a generation of maps. They notice a dead rank at once, as the
+# kernel closes its connections.
 _PATIENCE = timedelta(days=1)
-_GRACE = 2.0  # seconds in which ranks that are alive report
+_GRACE = 2.0  # seconds for living ranks to report
 _DRIVER = Path("/proc/driver/nvidia/version")
 _SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 
@@ -42,9 +42,9 @@ class Ranks:
 
     Attributes:
         rank, world_size: 0 and 1 without a launcher.
-        node: name of the machine; its ranks have it in common (`machine`).
-        device: what this process computes on.
-        control: group of all ranks for messages, apart from the gradients'.
+        node: name of the machine, the same for all of its ranks (`machine`).
+        device: where this process computes.
+        control: process group for messages, separate from that of the gradients.
     """
 
     rank: int
@@ -59,7 +59,7 @@ class Ranks:
         return self.rank == 0
 
     def of_machine(self) -> list[int]:
-        """The ranks of this machine; all ranks call it."""
+        """The ranks of this machine. All ranks must call this."""
         nodes = self.gather(self.node)
         return [rank for rank, node in enumerate(nodes) if node == self.node]
 
@@ -72,7 +72,7 @@ class Ranks:
         return values
 
     def any(self, wish: bool) -> bool:
-        """Whether any rank wishes something; as cheap as a message can be, for every step."""
+        """Whether the argument is true on any rank; cheap enough for every step."""
         if self.world_size == 1:
             return wish
         wishes = torch.tensor(int(wish))
@@ -80,7 +80,7 @@ class Ranks:
         return bool(wishes)
 
     def from_main(self, make: Callable[[], Shared]) -> Shared:
-        """What `make` gives on the main rank, on every rank; only that one calls it.
+        """Call `make` on the main rank alone, and return its result on every rank.
 
         Raises:
             Exception: what `make` raised, on every rank.
@@ -89,7 +89,7 @@ class Ranks:
         if self.is_main:
             try:
                 made = make()
-            except Exception as error:  # the other ranks wait for an answer
+            except Exception as error:  # the other ranks are waiting
                 made = error
         made = self.gather(made)[0]
         if isinstance(made, Exception):
@@ -97,11 +97,10 @@ class Ranks:
         return made  # type: ignore[return-value]
 
     def share(self, make: Callable[[], Shared]) -> Shared:
-        """One result of `make` for all ranks of a machine, its tensors in shared memory.
+        """Call `make` once per machine, and share the result's tensors between its ranks.
 
-        The first rank of each machine makes it and writes it to a file in /dev/shm, whose name goes
-        as soon as all have mapped it. What one rank then writes into a tensor, all of that machine
-        read.
+        The first rank of each machine writes the result to a file in /dev/shm, which is unlinked
+        once all have mapped it. Writes into the tensors are seen by all ranks of the machine.
 
         Raises:
             Exception: what `make` raised, on every rank; OSError: /dev/shm is too small.
@@ -113,7 +112,7 @@ class Ranks:
         if leads:
             try:
                 made = _write_shared(make())
-            except Exception as error:  # the other ranks wait for an answer
+            except Exception as error:  # the other ranks are waiting
                 made = error
         paths = self.gather((self.node, made))
         try:
@@ -123,7 +122,7 @@ class Ranks:
             path = next(each for node, each in paths if each and node == self.node)
             with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
                 shared: Shared = torch.load(path, mmap=True, weights_only=False)
-            self.gather(None)  # all have mapped it
+            self.gather(None)  # wait until all have mapped it
             return shared
         finally:
             if isinstance(made, str):
@@ -134,7 +133,7 @@ def _write_shared(value: object) -> str:
     """Save a value to a new file in /dev/shm; returns its path.
 
     Raises:
-        OSError: it has not enough room.
+        OSError: there is not enough room.
     """
     path = f"{_SHARED_MEMORY}/famt-{uuid.uuid4().hex}"
     try:
@@ -144,7 +143,7 @@ def _write_shared(value: object) -> str:
         Path(path).unlink(missing_ok=True)
         free = shutil.disk_usage(_SHARED_MEMORY).free
         raise OSError(
-            f"{_SHARED_MEMORY} has {free / 1e6:.0f} MB free, too few for what the ranks of this "
+            f"{_SHARED_MEMORY} has only {free / 1e6:.0f} MB free for what the ranks of this "
             "machine share; enlarge it (docker run --shm-size, or mount -o remount,size=... "
             f"{_SHARED_MEMORY})"
         ) from error
@@ -152,10 +151,10 @@ def _write_shared(value: object) -> str:
 
 
 def machine() -> str:
-    """A name that processes have in common if, and only if, they can share memory by name.
+    """A name that is equal for two processes exactly if they can share memory by name.
 
-    That is the host's, the kernel's start and the mounted /dev/shm: launchers number machines each
-    in their own way or not at all, and containers of one machine may have their own /dev/shm.
+    It is made of the host name, the kernel's boot id and the device of /dev/shm: launchers number
+    machines differently or not at all, and containers may have a /dev/shm of their own.
     """
     boot = Path("/proc/sys/kernel/random/boot_id")
     kernel = boot.read_text().strip() if boot.exists() else ""
@@ -165,17 +164,17 @@ def machine() -> str:
 
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
-    """Join the process group that a launcher announces (NCCL on GPUs, gloo on CPUs), and leave it.
+    """Join the launcher's process group (NCCL on GPUs, gloo on CPUs); leave it at the end.
 
-    A process group that exists already (Ray Train's) is used as it is, and who made it looks after
-    its processes. Otherwise a rank that fails or is lost ends the others: their next collective
-    fails, or torchrun kills them 30 s later.
+    An existing process group (Ray Train's) is used as it is, and its owner handles failures.
+    Otherwise, when a rank fails or is lost, the others end too: their next collective fails, or
+    torchrun kills them 30 s later.
 
     Args:
         device: "auto" for a GPU if there is one, "cpu" or "cuda".
 
     Raises:
-        ValueError: "cuda" where there is none.
+        UserError: "cuda" without a GPU.
         RankError: another rank failed or was lost; says which.
     """
     if device == "auto":
@@ -188,7 +187,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        # What is left to the host is small; a thread a core only spins, beside those that decode.
+        # The host has little to compute; more threads would spin beside those that decode.
         torch.set_num_threads(1)
     ours = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if ours:
@@ -216,10 +215,10 @@ def join_ranks(device: str) -> Iterator[Ranks]:
 def _first_failure(
     error: Exception, rank: int, names: list[str], control: dist.ProcessGroup
 ) -> str | None:
-    """Why another rank made this one fail, or None if the error is its own.
+    """Which other rank made this one fail, and why; None if the error is this rank's own.
 
-    Collectives raise RuntimeErrors when a rank is gone. Each rank that fails writes its error to
-    the store that the ranks met in; one that writes nothing is lost.
+    Collectives raise RuntimeErrors when a rank is gone. A failing rank writes its error to the
+    rendezvous store; a rank that writes nothing is lost.
     """
     store = dist.distributed_c10d._get_default_store()
     in_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
@@ -228,36 +227,36 @@ def _first_failure(
     try:
         store.set(keys[rank], own)
         if not in_collective:
-            dist.destroy_process_group(control)  # closes connections, which the others notice
+            dist.destroy_process_group(control)  # closes its connections, so that the others notice
         until = time.monotonic() + _GRACE
         while not store.check(keys) and time.monotonic() < until:
             time.sleep(0.1)
         silent = [name for name, key in zip(names, keys, strict=True) if not store.check([key])]
         causes = [store.get(key).decode() for key in keys if store.check([key])]
         if rank == 0:
-            time.sleep(_GRACE)  # the store may be in this process, and others read it still
+            time.sleep(_GRACE)  # this process may host the store, which others still read
     except RuntimeError:
         silent, causes = names[:1], []
     if not in_collective:
         return None
-    lost = f"{silent[0]} was lost" if len(silent) == 1 else f"one was lost of {', '.join(silent)}"
+    lost = f"{silent[0]} was lost" if len(silent) == 1 else f"one of {', '.join(silent)} was lost"
     return next(filter(None, causes), lost if silent else str(error))
 
 
 def data_parallel(
     model: nn.Module, ranks: Ranks, *, compile: bool = False
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
-    """A model whose gradients are the mean over the ranks, and a context in which they are not yet.
+    """A model whose gradients are averaged over the ranks, and a context without averaging.
 
     Args:
-        compile: it as well, by `torch.compile`.
+        compile: also compile it, by `torch.compile`.
     """
     trained = model
     no_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext
     if ranks.world_size > 1:
         trained = parallel = DistributedDataParallel(model, gradient_as_bucket_view=True)
         no_sync = parallel.no_sync
-    if compile:  # after the former, whose buckets it then computes in parallel
+    if compile:  # after DDP, so that communication overlaps the backward pass
         trained = torch.compile(trained)  # type: ignore[assignment]
     return trained, no_sync
 
@@ -267,8 +266,8 @@ def _warn_of_an_idle_gpu() -> None:
     if _DRIVER.exists() and not hidden:
         built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA at all"
         print(
-            f"warning: this machine has an NVIDIA GPU that torch {torch.__version__} can't use, so "
-            f"the CPU computes. Compare `nvidia-smi` with what torch was built for ({built}), and "
-            "see that a container is given the GPU; or give --device cpu",
+            f"warning: this machine has an NVIDIA GPU that torch {torch.__version__} can't use; "
+            f"computing on the CPU. Compare `nvidia-smi` with what torch was built for ({built}), "
+            "check that the container has access to the GPU, or give --device cpu",
             file=sys.stderr,
         )

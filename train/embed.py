@@ -1,15 +1,14 @@
-"""Features of every image of some shards, with keys and labels, in one file or folder.
+"""Writes features of all images of some shards, with keys and labels, to Parquet or NumPy.
 
     famt embed --checkpoint runs/first --cache scores \\
         --shards 'shards/val-*.tar' --out features.parquet
     famt embed --checkpoint exported --cache scores --shards shards --out features
 
-A name that ends in .parquet gets one Parquet file with the columns shard, key, label (null where an
-image has none), cls and mean: the class token and the mean of the patch tokens after the last norm,
-float32. Any other name gets a folder with cls.npy, mean.npy, labels.npy (-1 where an image has
-none) and keys.txt, a line `<shard>:<key>` an image. Rows follow the shards in the order given, and
-the images in each tar. Features go to disk as they are made, and the name appears when all are
-there.
+If --out ends in .parquet, it becomes a Parquet file with the columns shard, key, label (null for
+unlabelled images), cls and mean: class token and mean of the patch tokens after the last norm,
+float32. Otherwise it becomes a folder with cls.npy, mean.npy, labels.npy (-1 for unlabelled images)
+and keys.txt, one line `<shard>:<key>` per image. Rows are in the order of the shards, and of the
+images in each. Features are written as they are computed; --out appears once it is complete.
 """
 
 from __future__ import annotations
@@ -40,20 +39,20 @@ from famt.train.initial import build_initial_encoder
 from famt.train.options import Embed
 from famt.train.program import parsed, run_program
 
-_ROW_GROUP = 4096  # images that are in memory at a time, and a row group of the file
+_ROW_GROUP = 4096  # images per row group, which are in memory at once
 
 
 def main(args: Embed) -> None:
     """Write the features of all images.
 
     Raises:
-        ValueError: --out is there already, or --checkpoint is no encoder.
-        CacheError: a shard that can't be read.
+        UserError: --out exists, or --checkpoint has no encoder.
+        CacheError: a shard can't be read.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("one process writes the features; start it without torchrun")
+        raise UserError("embedding runs in one process; start it without torchrun")
     if args.out.exists():
-        raise UserError(f"--out {args.out} is there already; give a new name")
+        raise UserError(f"--out {args.out} exists already; give a new name")
     encoder = (
         checkpoint.load_classifier(Path(args.checkpoint), ema=args.ema)
         if checkpoint.is_finetuned(args.checkpoint)
@@ -76,14 +75,14 @@ def main(args: Embed) -> None:
             writer.write(first, cls, mean)
     print(
         f"{args.out}: {len(table)} images of {len(table.urls)} shards, {encoder.embed_dim} values "
-        f"each; {len(table.left_out())} that can't be decoded are left out"
+        f"each; left out, as they can't be decoded: {len(table.left_out())}"
     )
 
 
 def _features(
     encoder: VisionTransformer, images: Images
 ) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
-    """First row, class tokens and patch means `[K, C]` of batch after batch, in order of rows."""
+    """First row, class tokens and patch means `[K, C]` of each batch, in row order."""
     next_row = 0
     with torch.inference_mode():
         for crops in images.crops():
@@ -96,7 +95,7 @@ def _features(
 
 
 class _Writer(Protocol):
-    """Takes rows in order, from `first` on."""
+    """Takes batches of rows, in order."""
 
     def write(self, first: int, cls: NDArray[np.float32], mean: NDArray[np.float32]) -> None: ...
 
@@ -105,7 +104,7 @@ class _Writer(Protocol):
 
 @contextmanager
 def _open(out: Path, table: SampleTable, width: int) -> Iterator[_Writer]:
-    """A writer to `out`, which appears under its name when all went well."""
+    """A writer to `out`, which appears once it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
@@ -187,7 +186,7 @@ class _Npy:
 
 
 def _names(table: SampleTable) -> Iterator[tuple[str, str]]:
-    """Shard and key of every row, a shard's keys in memory at a time."""
+    """Shard and key of each row; holds the keys of one shard at a time."""
     for number, url in enumerate(table.urls):
         yield from ((url, key) for key in table.keys(number))
 

@@ -1,19 +1,19 @@
-"""Take a trained encoder to timm, to the code of MAE's authors, or to Hugging Face transformers.
+"""Exports a model to timm, to the MAE authors' code, or to Hugging Face transformers.
 
     famt export runs/first --to timm --out exported
     famt export runs/first --to hf --out exported-hf --ema
 
-Writes a folder with the weights and the configuration that the library reads, and prints the lines
-that load it there:
+Writes a folder with weights and configuration as the library reads them, and prints the lines that
+load it:
 
-    timm    encoder (model.safetensors, config.json); of a fine-tuned run the head as well
-    mae     encoder and decoder under the published checkpoints' names (mae.pth); detection
-            backbones of ViTDet's kind read this one too
+    timm    encoder (model.safetensors, config.json); of a fine-tuned run also the head
+    mae     encoder and decoder, with the names of the published checkpoints (mae.pth); detection
+            backbones such as ViTDet's read it too
     hf      encoder and decoder for ViTMAEModel, ViTMAEForPreTraining and ViTModel
             (model.safetensors, config.json, preprocessor_config.json)
 
-Only MAE's own decoder can be told to others: of a model with the cross decoder the encoder alone is
-written, and the program says so.
+Other libraries only know MAE's own decoder. From a model with the cross decoder, the encoder alone
+is exported.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from famt.train.program import parsed, run_program
 
 
 def main(args: Export) -> list[str]:
-    """Write the folder; returns the lines of Python that load it, which are printed too.
+    """Write the folder; prints and returns the Python lines that load it.
 
     Raises:
         FileNotFoundError: no checkpoint.
-        ValueError: --out is there already, or --ema of a run that keeps no average.
+        UserError: --out exists, or --ema of a run without averaged weights.
     """
     if args.out.exists():
-        raise UserError(f"--out {args.out} is there already; give a new folder")
+        raise UserError(f"--out {args.out} exists already; give a new folder")
     if checkpoint.is_finetuned(args.checkpoint):
         if args.to != "timm":
             raise UserError(f"{args.checkpoint} is fine-tuned; export it --to timm, with its head")
@@ -63,7 +63,7 @@ def main(args: Export) -> list[str]:
     if model.unofficial:
         reason = f"{args.to} has no {model.unofficial}"
     elif args.ema:
-        reason = "the run averages nothing else"
+        reason = "only the encoder is averaged"
     if args.to == "timm":
         files, lines = _timm(model.encoder, model.config, args.out)
     else:
@@ -74,11 +74,9 @@ def main(args: Export) -> list[str]:
     if reason and args.to != "timm":
         names = [name.split(".")[0] for name in model.state_dict()]
         left = ", ".join(dict.fromkeys(name for name in names if name != "encoder"))
-        left_out = f"left out: all but the encoder ({left}), because {reason}"
+        left_out = f"left out: everything but the encoder ({left}), because {reason}"
     elif args.to != "timm" and model.config.low_pass is not None:
-        left_out = (
-            f"left out: that targets were low-passed; the loss in {args.to} knows no such thing"
-        )
+        left_out = f"left out: low-passed targets, which the loss in {args.to} does not have"
     _finish(args, files, lines, left_out)
     return lines
 
@@ -130,7 +128,7 @@ def _timm(
 
 
 def timm_name(sizes: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """A name that timm knows, and what must be given beside it to get an encoder of these sizes."""
+    """A timm model name, and the arguments that give it these sizes."""
     if sizes.timm:
         return sizes.timm, {"img_size": sizes.image_size, "patch_size": sizes.patch_size}
     for name in ("vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"):
@@ -229,7 +227,7 @@ def _spelled(arguments: Mapping[str, Any]) -> str:
 
 
 def _write(out: Path, files: Mapping[str, Any]) -> None:
-    """Write a folder that appears under its name only when all of it is there."""
+    """Write a folder that appears once it is complete."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -1,7 +1,7 @@
-"""What a run wrote of itself, read back: losses, evaluations, stages, options and pictures.
+"""Reads a run's log back: losses, evaluations, stages, options and pictures.
 
-Nothing but the run's own log and TensorBoard events is read, so any run can be looked at, at any
-time, wherever its folder was copied to.
+It needs nothing but the log and the TensorBoard events, so it works while the run trains, and for
+copied folders.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Point:
 
     Attributes:
         step: optimiser steps done.
-        epoch: passes over the data done, with a fraction.
-        seconds: training took so far; pauses between two starts of the run do not count.
-        loss: mean since the last point.
+        epoch: passes over the data done, fractional.
+        seconds: of training so far, without interruptions.
+        loss: mean since the last log point.
     """
 
     step: int
@@ -43,11 +43,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Basis:
-    """What a figure was measured on: figures of one basis alone compare.
+    """What a result was measured on; only results on the same basis compare.
 
     Attributes:
-        key: the same for the same images and options, wherever the images lie.
-        text: for people.
+        key: identifies images and options, wherever the images lie.
+        text: for display.
     """
 
     key: str
@@ -56,8 +56,8 @@ class Basis:
 
 @dataclass(frozen=True)
 class Found:
-    """What an evaluator, or the monitor, found of the encoder at a step; `options` are those of
-    `famt.train.evaluate.features.Evaluation.told`."""
+    """A result of an evaluator or of the monitor at a step; `options` as in
+    `famt.train.evaluate.options.Evaluation.conditions`."""
 
     step: int
     epoch: float
@@ -70,19 +70,19 @@ class Found:
 
 @dataclass(frozen=True)
 class History:
-    """A run, as its log tells it.
+    """A run, read from its log.
 
     Attributes:
         folder: of the run.
-        options: as its last start gave them, `section.option` -> value.
-        points: in the order of their steps, one at least.
-        found: in the order in which it was written.
-        stages: share of the training's time -> spent in what; they sum to 1 at most.
+        options: of its last start, `section.option` -> value.
+        points: at least one, in order.
+        found: results of evaluations, in the order they were logged.
+        stages: stage -> share of the training time; the sum is at most 1.
         total_steps: of the whole run.
-        finished: whether all of them are done, and their last checkpoint is written.
-        images: of an epoch, without those of its last, incomplete batch.
-        data: digest of the images that it trains on, if its log tells it.
-        corrupt: how many lines of its log can't be read, and are passed over.
+        finished: whether all steps are done and the last checkpoint is written.
+        images: images per epoch, without the last, incomplete batch.
+        data: digest of the training images, if the log has it.
+        corrupt: number of unreadable lines in the log, which are skipped.
     """
 
     folder: Path
@@ -97,22 +97,22 @@ class History:
     corrupt: int
 
     def seconds(self, step: int) -> float:
-        """Of training until a step: those of the last log point up to it, 0 before the first."""
+        """Training time up to the last log point at or before a step; 0 before the first."""
         before = bisect_right([point.step for point in self.points], step)
         return self.points[before - 1].seconds if before else 0.0
 
 
 def read(folder: Path) -> History:
-    """The history of a run that may be training meanwhile.
+    """Read the log of a run, which may be training.
 
     Raises:
-        UserError: the folder holds no run, or one without a log point yet.
+        UserError: the folder holds no run, or one without a log point.
     """
     return parse(folder, *read_lines(folder))
 
 
 def read_lines(folder: Path) -> tuple[list[dict[str, Any]], int]:
-    """The lines of a run's log, and how many cannot be read.
+    """The lines of a run's log, and the number of unreadable ones.
 
     Raises:
         UserError: the folder holds no run.
@@ -120,7 +120,7 @@ def read_lines(folder: Path) -> tuple[list[dict[str, Any]], int]:
     path = folder / "log.jsonl"
     if not path.is_file():
         raise UserError(
-            f"{folder} is no run: there is no {path.name} in it; give the --out of a training"
+            f"{folder} is not a run: it has no {path.name}; give the --out of a training"
         )
     *texts, unfinished = path.read_text(errors="replace").split("\n")
     lines, corrupt = [], 0
@@ -129,21 +129,21 @@ def read_lines(folder: Path) -> tuple[list[dict[str, Any]], int]:
             line = json.loads(text)
             line["step"] = int(line["step"])
             lines.append(line)
-        except (ValueError, KeyError, TypeError):  # a kill, or a disk, garbled it
+        except (ValueError, KeyError, TypeError):  # garbled by a kill or a disk
             corrupt += 1
     return lines, corrupt
 
 
 def parse(folder: Path, lines: Iterable[dict[str, Any]], corrupt: int = 0) -> History:
-    """The history that the lines of a log tell.
+    """Interpret the lines of a log.
 
     Args:
-        folder: of the run, by whose name errors and reports call it; it need not be there.
-        lines: of its log.
-        corrupt: how many others could not be read.
+        folder: of the run, for messages and reports; need not exist.
+        lines: of the log.
+        corrupt: number of unreadable lines.
 
     Raises:
-        UserError: they hold no start of a run, or no log point.
+        UserError: they have no start of a run, or no log point.
     """
     reader = _Reader()
     for line in lines:
@@ -152,7 +152,7 @@ def parse(folder: Path, lines: Iterable[dict[str, Any]], corrupt: int = 0) -> Hi
         except (ValueError, KeyError, TypeError, AttributeError):  # garbled, but still JSON
             corrupt += 1
     if not reader.options:
-        raise UserError(f"{folder}: its log holds no start of a run with its options")
+        raise UserError(f"{folder}: the log has no start of a run")
     if not reader.points:
         raise UserError(f"{folder}: the run has not reached its first log point")
     return History(
@@ -170,8 +170,8 @@ def parse(folder: Path, lines: Iterable[dict[str, Any]], corrupt: int = 0) -> Hi
 
 
 def pictures(folder: Path, most: int) -> list[tuple[int, Image.Image]]:
-    """The pictures of crops that a run drew, each with its step; if there are more than `most`,
-    the first, the last, and others evenly between."""
+    """The run's pictures of crops, each with its step: the first, the last and others evenly
+    between, `most` at most."""
     events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
     if "crops" not in events.Tags()["images"]:
         return []
@@ -183,15 +183,15 @@ def pictures(folder: Path, most: int) -> list[tuple[int, Image.Image]]:
 
 
 class _Reader:
-    """Adds up the lines of a log over all starts of a run."""
+    """Accumulates the lines of a log, over all starts of a run."""
 
     def __init__(self) -> None:
-        self.options: dict[str, Any] = {}  # of the last start, as all that follows
+        self.options: dict[str, Any] = {}  # these are of the last start
         self.data: str | None = None
         self.total_steps = 0
         self._batch, self._steps_per_epoch = 0, 1
         self.images = 0
-        self._from_step = 0  # that epochs are counted from
+        self._from_step = 0  # where epoch 0 starts
         self.points: list[Point] = []
         self.found: list[Found] = []
         self.finished = False
@@ -199,10 +199,10 @@ class _Reader:
         self._seconds, self._step = 0.0, 0
 
     def take(self, line: dict[str, Any]) -> None:
-        """Take up the next line.
+        """Take the next line.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: no run writes such a line.
+            ValueError, KeyError, TypeError, AttributeError: the line is garbled.
         """
         step, event = line["step"], line.get("event")
         if event == "start":
@@ -214,7 +214,7 @@ class _Reader:
         self.finished |= event == "finished"
 
     def stages(self) -> dict[str, float]:
-        """Share of the time -> spent in what."""
+        """Stage -> share of the time."""
         stages = {name: each / max(self._seconds, 1e-9) for name, each in self._spent.items()}
         return {**stages, NO_STAGE: max(0.0, 1 - sum(stages.values()))}
 
@@ -223,7 +223,7 @@ class _Reader:
             int(line[each]) for each in ("effective_batch", "steps_per_epoch", "total_steps")
         )
         options = flat(line["options"])
-        # Where the schedule begins: at step 0, unless an elastic restart laid it out anew.
+        # The schedule starts at step 0, or where an elastic restart laid it out again.
         self._from_step = total - options["epochs"] * an_epoch
         self._batch, self._steps_per_epoch, self.total_steps = batch, an_epoch, total
         self.options, self.data = options, line.get("data")
@@ -256,20 +256,20 @@ class _Reader:
         return Found(step, self._epoch(step), evaluator, weights, values, options, basis)
 
     def _watched(self, line: dict[str, Any]) -> Basis:
-        """What the monitor looked at; old logs do not say which images these were."""
+        """Images of the monitor; old logs only have their patterns."""
         shards = " ".join(self.options.get("monitor") or [])
         return Basis(line.get("data", shards), f"{line.get('images', 'the')} images of {shards}")
 
 
 def _tested(line: dict[str, Any], options: dict[str, Any]) -> Basis:
-    """What an evaluation learned from and was tested on; old logs name shards alone."""
+    """Training and test images of an evaluation; old logs only have their patterns."""
     key, text = [], []
     for name, what in (("val", ""), ("train", ", learned from ")):
         shards = " ".join(options.get(name, []))
         images = line.get(f"{name}_images", "the")
         key.append(line.get(f"{name}_data", f"{images} {shards}"))
         text.append(f"{what}{images} images of {shards}")
-    # What decides neither which images there are nor what is measured of them.
+    # These change neither the images nor what is measured.
     aside = {"train", "val", "batch_size", "seed"}
     for name, value in sorted(options.items()):
         if name not in aside:

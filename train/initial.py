@@ -1,11 +1,11 @@
-"""Weights to begin with: those of a run, an official MAE checkpoint, timm or transformers.
+"""Initial weights: of a run, an official MAE checkpoint, timm or transformers.
 
-What a source may be, wherever `--init` asks for one:
+Sources that `--init` takes:
 
-    runs/first, runs/first/checkpoint-00001000.pt    a run of ours
-    mae_pretrain_vit_base.pth, model.safetensors     weights by the names of MAE, timm, transformers
+    runs/first, runs/first/checkpoint-00001000.pt    a run, or one of its checkpoints
+    mae_pretrain_vit_base.pth, model.safetensors     weights named as in MAE, timm or transformers
     exported/                                        a folder of timm or transformers (config.json)
-    timm:vit_base_patch16_224.mae                    a model that timm has by name
+    timm:vit_base_patch16_224.mae                    a timm model by name
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _TRANSFORMERS = "embeddings.patch_embeddings.projection.weight"
 
 @dataclass(frozen=True)
 class Initial:
-    """Weights that a model can begin with.
+    """Initial weights.
 
     Attributes:
-        source: as it was given.
+        source: where they are from.
         weights: under official names (see `famt.export`).
-        heads: attention heads, or None where the source does not tell.
-        timm: architecture in timm of an encoder that is not MAE's ViT, else empty.
+        heads: number of attention heads, or None if the source does not say.
+        timm: architecture in timm of an encoder other than MAE's ViT, else "".
     """
 
     source: str
@@ -58,11 +58,11 @@ class Initial:
 
 
 def load_initial(model: MaskedModel, source: str) -> Fit:
-    """Let a model begin with the weights of a source: encoder, and decoder if it has one that fits.
+    """Load a source's encoder into a model, and its decoder if that fits.
 
     Raises:
         FileNotFoundError: no such source.
-        ValueError: it is no encoder, or does not fit; names the source and what both are.
+        UserError: it has no encoder, or one that does not fit; names the source and both sizes.
     """
     initial = read_initial(source)
     return _load(initial, model.encoder, lambda: load_weights(model, initial.weights))
@@ -71,15 +71,15 @@ def load_initial(model: MaskedModel, source: str) -> Fit:
 def build_initial_encoder(
     source: str, image_size: int | None = None, *, ema: bool = False
 ) -> VisionTransformer:
-    """The encoder of a source, in eval mode; says on the terminal what of the source is not in it.
+    """The encoder of a source, in eval mode; prints which of its weights were not used.
 
     Args:
-        image_size: px, in place of its own; positions are interpolated.
-        ema: with the averaged weights of a run.
+        image_size: px, instead of its own; positions are interpolated.
+        ema: use a run's averaged weights.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_initial`; or a source that does not tell its heads,
-            or keeps no averaged weights.
+        FileNotFoundError, UserError: as `load_initial`; or the source does not say its number of
+            heads, or has no averaged weights.
     """
     initial = _from_run(Path(source), ema=True) if ema else read_initial(source)
     try:
@@ -100,7 +100,7 @@ def build_initial_encoder(
     heads = initial.heads or known.get((sizes.width, sizes.depth))
     if heads is None:
         raise UserError(
-            f"{source} does not tell how many attention heads its width of {sizes.width} is parted "
+            f"{source} does not say how many attention heads its width of {sizes.width} is split "
             "into; give a folder with its config.json"
         )
     encoder = ModelConfig(
@@ -114,8 +114,8 @@ def build_initial_encoder(
 
 
 def _filled(initial: Initial, encoder: VisionTransformer) -> VisionTransformer:
-    """An encoder with the weights of a source, in eval mode."""
-    # A decoder, whose absence goes without saying, is left out of the report.
+    """Load a source's weights into an encoder; returns it in eval mode."""
+    # Don't report that the decoder is not used.
     weights = {name: each for name, each in initial.weights.items() if not is_decoder(name)}
     fit = _load(initial, encoder, lambda: load_encoder_weights(encoder, weights))
     if fit.resized or fit.missing or fit.left_out:
@@ -124,11 +124,11 @@ def _filled(initial: Initial, encoder: VisionTransformer) -> VisionTransformer:
 
 
 def read_initial(source: str) -> Initial:
-    """Read the weights of a source, whatever kind it is.
+    """Read the weights of any source.
 
     Raises:
         FileNotFoundError: no such source.
-        ValueError: a kind of file or model that is not known here.
+        UserError: an unknown kind of file or model.
     """
     if source.startswith(TIMM):
         return _from_timm(source, source.removeprefix(TIMM))
@@ -145,7 +145,7 @@ def read_initial(source: str) -> Initial:
     if "model_type" in config:
         return _from_transformers(path, config)
     raise UserError(
-        f"{source} holds neither a checkpoint-*.pt nor a config.json of timm or transformers; "
+        f"{source} has neither a checkpoint-*.pt nor a config.json of timm or transformers; "
         f"give {_KINDS}"
     )
 
@@ -154,8 +154,8 @@ def _load(initial: Initial, encoder: VisionTransformer, load: Any) -> Fit:
     heads = encoder.blocks[0].attn.num_heads
     if initial.heads not in (None, heads):
         raise UserError(
-            f"{initial.source}: its encoder has {initial.heads} attention heads, and this model's "
-            f"has {heads}"
+            f"{initial.source}: its encoder has {initial.heads} attention heads, this model's has "
+            f"{heads}"
         )
     try:
         return load()
@@ -180,13 +180,13 @@ def _from_file(path: Path) -> Initial:
 
 
 def _from_timm(source: str, name: str) -> Initial:
-    """timm looks for the weights of a name in its own cache, then on the Hugging Face hub."""
+    """timm looks for weights in its cache, then on the Hugging Face hub."""
     try:
         model = timm.create_model(name, pretrained=True)
     except (RuntimeError, OSError, AssertionError) as error:
         raise UserError(f"{source}: timm can't load it: {reason(error)}") from error
     if not isinstance(model, VisionTransformer):
-        raise UserError(f"{source} is a {type(model).__name__}; a plain vision transformer fits")
+        raise UserError(f"{source} is a {type(model).__name__}, not a plain vision transformer")
     weights = dict(model.state_dict())
     with torch.device("meta"):
         plain = dataclasses.replace(ModelConfig.of(model), timm="").encoder().state_dict()
@@ -200,8 +200,8 @@ def _from_timm(source: str, name: str) -> Initial:
 def _from_transformers(path: Path, config: Mapping[str, Any]) -> Initial:
     if config["model_type"] not in ("vit", "vit_mae") or config.get("hidden_act", "gelu") != "gelu":
         raise UserError(
-            f"{path} is a {config['model_type']} with {config.get('hidden_act', 'gelu')}; a vit or "
-            "vit_mae with gelu fits"
+            f"{path} is a {config['model_type']} with {config.get('hidden_act', 'gelu')}; only vit "
+            "and vit_mae with gelu fit"
         )
     index = path / "model.safetensors.index.json"
     if index.is_file():
@@ -217,11 +217,11 @@ def _from_transformers(path: Path, config: Mapping[str, Any]) -> Initial:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a file holds: of safetensors, or of what torch saved, which must be a dictionary."""
+    """Content of a safetensors file, or of a dictionary saved by torch; {} for anything else."""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        # The MAE code keeps its command line beside the weights.
+        # The MAE code saves its command line beside the weights.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, LookupError, UnpicklingError, SafetensorError) as error:
@@ -230,7 +230,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a file's content, out of what training scripts wrap them in."""
+    """The weights in a file's content, without the wrappings of training scripts."""
     for key in ("model", "state_dict"):
         content = content.get(key, content)
     weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}

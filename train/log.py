@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, curves and pictures in trackers, and a log of JSON lines."""
+"""Writes what a run reports: a log of JSON lines, curves in trackers, a progress bar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from famt.train.files import BusyError, own_folder, written_whole
+from famt.train.run_folder import BusyError, own_folder, written_whole
 from famt.train.timing import Clock
 from famt.train.trackers import Board, TensorBoard, Tracked, open_tracker
 
@@ -25,8 +25,8 @@ _TIMED_STEPS, _TIMED_SECONDS = 20, 60.0
 class Log:
     """Log of a run's main rank.
 
-    `log.jsonl` holds one line a log point, with its step, and one an event. A resumed run drops the
-    lines after the step that it goes on from: the file tells one story, however often it paused.
+    `log.jsonl` has a line for each log point and each event. A resumed run drops the lines after
+    the step it resumes from, so the log of an interrupted run reads like that of any other.
 
     Args:
         folder: of the run.
@@ -56,7 +56,7 @@ class Log:
             kept = [line for line in lines if _step_of(line) <= step]
             with written_whole(self._path) as file:
                 file.write("".join(f"{line}\n" for line in kept).encode())
-        # What stands at this very step is as true as before: evaluations, the last loss.
+        # Entries at this very step stay valid: evaluations, the last loss.
         self._boards: list[Board] = [TensorBoard(folder, purge_step=step + 1)]
         if tracked:
             self._boards += open_tracker(folder, tracked)
@@ -66,7 +66,7 @@ class Log:
         self._timed = 0  # steps since then, until the end is foretold
 
     def step(self) -> None:
-        """Count an optimiser step; print once how long the others will take."""
+        """Count an optimiser step; once, print how long the others will take."""
         self._steps += 1
         self._bar.update()
         now = time.perf_counter()
@@ -84,7 +84,7 @@ class Log:
                 self._timed = -1
 
     def point(self, step: int, epoch: int, scalars: dict[str, float]) -> None:
-        """Log scalars, the rate and the share of every stage since the last point."""
+        """Log scalars, images/s and each stage's share of the time since the last point."""
         now = time.perf_counter()
         seconds = now - self._since
         stages = self._clock.read()
@@ -100,24 +100,24 @@ class Log:
         self._since, self._steps = now, 0
 
     def event(self, step: int, name: str, *, tell: bool = False, **details: object) -> None:
-        """Log something that happened, such as a checkpoint; `tell` says it on the terminal too."""
+        """Log an event, such as a checkpoint; with `tell`, print it too."""
         self._write({"step": step, "event": name, **details})
         if tell:
             text = ", ".join(f"{key} {value}" for key, value in details.items())
             tqdm.write(f"step {step}: {name}: {text}", file=sys.stderr)
 
     def found(self, step: int, evaluator: str, values: dict[str, float], **data: int | str) -> None:
-        """Log what an evaluator found at a step, and of which data."""
+        """Log the result of an evaluation during training, and its data."""
         self._draw({f"{evaluator}/{name}": value for name, value in values.items()}, step)
         self._write({"step": step, "event": "evaluation", "evaluator": evaluator, **data, **values})
 
     def picture(self, step: int, picture: Image.Image) -> None:
-        """Show what the run does to a few crops."""
+        """Log a picture of a few crops."""
         for board in self._boards:
             board.picture("crops", picture, step)
 
     def close(self) -> None:
-        """End bar and curves."""
+        """Close progress bar and TensorBoard."""
         self._bar.close()
         for board in self._boards:
             board.close()
@@ -142,12 +142,12 @@ def _duration(seconds: float) -> str:
 
 
 def write_event(folder: Path, step: int, name: str, **details: object) -> None:
-    """Log an event of a run whose `Log` is not open yet."""
+    """Log an event before the run's `Log` is open."""
     _append(folder / "log.jsonl", {"step": step, "event": name, **details})
 
 
 def rounded(line: Mapping[str, object]) -> dict[str, object]:
-    """A line with its numbers to six digits, as people read them."""
+    """A line with its numbers rounded to six digits."""
     return {
         name: float(f"{value:.6g}") if isinstance(value, float) else value
         for name, value in line.items()
@@ -162,13 +162,10 @@ _SHARES = ("top1", "held_out_top1", "miou", "iou", "pixel_accuracy")
 
 
 def evaluation_table(line: Mapping[str, object]) -> str:
-    """What an evaluation found, as the terminal shows it.
-
-    Shares are in percent; their standard error is that of as many draws as there are images to
-    test on (binomial).
+    """The result of an evaluation as text: shares in percent, with binomial standard errors.
 
     Args:
-        line: evaluator, checkpoint, weights, numbers of images and values, as `--json` prints them.
+        line: the result as `--json` prints it.
     """
     rows = []
     for name, value in line.items():
@@ -195,9 +192,9 @@ def _append(path: Path, line: dict[str, object]) -> None:
     try:
         with open(path, "ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-                file.write(b"\n")  # a kill cut the last line off; the next one is none of it
-            told = json.dumps({"time": round(time.time(), 1), **rounded(line)}, default=str)
-            file.write(f"{told}\n".encode())
+                file.write(b"\n")  # a kill cut off the last line; start a new one
+            text = json.dumps({"time": round(time.time(), 1), **rounded(line)}, default=str)
+            file.write(f"{text}\n".encode())
     except OSError as error:
         raise OSError(f"{path}: could not be written ({error.strerror})") from error
 
@@ -210,22 +207,22 @@ def log_evaluation(
     values: dict[str, float | int | str],
     options: dict[str, Any],
 ) -> None:
-    """Add what an evaluator found of a run's encoder to the log and the curves of the run.
+    """Add an evaluation's result to the log and the curves of a run, which may be training.
 
     TensorBoard always gets it; the run's other tracker does unless the run is training now, since
     W&B takes one writer at a time.
 
     Args:
-        folder: of the run; it may be training meanwhile.
+        folder: of the run.
         step: of the checkpoint.
         name: of the evaluator.
-        weights: which of the checkpoint's: trained, ema or untrained.
-        values: what it found; numbers become curves `<name>/<value>`, those of other weights than
-            the trained ones `<name>_<weights>/<value>`.
-        options: what else they depend on; see `famt.train.evaluate.features.Evaluation.told`.
+        weights: trained, ema or untrained.
+        values: the result; numbers become curves `<name>/<value>`, or `<name>_<weights>/<value>` if
+            the weights are not the trained ones.
+        options: what else it depends on; see `famt.train.evaluate.options.Evaluation.conditions`.
     """
-    told = {"evaluator": name, "weights": weights, "options": options}
-    write_event(folder, step, "evaluation", **told, **values)
+    about = {"evaluator": name, "weights": weights, "options": options}
+    write_event(folder, step, "evaluation", **about, **values)
     curve = name if weights == "trained" else f"{name}_{weights}"
     numbers = {
         f"{curve}/{value}": number
@@ -259,5 +256,5 @@ def _tracked(folder: Path) -> Tracked | None:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a kill cut off
+    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
         return float("inf")

@@ -1,4 +1,4 @@
-"""The loop of any training here: epochs, steps, log points, checkpoints, and an end when asked."""
+"""The training loop: epochs, steps, log points, checkpoints, and stopping when asked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,7 +26,8 @@ from famt.train.config import TrainingOptions
 from famt.train.distributed import Ranks
 from famt.train.log import Log
 from famt.train.optimisation import Optimisation
-from famt.train.streams import SideStream, Stop
+from famt.train.side_stream import SideStream
+from famt.train.stop import Stop
 from famt.train.timing import Clock
 from famt.train.trackers import Tracked, require
 
@@ -35,22 +37,22 @@ _SHOWN = 6  # crops in a picture
 
 
 class Training(ABC, Generic[Batch]):
-    """A run that the loop can drive. All ranks call the same methods in the same order.
+    """A training run. All ranks call the same methods in the same order.
 
     Attributes:
-        name: of the work, for the progress bar.
+        name: of the kind of training, for the progress bar.
         id: of the run.
-        resumed: the checkpoint that it goes on from, until it is restored, if there is one.
-        exact: whether with the very next batch; if not, from the beginning of an epoch.
-        config: its options.
+        resumed: the checkpoint to resume from, until it is restored.
+        exact: whether to resume with the very next batch, or at the start of the epoch.
+        config: options of the run.
         ranks: this rank among those of the run.
         clock: times of the stages of a step.
-        side_stream: a GPU's second stream, in which the next batch is made.
-        samples: what it trains on.
-        loader: gives an epoch of crops each time that it is iterated over.
-        model: what is trained, and `method` and `sizes` to build it from a checkpoint.
-        optimisation: makes its weights of its gradients.
-        log: of the main rank, while the loop runs.
+        side_stream: the CUDA stream in which the next batch is prepared.
+        samples: the training images.
+        loader: yields an epoch of crops each time it is iterated.
+        model: in training; `method` and `sizes` rebuild it from a checkpoint.
+        optimisation: optimiser and schedule.
+        log: on the main rank, while the loop runs.
     """
 
     name = "train"
@@ -67,7 +69,7 @@ class Training(ABC, Generic[Batch]):
         config: TrainingOptions,
         samples: SampleTable,
         ranks: Ranks,
-        lost: Callable[[Checkpoint], list[str]] = lambda _: [],
+        lost: Callable[[Checkpoint], list[Path]] = lambda _: [],
     ) -> None:
         if ranks.is_main:
             require(config.track)
@@ -79,7 +81,7 @@ class Training(ABC, Generic[Batch]):
         torch.manual_seed(config.seed)
 
     def open_loader(self, image_size: int) -> CropLoader:
-        """The loader of this rank's crops, of so many px a side."""
+        """The loader of this rank's crops, of `image_size` px."""
         return (ResidentLoader if self.config.resident else CropLoader)(
             self.samples,
             self.config.loader(image_size),
@@ -92,70 +94,68 @@ class Training(ABC, Generic[Batch]):
         )
 
     def components(self) -> dict[str, Component]:
-        """The parts of the run whose state a checkpoint keeps, in the order of their restoring."""
+        """The components whose state a checkpoint keeps, in the order of restoring."""
         return {"model": self.model, "optimisation": self.optimisation}
 
     def own_components(self) -> dict[str, Component]:
-        """Those that each rank has for itself."""
+        """Components that each rank has of its own."""
         return {"loader": self.loader}
 
     def restore(self) -> None:
-        """Go on from the checkpoint, if there is one; all components are built."""
+        """Load the checkpoint to resume from, if there is one, into the finished components."""
         if self.resumed and self.exact:
             self.resumed.restore(self.components(), self.own_components(), self.ranks.rank)
         elif self.resumed:
             self.resumed.restart(self.components())
-        self.resumed = None  # it holds all weights once more
+        self.resumed = None  # free its copy of the weights
 
     @property
     def step(self) -> int:
-        """Optimiser steps done; it only grows."""
+        """Optimiser steps done; never decreases."""
         return self.optimisation.step
 
     @property
     def last_step(self) -> int:
-        """The step that the run ends with."""
+        """Step at which the run ends."""
         return self.optimisation.last_step
 
     @abstractmethod
     def plan(self) -> str:
-        """Every number of the run that follows from its options, for a reader to check."""
+        """Text with all numbers that follow from the options, printed at the start."""
 
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
-        """Before the first step of an epoch; False if the run was asked to stop meanwhile."""
+        """Called before the first step of an epoch; False if asked to stop meanwhile."""
         return True
 
     @abstractmethod
     def prepare(self, crops: CropBatch, step: int) -> Batch:
-        """From crops to the batch that a step takes."""
+        """Turn crops into the batch of a step."""
 
     @abstractmethod
     def forward_backward(self, batch: Batch) -> Tensor:
-        """Add up the gradients of a batch; returns the mean loss, still on the device."""
+        """Compute the gradients of a batch; returns the mean loss, on the device."""
 
     @abstractmethod
     def scalars(self) -> dict[str, float]:
-        """What a log point shows beside the loss; the main rank calls this."""
+        """Values of a log point besides the loss; called on the main rank."""
 
     @abstractmethod
     def end_epoch(self, epoch: int, stop: Stop) -> bool:
-        """After the last step of an epoch; False if the run was asked to stop meanwhile.
-
-        Then it is called again when the run goes on.
-        """
+        """Called after the last step of an epoch; False if asked to stop meanwhile, and then called
+        again on resume."""
 
     def close(self, *, finished: bool) -> None:
-        """The run ends: finished, or to be gone on with."""
+        """Called at the end: the run is finished, or was stopped."""
 
     def update(self) -> None:
-        """One optimiser step with the gradients that are there; `step` grows."""
+        """Take an optimiser step with the present gradients."""
         self.side_stream.join()
         with self.clock.stage("update"):
             self.optimisation.update()
         self.side_stream.weights_are_ready()
 
     def save(self) -> None:
-        """Write a checkpoint of all ranks' state."""
+        """Write a checkpoint of the state of all ranks."""
         of_ranks = self.ranks.gather(_states(self.own_components()))
         if self.ranks.is_main:
             state = Checkpoint(
@@ -171,11 +171,11 @@ class Training(ABC, Generic[Batch]):
             path = checkpoint.save(self.config.out, state, self.config.keep_checkpoints)
             if self.log:
                 self.log.event(self.step, "checkpoint", file=path.name)
-        # A slow disk is waited for at this point; gradients wait ten minutes at most.
+        # Wait for a slow disk here: collectives of gradients time out after ten minutes.
         self.ranks.gather(None)
 
     def identity(self) -> dict[str, Any]:
-        """What a continuation must have in common with the run, besides its options."""
+        """What must be the same on resume, besides the options."""
         return {
             "device": self.ranks.device.type,
             "world_size": self.ranks.world_size,
@@ -183,16 +183,16 @@ class Training(ABC, Generic[Batch]):
         }
 
     def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
-        """A picture of an epoch's first crops, if one is due; the main rank alone calls this."""
+        """A picture of an epoch's first crops, if one is due; called on the main rank."""
         return None
 
     def autocast(self) -> torch.autocast:
-        """The precision that the model computes in."""
+        """Autocast to the precision of the run."""
         bf16 = self.config.precision == "bf16"
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16)
 
     def train(self, stop: Stop) -> None:
-        """Run the remaining epochs, then write the last checkpoint; or stop early when asked to."""
+        """Train until the last step, or until asked to stop, and write a checkpoint."""
         if self.ranks.is_main:
             print(self.plan(), flush=True)
             self.log = Log(
@@ -216,9 +216,9 @@ class Training(ABC, Generic[Batch]):
                 **self.identity(),
             )
         self._saved_at, self._saved = time.monotonic(), self._position
-        self._recent: list[tuple[Tensor, Tensor]] = []  # losses and rows since a log point
+        self._recent: list[tuple[Tensor, Tensor]] = []  # losses and rows since the last log point
         stopped = False
-        # After the last step its epoch is still to be ended.
+        # The last epoch still has to be ended after the last step.
         while (self.step < self.last_step or self.loader.step) and not stopped:
             stopped = not self._epoch(stop)
         if self._position != self._saved:
@@ -231,7 +231,7 @@ class Training(ABC, Generic[Batch]):
             self.log.close()
 
     def _epoch(self, stop: Stop) -> bool:
-        """The steps of an epoch, or of what is left of it; False if asked to stop."""
+        """The remaining steps of an epoch; False if asked to stop."""
         epoch, crops = self.loader.epoch, iter(self.loader)
         if self.loader.step == 0 and not self.begin_epoch(epoch, stop):
             return False
@@ -244,7 +244,7 @@ class Training(ABC, Generic[Batch]):
                 self.log.picture(self.step, picture)
         while batch is not None:
             loss = self.forward_backward(batch.content)
-            # A checkpoint holds no batch, so none is made ahead of one.
+            # Checkpoints hold no batches, so none is prepared before one is due.
             at_log_point = (self.step + 1) % self.config.log_steps == 0
             wanted = self.side_stream.is_open and not at_log_point and not stopping
             ahead = self._next(crops, self.step + 1) if wanted else None
@@ -254,7 +254,7 @@ class Training(ABC, Generic[Batch]):
                 self.log.step()
             if at_log_point or self.step == self.last_step:
                 self._log_point()
-            # The last checkpoint follows what the last epoch ends with, the monitor's look.
+            # The last checkpoint is written after `end_epoch`, which may run the monitor.
             if self.step < self.last_step:
                 stopping = stopping or self.ranks.any(stop.asked)
                 if stopping and ahead is None:
@@ -264,11 +264,11 @@ class Training(ABC, Generic[Batch]):
             batch = ahead or self._next(crops, self.step)
         if not self.end_epoch(epoch, stop):
             return False
-        next(crops, None)  # the loader goes on to its next epoch
+        next(crops, None)  # moves the loader to its next epoch
         return True
 
     def _next(self, crops: Iterator[CropBatch], step: int) -> _Next[Batch] | None:
-        """The epoch's next batch or None, on a GPU made beside what the main stream does."""
+        """The epoch's next batch or None; on a GPU, prepared in the side stream."""
         with self.side_stream:
             if self.loader.step == self.loader.steps_per_epoch:
                 return None
@@ -280,7 +280,7 @@ class Training(ABC, Generic[Batch]):
             return _Next(self.prepare(found, step), found.rows)
 
     def _is_due(self) -> bool:
-        """Whether it is time for a checkpoint, by this rank's clock."""
+        """Whether a checkpoint is due, by this rank's clock."""
         return time.monotonic() - self._saved_at > self.config.checkpoint_minutes * 60
 
     def _save(self) -> None:
@@ -289,22 +289,22 @@ class Training(ABC, Generic[Batch]):
 
     @property
     def _position(self) -> tuple[int, int]:
-        """Epoch and batch in the data that a continuation begins with."""
+        """Position in the data: epoch and batch."""
         return self.loader.epoch, self.loader.step
 
     def _log_point(self) -> None:
-        """Log the steps since the last log point; nothing is saved whose losses were not seen."""
+        """Log the steps since the last log point; always before a checkpoint, to check losses."""
         mean = self._mean_loss()
         if self.log:
             epoch = self.loader.epoch if self.loader.step else self.loader.epoch - 1
             self.log.point(self.step, epoch, {"loss": mean, **self.scalars()})
 
     def _mean_loss(self) -> float:
-        """Mean over ranks and steps of the losses since the last log point.
+        """Mean loss over ranks and over the steps since the last log point.
 
         Raises:
-            FloatingPointError: one of them is no number, on every rank; the rank that had it writes
-                its samples to a file.
+            FloatingPointError: on all ranks, if a loss is not finite; its rank writes the keys of
+                the batch to a file.
         """
         recent, self._recent = self._recent, []
         losses = torch.stack([loss for loss, _ in recent]).tolist()
@@ -316,9 +316,9 @@ class Training(ABC, Generic[Batch]):
                 path.write_text("".join(f"{self.samples.key(row)}\n" for row in rows.tolist()))
                 bad = (
                     f"the loss is {loss} at step {step}; the samples are in {path}. Look at those "
-                    "images, or go on from the last checkpoint with a lower "
-                    "--optimiser.base-learning-rate and --elastic; where that is no number at "
-                    "once, remove that checkpoint: the weights ran away before it was written"
+                    "images, or resume from the last checkpoint with a lower "
+                    "--optimiser.base-learning-rate and --elastic; if the loss is not finite at "
+                    "once, remove that checkpoint: training diverged before it was written"
                 )
                 break
         everywhere = self.ranks.gather((sum(losses) / len(losses), bad))
@@ -330,7 +330,7 @@ class Training(ABC, Generic[Batch]):
 
 @dataclass(frozen=True)
 class _Next(Generic[Batch]):
-    """A batch, and the rows of its samples."""
+    """A prepared batch, and the rows of its samples."""
 
     content: Batch
     rows: Tensor

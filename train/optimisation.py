@@ -1,4 +1,4 @@
-"""From gradients to weights: AdamW, its learning rate along the run, clipping, averaged weights."""
+"""The update of the weights: AdamW, learning-rate schedule, clipping, averaged weights."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from famt.train.config import OptimiserConfig
 
 
 class Optimisation:
-    """What makes weights of gradients, step by step, and knows how far the run is.
+    """Optimiser, schedule and averaged weights of a run; also counts its steps.
 
-    The learning rate rises linearly from 0, then falls along a cosine to 0. A parameter group may
-    take a share of it (`lr_scale`).
+    The learning rate rises linearly from 0, then follows a cosine to 0. A parameter group may take
+    a share of it (`lr_scale`).
 
     Args:
         config: learning rate, warm-up and the like.
-        model: whose gradients are clipped together.
+        model: its gradients are clipped together.
         groups: its parameters, as torch's optimisers take them.
-        averaged: `model` or a part of it; if the run keeps averaged weights, they are of this.
+        averaged: `model` or a part of it, of which averaged weights are kept if configured.
         betas: of Adam's moments.
-        epochs, steps_per_epoch: how long the run is.
-        effective_batch: images a step, over all ranks.
+        epochs, steps_per_epoch: length of the run.
+        effective_batch: images per step, over all ranks.
 
     Attributes:
-        step: optimiser steps done; it only grows.
-        schedule_start: step that the schedule counts from; not 0 after an elastic restart, which
-            lays it out anew.
-        total_steps, warmup_steps: that the schedule is laid out for.
-        learning_rate: at its peak.
-        optimizer, schedule: torch's and timm's.
+        step: optimiser steps done; never decreases.
+        schedule_start: step at which the schedule starts; above 0 after an elastic restart.
+        total_steps, warmup_steps: length of the schedule and of its warm-up.
+        learning_rate: at the peak.
+        optimizer, schedule: of torch and of timm.
     """
 
     def __init__(
@@ -69,25 +68,25 @@ class Optimisation:
 
     @property
     def ema(self) -> nn.Module | None:
-        """The averaged weights, in a module like `averaged`, if the run keeps them."""
+        """A copy of `averaged` with averaged weights, if the run keeps them."""
         return self._average.module if self._average else None
 
     @property
     def last_step(self) -> int:
-        """The step that the run ends with."""
+        """Step at which the run ends."""
         return self.schedule_start + self.total_steps
 
     @property
     def present_learning_rate(self) -> float:
-        """That of the last step, in the group with the largest one."""
+        """The largest of all parameter groups, at the last step."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
     def progress(self, step: int) -> float:
-        """Share of the run that is done before a step, in [0, 1]."""
+        """Share of the run done before a step, in [0, 1]."""
         return (step - self.schedule_start) / self.total_steps
 
     def update(self) -> None:
-        """One step with the gradients that are there, which are gone afterwards."""
+        """Take a step with the present gradients, then clear them."""
         self.schedule.step_update(self.step - self.schedule_start)
         if self.config.clip_norm:
             nn.utils.clip_grad_norm_(self._model.parameters(), self.config.clip_norm)
@@ -103,7 +102,7 @@ class Optimisation:
         return (self.step - self.schedule_start) // self.steps_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next step depends on beside the model's weights."""
+        """Everything the next step depends on besides the model's weights."""
         return {
             "step": self.step,
             "schedule_start": self.schedule_start,
@@ -112,30 +111,30 @@ class Optimisation:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the very next step, after the model's weights were loaded."""
+        """Resume exactly; the model's weights must be loaded already."""
         self.step, self.schedule_start = state["step"], state["schedule_start"]
         self.optimizer.load_state_dict(state["optimizer"])
         if self._average:
             if state["ema"]:
                 self._average.module.load_state_dict(state["ema"])
-            else:  # the run begins to keep one
+            else:  # this run keeps an average, the earlier one did not
                 self._average.set(self._averaged)
 
     def restart(self, state: dict[str, Any], epoch: int) -> None:
-        """Go on from the beginning of an epoch, by the options of this run."""
+        """Resume at the start of an epoch, with the options of this run."""
         own = [dict(group) for group in self.optimizer.param_groups]
         self.load_state_dict(state)
-        # Steps only grow, or a checkpoint would be older than those it follows.
+        # Steps never decrease, so that checkpoints stay in order.
         self.schedule_start = self.step - epoch * self.steps_per_epoch
         for group, now in zip(self.optimizer.param_groups, own, strict=True):
             group.update({name: now[name] for name in now if name != "params"})
 
     def describe(self) -> dict[str, str]:
-        """Lines of a run's plan, by their names."""
+        """Lines of a run's plan, by name."""
         done = self.step - self.schedule_start
         return {
             "steps": f"{self.total_steps} = {self.epochs} epochs x {self.steps_per_epoch}, "
             f"{self.warmup_steps} of warm-up; {done} done",
-            "learning rate": f"{self.learning_rate:.3g} at its peak = "
+            "learning rate": f"{self.learning_rate:.3g} at the peak = "
             f"{self.config.base_learning_rate:.3g} x {self.effective_batch} / 256",
         }

@@ -1,4 +1,4 @@
-"""The options of the programs that read what a training left: export, embed, figures and report."""
+"""The options of `famt export`, `embed`, `figures`, `report` and `recipes`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from famt.pipeline.options import Checked, RandomView, Seed
 
 @dataclass(frozen=True)
 class Export:
-    """What to export, and where to."""
+    """Which encoder to export, and in which format."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """checkpoint file, or folder of a run (its latest one)"""
+    """checkpoint file, or folder of a run, whose last checkpoint is taken"""
     to: Literal["timm", "mae", "hf"]
-    """whose layout: timm's, the MAE authors', or that of Hugging Face transformers"""
+    """format: of timm, of the MAE authors' code, or of Hugging Face transformers"""
     out: Path
-    """folder to write; must not be there yet"""
+    """folder to create; must not exist"""
     ema: bool = False
-    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay; the decoder,
-    which is not averaged, stays behind"""
+    """export the averaged weights of a run with --optimiser.ema-decay; without the decoder, which
+    is not averaged"""
 
 
 @dataclass(frozen=True)
@@ -34,53 +34,53 @@ class Embed(Checked):
     checkpoint: str
     """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
     cache: str
-    """score cache; it comes to know the shards that it does not"""
+    """score cache; shards it does not know yet are added"""
     shards: list[str]
-    """tars, folders of tars, wildcards or brace patterns (in quotes)"""
+    """tars, folders of tars, wildcards or brace patterns (quoted)"""
     out: Path
-    """<name>.parquet, or a folder for .npy files; must not be there yet"""
+    """<name>.parquet, or a folder for .npy files; must not exist"""
     stage: Path | None = None
-    """folder on a fast local disk that the shards are fetched into first; what is there of any
-    earlier run is used"""
+    """folder on a fast local disk to copy the shards to first; copies of earlier runs are reused"""
     ema: bool = False
-    """take the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
+    """use the averaged weights of a run with --optimiser.ema-decay"""
     centre: Annotated[float | None, Gt(0), Le(1)] = None
-    """share of the shorter side that is shown; 0.875, or all of it up to 64 px"""
+    """side of the central crop, as a share of the image's shorter side; if not given, 0.875,
+    or 1 for models of up to 64 px"""
     batch_size: Annotated[int, Ge(1)] = 256
-    """images at a time"""
+    """images per batch"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """what to compute on"""
+    """where to compute; auto takes a GPU if there is one"""
     threads: Annotated[int | None, Ge(1)] = None
-    """CPU threads that decode; all of the machine's cores if left out"""
+    """CPU threads that decode; all cores if not given"""
 
 
 @dataclass(frozen=True)
 class Figures(Checked):
-    """A picture of a checkpoint at work."""
+    """Which checkpoint and images to draw."""
 
     checkpoint: Path
     """checkpoint file, or folder of a run"""
     cache: str
-    """score cache that knows the shards"""
+    """score cache with the shards' scores"""
     shards: list[str]
-    """where the images come from"""
+    """shards to take images from"""
     out: Path
     """PNG file to write"""
     images: Annotated[int, Ge(1)] = 6
-    """rows of the picture"""
+    """number of images, one per row"""
     view: RandomView = field(default_factory=lambda: RandomView(area=(0.6, 1.0)))
     seed: Seed = 0
-    """of the choice of images, their crops and their splits"""
+    """seed of the choice of images, crops and splits"""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Which runs to tell of."""
+    """Which runs to compare."""
 
     runs: Annotated[list[Path], tyro.conf.Positional]
     """folders of runs"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """page to write"""
+    """HTML page to write"""
 
 
 @dataclass(frozen=True)
@@ -88,4 +88,4 @@ class Recipes:
     """Which recipe to show."""
 
     name: Annotated[str | None, tyro.conf.Positional] = None
-    """one of them, or the path of a file of your own; all in a line each if left out"""
+    """a recipe, or the path of your own file; if not given, all are listed"""

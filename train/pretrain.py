@@ -4,10 +4,10 @@
     torchrun --nproc-per-node 8 -m famt.train.pretrain --shards ... --cache ... --out ... \\
         --model vit_base --batch-size 512 --epochs 800 --precision bf16
 
-`--recipe` sets the defaults of other options, which still override it: the name of one of those
-below, or the path of a file of your own.
+`--recipe` sets the defaults of the other options: a recipe listed below, or the path of your own
+file. Options given on the command line override it.
 
-A run goes on from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and leave.
+A run resumes from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it write one and exit.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from famt.pipeline.masking import PatchBatch
 from famt.pipeline.model_scores import require_class_token
 from famt.pipeline.options import JoinConfig
 from famt.pipeline.stage import stage_shards
-from famt.train import figures
 from famt.train.checkpoint import Component
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks, data_parallel, join_ranks
 from famt.train.evaluate.monitor import Monitor
-from famt.train.files import own_folder
 from famt.train.initial import load_initial
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
+from famt.train.picture import picture_of_crops
 from famt.train.program import parsed, run_program
+from famt.train.run_folder import own_folder
 from famt.train.signals.patch_weights import Weighed, build_signals, weigh_crops
 from famt.train.signals.refresh_folder import RefreshFolder
-from famt.train.signals.refreshed import RefreshedMaps, lost_generations
+from famt.train.signals.refreshed_maps import RefreshedMaps, lost_generations
 from famt.train.signals.signal import Context, Signal, Step
-from famt.train.streams import Stop
+from famt.train.stop import Stop
 
 
 def main(config: Pretrain) -> None:
-    """Train until `config.epochs` are done, going on from the last checkpoint if there is one."""
+    """Train for `config.epochs`, resuming from the last checkpoint if there is one."""
     with (
         join_ranks(config.device) as ranks,
         own_folder(config.out) if ranks.is_main else contextlib.nullcontext(),
@@ -61,7 +61,7 @@ def main(config: Pretrain) -> None:
 
 
 class Run(Training[PatchBatch]):
-    """A pre-training run: everything it holds, and what a step of it is."""
+    """A pre-training run: its parts, and its step."""
 
     name = "pretrain"
     config: Pretrain
@@ -97,7 +97,7 @@ class Run(Training[PatchBatch]):
             else None
         )
         if refreshed is None and ranks.is_main:
-            RefreshFolder(config.out).finish()  # a job that follows this run need not wait
+            RefreshFolder(config.out).finish()  # a refresh job need not wait
         self.context = Context(
             samples=self.samples,
             sizes=self.sizes,
@@ -134,7 +134,7 @@ class Run(Training[PatchBatch]):
         return all(each.begin_epoch(epoch, self.step, stop, self.log) for each in self.signals)
 
     def prepare(self, crops: CropBatch, step: int) -> PatchBatch:
-        """Weigh, sample and gather: from crops to what the model takes."""
+        """Weigh, sample and gather: from crops to the model's input."""
         with self.clock.stage("signals"):
             weighed = self._weigh(crops, step)
         with self.clock.stage("join"):
@@ -147,7 +147,7 @@ class Run(Training[PatchBatch]):
         errors = []
         now, no_sync = contextlib.nullcontext, self._no_sync
         for number, part in enumerate(parts, start=1):
-            # The ranks' gradients are averaged once, with the last part.
+            # Gradients are averaged over ranks once, with the last part.
             with now() if number == len(parts) else no_sync():
                 with self.clock.stage("forward"), self.autocast():
                     visible, masked = normalise(part.visible), normalise(part.masked)
@@ -173,14 +173,15 @@ class Run(Training[PatchBatch]):
     def end_epoch(self, epoch: int, stop: Stop) -> bool:
         for signal in self.signals:
             signal.synchronise()
-        if not self.config.monitor or not self._monitor_is_due(epoch):
+        is_due = (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
+        if not (self.config.monitor and is_due):
             return True
         self.side_stream.join()
         done = True
         if self.monitor and self.log:
             with self.clock.stage("monitor", on_host=True):
                 done = self.monitor.look(self.model.encoder, self.step, self.log, stop)
-        return all(self.ranks.gather(done))  # gradients would wait ten minutes at most
+        return all(self.ranks.gather(done))  # collectives of gradients time out sooner
 
     def components(self) -> dict[str, Component]:
         return super().components() | {each.name: each for each in self.signals}
@@ -200,12 +201,12 @@ class Run(Training[PatchBatch]):
             signal.close(finished=finished)
 
     def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
-        """Crops with their signals, weights, split and reconstruction, as the run makes them."""
+        """Crops with signals, weights, split and reconstruction, as in training."""
         every = self.config.picture_epochs
         if not every or epoch % every:
             return None
         self.side_stream.join()
-        return figures.picture(self.model, self._weigh(crops, self.step, look=True))
+        return picture_of_crops(self.model, self._weigh(crops, self.step, look=True))
 
     def plan(self) -> str:
         config, sizes = self.config, self.sizes
@@ -232,11 +233,11 @@ class Run(Training[PatchBatch]):
             **self.optimisation.describe(),
         }
         if self.began_with:
-            lines["begins with"] = f"{config.init}\n{self.began_with.describe()}"
+            lines["starts from"] = f"{config.init}\n{self.began_with.describe()}"
         if config.optimiser.ema_decay:
-            lines["average"] = f"of the encoder, decay {config.optimiser.ema_decay:g}"
+            lines["average"] = f"of the encoder's weights, decay {config.optimiser.ema_decay:g}"
         if config.plain_until:
-            lines["before"] = (
+            lines["at first"] = (
                 f"{config.plain_until} epochs of plain masking, {_counts(sizes, config.plain)}"
             )
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())
@@ -252,13 +253,10 @@ class Run(Training[PatchBatch]):
             look=look,
         )
 
-    def _monitor_is_due(self, epoch: int) -> bool:
-        return (epoch + 1) % self.config.monitor_epochs == 0 or self.step == self.last_step
-
 
 @dataclass(frozen=True)
 class _Generator:
-    """A generator of torch's, with its state by the names that components have."""
+    """A torch generator as a component."""
 
     generator: torch.Generator
 

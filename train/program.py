@@ -1,4 +1,4 @@
-"""How every program is called, and how it ends: exit code, and errors that a user can act on."""
+"""How every program starts and ends: command line, exit code, errors in one line."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _NO_MEMORY = ("out of memory", "can't allocate memory")  # as torch puts it, on 
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether a message says what is wrong with the input; anything else is a defect of a program.
+    """Whether an error is the user's, such as wrong input; any other is a bug.
 
-    Plain ValueErrors are defects: contracts of functions, and what libraries and Python raise.
+    Plain ValueErrors are bugs: broken contracts of functions, or errors out of libraries.
     """
     kinds = (UserError, CacheError, FloatingPointError, RankError, *storage.UNREACHABLE)
     return isinstance(error, kinds)
 
 
 def parsed(kind: Any, description: str | None) -> Any:
-    """The options of a program, a dataclass or a union of them, as its command line gives them."""
+    """Parse the command line into a program's options, a dataclass or a union of them."""
     with _ending():
         if isinstance(kind, type) and issubclass(kind, config.Pretrain):
             return config.parse(sys.argv[1:], description, kind)
@@ -46,7 +46,7 @@ def parsed(kind: Any, description: str | None) -> Any:
 
 
 def run_command(command: Command) -> NoReturn:
-    """Parse the command line, then import the program and run it."""
+    """Parse a command line, then import the program and run it."""
     source = Path(str(find_spec(command.path).origin))  # type: ignore[union-attr]
     about = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
     options = parsed(resolve_name(f"famt.{command.options}"), about)
@@ -56,12 +56,11 @@ def run_command(command: Command) -> NoReturn:
 def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
     """Run `main(config)` and exit with the code that it returns (0 if none), or 2 on an error.
 
-    An error that a user can act on is one line, and so is Ctrl-C (exit code 130); of any other
-    error the traceback is shown. Where nobody reads what is printed any more, as after `| head`,
-    the program ends without a word.
+    A user's error and Ctrl-C (exit code 130) print one line; any other error, its traceback. If
+    the reader of the output is gone, as after `| head`, the program ends silently.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name of any script, on any terminal
+        if isinstance(stream, io.TextIOWrapper):  # print names in any script to any terminal
             stream.reconfigure(errors="backslashreplace")
     with _ending():
         result = main(config)
@@ -76,9 +75,7 @@ def _ending() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # a second one does not wait for what ends here
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends at once
         print("stopped by Ctrl-C", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
@@ -97,9 +94,9 @@ def _ending() -> Iterator[None]:
 
 
 def _nobody_reads() -> bool:
-    """Whether standard output is a pipe with no reader; what is still to be shown goes nowhere."""
+    """Whether standard output is a pipe without a reader; if so, discards further output."""
     output = select.poll()
-    output.register(_STDOUT, 0)  # errors are told without being asked for
+    output.register(_STDOUT, 0)  # errors are always reported
     if not output.poll(0):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)

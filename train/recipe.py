@@ -1,14 +1,14 @@
-"""Recipes: files that set the defaults of a run's options, and say what comes of them.
+"""Recipes: files that set the defaults of a run's options, with their cost and result.
 
-    about = "75 % masked at random, nothing thrown"     # in one line
-    extends = "famt"                                    # the recipe that this one builds on
-    options = "--join.mask-ratio 0.75"                  # as the command line takes them
-    commands = "torchrun ..."                           # what to type, from the data to the number
+    about = "75 % masked at random, nothing thrown"     # one line
+    extends = "famt"                                    # recipe to start from
+    options = "--join.mask-ratio 0.75"                  # as on the command line
+    commands = "torchrun ..."                           # from the data to the result
     cost = "8 minutes on 2 CPU cores"
     result = "not measured yet"
 
-Every key may be left out. `extends` names one of ours, or a file beside the recipe's own; without
-it a recipe builds on the default one.
+All keys are optional. `extends` names a built-in recipe, or a file beside the recipe's own; without
+it a recipe extends the default one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from famt.pipeline.errors import UserError
 from famt.train.options import Recipes
 
 DEFAULT = "famt"
-"""The recipe of a run that names none."""
+"""The recipe of a run without --recipe."""
 
 _FOLDER = Path(__file__).parent / "recipes"
 _TEXTS = ("about", "options", "commands", "cost", "result")
@@ -30,13 +30,13 @@ _TEXTS = ("about", "options", "commands", "cost", "result")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe as its file tells it.
+    """A recipe.
 
     Attributes:
-        path: of the file.
-        extends: what it builds on; the default recipe alone builds on nothing.
-        options: words of the command line; shell comments are taken out.
-        about, commands, cost, result: text; "" where the file says nothing.
+        path: its file.
+        extends: the recipe it starts from; None for the default recipe alone.
+        options: words of a command line, without comments.
+        about, commands, cost, result: text; "" where the file has none.
     """
 
     path: Path
@@ -49,7 +49,7 @@ class Recipe:
 
 
 def main(args: Recipes) -> None:
-    """Print a line for each recipe, or the file of one."""
+    """Print a line for each recipe, or one recipe's file."""
     if args.name is None:
         print(overview())
     else:
@@ -57,22 +57,22 @@ def main(args: Recipes) -> None:
 
 
 def names() -> list[str]:
-    """Of our own recipes."""
+    """Names of the built-in recipes."""
     return sorted(path.stem for path in _FOLDER.glob("*.toml"))
 
 
 def overview() -> str:
-    """A line for each of our own recipes."""
+    """A line for each built-in recipe."""
     ours = {name: load(name).about for name in names()}
     width = max(map(len, ours))
     return "\n".join(f"    {name:{width}}  {about}" for name, about in ours.items())
 
 
 def load(recipe: str) -> Recipe:
-    """One of our own recipes by its name, or any other by the path of its file.
+    """A built-in recipe by name, or any other by its path.
 
     Raises:
-        ValueError: there is none, or a file is no recipe; names the file.
+        UserError: no such recipe, or a wrong file; names the file.
     """
     return _read(_find(recipe, Path(), "--recipe"), ())
 
@@ -90,31 +90,31 @@ def _find(recipe: str, beside: Path, asked_by: str) -> Path:
 
 
 def _read(path: Path, above: tuple[Path, ...]) -> Recipe:
-    """The recipe in a file, which those in `above` build on."""
+    """The recipe in a file, which those in `above` extend."""
     try:
-        told = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
-    if unknown := sorted(told.keys() - {"extends", *_TEXTS}):
+    if unknown := sorted(content.keys() - {"extends", *_TEXTS}):
         raise UserError(
             f"{path}: unknown key {unknown[0]!r}; a recipe has {', '.join(('extends', *_TEXTS))}"
         )
-    for key, value in told.items():
+    for key, value in content.items():
         if not isinstance(value, str):
-            raise UserError(f"{path}: {key} must be a text in quotes")
-    texts = {key: told.get(key, "").strip() for key in _TEXTS}
+            raise UserError(f"{path}: {key} must be a string")
+    texts = {key: content.get(key, "").strip() for key in _TEXTS}
     try:
         options = shlex.split(texts.pop("options"), comments=True)
     except ValueError as error:
         raise UserError(f"{path}: options: {error}") from None
     if any(each.partition("=")[0] == "--recipe" for each in options):
-        raise UserError(f"{path}: options: say extends = ... in place of --recipe")
+        raise UserError(f"{path}: options: use extends = ... instead of --recipe")
     base = None
-    if "extends" in told or not path.samefile(_FOLDER / f"{DEFAULT}.toml"):
-        extends = told.get("extends", DEFAULT)
+    if "extends" in content or not path.samefile(_FOLDER / f"{DEFAULT}.toml"):
+        extends = content.get("extends", DEFAULT)
         found = _find(extends, path.parent, f"{path}: extends")
         above = (*above, path.resolve())
         if found.resolve() in above:
-            raise UserError(f"{path}: extends {extends}, which builds on this one")
+            raise UserError(f"{path}: extends {extends}, which extends this one")
         base = _read(found, above)
     return Recipe(path, base, options, **texts)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes."""
+"""Times of the stages of a step."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 class Clock:
     """Adds up the time of named stages.
 
-    On a GPU, work is timed where it runs, by events in its stream, so that nothing waits; stages in
-    different streams may then overlap. Waiting for data is the host's (`on_host`).
+    GPU work is timed by events in its stream, so that nothing waits; stages in different streams
+    may overlap. Work of the host, such as waiting for data, is timed with `on_host`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class Clock:
 
     @contextmanager
     def stage(self, name: str, *, on_host: bool = False) -> Iterator[None]:
-        """Time what is done in this context."""
+        """Time the body of the context."""
         if self._events and not on_host:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -37,7 +37,7 @@ class Clock:
             self._seconds[name] += time.perf_counter() - started
 
     def read(self) -> dict[str, float]:
-        """Seconds of every stage since the last reading; on a GPU this waits for it."""
+        """Seconds of each stage since the last call; waits for the GPU."""
         for name, start, end in self._pairs:
             end.synchronize()
             self._seconds[name] += start.elapsed_time(end) / 1000

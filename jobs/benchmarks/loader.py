@@ -29,7 +29,7 @@ from famt.pipeline.dataset import SampleTable, load_maps, load_samples
 from famt.pipeline.limits import own_cores
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.masking import crop_scores, split_crops
-from famt.pipeline.options import Checked, JoinConfig, LoaderConfig
+from famt.pipeline.options import CACHED_EXPONENT, Checked, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 from famt.sampling import patch_weights
 
@@ -101,7 +101,7 @@ class Loader(Checked):
         def take() -> None:
             batch = next(crops)
             scores = {"frequency": crop_scores(maps, batch, 14)}
-            weights = patch_weights(scores, {"frequency": 0.25})
+            weights = patch_weights(scores, {"frequency": CACHED_EXPONENT})
             patches = split_crops(batch, weights, MODELS["vit_base"], JoinConfig())
             normalise(patches.visible)
             normalise(patches.masked)

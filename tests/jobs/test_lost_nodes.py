@@ -24,7 +24,7 @@ from famt.pipeline.generation import generation_path, open_generation
 from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 from famt.train import checkpoint
-from famt.train.checkpoint import Encoder
+from famt.train.encoder import Encoder, save_encoder
 from famt.train.signals.refresh_folder import RefreshFolder
 
 
@@ -137,7 +137,7 @@ def test_a_refresh_comes_to_its_end_on_the_nodes_that_are_left(nodes, shards, tm
         kinds=["token_frequency"],
         urls=shards,
     )
-    checkpoint.save_encoder(tmp_path / "encoder.pt", encoder)
+    save_encoder(tmp_path / "encoder.pt", encoder)
     node = nodes.add_node(num_cpus=3)
     command = [
         sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "encoder.pt"),

@@ -70,7 +70,7 @@ def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_pat
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert f"from {path}" in trained.stdout
-    assert "begins with" in trained.stdout
+    assert "starts from" in trained.stdout
 
 
 def test_a_size_that_does_not_divide_into_patches_is_refused_by_the_source(source):

@@ -24,7 +24,8 @@ from famt.pipeline.dataset import load_samples
 from famt.pipeline.errors import UserError
 from famt.pipeline.generation import generation_path, generations, open_generation
 from famt.train import checkpoint
-from famt.train.checkpoint import CLASSIFIER, Checkpoint, Encoder
+from famt.train.checkpoint import CLASSIFIER, Checkpoint
+from famt.train.encoder import Encoder, save_encoder
 from famt.train.signals.refresh_folder import RefreshFolder
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
@@ -258,7 +259,7 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
     scored, tmp_path, monkeypatch, replaced
 ):
     folder = RefreshFolder(tmp_path)
-    checkpoint.save_encoder(folder.encoder(7), _encoder(scored, "run-dead"))
+    save_encoder(folder.encoder(7), _encoder(scored, "run-dead"))
 
     def score_all(samples, encoder, cache, maps, args, over):
         assert not over()
@@ -266,7 +267,7 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
             each[:] = 1
         folder.encoder(7).unlink()
         if replaced:
-            checkpoint.save_encoder(folder.encoder(7), _encoder(scored, "run-new"))
+            save_encoder(folder.encoder(7), _encoder(scored, "run-new"))
         return {}
 
     monkeypatch.setattr(refresh_scores, "_score_all", score_all)
@@ -276,7 +277,7 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
 
 
 def test_a_generation_is_never_overwritten(scored, tmp_path):
-    checkpoint.save_encoder(tmp_path / "encoder.pt", _encoder(scored, "run-a"))
+    save_encoder(tmp_path / "encoder.pt", _encoder(scored, "run-a"))
     generation_path(tmp_path, 7).touch()
     with pytest.raises(ValueError, match=r"generation-00000007\.zip exists already; give another"):
         refresh(RefreshScores(checkpoint=tmp_path / "encoder.pt", out=tmp_path))
@@ -284,7 +285,7 @@ def test_a_generation_is_never_overwritten(scored, tmp_path):
 
 def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt is no file of this program"):
+    with pytest.raises(ValueError, match=r"other\.pt was not written by this program"):
         refresh(RefreshScores(checkpoint=tmp_path / "other.pt", out=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
         refresh(RefreshScores(checkpoint=tmp_path / "none.pt", out=tmp_path))
@@ -296,7 +297,7 @@ def test_a_run_of_fine_tuning_is_refused_by_name(tmp_path):
         config={},
     )  # fmt: skip
     checkpoint.save(tmp_path, state, keep=1)
-    with pytest.raises(ValueError, match="is of fine-tuning; give the run that was pre-trained"):
+    with pytest.raises(ValueError, match="is a fine-tuning run; give a pre-training run"):
         refresh(RefreshScores(checkpoint=tmp_path, out=tmp_path))
 
 

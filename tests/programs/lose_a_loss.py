@@ -9,7 +9,7 @@ from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
-from famt.train.streams import Stop
+from famt.train.stop import Stop
 
 
 class Poisoned(Run):

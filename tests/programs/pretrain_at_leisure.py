@@ -6,7 +6,7 @@ import time
 from famt.train import pretrain
 from famt.train.config import parse
 from famt.train.program import run_program
-from famt.train.streams import Stop
+from famt.train.stop import Stop
 
 
 class Leisurely(pretrain.Run):

@@ -8,7 +8,7 @@ from pathlib import Path
 from famt.train import checkpoint
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
-from famt.train.files import own_folder
+from famt.train.run_folder import own_folder
 
 folder = Path(sys.argv[1])
 checkpoint._SEEN_WITHIN = 1.0

@@ -17,8 +17,8 @@ from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.signals.config import FrequencyConfig, RefreshConfig
 from famt.train.signals.refresh_folder import RefreshFolder
-from famt.train.signals.refreshed import RefreshedMaps
-from famt.train.streams import Stop
+from famt.train.signals.refreshed_maps import RefreshedMaps
+from famt.train.stop import Stop
 
 folder = Path(sys.argv[1])
 options = torch.load(folder / "options.pt")

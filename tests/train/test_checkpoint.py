@@ -68,11 +68,11 @@ def test_a_partial_file_is_never_taken_for_a_checkpoint(tmp_path):
 
 def test_another_file_is_refused_by_name(tmp_path):
     torch.save({"weights": torch.ones(1)}, tmp_path / "checkpoint-00000001.pt")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
         checkpoint.load(tmp_path)
     for content in (b"PK\x03\x04 cut off", b"hello", b""):
         (tmp_path / "checkpoint-00000001.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="no whole checkpoint"):
+        with pytest.raises(ValueError, match="not a whole checkpoint"):
             checkpoint.load(tmp_path)
 
 
@@ -80,7 +80,7 @@ def test_another_format_is_refused(tmp_path):
     path = checkpoint.save(tmp_path, _state(1), keep=2)
     state = torch.load(path)
     torch.save({**state, "format": 99}, path)
-    with pytest.raises(checkpoint.FormatError, match=r"00000001\.pt has format 99.*; use it with"):
+    with pytest.raises(checkpoint.FormatError, match=r"00000001\.pt has format 99.*; use the v"):
         checkpoint.load(tmp_path)
 
 
@@ -95,7 +95,7 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
         try:
             loaded = checkpoint.load(path)
         except ValueError as error:
-            assert "00000001.pt is no whole checkpoint" in str(error)  # noqa: PT017
+            assert "00000001.pt is not a whole checkpoint" in str(error)  # noqa: PT017
             refused += 1
         else:  # padding between records
             assert torch.equal(loaded.model["w"], small.model["w"])

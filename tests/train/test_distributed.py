@@ -58,7 +58,7 @@ def test_too_little_shared_memory_is_an_error_that_says_how_to_get_more(tmp_path
         pytest.skip("no right to mount here")
     monkeypatch.setattr(distributed, "_SHARED_MEMORY", str(tmp_path))
     try:
-        with pytest.raises(OSError, match=r"has 1 MB free.*--shm-size"):
+        with pytest.raises(OSError, match=r"has only 1 MB free.*--shm-size"):
             distributed._write_shared(torch.zeros(1_000_000))
         assert not list(tmp_path.iterdir())
     finally:

@@ -124,7 +124,7 @@ def test_a_killed_run_leaves_nothing_under_the_name(tiny_run, scored, tmp_path, 
         assert not out.exists()
         _embed(tiny_run, scored, out)  # what it left behind is in nobody's way
         assert out.exists()
-        with pytest.raises(ValueError, match="is there already"):
+        with pytest.raises(ValueError, match="exists already"):
             _embed(tiny_run, scored, out)
 
 

@@ -10,7 +10,7 @@ from famt.pipeline.dataset import load_maps, load_samples
 from famt.pipeline.loader import CropLoader
 from famt.pipeline.masking import crop_scores
 from famt.pipeline.options import JoinConfig, LoaderConfig, RandomView
-from famt.train import checkpoint, figures
+from famt.train import checkpoint, picture
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.figures import main
@@ -33,7 +33,7 @@ def drawn(monkeypatch):
         columns.update(given)
         return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr(figures, "draw", draw)
+    monkeypatch.setattr(picture, "draw", draw)
     return columns
 
 
@@ -67,10 +67,10 @@ def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_p
             out=tmp_path / "new" / "picture.png", images=3,
         )
     )  # fmt: skip
-    picture = np.array(Image.open(out).convert("RGB"))
-    height, width, _ = picture.shape
+    drawing = np.array(Image.open(out).convert("RGB"))
+    height, width, _ = drawing.shape
     assert 1.7 < width / height < 2.1  # 6 columns by 3 rows
-    cells = [part for row in np.array_split(picture[40:], 3) for part in np.array_split(
+    cells = [part for row in np.array_split(drawing[40:], 3) for part in np.array_split(
         row, 6, axis=1)]  # fmt: skip
     assert all(cell.std() > 1 for cell in cells)  # nothing is left blank
 

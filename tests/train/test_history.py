@@ -83,10 +83,10 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_takes_no_other_along(tmp_pat
 @pytest.mark.parametrize(
     ("lines", "error"),
     [
-        (None, "is no run: there is no log.jsonl in it; give the --out of a training"),
-        ([], "no start of a run"),
+        (None, "is not a run: it has no log.jsonl; give the --out of a training"),
+        ([], "has no start of a run"),
         ([start()], "has not reached its first log point"),
-        ([{"epoch": 1}], "no start of a run"),
+        ([{"epoch": 1}], "has no start of a run"),
     ],
 )
 def test_a_folder_that_tells_no_history_is_named(tmp_path, lines, error):

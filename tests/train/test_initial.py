@@ -31,6 +31,15 @@ def images():
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
+def _vit(heads=3):
+    """A model of transformers in the sizes of `TINY`."""
+    config = transformers.ViTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=heads, intermediate_size=96,
+        image_size=32, patch_size=8, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    return transformers.ViTModel(config)
+
+
 def _same(first, second):
     first, second = first.state_dict(), second.state_dict()
     return all(torch.equal(first[name], second[name]) for name in first.keys() | second.keys())
@@ -57,11 +66,7 @@ def test_bare_files_of_weights(model, tmp_path, wrapper):
 
 
 def test_a_folder_that_transformers_saved(model, images, tmp_path):
-    config = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96,
-        image_size=32, patch_size=8, layer_norm_eps=1e-6,
-    )  # fmt: skip
-    theirs = transformers.ViTModel(config).eval()
+    theirs = _vit().eval()
     theirs.save_pretrained(tmp_path)
     fit = load_initial(model, str(tmp_path))
     assert fit.left_out == ["pooler.dense.bias", "pooler.dense.weight"]
@@ -133,37 +138,24 @@ def test_errors_name_the_source_and_both_sizes(model, tmp_path):
 
 
 def test_another_number_of_heads_or_kind_of_model_is_refused(model, tmp_path):
-    heads = transformers.ViTConfig(
-        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
-    transformers.ViTModel(heads).save_pretrained(tmp_path / "heads")
-    with pytest.raises(ValueError, match="has 2 attention heads, and this model's has 3"):
+    _vit(heads=2).save_pretrained(tmp_path / "heads")
+    with pytest.raises(ValueError, match="has 2 attention heads, this model's has 3"):
         load_initial(model, str(tmp_path / "heads"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="is a bert with gelu; a vit or vit_mae"):
+    with pytest.raises(ValueError, match="is a bert with gelu; only vit and"):
         load_initial(model, str(tmp_path / "other"))
 
 
 def test_an_encoder_is_built_in_the_sizes_of_its_source(model, images, tmp_path):
-    transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=96,
-            image_size=32,
-            patch_size=8,
-        )
-    ).save_pretrained(tmp_path / "hf")
+    _vit().save_pretrained(tmp_path / "hf")
     encoder = build_initial_encoder(str(tmp_path / "hf"))
     assert encoder.patch_embed.img_size == (32, 32)
     assert encoder.blocks[0].attn.num_heads == 3
     larger = build_initial_encoder(str(tmp_path / "hf"), image_size=64)
     assert larger.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 65, 24)
     torch.save(encoder_state(model), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="does not tell how many attention heads"):
+    with pytest.raises(ValueError, match="does not say how many attention heads"):
         build_initial_encoder(str(tmp_path / "w.pth"))
     base = MODELS["vit_tiny"].encoder()
     torch.save(base.state_dict(), tmp_path / "tiny.pth")
@@ -172,16 +164,7 @@ def test_an_encoder_is_built_in_the_sizes_of_its_source(model, images, tmp_path)
 
 def test_what_of_a_source_is_not_in_the_encoder_is_told(tmp_path, capsys):
     folder = tmp_path / "hf"
-    transformers.ViTModel(
-        transformers.ViTConfig(
-            hidden_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            intermediate_size=96,
-            image_size=32,
-            patch_size=8,
-        )
-    ).save_pretrained(folder)
+    _vit().save_pretrained(folder)
     capsys.readouterr()
     build_initial_encoder(str(folder), image_size=48)
     told = capsys.readouterr().err

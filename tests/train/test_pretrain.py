@@ -12,6 +12,7 @@ from famt.pipeline.options import JoinConfig
 from famt.train import checkpoint
 from famt.train.config import OptimiserConfig, Pretrain, parse
 from famt.train.distributed import join_ranks
+from famt.train.encoder import load_encoder
 from famt.train.pretrain import Run, main
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
@@ -102,37 +103,6 @@ def test_plain_epochs_are_those_of_a_plain_mae(config, tmp_path):
     ).sum() == 3  # of one epoch
 
 
-def test_clipping_bounds_the_gradients(config):
-    clipped = dataclasses.replace(config.optimiser, clip_norm=1e-3)
-    with join_ranks("cpu") as ranks:
-        run = Run(dataclasses.replace(config, optimiser=clipped), ranks)
-        norms = []
-        run.optimisation.optimizer.step = lambda: norms.append(
-            torch.cat([p.grad.flatten() for p in run.model.parameters() if p.requires_grad]).norm()
-        )
-        run.forward_backward(run.prepare(next(iter(run.loader)), 0))
-        run.update()
-    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_the_moving_average_is_that_of_the_encoders_weights(config):
-    averaged = dataclasses.replace(config.optimiser, ema_decay=0.5)
-    config = dataclasses.replace(
-        config, optimiser=averaged, epochs=1, checkpoint_minutes=0.0, keep_checkpoints=9
-    )
-    with join_ranks("cpu") as ranks:
-        expected = Run(config, ranks).model.encoder.blocks[0].attn.qkv.weight.detach().clone()
-    main(config)
-    for step in range(1, 4):
-        state = checkpoint.load(config.out / f"checkpoint-{step:08d}.pt")
-        expected = 0.5 * expected + 0.5 * state.model["encoder.blocks.0.attn.qkv.weight"]
-        torch.testing.assert_close(state.ema["blocks.0.attn.qkv.weight"], expected)
-    model = checkpoint.load_model(config.out, ema=True)
-    assert torch.equal(
-        model.encoder.blocks[0].attn.qkv.weight, state.ema["blocks.0.attn.qkv.weight"]
-    )
-
-
 @pytest.mark.slow
 def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
     config = dataclasses.replace(config, epochs=1, optimiser=OptimiserConfig(1e-3))
@@ -145,10 +115,6 @@ def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"plain_epochs": -1}, "--plain-epochs -1"),
-        ({"threads": 0}, "--threads 0"),
-        ({"frequency": FrequencyConfig(exponent=float("nan"))}, "--frequency.exponent nan"),
-        ({"optimiser": OptimiserConfig(ema_decay=1.5)}, "--optimiser.ema-decay 1.5"),
         ({"attention": AttentionConfig(image_size=30)}, "--attention.image-size 30 must be a mult"),
         ({"batch_size": 9, "accumulate": 2}, "multiple of --accumulate 2"),
         ({"batch_size": 8, "crops_per_image": 3}, "multiple of --crops-per-image 3"),
@@ -180,19 +146,13 @@ def test_plain_mae_needs_no_score_maps(config, scored, tmp_path):
     assert checkpoint.load(config.out).signals == {}
 
 
-def test_single_options_override_the_recipe():
-    base = ["--shards", "a", "--cache", "c", "--out", "o"]
-    mae = parse([*base, "--recipe=mae", "--join.mask-ratio", "0.6"], None)
-    assert mae.join == JoinConfig(0.6, 0.0)
-
-
 def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(config):
     sizes = {"image_size": 24, "patch_size": 8, "decoder": "cross", "decoder_depth": 1}
     main(dataclasses.replace(config, epochs=1, **sizes))
     model = checkpoint.load_model(config.out)
     assert (model.config.grid, model.config.width, len(model.decoder_blocks)) == (3, 96, 1)
     assert checkpoint.load(config.out).method == "mae"
-    assert checkpoint.load_encoder(config.out).build().patch_embed.grid_size == (3, 3)
+    assert load_encoder(config.out).build().patch_embed.grid_size == (3, 3)
 
 
 def test_a_size_on_the_command_line_overrides_the_models():

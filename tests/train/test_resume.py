@@ -14,8 +14,8 @@ from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, resume
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
-from famt.train.files import BusyError, own_folder
 from famt.train.pretrain import main
+from famt.train.run_folder import BusyError, own_folder
 
 RANKS = Ranks(0, 1, "a", torch.device("cpu"))
 CIRCUMSTANCES = {"device": "cpu", "world_size": 1, "data": "photos"}
@@ -93,7 +93,7 @@ def test_what_is_elastic_is_gone_on_with_from_its_epoch_if_asked_for(
 ):
     _save(options)
     changed = dataclasses.replace(options, **other)
-    with pytest.raises(ValueError, match=rf"other options \({named}\); .* or --elastic to go on"):
+    with pytest.raises(ValueError, match=rf"other options \({named}\); .* or --elastic to resume"):
         _resume(changed, **circumstances)
     found, exact = _resume(dataclasses.replace(changed, elastic=True), **circumstances)
     assert (found.step, exact) == (3, False)
@@ -110,14 +110,14 @@ def test_what_is_elastic_is_gone_on_with_from_its_epoch_if_asked_for(
 def test_another_run_is_refused_even_if_elastic(options, other, circumstances, named):
     _save(options)
     with pytest.raises(
-        ValueError, match=rf"other options \({named}\); use the same, or anot[^;]*$"
+        ValueError, match=rf"other options \({named}\); use the same options, or anot[^;]*$"
     ):
         _resume(dataclasses.replace(options, elastic=True, **other), **circumstances)
 
 
 def test_what_an_exact_continuation_needs_must_be_there(options):
     _save(options)
-    with pytest.raises(ValueError, match=r"exactly without the maps; --elastic goes on"):
+    with pytest.raises(ValueError, match=r"exactly without the maps; --elastic resumes"):
         resume(options, CIRCUMSTANCES, RANKS, lambda _: ["the maps"])
     elastic = dataclasses.replace(options, elastic=True)
     assert not resume(elastic, CIRCUMSTANCES, RANKS, lambda _: ["the maps"])[1]
@@ -142,9 +142,9 @@ def test_damaged_checkpoints_are_set_aside_unless_nothing_is_left(options, capsy
         "checkpoint-00000005.damaged",
         "checkpoint-00000007.damaged",
     }
-    assert "is damaged; going on from checkpoint-00000003.pt" in capsys.readouterr().err
+    assert "is damaged; resuming from checkpoint-00000003.pt" in capsys.readouterr().err
     paths[0].write_bytes(b"")
-    with pytest.raises(checkpoint.DamagedError, match="no whole checkpoint is before it"):
+    with pytest.raises(checkpoint.DamagedError, match="no earlier checkpoint is whole"):
         _resume(options)
 
 
@@ -189,7 +189,7 @@ def test_a_folder_that_a_machine_does_not_see_is_named_on_all_ranks(tmp_path):
     of_run = json.dumps(CIRCUMSTANCES)
     finish(launch(program, str(tmp_path), of_run, machines=["a", "a", "b"]))
     for rank in range(3):
-        assert "checkpoint-00000007.pt was not seen on b within 1 s; --out must be" in (
+        assert "checkpoint-00000007.pt did not appear on b within 1 s; --out must be" in (
             (tmp_path / f"error{rank}").read_text()
         )
 

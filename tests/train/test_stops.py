@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint_and_says_so(config, tmp_
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
     main(config)
-    assert "checkpoint-00000009.pt is damaged; going on from checkpoint-00000007.pt" in (
+    assert "checkpoint-00000009.pt is damaged; resuming from checkpoint-00000007.pt" in (
         capsys.readouterr().err
     )
     assert equal(weights(config.out), whole)

@@ -16,9 +16,9 @@ from s3_server import free_port
 
 from famt.pipeline.errors import UserError
 from famt.train import trackers
-from famt.train.files import own_folder
 from famt.train.log import Log, log_evaluation
 from famt.train.pretrain import main as pretrain
+from famt.train.run_folder import own_folder
 from famt.train.timing import Clock
 from famt.train.trackers import Tolerant, Tracked
 

@@ -1,7 +1,6 @@
-"""What a pre-trained encoder is worth: evaluators on one trunk.
+"""Evaluations of an encoder.
 
-`trunk` turns labelled shards into features, each image once. An evaluator takes an encoder, the
-images to learn from, those to test on and its options, and yields (name, value) pairs. `run` finds
-the encoder, calls the evaluator, and tells what came out: on the terminal, in the run's log and in
-TensorBoard.
+`features` turns labelled shards into features, each image once. An evaluator takes an encoder,
+training images, test images and its options, and yields (name, value) pairs. `run` loads the
+encoder, calls the evaluator, and reports to the terminal, the run's log and TensorBoard.
 """

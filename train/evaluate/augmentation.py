@@ -1,4 +1,4 @@
-"""Images and classes, blurred for fine-tuning: RandAugment, mixup, CutMix, label smoothing."""
+"""Augmentation for fine-tuning: RandAugment, mixup, CutMix and label smoothing, by timm."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torch import Tensor
 from famt.patches import normalise_images
 from famt.train.evaluate.options import Mixing
 
-# At timm's full 10 a posterized image keeps 0 bits, which Pillow refuses.
+# At timm's maximum, 10, posterizing keeps 0 bits, which Pillow refuses.
 _STRONGEST = 9.99
 
 
 @dataclass(frozen=True)
 class Mixed:
-    """A batch of blurred images.
+    """A batch of augmented images.
 
     Attributes:
         images: `[B, 3, S, S]` float32, normalised.
-        targets: `[B, classes]` float32, each of sum 1.
+        targets: `[B, classes]` float32; each row sums to 1.
     """
 
     images: Tensor
@@ -34,11 +34,11 @@ class Mixed:
 
 
 class Mixer:
-    """Augments each image and mixes a batch's images and classes, as timm does.
+    """Augments images, and mixes the images and labels of a batch.
 
     Args:
-        options: what is done, and how much, each option with a value.
-        classes: how many there are.
+        options: which augmentations, and how strong; each option has a value.
+        classes: number of classes.
     """
 
     def __init__(self, options: Mixing, classes: int) -> None:
@@ -56,12 +56,12 @@ class Mixer:
         )
 
     def mix(self, images: Tensor, labels: Tensor, draws: Sequence[int]) -> Mixed:
-        """A batch for the model, on the device of its images.
+        """Augment and mix a batch; the result is on the device of its images.
 
         Args:
             images: `[B, S, S, 3]` uint8.
             labels: `[B]` int64.
-            draws: numbers that alone decide what is drawn at random: seed, step and rank, say.
+            draws: numbers that seed all random draws, for example seed, step and rank.
         """
         first, second = np.random.SeedSequence(draws).generate_state(2).tolist()
         random.seed(first)

@@ -1,4 +1,4 @@
-"""What all evaluators stand on: labelled images, and their features from a frozen encoder."""
+"""What evaluators share: labelled images, their features under a frozen encoder, and accuracy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import TypeVar
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy
 from tqdm import tqdm
 
 from famt.patches import normalise_images
@@ -22,7 +21,7 @@ from famt.pipeline.options import CentreView, LoaderConfig, View
 from famt.pipeline.stage import stage_shards
 from famt.train.distributed import Ranks
 from famt.train.evaluate.options import Evaluation
-from famt.train.streams import Stop
+from famt.train.stop import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
 
@@ -34,7 +33,7 @@ Evaluator = Callable[[VisionTransformer, "Images", "Images", Options], Results]
 
 @dataclass(frozen=True)
 class Features:
-    """What an encoder makes of R images, after its last norm, on the CPU.
+    """Features of R images after the encoder's last norm, on the CPU.
 
     Attributes:
         cls: `[R, C]` float32, the class token; `mean` again where the encoder has none.
@@ -49,23 +48,23 @@ class Features:
     labels: Tensor
 
     def take(self, rows: Tensor) -> Features:
-        """Those of the images `rows`, int64."""
+        """The features of the images `rows`, int64."""
         tokens = self.tokens[rows] if self.tokens is not None else None
         return Features(self.cls[rows], self.mean[rows], tokens, self.labels[rows])
 
 
 @dataclass(frozen=True)
 class Images:
-    """The samples of some shards, and how to cut crops from them.
+    """Samples of some shards, and how to cut crops from them.
 
     Attributes:
-        table: which samples.
-        name: what to call them on the terminal; "" shows nothing there.
+        table: the samples.
+        name: label of the progress bar; "" shows none.
         image_size: side of the crops, px.
-        centre: share of the shorter side that a crop shows when features are taken.
-        batch_size: crops at a time.
-        threads: CPU threads that decode; None takes the machine's cores.
-        ranks: this rank; crops end up on its device.
+        centre: side of the central crop for features, as a share of the image's shorter side.
+        batch_size: crops per batch.
+        threads: CPU threads that decode; None takes this rank's share of the cores.
+        ranks: this rank, whose device gets the crops.
     """
 
     table: SampleTable
@@ -78,7 +77,7 @@ class Images:
 
     @property
     def device(self) -> torch.device:
-        """What the crops are on."""
+        """Device of the crops."""
         return self.ranks.device
 
     def __len__(self) -> int:
@@ -86,8 +85,8 @@ class Images:
 
     @property
     def classes(self) -> int:
-        """Number of classes: one more than the largest label."""
-        return int(self.table.labels.max()) + 1
+        """Number of classes; see `class_count`."""
+        return class_count(self.table.labels)
 
     def crops(
         self,
@@ -98,13 +97,13 @@ class Images:
         seed: int = 0,
         own_share: bool = False,
     ) -> Iterator[CropBatch]:
-        """Every image once an epoch.
+        """Crops of every image, once per epoch.
 
         Args:
-            view: which part of each; its centre if none is given.
-            shuffle: draw them at random, else in the order of the shards.
-            seed: of shuffle and view.
-            own_share: only the images of this rank; together the ranks read all.
+            view: which part of an image to show; the centre if not given.
+            shuffle: random order instead of that of the shards.
+            seed: of shuffling and of random views.
+            own_share: only this rank's images; all ranks together read every image.
         """
         config = LoaderConfig(
             batch_size=self.batch_size,
@@ -137,15 +136,15 @@ class Images:
     def features(
         self, encoder: VisionTransformer, *, tokens: bool = False, stop: Stop | None = None
     ) -> Features:
-        """Run every image through an encoder, once, row by row as the table.
+        """Features of every image, in the order of the table.
 
         Args:
-            encoder: frozen, in eval mode, on the images' device.
-            tokens: keep the patch tokens too: N x C x 2 bytes an image.
-            stop: of the run that waits for them.
+            encoder: in eval mode, on the images' device.
+            tokens: keep the patch tokens too, N x C x 2 bytes per image.
+            stop: of the run that waits for the features.
 
         Raises:
-            FloatingPointError: some are no numbers.
+            FloatingPointError: some features are not finite.
             Stopped: the run was asked to stop.
         """
         count, width = len(self), encoder.embed_dim
@@ -167,8 +166,8 @@ class Images:
         if bad.any():
             first = self.table.key(int(bad.nonzero()[0]))
             raise FloatingPointError(
-                f"the encoder's features of {int(bad.sum())} images, {first} the first, are no "
-                "numbers: its weights ran away; take an earlier checkpoint of the run"
+                f"the encoder's features of {int(bad.sum())} images, {first} the first, are not "
+                "finite: the training diverged; use an earlier checkpoint of the run"
             )
         return Features(cls, mean, kept if tokens else None, self.table.labels)
 
@@ -184,7 +183,7 @@ def pool(encoder: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def open_images(options: Evaluation, encoder: VisionTransformer, name: str, ranks: Ranks) -> Images:
-    """The images of `--train` or `--val`, as that encoder takes them."""
+    """The images of --train or --val (`name`), at the encoder's size."""
     size = encoder.patch_embed.img_size[0]
     cache = ScoreCache(options.cache, create=True)
     samples = ranks.share(lambda: load_samples(getattr(options, name), cache))
@@ -200,42 +199,44 @@ def open_images(options: Evaluation, encoder: VisionTransformer, name: str, rank
 
 
 def default_centre(image_size: int) -> float:
-    """Share of the shorter side that is shown at this size, px, unless said otherwise."""
+    """Default of `--centre` for crops of this size, px."""
     return 0.875 if image_size > 64 else 1.0
 
 
 def require_labels(*sets: Images) -> None:
-    """Refuse images without a class, of one that nobody numbers so high, or all of one; the first
-    set is learned from.
+    """Refuse sets with unlabelled images or absurd labels, and a training set of a single class.
+
+    Args:
+        sets: the first is the training set.
 
     Raises:
-        ValueError: names the first of them.
+        UserError: names the first such image.
     """
     for images in sets:
         missing = (images.table.labels < 0).nonzero()
         if len(missing):
             raise UserError(
                 f"{images.table.key(int(missing[0]))} and {len(missing) - 1} more samples have no "
-                "class; this evaluation needs a <key>.cls beside every image"
+                "class; this evaluation needs a <key>.cls for every image"
             )
         highest = int(images.table.labels.argmax())
         if images.classes > _MOST_CLASSES:
             raise UserError(
-                f"{images.table.key(highest)} is of class {images.classes - 1}; classes are "
-                f"numbered from 0 to {_MOST_CLASSES - 1} at most, without gaps as far as possible"
+                f"{images.table.key(highest)} has class {images.classes - 1}; classes must be "
+                f"numbered from 0 to {_MOST_CLASSES - 1} at most, preferably without gaps"
             )
     learned = sets[0].table.labels.unique()
     if len(learned) == 1:
         raise UserError(
-            f"{sets[0].table.key(0)} and all other samples beside it are of class {int(learned)}: "
-            "an evaluation learns from images of two classes at least"
+            f"{sets[0].table.key(0)} and all other training samples have class {int(learned)}; an "
+            "evaluation needs at least two classes"
         )
     for images in sets[1:]:
         warn_of_unlearned(images, learned, images.table.labels.unique())
 
 
 def warn_of_unlearned(images: Images, learned: Tensor, tested: Tensor) -> None:
-    """Say that some of the classes to test, int64, are none of those learned.
+    """Warn of tested classes, int64, that are not among the learned ones.
 
     Raises:
         UserError: none of them is.
@@ -243,23 +244,27 @@ def warn_of_unlearned(images: Images, learned: Tensor, tested: Tensor) -> None:
     lacking = tested[~torch.isin(tested, learned)].tolist()
     if len(lacking) == len(tested):
         raise UserError(
-            f"no class of --{images.name} is among those of --train, so every answer would be wrong"
+            f"--{images.name} shares no class with --train, so every answer would be wrong"
         )
     if lacking and images.ranks.is_main:
         named = ", ".join(map(str, lacking[:5])) + (", ..." if len(lacking) > 5 else "")
         print(
             f"warning: {len(lacking)} of the {len(tested)} classes of --{images.name} ({named}) "
-            "are not among those of --train: every answer on them is wrong",
+            "are missing in --train; their images count as wrong",
             file=sys.stderr,
         )
 
 
-def top1(predicted: Tensor, labels: Tensor, classes: int) -> float:
-    """Share of right predictions, both `[R]` int64, in [0, 1]."""
-    metric = MulticlassAccuracy(classes, average="micro")
-    return float(metric(predicted, labels))
+def class_count(*labels: Tensor) -> int:
+    """Number of classes in sets of labels, int64: one more than the largest label."""
+    return 1 + max(int(each.max()) for each in labels)
+
+
+def top1(predicted: Tensor, labels: Tensor) -> float:
+    """Share of correct predictions, in [0, 1]; both arguments `[R]` int64."""
+    return float((predicted == labels).double().mean())
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of a share of `count` independent images (the binomial's)."""
+    """Binomial standard error of a share of `count` independent images."""
     return (share * (1 - share) / count) ** 0.5

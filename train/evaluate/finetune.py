@@ -1,6 +1,6 @@
-"""Fine-tuning: the encoder and a classifier on it, trained together.
+"""Fine-tuning: encoder and classifier trained together.
 
-A run of its own in `--out`: checkpoints, resumes, signals and log are those of pre-training.
+It is a run of its own in `--out`, with checkpoints, resumes, signals and log as in pre-training.
 """
 
 from __future__ import annotations
@@ -23,21 +23,27 @@ from famt.train.checkpoint import CLASSIFIER
 from famt.train.distributed import data_parallel
 from famt.train.evaluate.augmentation import Mixed, Mixer
 from famt.train.evaluate.discriminant import discriminants
-from famt.train.evaluate.features import Images, Value, require_labels, standard_error
+from famt.train.evaluate.features import (
+    Images,
+    Value,
+    class_count,
+    require_labels,
+    standard_error,
+)
 from famt.train.evaluate.options import Finetune, Mixing
-from famt.train.files import own_folder
 from famt.train.log import log_evaluation
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
-from famt.train.streams import Stop
+from famt.train.run_folder import own_folder
+from famt.train.stop import Stop
 
 
 def finetune(
     encoder: VisionTransformer, train: Images, val: Images, options: Finetune
 ) -> Iterator[tuple[str, Value]]:
-    """Top-1 accuracy after the last epoch, of the averaged weights as well if they are kept.
+    """Top-1 accuracy after the last epoch, also of the averaged weights if they are kept.
 
-    Nothing if the run was asked to stop: the same command goes on with it.
+    Yields nothing if the run was asked to stop; the same command resumes it.
     """
     require_labels(train, val)
     ranks = train.ranks
@@ -52,11 +58,11 @@ def finetune(
         found = run.test(stop)
         if found is None:
             if ranks.is_main:
-                told = "stopped before the last test was done; the same command makes it anew"
-                print(told, file=sys.stderr)
+                message = "stopped before the last test was done; the same command repeats it"
+                print(message, file=sys.stderr)
             return
     if ranks.is_main:
-        log_evaluation(options.out, run.step, "val", "trained", {**found}, options.told())
+        log_evaluation(options.out, run.step, "val", "trained", {**found}, options.conditions())
     for name, share in found.items():
         yield name, share
         yield name.replace("top1", "stderr"), standard_error(share, len(val))
@@ -64,10 +70,10 @@ def finetune(
 
 
 class Finetuning(Training[Mixed]):
-    """A fine-tuning run: everything it holds, and what a step of it is.
+    """A fine-tuning run: its parts, and its step.
 
-    All that is drawn at random in a step is drawn from seed, step and rank, beside what the loader
-    draws: so a checkpoint need not hold the state of Python's, NumPy's and torch's generators.
+    Apart from the loader's, all random draws of a step are seeded by seed, step and rank. So a
+    checkpoint needs no state of the generators of Python, NumPy and torch.
     """
 
     name = "finetune"
@@ -81,7 +87,7 @@ class Finetuning(Training[Mixed]):
         ranks = train.ranks
         super().__init__(options, train.table, ranks)
         self.val = val
-        self.classes = max(train.classes, val.classes)
+        self.classes = class_count(train.table.labels, val.table.labels)
         self.model = classifier(encoder, self.classes, options).to(ranks.device)
         self.sizes = ModelConfig.of(self.model)
         self.loader = self.open_loader(train.image_size)
@@ -123,7 +129,7 @@ class Finetuning(Training[Mixed]):
             self.model.head.bias.copy_(biases)
 
     def prepare(self, crops: CropBatch, step: int) -> Mixed:
-        """Augment and mix: from crops to what the model takes."""
+        """Augment and mix crops into the model's input."""
         with self.clock.stage("augment"):
             labels = self.samples.labels[crops.rows]
             draws = (self.config.seed, step, self.ranks.rank)
@@ -152,10 +158,7 @@ class Finetuning(Training[Mixed]):
         return True
 
     def test(self, stop: Stop) -> dict[str, float] | None:
-        """Top-1 accuracy on all images of --val, every rank testing its share.
-
-        None if the run was asked to stop meanwhile.
-        """
+        """Top-1 accuracy on --val, each rank testing its share; None if asked to stop meanwhile."""
         models: dict[str, nn.Module] = {"top1": self.model}
         if self.optimisation.ema:
             models["top1_ema"] = self.optimisation.ema
@@ -207,10 +210,10 @@ def _spelled(mixing: Mixing) -> str:
 
 
 def classifier(encoder: VisionTransformer, classes: int, options: Finetune) -> VisionTransformer:
-    """The encoder with a linear classifier on it, whose weights are near zero.
+    """The encoder with a linear classifier, whose weights start near zero.
 
-    As in MAE's fine-tuning the mean of the patch tokens has a norm of its own, in place of the
-    encoder's last one, and positions are trained.
+    As in MAE's fine-tuning, mean pooling has a norm of its own instead of the encoder's last one,
+    and positions are trained.
     """
     mean = options.pooling == "mean" or not encoder.has_class_token
     model = ModelConfig.of(encoder).build(

@@ -1,4 +1,4 @@
-"""Watching an encoder while it learns: k-NN and a quick probe, now and then between two epochs."""
+"""k-NN and a quick linear probe of the encoder in training, between epochs."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from famt.train.evaluate.knn import predict
 from famt.train.evaluate.options import Probe
 from famt.train.evaluate.probe import Setting, fit, part
 from famt.train.log import Log
-from famt.train.streams import Stop, Stopped
+from famt.train.stop import Stop, Stopped
 
-_TESTED = 0.2  # share of the images that is tested; the others are neighbours, and train the probe
+_TESTED = 0.2  # share of the images to test on; k-NN and probe learn from the others
 
 
 class Monitor:
-    """Tells now and then what the encoder in training is worth, by curves beside the loss.
+    """Evaluates the encoder in training, for curves beside the loss.
 
-    No step is taken meanwhile, so no look is left out; one that a stop cuts off is made anew when
-    the run goes on, but for an `--elastic` run with other options, which begins at the next epoch.
-    Each line in the log tells its seconds. It works on a copy of the weights and draws nothing from
-    the generators of the training, whose weights are the same with it and without.
+    Training pauses meanwhile; the log says for how many seconds. A look that a stop interrupts is
+    repeated on resume (not after an `--elastic` resume with other options, which starts at the next
+    epoch). The monitor uses a copy of the weights and none of the training's random generators, so
+    it does not change what is learned.
 
     Args:
-        shards: labelled; a fifth of the images, drawn from every class, is tested.
-        cache: that knows them.
-        sizes: of the model in training.
-        threads: CPU threads that decode; None takes the machine's cores.
+        shards: labelled; a fifth of each class is tested.
+        cache: score cache that knows the shards.
+        sizes: of the model.
+        threads: CPU threads that decode; None takes this rank's share of the cores.
         ranks: the main rank.
-        stage: folder to fetch the shards into; see `famt.pipeline.stage`.
+        stage: folder to copy the shards to; see `famt.pipeline.stage`.
 
     Raises:
-        ValueError: images without a class, or too few.
+        UserError: images without a class, or too few.
         CacheError: see `famt.pipeline.dataset.load_samples`.
     """
 
@@ -65,13 +65,13 @@ class Monitor:
         )
         require_labels(self._images)
         self._known, self._tested = part(self._images.table.labels, _TESTED, seed=0)
-        with torch.random.fork_rng([]):  # the weights that are drawn here are never used
+        with torch.random.fork_rng([]):  # its random weights are never used
             self._encoder = sizes.encoder().to(ranks.device).eval()
 
     def look(self, encoder: VisionTransformer, step: int, log: Log, stop: Stop) -> bool:
-        """Measure an encoder as it is; False if the run was asked to stop meanwhile.
+        """Evaluate the encoder; False if the run was asked to stop meanwhile.
 
-        A failure is logged, and training goes on without.
+        A failure is logged, and training goes on.
         """
         started = time.monotonic()
         self._encoder.load_state_dict(encoder.state_dict())
@@ -90,19 +90,20 @@ class Monitor:
 
     def _values(self, features: Features, stop: Stop) -> Iterator[tuple[str, float]]:
         labels = features.labels
-        classes, device = self._images.classes, self._images.device
+        device = self._images.device
         for pooling in ("cls", "mean"):
             every = getattr(features, pooling).to(device)
             known = labels[self._known].to(device)
             stop.check()
             found = predict(every[self._known], known, every[self._tested]).cpu()
-            yield f"knn_{pooling}", top1(found, labels[self._tested], classes)
+            yield f"knn_{pooling}", top1(found, labels[self._tested])
         settings = [Setting("cls", 3e-2, 10.0), Setting("mean", 3e-2, 10.0)]
         stop.check()
         quick = Probe(checkpoint="", cache="", train=[], val=[], epochs=1, steps=200)
+        classes = self._images.classes
         classifiers = fit(
             features, self._known, settings, quick, classes, 1, device, progress=False
         )
         predicted = classifiers.logits(features.take(self._tested), 1024, device).argmax(-1)
         for setting, found in zip(settings, predicted, strict=True):
-            yield f"probe_{setting.pooling}", top1(found, labels[self._tested], classes)
+            yield f"probe_{setting.pooling}", top1(found, labels[self._tested])

@@ -1,13 +1,16 @@
-"""The options of each evaluator."""
+"""The options of each evaluator.
+
+Options named Knn belong to the command `famt evaluate knn` and the function `knn` in knn.py. Add an
+evaluator as a class here, in `Evaluate`, and a module.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import tyro
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from famt.pipeline.errors import UserError
@@ -50,7 +53,7 @@ class Evaluation(Checked):
     json: Annotated[bool, FREE] = False
     """print one JSON line instead of a table"""
 
-    def told(self) -> dict[str, Any]:
+    def conditions(self) -> dict[str, Any]:
         """What the result depends on besides the encoder, as plain data: the shards, and the
         options that differ from their defaults."""
         notes = notes_of(type(self))
@@ -61,6 +64,11 @@ class Evaluation(Checked):
         }
         plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
         return plain
+
+    @classmethod
+    def evaluator(cls) -> str:
+        """Name of the evaluator: its command, module and function."""
+        return cls.__name__.lower()
 
     @property
     def weights(self) -> str:
@@ -184,9 +192,5 @@ class Finetune(TrainingOptions, Evaluation):
             )
 
 
-Evaluate = (
-    Annotated[Knn, tyro.conf.subcommand("knn")]
-    | Annotated[Probe, tyro.conf.subcommand("probe")]
-    | Annotated[Segment, tyro.conf.subcommand("segment")]
-    | Annotated[Finetune, tyro.conf.subcommand("finetune")]
-)
+Evaluate = Knn | Probe | Segment | Finetune
+EVALUATIONS: dict[str, type[Evaluation]] = {each.evaluator(): each for each in get_args(Evaluate)}

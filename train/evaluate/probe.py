@@ -1,9 +1,8 @@
-"""Linear classifiers on frozen features: on the class token, on the mean of the patch tokens, and
-on a mean by attention.
+"""Linear classifiers on frozen features: class token, mean of patch tokens, attentive pooling.
 
-For each of them every learning rate and penalty is tried, all side by side on the same stored
-features. What serves best on images held out of the training set is trained once more, on all of
-it, and tested. The images to test on choose nothing.
+For each pooling all learning rates and penalties are trained side by side on the same stored
+features. The setting that does best on held-out training images is trained again on the whole
+training set, then tested. The test images choose nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from famt.train.evaluate.features import (
     Features,
     Images,
     Value,
+    class_count,
     require_labels,
     standard_error,
     top1,
@@ -43,30 +43,25 @@ class Setting:
 def probe(
     encoder: VisionTransformer, train: Images, val: Images, options: Probe
 ) -> Iterator[tuple[str, Value]]:
-    """Top-1 accuracy of the classifier that held-out images chose, and of the best of each pooling,
-    with standard errors and the settings that were chosen."""
+    """Top-1 accuracy of the classifier chosen by held-out images, and of the best of each pooling,
+    with standard errors and the settings chosen."""
     require_labels(train, val)
-    tokens = "attentive" in options.poolings
+    keep = "attentive" in options.poolings
+    known, asked = (each.features(encoder, tokens=keep) for each in (train, val))
     heads = encoder.blocks[-1].attn.num_heads
-    yield from score(
-        train.features(encoder, tokens=tokens),
-        val.features(encoder, tokens=tokens),
-        options,
-        heads,
-        train.device,
-    )
+    yield from score(known, asked, options, heads, train.device)
 
 
 def score(
     train: Features, val: Features, options: Probe, heads: int, device: torch.device
 ) -> Iterator[tuple[str, Value]]:
-    """`probe` on features that are there; `heads` is that of attentive pooling."""
-    classes = int(max(train.labels.max(), val.labels.max())) + 1
+    """As `probe`, of features; attentive pooling has `heads`."""
+    classes = class_count(train.labels, val.labels)
     chosen = choose(train, options, classes, heads, device)
     everything = torch.arange(len(train.labels))
     classifiers = fit(train, everything, list(chosen), options, classes, heads, device)
     predicted = classifiers.logits(val, options.batch_size, device).argmax(-1)
-    shares = [top1(each, val.labels, classes) for each in predicted]
+    shares = [top1(each, val.labels) for each in predicted]
     best = max(range(len(shares)), key=list(chosen.values()).__getitem__)
     yield "top1", shares[best]
     yield "stderr", standard_error(shares[best], len(val.labels))
@@ -85,7 +80,7 @@ def choose(
     """The best setting of each pooling, with its top-1 accuracy on held-out training images.
 
     Raises:
-        ValueError: a single image.
+        UserError: see `part`.
     """
     kept, held_out = part(train.labels, options.hold_out, options.seed)
     settings = [
@@ -96,7 +91,7 @@ def choose(
     tested = train.take(held_out)
     logits = classifiers.logits(tested, options.batch_size, device)
     losses = [float(F.cross_entropy(each, tested.labels)) for each in logits]
-    shares = [top1(each, tested.labels, classes) for each in logits.argmax(-1)]
+    shares = [top1(each, tested.labels) for each in logits.argmax(-1)]
     chosen = {}
     for pooling in options.poolings:
         mine = [n for n, setting in enumerate(settings) if setting.pooling == pooling]
@@ -106,10 +101,10 @@ def choose(
 
 
 def part(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to learn from and rows held out, drawn evenly from every class.
+    """Rows to learn from and rows to hold out, a `share` of every class.
 
     Raises:
-        ValueError: too few images for both.
+        UserError: too few images for both.
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
@@ -117,7 +112,7 @@ def part(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     is_held_out = shares[1:] > shares[:-1]
     if is_held_out.sum() in (0, len(labels)):
         raise UserError(
-            f"{len(labels)} labelled images are too few to hold {share:.0%} of them out"
+            f"{len(labels)} labelled images are too few to hold out {share:.0%} of them"
         )
     return by_class[~is_held_out], by_class[is_held_out]
 
@@ -133,7 +128,7 @@ def fit(
     *,
     progress: bool = True,
 ) -> Classifiers:
-    """Train one classifier a setting on the images `rows`, all of them on the same batches."""
+    """Train a classifier for each setting on the images `rows`, all on the same batches."""
     classifiers = Classifiers(features, rows, settings, classes, heads).to(device)
     optimizer = torch.optim.Adam(classifiers.groups(), betas=(0.9, 0.99), fused=True)
     count = len(rows)
@@ -150,7 +145,7 @@ def fit(
                 batch = features.take(rows[drawn])
                 logits = classifiers(batch, device)
                 labels = batch.labels.to(device).repeat(len(settings))
-                # The sum over classifiers of each one's mean: none feels the others.
+                # The sum of the classifiers' mean losses, so that they don't affect each other.
                 loss = F.cross_entropy(logits.flatten(0, 1), labels) * len(settings)
                 (loss + classifiers.penalty()).backward()
                 optimizer.step()
@@ -163,17 +158,17 @@ def fit(
 class Classifiers(nn.Module):
     """Linear classifiers trained side by side, on standardised features.
 
-    MAE (appendix A.1) found that its features must be standardised for a linear probe. Beyond that,
-    what is learned are weights on the principal axes of the features, each in units in which the
-    axis and the penalty together have about the same curvature as all others. The minimum is the
-    same, and reached in hundreds of steps: along the channels, some thousand are far from enough.
+    MAE standardises its features for linear probing (appendix A.1). In addition, weights lie on the
+    principal axes of the features, each scaled so that loss and penalty together curve about alike
+    along all axes. The minimum is the same, but a few hundred steps reach it; along the channels,
+    thousands do not.
 
-    The queries of attentive pooling begin at zero: it begins as the mean of the patches.
+    The queries of attentive pooling start at zero, that is, at the mean of the patches.
 
     Args:
-        features, rows: images to standardise by, and to learn from.
-        settings: of the classifiers.
-        classes: that they tell apart.
+        features, rows: the images to standardise by and to learn from.
+        settings: one for each classifier.
+        classes: number of classes.
         heads: slices of attentive pooling.
     """
 
@@ -202,7 +197,7 @@ class Classifiers(nn.Module):
         penalty = torch.tensor([setting.penalty / len(rows) for setting in settings])
         self.register_buffer("penalties", penalty)
         variance = torch.stack([curvature[_source(each.pooling)] for each in settings])
-        # Cross-entropy curves by up to a quarter of an axis's variance, mostly by less.
+        # The curvature of the cross-entropy is at most a quarter of an axis's variance.
         self.register_buffer(
             "units", (variance.clamp_min(1e-6) + 10 * penalty[:, None]).rsqrt()[..., None]
         )
@@ -217,7 +212,7 @@ class Classifiers(nn.Module):
         )
 
     def groups(self) -> list[dict]:
-        """Parameters with the learning rate of their classifier."""
+        """Parameter groups for the optimiser, with each classifier's learning rate."""
         groups = []
         for n, setting in enumerate(self.settings):
             queries = [self.queries[str(n)]] if str(n) in self.queries else []
@@ -226,7 +221,7 @@ class Classifiers(nn.Module):
         return groups
 
     def penalty(self) -> Tensor:
-        """What the weights of all classifiers add to their mean cross-entropies."""
+        """Sum of all classifiers' penalties, in units of their mean cross-entropy."""
         weights = torch.stack(list(self.weights)) * self.units
         return (self.penalties * weights.square().sum((1, 2))).sum() / 2
 
@@ -259,15 +254,15 @@ class Classifiers(nn.Module):
 
 
 def attentive_pool(tokens: Tensor, queries: Tensor) -> Tensor:
-    """Means of patch tokens by attention, as multi-head attention with one query, a key map that is
-    part of the query, and no value map.
+    """Means of patch tokens under attention: multi-head attention with one query, which includes
+    the key map, and no value map.
 
     Args:
         tokens: `[B, N, C]` float.
-        queries: `[S, H, C]`, of S poolings that don't know of each other; H divides C.
+        queries: `[S, H, C]`, of S independent poolings; H divides C.
 
     Returns:
-        `[S, B, C]`; slice h of the channels is weighed by softmax_n(q_h . x_n / sqrt(C)).
+        `[S, B, C]`; slice h of the channels has weights softmax_n(q_h . x_n / sqrt(C)).
     """
     batch, count, width = tokens.shape
     heads = queries.shape[1]
@@ -277,5 +272,5 @@ def attentive_pool(tokens: Tensor, queries: Tensor) -> Tensor:
 
 
 def _source(pooling: Pooling) -> Literal["cls", "mean"]:
-    """Whose statistics standardise the features of a pooling."""
+    """The features whose statistics standardise those of a pooling."""
     return "cls" if pooling == "cls" else "mean"

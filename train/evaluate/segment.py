@@ -1,4 +1,4 @@
-"""Semantic segmentation by a linear classifier of patch tokens: do patches tell what they show?"""
+"""Semantic segmentation by a linear classifier of the patch tokens of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from famt.train.evaluate.options import Segment
 def segment(
     encoder: VisionTransformer, train: Images, val: Images, options: Segment
 ) -> Iterator[tuple[str, Value]]:
-    """Mean intersection over union, and the share of pixels that are right.
+    """Mean intersection over union (IoU), and the share of correct pixels.
 
-    Whole images are tested, squashed to the encoder's square, at its resolution. Classes that
-    neither mask nor prediction shows do not count.
+    Tests use whole images, squashed to the encoder's square. Classes that occur neither in masks
+    nor in predictions do not count.
     """
     masks = {images.name: read_masks(images.table) for images in (train, val)}
     shown = {
@@ -37,7 +37,7 @@ def segment(
     learned, tested = (shown[each][shown[each] != IGNORED].long() for each in ("train", "val"))
     if len(learned) < 2:
         raise UserError(
-            f"the masks of --train show {len(learned)} class(es): an evaluation needs two at least"
+            f"the masks of --train have {len(learned)} class(es); an evaluation needs at least two"
         )
     warn_of_unlearned(val, learned, tested)
     classes = 1 + int(max(learned.max(), tested.max()))
@@ -60,7 +60,7 @@ def segment(
 def fit(
     encoder: VisionTransformer, train: Images, masks: list[bytes], classes: int, options: Segment
 ) -> nn.Module:
-    """Train a linear map from standardised patch tokens `[B, C, g, g]` to logits of classes."""
+    """Train a linear map from standardised patch tokens `[B, C, g, g]` to class logits."""
     torch.manual_seed(options.seed)
     head = nn.Sequential(
         nn.BatchNorm2d(encoder.embed_dim, affine=False), nn.Conv2d(encoder.embed_dim, classes, 1)
@@ -73,7 +73,7 @@ def fit(
     for crops in drawn.crops(options.view, epochs=epochs, shuffle=True, seed=options.seed):
         logits = _logits(encoder, head, crops)
         truth = _truth(masks, crops).to(train.device)
-        # A crop may show nothing but pixels of no class; the mean over none is no number.
+        # A crop may show only unlabelled pixels, whose mean loss would be NaN.
         losses = F.cross_entropy(logits, truth, ignore_index=IGNORED, reduction="sum")
         (losses / (truth != IGNORED).sum().clamp_min(1)).backward()
         optimizer.step()
@@ -83,7 +83,7 @@ def fit(
 
 
 def _logits(encoder: VisionTransformer, head: nn.Module, crops: CropBatch) -> Tensor:
-    """`[B, classes, S, S]`, between the centres of patches interpolated."""
+    """Logits `[B, classes, S, S]`, interpolated between the centres of the patches."""
     with torch.no_grad():
         tokens = encoder.forward_features(normalise_images(crops.images)).float()
     grid = encoder.patch_embed.grid_size

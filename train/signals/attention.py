@@ -1,4 +1,4 @@
-"""Attention to crops from a forward pass: on all of them, or on a part of each batch."""
+"""Attention by an extra forward pass, on all crops or on a part of each batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from famt.train.signals.signal import Context, Signal
 
 
 class Live(Signal):
-    """Every crop's score from the encoder as it is now.
+    """A score of every crop by the current encoder.
 
     Args:
-        image_size: crops are shrunk to this first, px; None leaves them.
+        image_size: side that crops are resized to first, px; None keeps their size.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Live(Signal):
         return self.score(crops.images)
 
     def score(self, images: Tensor) -> Tensor:
-        """Crops `[B, S, S, 3]` uint8 -> `[B, n**2]` float32; n cells a side of what was seen."""
+        """Crops `[B, S, S, 3]` uint8 -> scores `[B, n**2]` float32 of n x n patches."""
         scores = []
         for part in images.chunk(self._parts):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16):
@@ -45,7 +45,7 @@ class Live(Signal):
 
 
 class Rolling(Banked):
-    """A part of each batch is looked at now; the rest is read from a bank."""
+    """Scores a part of each batch with the current encoder, and reads the rest from a bank."""
 
     def __init__(self, slot: AttentionConfig, context: Context) -> None:
         super().__init__(slot.exponent, context)
@@ -62,6 +62,6 @@ class Rolling(Banked):
 
     def describe(self) -> str:
         return (
-            f"rolling {self._kind} to the power {self.exponent:g}, 1/{self._every} of a batch "
-            f"looked at each step, at {self._live.size} px"
+            f"rolling {self._kind} to the power {self.exponent:g}, updated for 1/{self._every} of "
+            f"each batch, at {self._live.size} px"
         )

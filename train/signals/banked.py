@@ -1,4 +1,4 @@
-"""Signals that are kept in a bank: written for some crops, read for all."""
+"""Signals stored in a bank of maps: written for some crops, read for all."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from famt.transfer import Fetched
 
 
 class Banked(Signal):
-    """A signal whose scores lie in a `MapBank`, in the frame of each image.
+    """A signal whose scores are kept in a `MapBank`, in the frame of each image.
 
-    A row comes up in one batch an epoch, on one rank. So the ranks of a machine write into one
-    bank as they go, and machines exchange what they wrote when an epoch ends or a checkpoint is
-    due.
+    Each image comes up once per epoch, on one rank. So the ranks of a machine write into one shared
+    bank at once, and machines exchange what they wrote after an epoch or before a checkpoint.
     """
 
     def __init__(self, exponent: float, context: Context) -> None:
@@ -28,7 +27,7 @@ class Banked(Signal):
         self._unwritten: tuple[Views, Fetched, int, Fetched | None] | None = None
 
     def look(self, crops: CropBatch, step: int) -> Tensor:
-        """What the bank holds, `[B, grid**2]` float32 on the crops' device."""
+        """Scores from the bank, `[B, grid**2]` float32 on the crops' device."""
         self._flush()
         return self.bank.read(crops, self.grid)
 
@@ -36,15 +35,15 @@ class Banked(Signal):
         return self.look(crops, step)
 
     def write(self, views: Views, scores: Tensor, step: int) -> None:
-        """Take up scores `[B, n**2]` of all patches of crops, on any device.
+        """Store scores `[B, n**2]` of all patches of crops, on any device.
 
-        They are copied behind the GPU's work, and written at the next call.
+        They are copied asynchronously from a GPU, and written at the next call.
         """
         self._flush()
         self._unwritten = (views, Fetched(scores), step, None)
 
     def write_at(self, views: Views, index: Tensor, scores: Tensor, step: int) -> None:
-        """Take up scores `[B, M]` of the patches at `index [B, M]` of crops, as `write` does."""
+        """As `write`, of the patches at `index [B, M]` only; scores are `[B, M]`."""
         self._flush()
         everywhere = scores.new_zeros(len(scores), self.grid**2).scatter(1, index, scores)
         known = everywhere.new_zeros(everywhere.shape).scatter(1, index, 1.0).bool()
@@ -53,7 +52,7 @@ class Banked(Signal):
     def synchronise(self) -> None:
         self._flush()
         ranks = self._ranks
-        nodes = ranks.gather(ranks.node)  # also waits for every rank's last write
+        nodes = ranks.gather(ranks.node)  # also waits for all ranks' last writes
         if len(set(nodes)) > 1:
             leads = nodes.index(ranks.node) == ranks.rank
             sent = ranks.gather(self.bank.news() if leads else None)
@@ -66,7 +65,7 @@ class Banked(Signal):
         return {"data": self._data, **self.bank.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["data"] == self._data:  # rows of other images mean nothing here
+        if state["data"] == self._data:  # rows of other images are useless
             self.bank.load_state_dict(state)
 
     def scalars(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The pixel score of every image, computed ahead and read from the cache."""
+"""The pixel score of every image, computed before training and read from the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from famt.train.signals.signal import Context, Signal
 
 
 class Cached(Signal):
-    """Maps of the pixel score (`--spec`), once in the RAM of each machine."""
+    """Maps of the pixel score (`--spec`), shared by the ranks of a machine."""
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.cached_exponent, context.grid
@@ -28,9 +28,9 @@ class Cached(Signal):
 
 
 class CachedOfOthers(Cached):
-    """A control: every image gets the map of another, always the same one.
+    """A control: each image gets the map of another image, always the same one.
 
-    What this reaches as well as `Cached` is not due to what the maps say of the images.
+    Gains that this also shows do not come from what the maps say about the images.
     """
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:

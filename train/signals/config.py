@@ -1,4 +1,4 @@
-"""The signals of a run on the command line: three slots, each with a source and an exponent."""
+"""Options of a run's signals: three slots, each with a source and an exponent."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from famt.pipeline.options import FREE, PLACE
+from famt.pipeline.options import CACHED_EXPONENT, FREE, PLACE, ROLLING_EVERY
 
 OFF = "off"
 
 
 class Slot:
-    """What a run's weights can be made of: a source and its options."""
+    """A factor of the patches' weights: its source and options."""
 
     source: str
 
     @property
     def is_off(self) -> bool:
-        """Whether there is no signal in the slot."""
+        """Whether the slot is empty."""
         return self.source == OFF
 
     @property
@@ -30,69 +30,68 @@ class Slot:
 
     @property
     def is_refreshed(self) -> bool:
-        """Whether a job beside the training makes its scores anew."""
+        """Whether its scores come from the refresh job."""
         return "refreshed" in self.source
 
 
 @dataclass(frozen=True)
 class FrequencyConfig(Slot):
-    """How much frequency content a patch has, in the image's pixels or in the encoder's tokens."""
+    """Frequency content of a patch, in the image's pixels or in the encoder's tokens."""
 
     source: str = "cached-then-refreshed"
-    """off; cached (the pixel score of --spec, from the cache); refreshed (a score of the model in
-    training, made anew of whole images by a job beside it); cached-then-refreshed (the first until
-    there is the second); cached-of-others (of another image each, for control); or a source that an
-    installed package adds"""
+    """off; cached: the pixel score of --spec, from the cache; refreshed: a score by the model in
+    training, which a job beside it recomputes for whole images; cached-then-refreshed: the former
+    until the first refresh; cached-of-others: each image gets another image's score, as a control;
+    or a source of an installed package"""
     exponent: Annotated[float, Ge(0)] = 1.0
-    """power in the weight of a refreshed score, or of an added source"""
-    cached_exponent: Annotated[float, Ge(0)] = 0.25
-    """power in the weight of the pixel score, whose peaks are higher"""
+    """exponent in the weight of a refreshed score or a package's source"""
+    cached_exponent: Annotated[float, Ge(0)] = CACHED_EXPONENT
+    """exponent in the weight of the pixel score, which has higher peaks"""
     kind: str = "token_frequency"
-    """which model score is refreshed: token_frequency, attention, cls_attention,
-    frequency_attention (the first times the second, the paper's weight), or one that an installed
-    package adds"""
+    """score to refresh: token_frequency, attention, cls_attention, frequency_attention (the first
+    times the second, the paper's weight), or one of an installed package"""
 
 
 @dataclass(frozen=True)
 class AttentionConfig(Slot):
-    """What the encoder looks at."""
+    """Attention that a patch receives in the encoder."""
 
     source: str = "rolling"
-    """off; live (a forward pass on every whole crop); rolling (maps of which a part is refreshed
-    each step by such a pass); seen (maps of what the step's own pass pays to the visible patches:
-    no pass of its own); refreshed (of whole images, as for --frequency); or one of a package"""
+    """off; live: an extra forward pass on every whole crop; rolling: stored maps, a part of which
+    such a pass updates at each step; seen: stored maps of the attention to visible patches in the
+    training pass, without an extra one; refreshed: of whole images, as in --frequency.source; or a
+    source of an installed package"""
     exponent: Annotated[float, Ge(0)] = 1.0
-    """its power in the weight"""
+    """exponent in the weight"""
     kind: str = "attention"
-    """attention (FAMT's formula), cls_attention (AMT's); a live, rolling or refreshed source takes
-    any model score, as --frequency.kind does"""
-    every: Annotated[int, Ge(1)] = 8
-    """rolling: a forward pass refreshes 1/every of each batch, the longest unseen first"""
+    """attention (FAMT's formula) or cls_attention (AMT's); live, rolling and refreshed sources take
+    any score of --frequency.kind"""
+    every: Annotated[int, Ge(1)] = ROLLING_EVERY
+    """rolling: each step updates 1/every of its batch, the images not seen for longest first"""
     image_size: Annotated[int | None, Ge(1)] = None
-    """rolling: side of the crops in that pass, px; half the model's if left out"""
+    """rolling: side of the crops in the extra pass, px; half the model's if not given"""
 
 
 @dataclass(frozen=True)
 class HardnessConfig(Slot):
-    """What the model finds hard to reconstruct."""
+    """How hard a patch is to reconstruct."""
 
     source: str = "off"
-    """off; errors (maps of the masked patches' reconstruction errors, by rank within the crop); or
-    one of a package"""
+    """off; errors: stored maps of the masked patches' reconstruction errors, as ranks within the
+    crop; or a source of an installed package"""
     exponent: Annotated[float, Ge(0)] = 1.0
-    """its power in the weight"""
+    """exponent in the weight"""
 
 
 @dataclass(frozen=True)
 class RefreshConfig:
-    """When refreshed scores are made anew: a generation of maps at a time."""
+    """When refreshed scores are recomputed, a generation of maps at a time."""
 
     every: Annotated[int | None, Ge(1)] = None
-    """epochs from one generation of maps to the next, a tenth of --epochs if left out; the first is
-    due after as many, or where --plain-epochs end"""
+    """epochs between generations; if not given, a tenth of --epochs. The first is due after as many
+    epochs, or after --plain-epochs"""
     wait: Annotated[bool, FREE] = False
-    """wait for a generation that is due, as the paper does, rather than take it up when it is
-    there"""
+    """wait for a generation that is due, as in the paper, instead of using it once it is ready"""
     pin: Annotated[Path | None, PLACE] = None
-    """use this one generation, and make none: the path of a generation-<step>.zip, in the folder
-    `refresh` of any run or where `famt refresh --out` put it"""
+    """use only this generation: path of a generation-<step>.zip from any run's folder `refresh` or
+    from `famt refresh --out`"""

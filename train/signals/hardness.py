@@ -1,4 +1,4 @@
-"""How hard the model finds patches to reconstruct, from the steps that masked them."""
+"""Hardness: how badly patches were reconstructed when they were masked."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from famt.train.signals.signal import Context, Step
 
 
 class Errors(Banked):
-    """Ranks of the masked patches' errors within their crop, kept at the cells of the patches.
+    """Maps of the predicted patches' errors, as ranks within the crop divided by their number.
 
-    Errors shrink as the model learns, ranks do not: a map compares patches whenever they were
-    masked. After Wang et al., "Hard Patches Mining for Masked Image Modeling", CVPR 2023, which
-    trains a second network to predict them.
+    Errors shrink during training, ranks do not, so values of different steps compare. After Wang et
+    al., "Hard Patches Mining for Masked Image Modeling", CVPR 2023, where a second network predicts
+    the errors.
     """
 
     def __init__(self, slot: HardnessConfig, context: Context) -> None:

@@ -1,4 +1,4 @@
-"""From the options of a run to its signals, and from signals to the weights of patches."""
+"""From options to signals, and from signals to patch weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from famt.train.signals.seen import Seen
 from famt.train.signals.signal import Context, Signal
 
 Scores = dict[str, tuple[Tensor, float]]
-"""of each signal, by its slot: scores `[B, N]` of patches, and their power in the weight"""
+"""Scores `[B, N]` of patches and their exponent in the weight, by the signal's slot."""
 
-# Slot -> source -> of the slot's options and the context, a signal. Packages add sources for any
-# slot by entry points in "famt.signals".
+# Slot -> source -> constructor, called with the slot's options and the context. Packages add
+# sources to all slots, by entry points in "famt.signals".
 SOURCES: dict[str, dict[str, Callable[[Any, Context], Signal]]] = {
     "frequency": {
         "cached": Cached,
@@ -42,11 +42,7 @@ SOURCES: dict[str, dict[str, Callable[[Any, Context], Signal]]] = {
 
 
 def build_signals(config: Pretrain, context: Context) -> list[Signal]:
-    """The signals of a run, one for each slot that is not off.
-
-    Raises:
-        ValueError: no such source.
-    """
+    """The signals of a run, one for each slot that is not off; raises as `build_signal`."""
     return [
         build_signal(name, slot, context) for name, slot in config.slots.items() if not slot.is_off
     ]
@@ -56,23 +52,28 @@ def build_signal(name: str, slot: Slot, context: Context) -> Signal:
     """The signal of a slot that is not off.
 
     Raises:
-        ValueError: no such source.
+        UserError: no such source.
     """
-    signal = _source(name, slot.source)(slot, context)
+    builtin = SOURCES[name]
+    kind = builtin.get(slot.source)
+    if kind is None:
+        asked = f"--{name}.source {slot.source}"
+        kind = find_plugin("famt.signals", slot.source, [OFF, *builtin], asked).load()
+    signal: Signal = kind(slot, context)
     signal.name = name
     return signal
 
 
 @dataclass(frozen=True)
 class Weighed:
-    """Crops whose patches are ready to be drawn.
+    """Crops with weights, ready for drawing patches.
 
     Attributes:
         crops: `[B]`.
-        scores: of the signals that have something to say.
+        scores: of the signals that have scores yet.
         weights: `[B, N]` float32.
-        join: how they are drawn; plain where no signal has anything to say yet.
-        progress: share of the run's steps that are done, in [0, 1].
+        join: how to draw; plain while the signals have no scores.
+        progress: share of the run's steps done, in [0, 1].
     """
 
     crops: CropBatch
@@ -82,7 +83,7 @@ class Weighed:
     progress: float
 
     def split(self, sizes: PatchConfig, generator: torch.Generator) -> PatchBatch:
-        """Draw the patches, and gather those that are needed."""
+        """Draw the patches and gather the visible and the predicted ones."""
         return split_crops(self.crops, self.weights, sizes, self.join, generator, self.progress)
 
 
@@ -96,17 +97,17 @@ def weigh_crops(
     progress: float,
     look: bool = False,
 ) -> Weighed:
-    """Weigh the patches of crops, for a step of a run or for a picture of it.
+    """Weights of the patches of crops, for a step of a run or for a picture.
 
     Args:
-        config: of the run.
+        config: options of the run.
         signals: its signals.
-        epoch, step, progress: where it is.
-        look: for a picture, see `Signal.look`.
+        epoch, step, progress: its position.
+        look: for a picture; see `Signal.look`.
     """
     plain = epoch < config.plain_until
     scores = {} if plain else read_signals(signals, crops, step, look=look)
-    # Signals that have nothing to say yet leave the run what it is without weights.
+    # Without scores yet, the run masks as the plain method does.
     join = config.plain if plain or (config.weighs and not scores) else config.join
     return Weighed(crops, scores, weigh(scores, crops, config.sizes.grid), join, progress)
 
@@ -114,11 +115,7 @@ def weigh_crops(
 def read_signals(
     signals: Sequence[Signal], crops: CropBatch, step: int, *, look: bool = False
 ) -> Scores:
-    """Scores `[B, N]` and exponent of every signal that has something to say of crops.
-
-    Args:
-        look: for a picture, see `Signal.look`.
-    """
+    """Scores `[B, N]` and exponent of each signal that has scores; `look` as in `weigh_crops`."""
     scores = {
         each.name: (each.look(crops, step) if look else each.read(crops, step), each)
         for each in signals
@@ -131,20 +128,11 @@ def read_signals(
 
 
 def weigh(scores: Scores, crops: CropBatch, grid: int) -> Tensor:
-    """Weights `[B, grid**2]` float32 of the patches: the product of signals, each over its mean in
-    the crop, to its exponent; all ones without any."""
+    """Weights `[B, grid**2]` float32: the product of all scores, each divided by its mean over the
+    crop and raised to its exponent; ones without scores."""
     if not scores:
         return torch.ones(len(crops.rows), grid**2, device=crops.images.device)
     return patch_weights(
         {name: found for name, (found, _) in scores.items()},
         {name: exponent for name, (_, exponent) in scores.items()},
     )
-
-
-def _source(slot: str, name: str) -> Callable[[Any, Context], Signal]:
-    own = SOURCES[slot]
-    if name in own:
-        return own[name]
-    plugin = find_plugin("famt.signals", name, [OFF, *own], f"--{slot}.source {name}")
-    found: Callable[[Any, Context], Signal] = plugin.load()
-    return found

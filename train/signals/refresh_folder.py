@@ -1,23 +1,22 @@
-"""A run's folder `refresh`: what it and the job that scores images for it leave for each other.
+"""A run's folder `refresh`, through which the run and its refresh job communicate.
 
-    encoder-<step>.pt        a generation is due of this encoder            by the run
-    generation-<step>.zip    and was made: `famt.pipeline.generation`       by the job
-    encoder-<step>.failed    or could not be made, and why                  by the job
-    epochs.json              which epoch began with which generation        by the run
-    finished                 no encoder will follow                         by the run
-    follower.lock            locked by the job as long as it follows the run
+    encoder-<step>.pt        a generation by this encoder is due            written by the run
+    generation-<step>.zip    the generation; `famt.pipeline.generation`     written by the job
+    encoder-<step>.failed    why it could not be made                       written by the job
+    epochs.json              which epoch started with which generation      written by the run
+    finished                 no encoder will follow                         written by the run
+    follower.lock            locked by the job while it follows the run
 
 The life of a generation:
 
-1. When it is due, at the beginning of an epoch, the run writes its encoder.
-2. The job makes a generation of the newest encoder that has none. What it can't make it tries again
-   every minute.
-3. The run takes up the newest generation when its next epoch begins, on all ranks, and writes that
-   down: a resumed run takes up the same ones. It removes that encoder and those before it.
-4. The run removes a generation that a newer one replaced, unless a checkpoint that is left would
-   take it up again.
+1. When one is due, at the start of an epoch, the run writes its encoder.
+2. The job makes a generation by the newest encoder that has none. It retries every minute after a
+   failure.
+3. At the start of its next epoch, the run takes up the newest generation on all ranks and records
+   it: a resumed run takes up the same ones. It removes that encoder and older ones.
+4. The run removes a replaced generation, unless a remaining checkpoint would take it up again.
 
-So nothing is lost when either is killed, and all goes with the folder.
+So either may be killed without loss, and deleting the folder deletes everything.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from pathlib import Path
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.generation import generation_path
-from famt.train.files import written_whole
+from famt.train.run_folder import written_whole
 
 
 class RefreshFolder:
@@ -42,45 +41,53 @@ class RefreshFolder:
         self._lock = self.path / "follower.lock"
 
     def encoder(self, step: int) -> Path:
-        """Where the run leaves the encoder of a step."""
+        """Path of the encoder of a step."""
         return self.path / f"encoder-{step:08d}.pt"
 
     def failure(self, step: int) -> Path:
-        """Where the job writes why it could not make the generation of a step."""
+        """Path of the reason why the generation of a step could not be made."""
         return self.encoder(step).with_suffix(".failed")
 
+    def why_failed(self, step: int) -> str:
+        """Why the generation of a step could not be made; "" if it did not fail."""
+        try:
+            return self.failure(step).read_text().strip()
+        except FileNotFoundError:
+            return ""
+
     def generation(self, step: int) -> Path:
-        """Where the job puts the generation of a step."""
+        """Path of the generation of a step."""
         return generation_path(self.path, step)
 
     def encoders(self) -> list[int]:
-        """Steps of the encoders that are there, oldest first."""
-        return sorted(int(each.stem.removeprefix("encoder-")) for each in self._encoders())
+        """Steps of the encoders in the folder, in order."""
+        paths = self.path.glob("encoder-*.pt")
+        return sorted(int(each.stem.removeprefix("encoder-")) for each in paths)
 
     def due(self) -> int | None:
-        """The step of the newest encoder, unless its generation is there."""
+        """The step of the newest encoder, unless its generation exists."""
         newest = max(self.encoders(), default=None)
         return None if newest is None or self.generation(newest).exists() else newest
 
     def remove_encoders(self, up_to: int | None = None) -> None:
-        """Remove those that no generation is wanted of any more: up to a step, or all."""
+        """Remove encoders whose generation is no longer wanted: up to a step, or all."""
         for step in self.encoders():
             if up_to is None or step <= up_to:
                 self.encoder(step).unlink(missing_ok=True)
                 self.failure(step).unlink(missing_ok=True)
 
     def finish(self) -> None:
-        """Tell the job that no encoder will follow."""
+        """Signal that no encoder will follow."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.remove_encoders()
         self.finished.touch()
 
     @contextmanager
     def followed(self) -> Iterator[int]:
-        """Show the run that a job follows it, for as long as this context is open.
+        """While open, `is_followed` holds.
 
         Yields:
-            a descriptor; a process that inherits it shows the same as long as it lives.
+            a file descriptor; `is_followed` also holds while a process that inherited it lives.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self._lock, "a+") as held:
@@ -88,7 +95,7 @@ class RefreshFolder:
             yield held.fileno()
 
     def is_followed(self) -> bool:
-        """Whether a job follows the run; the kernel forgets one that was killed."""
+        """Whether a job follows the run; the kernel releases the lock of a killed one."""
         try:
             with open(self._lock, "r+") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -98,19 +105,16 @@ class RefreshFolder:
             return True
         return False
 
-    def _encoders(self) -> list[Path]:
-        return list(self.path.glob("encoder-*.pt"))
-
 
 class Epochs:
-    """Which epochs of a run began at which step with which generation, kept in `epochs.json`.
+    """At which step and with which generation each epoch started; kept in `epochs.json`.
 
     Args:
         folder: of the run.
-        run: its id; what the file tells of another run is forgotten.
+        run: its id; records of another run are dropped.
 
     Attributes:
-        new: no file of this run was there.
+        new: whether there was no file of this run.
 
     Raises:
         UserError: the file is damaged.
@@ -128,25 +132,24 @@ class Epochs:
             self.new = True
         except (ValueError, LookupError, TypeError, AttributeError):
             raise UserError(
-                f"{self._path} is damaged; remove it, and the run goes on with the newest "
-                "generations"
+                f"{self._path} is damaged; remove it to resume with the newest generations"
             ) from None
 
     def at(self, epoch: int) -> tuple[bool, int | None]:
-        """Whether that epoch began before, and with which generation."""
+        """Whether that epoch started before, and with which generation."""
         return epoch in self._begun, self._begun.get(epoch, (0, None))[1]
 
     def generations_since(self, step: int) -> set[int]:
-        """Generations of the epoch that ends with a step or is in it, and of later ones."""
+        """Generations of the epoch that a step ends or lies in, and of later epochs."""
         first = max((at for at, _ in self._begun.values() if at < step), default=0)
         return {each for at, each in self._begun.values() if at >= first and each is not None}
 
     def forget_from(self, epoch: int) -> None:
-        """Drop what is known of an epoch and those after it."""
+        """Drop the records of an epoch and those after it."""
         self._begun = {each: begun for each, begun in self._begun.items() if each < epoch}
 
     def write(self, epoch: int, step: int, generation: int | None) -> None:
-        """Write down with which generation an epoch begins."""
+        """Record the generation that an epoch starts with."""
         self._begun[epoch] = step, generation
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(self._path) as file:

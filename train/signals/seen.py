@@ -1,4 +1,4 @@
-"""Attention that the training step's own pass pays to the visible patches: no pass of its own."""
+"""Attention to the visible patches in the training pass itself, without an extra pass."""
 
 from __future__ import annotations
 
@@ -22,23 +22,22 @@ _FORMULAS = {"attention": attention_scores, "cls_attention": cls_attention}
 
 
 class Seen(Banked):
-    """What the last block of the encoder attends to in a step, kept at the cells of the patches.
+    """Maps of the attention in the encoder's last block during training steps.
 
-    The step sees the visible patches alone; those that are masked or thrown keep what is known of
-    them from earlier epochs.
+    A step updates its visible patches only; masked and thrown ones keep their earlier values.
     """
 
     def __init__(self, slot: AttentionConfig, context: Context) -> None:
         if slot.kind not in _FORMULAS:
             raise UserError(
-                f"--attention.kind {slot.kind}: what a step sees is read by "
-                f"{' or '.join(_FORMULAS)} alone"
+                f"--attention.kind {slot.kind}: --attention.source seen takes only "
+                f"{' or '.join(_FORMULAS)}"
             )
         super().__init__(slot.exponent, context)
         self._kind, self._formula = slot.kind, _FORMULAS[slot.kind]
         self._encoder = context.encoder
         self._attention = context.encoder.blocks[-1].attn
-        self._seen: list[Tensor] = []  # queries, keys and values of the parts of a step
+        self._seen: list[Tensor] = []  # queries, keys and values, for each part of the batch
         self._hook = self._attention.qkv.register_forward_hook(self._see)
 
     def learn(self, step: Step) -> None:
@@ -49,8 +48,7 @@ class Seen(Banked):
         self._seen.clear()
         if scores.shape[1] != step.split.visible.shape[1]:
             raise UserError(
-                "--attention.source seen: the encoder of this method sees more than the visible "
-                "patches; use rolling"
+                "--attention.source seen: the encoder also sees masked patches; use rolling"
             )
         self.write_at(step.views, step.split.visible, scores, step.number)
 
@@ -61,5 +59,5 @@ class Seen(Banked):
         return f"{self._kind} seen by the step's own pass, to the power {self.exponent:g}"
 
     def _see(self, layer: nn.Module, inputs: Any, qkv: Tensor) -> None:
-        if torch.is_grad_enabled():  # and not in a pass for scores, features or a picture
+        if torch.is_grad_enabled():  # a training pass, not one for scores, features or pictures
             self._seen.append(qkv.detach())

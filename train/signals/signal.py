@@ -1,4 +1,4 @@
-"""What a signal is: how heavy each patch of each crop is, from one source."""
+"""The interface of a signal: a score for each patch of each crop."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from famt.pipeline.loader import CropBatch, Views
 from famt.sampling import PatchSplit
 from famt.train.distributed import Ranks
 from famt.train.log import Log
-from famt.train.streams import Stop
+from famt.train.stop import Stop
 
 if TYPE_CHECKING:
-    from famt.train.signals.refreshed import RefreshedMaps
+    from famt.train.signals.refreshed_maps import RefreshedMaps
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a signal may ask of its run.
+    """What a run offers its signals.
 
     Attributes:
-        samples: the images that it trains on, a row each.
-        sizes: of the crops and their patches.
+        samples: the training images, one per row.
+        sizes: of crops and patches.
         encoder: of the model in training.
         ranks: this rank among those of the run.
-        cached: gives the maps `[R, G, G]` of the pixel score, from the cache.
+        cached: loads the maps `[R, G, G]` of the pixel score from the cache.
         score: name of that score.
         seed: of the run.
-        parts: that a batch goes through the model in, one after another.
+        parts: number of parts a batch is split into, to save memory.
         bf16: whether the model computes under autocast.
-        refreshed: the maps of the run's refreshed signals, if it has any.
+        refreshed: the maps of refreshed signals, if the run has any.
     """
 
     samples: SampleTable
@@ -57,13 +57,13 @@ class Context:
 
 @dataclass(frozen=True)
 class Step:
-    """A training step before the update of the weights.
+    """A training step, before the update of the weights.
 
     Attributes:
         views: the crops, `[B]`.
-        split: which of their patches were masked, thrown and visible.
-        errors: `[B, K]` float32, mean error of each masked patch that was predicted.
-        number: of the step.
+        split: their masked, thrown and visible patches.
+        errors: `[B, K]` float32, mean error of each predicted patch.
+        number: step number.
     """
 
     views: Views
@@ -73,58 +73,59 @@ class Step:
 
 
 class Signal:
-    """How heavy each patch of each crop is. A source of one's own overrides `read`, and the rest as
-    it needs.
+    """A score for each patch of each crop, one factor of its weight.
 
-    Every rank has one, and calls the same methods in the same order.
+    A source of your own overrides `read`, and other methods as needed. All ranks call the same
+    methods in the same order.
 
     Attributes:
-        name: of the slot that it is in, for pictures, logs and checkpoints.
-        exponent: power in the weight of the patch, at present.
+        name: of its slot, for pictures, logs and checkpoints.
+        exponent: of the score in the weight, at present.
     """
 
     name: str = "signal"
     exponent: float = 1.0
 
     def read(self, crops: CropBatch, step: int) -> Tensor | None:
-        """Scores of crops, `[B, grid**2]` float >= 0 on their device, any scale; None so far."""
+        """Scores of crops, `[B, grid**2]` float >= 0 on their device, of any scale; None before
+        there are any."""
         raise NotImplementedError
 
     def look(self, crops: CropBatch, step: int) -> Tensor | None:
-        """As `read`, for a picture: nothing of the run changes."""
+        """As `read`, for a picture; changes nothing of the run."""
         return self.read(crops, step)
 
     def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
-        """An epoch begins; returns False if the run was asked to stop while the signal waited."""
+        """Called before an epoch; False if the run was asked to stop while the signal waited."""
         return True
 
     def learn(self, step: Step) -> None:
-        """Take up what a training step computed."""
+        """Called after each forward and backward pass."""
 
     def synchronise(self) -> None:
-        """Bring all machines to the same content: an epoch ended, or a checkpoint is due."""
+        """Bring all machines to the same state, after an epoch and before a checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a checkpoint must keep; tensors and plain data."""
+        """State for a checkpoint: tensors and plain data."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint with the very next batch."""
+        """Resume exactly."""
 
     def restart(self, state: dict[str, Any], epoch: int) -> None:
-        """Go on from a checkpoint at the beginning of an epoch, with other options or images."""
+        """Resume at the start of an epoch, with other options or images."""
         self.load_state_dict(state)
 
     def saved(self, step: int, log: Log | None) -> None:
-        """A checkpoint was written."""
+        """Called after a checkpoint was written."""
 
     def scalars(self) -> dict[str, float]:
-        """What the log shows of it, by name."""
+        """Values for the log, by name."""
         return {}
 
     def describe(self) -> str:
-        """What a reader of the run's plan should know of it."""
+        """Its line in the run's plan."""
         return f"{self.name} to the power {self.exponent:g}"
 
     def close(self, *, finished: bool) -> None:
-        """The run ends: finished, or to be gone on with."""
+        """Called at the end: the run is finished, or was stopped."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import photo, photo_members, score, tar_bytes
+from samples import photo
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
@@ -68,22 +68,10 @@ def test_evaluated_shards_are_read_from_where_they_are_staged(scored, encoder, o
     assert images.features(encoder).cls.isfinite().all()
 
 
-def test_images_without_a_class_are_named(scored, encoder, options, tmp_path):
-    path = tmp_path / "unlabelled.tar"
-    path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
-    score([path], scored.cache, scored.spec)
-    evaluation = options(Evaluation, train=[str(path)])
-    labelled, unlabelled = (
-        open_images(evaluation, encoder, name, RANKS) for name in ("val", "train")
-    )
-    with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
-        require_labels(labelled, unlabelled)
-
-
 def test_a_class_of_a_number_that_no_classifier_can_have_is_named(encoder, options):
     images = open_images(options(Evaluation), encoder, "val", RANKS)
     images.table.labels[4] = 2_000_000_000
-    with pytest.raises(ValueError, match=r"\.tar:.* is of class 2000000000; classes are numbered"):
+    with pytest.raises(ValueError, match=r"\.tar:.* has class 2000000000; classes must"):
         require_labels(images)
 
 
@@ -92,7 +80,7 @@ def test_images_of_one_class_are_nothing_to_tell_apart(encoder, options, label):
     images = open_images(options(Evaluation), encoder, "val", RANKS)
     images.table.labels[:] = label
     with pytest.raises(
-        ValueError, match=rf"\.tar:.* and all other samples beside it are of class {label}"
+        ValueError, match=rf"\.tar:.* and all other training samples have class {label}"
     ):
         require_labels(images)
 
@@ -105,22 +93,7 @@ def test_features_that_are_no_numbers_are_an_error_that_names_an_image(encoder, 
         images.features(broken)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"centre": 0.0}, "--centre 0.0 must be above 0"),
-        ({"centre": 2.0}, "at most 1"),
-        ({"batch_size": 0}, "--batch-size 0 must be at least 1"),
-        ({"threads": 0}, "--threads 0"),
-        ({"seed": -1}, "--seed -1"),
-    ],
-)
-def test_options_out_of_bounds_are_refused(options, wrong, message):
-    with pytest.raises(ValueError, match=message):
-        options(Evaluation, **wrong)
-
-
 def test_accuracy_and_its_standard_error():
-    assert top1(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]), 3) == 0.75
+    assert top1(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2])) == 0.75
     draws = np.random.default_rng(0).binomial(400, 0.3, 20_000) / 400
     assert math.isclose(standard_error(0.3, 400), draws.std(), rel_tol=0.02)

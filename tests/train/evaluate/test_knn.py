@@ -5,8 +5,6 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from famt.train.evaluate import knn as module
 from famt.train.evaluate.knn import predict
-from famt.train.evaluate.options import Knn
-from famt.train.evaluate.run import run as evaluate
 
 
 def _clouds(count, seed):
@@ -42,15 +40,3 @@ def test_with_fewer_images_than_neighbours_all_of_them_vote():
 def test_a_tiny_temperature_does_not_overflow():
     features, labels = _clouds(100, 0)
     assert predict(features, labels, features, temperature=1e-3).tolist() == labels.tolist()
-
-
-def test_both_poolings_are_told(run, options):
-    values = evaluate(options(Knn, k=3))
-    assert values.keys() == {"top1_cls", "stderr_cls", "top1_mean", "stderr_mean"}
-    assert 0 <= values["top1_cls"] <= 1
-
-
-@pytest.mark.parametrize("wrong", [{"k": 0}, {"temperature": 0.0}])
-def test_options_out_of_bounds_are_refused(options, wrong):
-    with pytest.raises(ValueError, match=f"--{next(iter(wrong))}"):
-        options(Knn, **wrong)

@@ -136,11 +136,7 @@ def test_a_run_is_probed(run, options):
     assert 0 <= values["top1"] <= 1
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [{"epochs": 0}, {"steps": 0}, {"hold_out": 0.0}, {"hold_out": 0.9}, {"penalties": (-1.0,)},
-     {"learning_rates": (0.0,)}, {"learning_rates": ()}, {"poolings": ()}],
-)  # fmt: skip
-def test_options_out_of_bounds_are_refused(options, wrong):
+@pytest.mark.parametrize("wrong", [{"learning_rates": ()}, {"poolings": ()}])
+def test_lists_to_choose_from_must_not_be_empty(options, wrong):
     with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         options(Probe, **wrong)

@@ -50,7 +50,10 @@ def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(c
 @pytest.mark.parametrize(
     ("slot", "error"),
     [
-        ({"hardness": HardnessConfig("what")}, r"--hardness\.source what: there are off, errors\."),
+        (
+            {"hardness": HardnessConfig("what")},
+            r"--hardness\.source what: there are off, errors\.",
+        ),
         (
             {"hardness": HardnessConfig("refreshed")},
             r"--hardness\.source refreshed: there are off, e",

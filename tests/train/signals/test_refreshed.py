@@ -20,13 +20,14 @@ from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
+from famt.train.encoder import load_encoder
 from famt.train.log import Log
 from famt.train.pretrain import Run, main
-from famt.train.signals import refreshed
+from famt.train.signals import follower
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from famt.train.signals.refresh_folder import RefreshFolder
-from famt.train.signals.refreshed import RefreshedMaps
-from famt.train.streams import Stop
+from famt.train.signals.refreshed_maps import RefreshedMaps
+from famt.train.stop import Stop
 from famt.train.timing import Clock
 
 KIND = "frequency_attention"
@@ -61,7 +62,7 @@ def refresh(scored, folder):
     """What the job does, in this process: makes the generation of a step; returns its path."""
 
     def refresh(step, run=None):
-        left = checkpoint.load_encoder(folder.encoder(step))
+        left = load_encoder(folder.encoder(step))
         samples, digest = load_samples(left.urls, scored.cache), encoder_digest(left.weights)
         specs = [ModelScoreSpec(kind, 8, 32, digest) for kind in left.kinds]
         cpu = torch.device("cpu")
@@ -125,7 +126,7 @@ def test_a_generation_is_asked_for_and_taken_up_when_the_next_epoch_begins(
     _begin(maps, 0, log=log)
     assert folder.encoders() == []  # a plain epoch
     _begin(maps, 1, log=log)
-    assert checkpoint.load_encoder(folder.encoder(3)).config["device"] == "cpu"  # not "auto"
+    assert load_encoder(folder.encoder(3)).config["device"] == "cpu"  # not "auto"
     generation = open_generation(refresh(3))
     assert maps.read(KIND, crops) is None  # not before the epoch's end
     assert _begin(maps, 2, log=log) == [3]
@@ -275,7 +276,7 @@ def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(config, folder
         folder.failure(3).write_text("no room on the cluster\n")
 
     _meanwhile(fail)
-    reason = "no generation of step 3 was made: no room on the cluster"
+    reason = "the generation of step 3 could not be made: no room on the cluster"
     with folder.followed(), pytest.raises(OSError, match=reason):
         main(dataclasses.replace(config, refresh=WAITING))
 
@@ -290,8 +291,8 @@ def test_a_run_that_does_not_wait_says_why_the_job_failed_and_goes_on(config, sc
 
 
 def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeypatch, capfd):
-    monkeypatch.setattr(refreshed, "_PATIENCE", 0.5)
-    with pytest.raises(ValueError, match=r"`famt pretrain` brings one .*--follow"):
+    monkeypatch.setattr(follower, "_PATIENCE", 0.5)
+    with pytest.raises(ValueError, match=r"`famt pretrain` starts one; .*--follow"):
         main(dataclasses.replace(config, refresh=WAITING))
     assert not log_events(config.out, "start")
     assert f"start `famt refresh --follow {config.out}`" in capfd.readouterr().err
@@ -299,9 +300,9 @@ def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeyp
 
 def test_a_job_may_come_up_after_the_run_that_needs_it(config, scored, folder, capfd, monkeypatch):
     job = folder.followed()
-    monkeypatch.setattr(refreshed.time, "sleep", lambda _: job.__enter__())
+    monkeypatch.setattr(follower.time, "sleep", lambda _: job.__enter__())
     maps = _maps(dataclasses.replace(config, refresh=WAITING), scored)
-    assert "no job follows" in capfd.readouterr().err
+    assert "waiting for a refresh job" in capfd.readouterr().err
     assert "none does" not in maps.describe()
     job.__exit__(None, None, None)
 
@@ -350,7 +351,7 @@ def test_a_run_whose_generations_are_lost_goes_on_only_if_elastic(config, folder
 
     lose(folder.generation(3))
     config = dataclasses.replace(config, refresh=RefreshConfig(every=2))
-    with pytest.raises(ValueError, match=r"without .*generation-00000003\.zip.*--elastic goes on"):
+    with pytest.raises(ValueError, match=r"without .*generation-00000003\.zip; --elastic resumes"):
         main(config)
     main(dataclasses.replace(config, elastic=True))
     assert checkpoint.load(config.out).step == 12
@@ -374,4 +375,4 @@ def test_the_encoder_names_its_runs_own_tars(config, scored, folder):
     maps = _maps(dataclasses.replace(config, shards=[str(scored.folder)]), scored)
     (scored.folder / "added.tar").write_bytes(tar_bytes(photo_members(2, 90)))
     _begin(maps, 1)
-    assert checkpoint.load_encoder(folder.encoder(3)).urls == scored.shards
+    assert load_encoder(folder.encoder(3)).urls == scored.shards

@@ -1,13 +1,11 @@
-"""Work beside the step, and the wish to stop it."""
+"""A second CUDA stream, which prepares the next batch while the step computes."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -15,15 +13,12 @@ from torch import Tensor
 
 Batch = TypeVar("Batch")
 
-_ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
 
 class SideStream:
-    """On a GPU a second stream, in which the next batch is made while the step computes.
+    """The stream of the next batch. On a CPU there is none: `is_open` is False, calls do nothing.
 
-    The next batch reads the weights (for attention), so it waits for the update before the running
-    step, and that step's own update waits for it. On a CPU there is none (`is_open` is False), and
-    all of this does nothing.
+    Preparing a batch reads the weights (for attention). So it waits for the update before the
+    running step, and the running step's own update waits for it:
 
         loss = forward_backward(batch)
         with side_stream:
@@ -34,7 +29,7 @@ class SideStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        # First in line: the step fills the GPU, and this is what the next one waits for.
+        # High priority: the step fills the GPU, and the next step waits for this stream.
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self.is_open = self._stream is not None
         self._ready: torch.cuda.Event | None = None
@@ -63,7 +58,7 @@ class SideStream:
         """Keep the memory of a batch made in this stream until the main stream has used it.
 
         Args:
-            batch: a dataclass of tensors, and of dataclasses of tensors.
+            batch: a dataclass of tensors, or of such dataclasses.
         """
         if self._stream is not None:
             main = torch.cuda.default_stream(self._stream.device)
@@ -73,63 +68,20 @@ class SideStream:
         return batch
 
     def join(self) -> None:
-        """Let the main stream wait for what was done in this one."""
+        """Let the main stream wait for this one."""
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
 
     def weights_are_ready(self) -> None:
-        """Tell this stream that the weights are updated up to here."""
+        """Mark the point in the main stream at which the weights are up to date."""
         if self._stream is not None:
             self._ready = torch.cuda.current_stream().record_event()
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    """All tensors in a dataclass, however deep."""
+    """All tensors in a dataclass, at any depth."""
     if isinstance(value, Tensor):
         yield value
     elif is_dataclass(value):
         for each in vars(value).values():
             yield from _tensors(each)
-
-
-class Stopped(Exception):
-    """Work that takes long was left, because the run was asked to stop."""
-
-
-class Stop:
-    """Notes SIGTERM, SIGUSR1 and the first SIGINT (Ctrl-C) while it is open, and lives on.
-
-    Attributes:
-        asked: whether one of them came to this process; ranks agree on it once a step.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, object] = {}
-
-    def __enter__(self) -> Stop:
-        # Only a process's main thread may handle signals; Ray Train runs its function in another.
-        if threading.current_thread() is threading.main_thread():
-            for number in _ASKING:
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-
-    def check(self) -> None:
-        """Let work that takes long ask now and then.
-
-        Raises:
-            Stopped: the run was asked to stop.
-        """
-        if self.asked:
-            raise Stopped
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)
-            told = "\nstopping after this step, with a checkpoint; Ctrl-C again leaves at once"
-            print(told, flush=True)

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, and files in it that appear only when they are whole."""
+"""The folder of a run: a lock that keeps others out, and files that are never seen half written."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class BusyError(UserError):
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Write a file that other processes see as it was before, or complete and on disk.
+    """Write a file atomically: others see the old content, or the new one, complete and on disk.
 
     Args:
-        path: of the file. Until it is complete it is `<path>.partial`.
+        path: of the file; while it is written, `<path>.partial`.
 
     Raises:
-        OSError: it could not be written, the disk is full, say; what was there stands.
+        OSError: writing failed, for example on a full disk; the old content stays.
     """
     partial = path.with_name(f"{path.name}.partial")
     try:
@@ -40,20 +40,19 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         room = shutil.disk_usage(path.parent).free
         partial.unlink(missing_ok=True)
         raise OSError(
-            f"{path}: could not be written, what was there stands; {room / 1e6:.0f} MB were free "
+            f"{path}: could not be written, the old content stays; {room / 1e6:.0f} MB were free "
             f"({reason(error)})"
         ) from error
 
 
 @contextmanager
 def own_folder(folder: Path) -> Iterator[None]:
-    """Make a run's folder, and keep other processes from training in it meanwhile.
+    """Create a run's folder and lock it against other processes.
 
-    What a killed run left half written in it is removed, and so is a folder in which nothing came
-    to be.
+    Removes what a killed run left half written, and at the end a folder that stayed empty.
 
     Raises:
-        ValueError: another process trains in it (`BusyError`), or it is a file.
+        UserError: another process trains in it (`BusyError`), or it is a file.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +76,6 @@ def own_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if os.listdir(folder) == ["lock"]:  # it failed before it began
+            if os.listdir(folder) == ["lock"]:  # the run failed before it started
                 (folder / "lock").unlink()
                 folder.rmdir()

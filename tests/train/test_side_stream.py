@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from famt.pipeline.loader import CropBatch
-from famt.train.streams import SideStream, Stop, _tensors
+from famt.train.side_stream import SideStream, _tensors
+from famt.train.stop import Stop
 
 
 def test_a_signal_is_noted_and_handlers_are_put_back():

@@ -1,6 +1,6 @@
 import pytest
 
-from famt.train.files import written_whole
+from famt.train.run_folder import written_whole
 
 
 @pytest.fixture

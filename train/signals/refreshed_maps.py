@@ -1,0 +1,233 @@
+"""Scores of whole images by the model in training, recomputed as it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from famt.pipeline import storage
+from famt.pipeline.dataset import SampleTable
+from famt.pipeline.generation import GenerationError, generations, open_generation, step_of
+from famt.pipeline.loader import CropBatch
+from famt.train import checkpoint
+from famt.train.checkpoint import Checkpoint
+from famt.train.config import Pretrain
+from famt.train.distributed import Ranks
+from famt.train.encoder import Encoder, save_encoder
+from famt.train.log import Log
+from famt.train.signals.follower import Follower
+from famt.train.signals.generation_maps import GenerationMaps
+from famt.train.signals.refresh_folder import Epochs, RefreshFolder
+from famt.train.stop import Stop
+
+_POLL = 0.2  # seconds
+
+
+class RefreshedMaps:
+    """Maps of the generation in use, replaced by a newer one between epochs.
+
+    The run and the job exchange encoders and generations through a folder; see
+    `famt.train.signals.refresh_folder`. All ranks call the same methods.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        config: Pretrain,
+        samples: SampleTable,
+        encoder: VisionTransformer,
+        ranks: Ranks,
+    ) -> None:
+        self._run, self._config, self._samples = run, config, samples
+        self._encoder, self._ranks, self._kinds = encoder, ranks, config.refreshed_kinds
+        self._maps = GenerationMaps(samples, self._kinds, config.sizes.grid, ranks)
+        self._folder = RefreshFolder(config.out)
+        self._begun = -1
+        self._pinned = config.refresh.pin
+        if self._pinned:
+            self._maps.take_up(self._pinned)
+            return
+        self._epochs: Epochs = ranks.from_main(lambda: Epochs(self._folder, run))
+        if ranks.is_main:
+            self._folder.finished.unlink(missing_ok=True)
+            if self._epochs.new:  # an earlier run wrote no checkpoint; remove what it left
+                self._folder.remove_encoders()
+                for path in generations(self._folder.path):
+                    path.unlink()
+        needed = config.refresh.wait and bool(config.refreshes)
+        self._job: Follower = ranks.from_main(lambda: Follower(config.out, needed=needed))
+
+    @property
+    def current(self) -> int | None:
+        """Step of the generation in use; None before the first."""
+        return self._maps.step
+
+    def read(self, kind: str, crops: CropBatch) -> Tensor | None:
+        """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
+        return self._maps.read(kind, crops)
+
+    def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
+        """Write the encoder if a generation is due, and take up a new generation.
+
+        Returns:
+            False if the run was asked to stop while it waited for a generation.
+
+        Raises:
+            OSError: the encoder can't be written, or the generation waited for was not made.
+            GenerationError: one that a resumed run must take up again is missing or damaged.
+        """
+        if self._begun == epoch or self._pinned:
+            return True
+        due = epoch in self._config.refreshes
+        known, wanted = self._ranks.from_main(lambda: self._epochs.at(epoch))
+        if due:
+            self._ranks.from_main(lambda: self._write_encoder(step, log))
+        if known:
+            self._take_up(wanted, epoch, step, log)
+        while not known:
+            if due and self._config.refresh.wait:
+                if not self._await(step, stop, log):
+                    return False
+                wanted = step
+            else:
+                made = self._ranks.from_main(lambda: generations(self._folder.path))
+                wanted = step_of(made[-1]) if made else None
+            try:
+                self._take_up(wanted, epoch, step, log)
+                break
+            except GenerationError as error:  # remove it, and the job makes another
+                if self._ranks.is_main and wanted is not None:
+                    self._folder.generation(wanted).unlink(missing_ok=True)
+                if log:
+                    log.event(step, "generation removed", tell=True, reason=storage.reason(error))
+        self._begun = epoch
+        self._ranks.from_main(lambda: self._record(epoch, step))
+        if log:
+            self._job.report(step, log)
+        return True
+
+    def restore(self, step: int) -> None:
+        """Go back to the generation in a checkpoint.
+
+        Raises:
+            GenerationError: it is missing or damaged.
+        """
+        if self._pinned:
+            return
+        if self.current != step:
+            self._maps.take_up(self._folder.generation(step), self._run)
+
+    def restart(self, epoch: int) -> None:
+        """Start an epoch with the newest generation, whatever the run took up before."""
+        if not self._pinned and self._ranks.is_main:
+            self._epochs.forget_from(epoch)
+            self._folder.remove_encoders()
+
+    def saved(self) -> None:
+        """Remove generations that only deleted checkpoints needed."""
+        if not self._pinned and self._ranks.is_main:
+            self._remove_replaced()
+
+    def describe(self) -> str:
+        """Origin of the maps, for the run's plan."""
+        if self._pinned:
+            return f"from {self._pinned}"
+        due = self._config.refreshes
+        alone = due and not self._job.is_there
+        return (
+            f"recomputed {len(due)} times, every {due.step} epochs, by a job that follows this run"
+            + (f"; none does: start `{self._job.command}`" if alone else "")
+        )
+
+    def close(self, *, finished: bool) -> None:
+        """Tell the job that no encoder will follow, if the run is finished."""
+        if finished and self._ranks.is_main:
+            self._folder.finish()
+
+    def _await(self, step: int, stop: Stop, log: Log | None) -> bool:
+        """Wait for the generation of a step; False if any rank is asked to stop instead."""
+        while True:
+            is_there = self._folder.generation(step).exists()
+            why_not = "" if is_there else self._folder.why_failed(step)
+            seen = self._ranks.gather((is_there, why_not, stop.asked))
+            is_there, why_not, _ = seen[0]  # as the main rank sees it
+            if why_not:
+                raise OSError(f"the generation of step {step} could not be made: {why_not}")
+            if any(asked for *_, asked in seen):
+                return False
+            if is_there:
+                return True
+            if log:
+                self._job.report_end(step, log)
+            time.sleep(_POLL)
+
+    def _take_up(self, wanted: int | None, epoch: int, step: int, log: Log | None) -> None:
+        """Take up the generation of a step, unless it is in use."""
+        if wanted in (None, self.current):
+            return
+        started = time.perf_counter()
+        self._maps.take_up(self._folder.generation(wanted), self._run)
+        if log:
+            log.event(
+                step,
+                "generation",
+                tell=True,
+                epoch=epoch,
+                generation=wanted,
+                kinds=self._kinds,
+                age_steps=step - wanted,
+                pause_ms=1000 * (time.perf_counter() - started),
+            )
+
+    def _record(self, epoch: int, step: int) -> None:
+        self._epochs.write(epoch, step, self.current)
+        if self.current is not None:
+            self._folder.remove_encoders(self.current)
+        self._remove_replaced()
+
+    def _remove_replaced(self) -> None:
+        """Remove generations before the present one that no checkpoint would take up again."""
+        steps = checkpoint.steps(self._config.out)
+        needed = self._epochs.generations_since(steps[0] if steps else 0)
+        for path in generations(self._folder.path):
+            step = step_of(path)
+            if self.current is not None and step < self.current and step not in needed:
+                path.unlink(missing_ok=True)
+
+    def _write_encoder(self, step: int, log: Log | None) -> None:
+        path = self._folder.encoder(step)
+        self._folder.failure(step).unlink(missing_ok=True)
+        if path.exists():
+            return
+        encoder = Encoder(
+            run=self._run,
+            step=step,
+            sizes=dataclasses.asdict(self._config.sizes),
+            weights=self._encoder.state_dict(),
+            config={**self._config.describe(), "device": self._ranks.device.type},
+            kinds=self._kinds,
+            urls=self._samples.urls,
+        )
+        save_encoder(path, encoder)
+        if log:
+            log.event(step, "refresh due", tell=True, encoder=path)
+
+
+def lost_generations(resumed: Checkpoint, config: Pretrain, samples: SampleTable) -> list[Path]:
+    """Generations that an exact resume of a checkpoint needs but that can't be read."""
+    if not config.refreshed_kinds or config.refresh.pin:
+        return []
+    folder, lost = RefreshFolder(config.out), []
+    needed = Epochs(folder, resumed.run).generations_since(resumed.step)
+    states = (state.get("generation") for state in resumed.signals.values())
+    needed |= {step for step in states if step is not None}
+    for path in map(folder.generation, sorted(needed)):
+        try:
+            open_generation(path).maps(samples, config.refreshed_kinds, config.sizes.grid)
+        except GenerationError:
+            lost.append(path)
+    return lost
