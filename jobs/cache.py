@@ -26,16 +26,16 @@ from annotated_types import Ge, Le
 from tqdm import tqdm
 
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_maps, load_samples
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.caching.gc import Collection, collect
+from famt.pipeline.caching.manifest import ShardRecord
 from famt.pipeline.errors import CacheError
-from famt.pipeline.gc import Collection, collect
-from famt.pipeline.loader import CropLoader
-from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import Checked, LoaderConfig, Seed, WholeView
-from famt.pipeline.precompute import score_shard
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.shards import content_id, judgement_ids
+from famt.pipeline.scoring.precompute import score_shard
+from famt.pipeline.sharding.shards import content_id, judgement_ids
 from famt.pipeline.storage import each_at_once
 from famt.train.picture import draw
 from famt.train.program import parsed, run_program

@@ -24,7 +24,7 @@ import torch
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.training import Steps, open_steps
 from famt.patches import normalise_images
-from famt.pipeline.model_scores import model_scores
+from famt.pipeline.scoring.model_scores import model_scores
 from famt.train.config import Pretrain
 from famt.train.signals.config import OFF
 

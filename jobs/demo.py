@@ -23,11 +23,11 @@ from famt.jobs import make_shards, precompute_freq
 from famt.jobs.cluster import start_ray
 from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RefreshWorkers
 from famt.jobs.refresh_scores import following
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.options import RandomView
-from famt.pipeline.patterns import expand_shards
-from famt.pipeline.sources import DIGITS
+from famt.pipeline.sharding.patterns import expand_shards
+from famt.pipeline.sharding.sources import DIGITS
 from famt.train import figures, pretrain, report
 from famt.train.config import Pretrain, parse
 from famt.train.evaluate.options import Probe

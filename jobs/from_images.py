@@ -20,7 +20,7 @@ from PIL import Image
 from famt.jobs import make_shards, precompute_freq
 from famt.jobs.options import MakeShards, PrecomputeFreq
 from famt.pipeline.errors import UserError
-from famt.pipeline.sources import open_source
+from famt.pipeline.sharding.sources import open_source
 from famt.train import export
 from famt.train.options import Export
 from famt.train.run_folder import written_whole

@@ -43,7 +43,7 @@ from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.step import Attention, Step
 from famt.jobs.benchmarks.training import BenchmarkOptions, open_run, take_steps
 from famt.models import MODELS
-from famt.pipeline.loader import CropLoader
+from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import Checked
 from famt.train.pretrain import Run
 from famt.train.program import parsed, run_program

@@ -28,10 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from famt.jobs.options import MakeShards
-from famt.pipeline.dataset_json import check_dataset, describe_dataset
-from famt.pipeline.shards import NO_LABEL, count_endings
-from famt.pipeline.sources import open_source
-from famt.pipeline.writer import write_shards
+from famt.pipeline.sharding.dataset_json import check_dataset, describe_dataset
+from famt.pipeline.sharding.shards import NO_LABEL, count_endings
+from famt.pipeline.sharding.sources import open_source
+from famt.pipeline.sharding.writer import write_shards
 from famt.train.program import parsed, run_program
 
 

@@ -36,15 +36,15 @@ from tqdm import tqdm
 from famt.jobs.cluster import failure, start_ray
 from famt.jobs.options import PrecomputeFreq, seconds
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.caching.validity import look_up
 from famt.pipeline.errors import CacheError, UserError
-from famt.pipeline.patterns import expand_shards
-from famt.pipeline.precompute import ShardReport, precompute_shard
-from famt.pipeline.publish import Publisher
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.shards import passed_over_line
+from famt.pipeline.scoring.precompute import ShardReport, precompute_shard
+from famt.pipeline.scoring.publish import Publisher
+from famt.pipeline.sharding.patterns import expand_shards
+from famt.pipeline.sharding.shards import passed_over_line
 from famt.pipeline.storage import each_at_once
-from famt.pipeline.validity import look_up
 from famt.train.program import parsed, run_program
 
 # --watch goes on after these: no shards yet, an unreachable store, a lost head node.

@@ -42,12 +42,12 @@ from famt.jobs.options import RefreshScores, RefreshWorkers
 from famt.jobs.refresh_workers import Maps, UnwantedError, refresh_on_ray
 from famt.models import ModelConfig
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import SampleTable, load_samples
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.generation import generation_path, write_generation
-from famt.pipeline.patterns import expand_shards
+from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
+from famt.pipeline.scoring.generation import generation_path, write_generation
+from famt.pipeline.sharding.patterns import expand_shards
 from famt.train.encoder import Encoder, load_encoder
 from famt.train.initial import build_initial_encoder
 from famt.train.program import is_users, parsed, run_program

@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from famt.jobs.cluster import failure
 from famt.jobs.options import RefreshWorkers
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import SampleTable, load_samples
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.refresh import score_images
+from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.scores import ModelScoreSpec
+from famt.pipeline.scoring.refresh import score_images
 from famt.train.encoder import Encoder
 
 GPU_SHARE = 0.25

@@ -36,7 +36,7 @@ _MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 PixelScore = Callable[["Tensor", int], "Tensor"]
 """images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
 MODEL_KINDS = ("attention", "cls_attention", "token_frequency", "frequency_attention")
-"""kinds that `famt.pipeline.model_scores` computes"""
+"""kinds that `famt.pipeline.scoring.model_scores` computes"""
 
 
 @dataclass(frozen=True)

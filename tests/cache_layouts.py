@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from famt.pipeline.cache import ScoreCache, ShardTable
-from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.caching.cache import ScoreCache, ShardTable
+from famt.pipeline.caching.manifest import ShardRecord
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.storage import Version
 

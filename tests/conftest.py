@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from samples import photo_members, score, tar_bytes
 
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
 
 settings.register_profile("any machine", deadline=None)  # no test fails for being slow

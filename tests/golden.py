@@ -27,8 +27,8 @@ from samples import photo_members, score, tar_bytes
 
 from famt.jobs.tables import GridResult, table
 from famt.kinds import PIXEL_KINDS
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_maps, load_samples
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.scores import ScoreSpec
 from famt.train import checkpoint
 

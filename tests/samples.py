@@ -12,11 +12,11 @@ from torch import Tensor
 
 from famt.models import MODELS, ModelConfig
 from famt.patches import gather_patches, normalise
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import SampleTable
-from famt.pipeline.precompute import precompute_shard
-from famt.pipeline.publish import publish
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.scoring.precompute import precompute_shard
+from famt.pipeline.scoring.publish import publish
 from famt.sampling import PatchSplit
 from famt.train.distributed import Ranks
 from famt.train.signals.signal import Context

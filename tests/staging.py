@@ -5,12 +5,12 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from famt.pipeline import stage
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import SampleTable
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading import stage
+from famt.pipeline.loading.dataset import SampleTable
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["famt.pipeline.stage"])  # takes seconds to import
+_FORKS.set_forkserver_preload(["famt.pipeline.loading.stage"])  # takes seconds to import
 
 
 def start(samples: SampleTable, cache: ScoreCache, folder: Path) -> ForkServerProcess:

@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import SampleTable, load_samples
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.stage import stage_shards
+from famt.pipeline.loading.dataset import SampleTable, load_samples
+from famt.pipeline.loading.stage import stage_shards
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
 from famt.train.evaluate.features import Images, default_centre, pool

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_maps, load_samples
-from famt.pipeline.loader import CropLoader
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
 from famt.train.checkpoint import Checkpoint, load, load_model
 from famt.train.config import Pretrain

@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from famt.models import ModelConfig
-from famt.pipeline.dataset import SampleTable
-from famt.pipeline.loader import CropBatch, CropLoader
-from famt.pipeline.resident import ResidentLoader
+from famt.pipeline.loading.dataset import SampleTable
+from famt.pipeline.loading.loader import CropBatch, CropLoader
+from famt.pipeline.loading.resident import ResidentLoader
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, Component, resume
 from famt.train.config import TrainingOptions

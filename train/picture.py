@@ -19,8 +19,8 @@ from famt.patches import (
     patchify,
     unpatchify,
 )
-from famt.pipeline.masking import PatchBatch
-from famt.pipeline.model_scores import model_scores
+from famt.pipeline.loading.masking import PatchBatch
+from famt.pipeline.scoring.model_scores import model_scores
 from famt.sampling import PatchSplit, blended_weights
 from famt.train.signals.patch_weights import Weighed
 

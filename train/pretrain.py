@@ -26,13 +26,13 @@ from famt.methods import METHODS
 from famt.models import ModelConfig
 from famt.patch_counts import patch_counts
 from famt.patches import normalise
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_maps, load_samples
-from famt.pipeline.loader import CropBatch, own_share
-from famt.pipeline.masking import PatchBatch
-from famt.pipeline.model_scores import require_class_token
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.loading.loader import CropBatch, own_share
+from famt.pipeline.loading.masking import PatchBatch
+from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import JoinConfig
-from famt.pipeline.stage import stage_shards
+from famt.pipeline.scoring.model_scores import require_class_token
 from famt.train.checkpoint import Component
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks, data_parallel, join_ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.train.signals.config import FrequencyConfig
 from famt.train.signals.signal import Context, Signal
 

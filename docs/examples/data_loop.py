@@ -10,7 +10,7 @@ import torch
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
 from famt.patches import normalise
-from famt.pipeline.batches import famt_loader
+from famt.pipeline.loading.batches import famt_loader
 from famt.pipeline.options import LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.train.signals.config import FrequencyConfig
 from famt.train.signals.signal import Context, Signal
 

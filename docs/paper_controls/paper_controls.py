@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 from famt.train.signals.refreshed import Refreshed
 from famt.train.signals.signal import Context

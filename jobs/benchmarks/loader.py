@@ -25,10 +25,10 @@ from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
-from famt.pipeline.dataset import SampleTable, load_maps, load_samples
-from famt.pipeline.limits import own_cores
-from famt.pipeline.loader import CropLoader
-from famt.pipeline.masking import crop_scores, split_crops
+from famt.pipeline.loading.dataset import SampleTable, load_maps, load_samples
+from famt.pipeline.loading.limits import own_cores
+from famt.pipeline.loading.loader import CropLoader
+from famt.pipeline.loading.masking import crop_scores, split_crops
 from famt.pipeline.options import CACHED_EXPONENT, Checked, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 from famt.sampling import patch_weights

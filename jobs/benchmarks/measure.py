@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.options import Encoding
-from famt.pipeline.patterns import expand_shards
-from famt.pipeline.precompute import precompute_shard
-from famt.pipeline.publish import publish
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.sources import Item
-from famt.pipeline.writer import write_shards
+from famt.pipeline.scoring.precompute import precompute_shard
+from famt.pipeline.scoring.publish import publish
+from famt.pipeline.sharding.patterns import expand_shards
+from famt.pipeline.sharding.sources import Item
+from famt.pipeline.sharding.writer import write_shards
 
 Report = dict[str, object]
 

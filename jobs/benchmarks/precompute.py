@@ -21,11 +21,11 @@ from famt.jobs.benchmarks.measure import Report
 from famt.jobs.cluster import start_ray
 from famt.jobs.precompute_freq import score_shards
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.options import Checked
-from famt.pipeline.precompute import ShardReport, score_shard
 from famt.pipeline.scores import ScoreSpec
-from famt.pipeline.shards import content_id, list_shard
+from famt.pipeline.scoring.precompute import ShardReport, score_shard
+from famt.pipeline.sharding.shards import content_id, list_shard
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from annotated_types import Ge
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.jobs.benchmarks.training import BenchmarkOptions, open_steps
-from famt.pipeline.model_scores import model_maps
-from famt.pipeline.refresh import score_images
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
+from famt.pipeline.scoring.model_scores import model_maps
+from famt.pipeline.scoring.refresh import score_images
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.jobs.options import PrecomputeFreq
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache, ShardTable
-from famt.pipeline.dataset import load_maps, load_samples
-from famt.pipeline.manifest import ShardRecord
+from famt.pipeline.caching.cache import ScoreCache, ShardTable
+from famt.pipeline.caching.manifest import ShardRecord
+from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.options import Checked
 from famt.pipeline.scores import ScoreSpec
 

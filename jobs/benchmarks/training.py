@@ -15,9 +15,9 @@ import torch
 from annotated_types import Ge
 
 from famt.models import MODELS
-from famt.pipeline.limits import own_cores
-from famt.pipeline.loader import CropBatch
-from famt.pipeline.masking import PatchBatch
+from famt.pipeline.loading.limits import own_cores
+from famt.pipeline.loading.loader import CropBatch
+from famt.pipeline.loading.masking import PatchBatch
 from famt.pipeline.options import Checked
 from famt.train.config import Pretrain, parse
 from famt.train.distributed import join_ranks

@@ -16,9 +16,9 @@ from s3_server import environment, free_port, serve
 from samples import photo_members, score, tar_bytes
 
 from famt.jobs.cache import Gc, Ls, Show, Verify, main
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_maps, load_samples
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheError
+from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.scores import ScoreSpec
 
 

@@ -18,11 +18,11 @@ from samples import photo_members, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
-from famt.pipeline.generation import generation_path, open_generation
-from famt.pipeline.refresh import score_images
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
+from famt.pipeline.scoring.generation import generation_path, open_generation
+from famt.pipeline.scoring.refresh import score_images
 from famt.train import checkpoint
 from famt.train.encoder import Encoder, save_encoder
 from famt.train.signals.refresh_folder import RefreshFolder

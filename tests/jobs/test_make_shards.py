@@ -11,8 +11,8 @@ from samples import encode, photo
 
 from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
-from famt.pipeline.decode import decode
 from famt.pipeline.options import Encoding
+from famt.pipeline.scoring.decode import decode
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from samples import photo_members, tar_bytes
 
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheFullError
-from famt.pipeline.precompute import precompute_shard
+from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scores import ScoreSpec
+from famt.pipeline.scoring.precompute import precompute_shard
 
 ROOT = Path(__file__).parents[2]
 

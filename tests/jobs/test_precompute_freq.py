@@ -15,13 +15,13 @@ from samples import photo_members, tar_bytes
 
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_maps, load_samples
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.caching.gc import Collection, collect
 from famt.pipeline.errors import CacheError
-from famt.pipeline.gc import Collection, collect
-from famt.pipeline.precompute import precompute_shard, score_shard
-from famt.pipeline.publish import publish
-from famt.pipeline.shards import Rejected, content_id
+from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.scoring.precompute import precompute_shard, score_shard
+from famt.pipeline.scoring.publish import publish
+from famt.pipeline.sharding.shards import Rejected, content_id
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,7 +99,7 @@ def test_what_a_collection_took_before_it_was_published_is_made_again(
             took.extend(collect(cache, Collection(older_than=timedelta(0))))
         return publish(reports, cache, spec)
 
-    monkeypatch.setattr("famt.pipeline.publish.publish", collect_first)
+    monkeypatch.setattr("famt.pipeline.scoring.publish.publish", collect_first)
     assert main(_config(shards, tmp_path, spec)) == 0
     assert len(took) == 3
     assert _summary(capsys)["decoded_now"] == 15

@@ -12,8 +12,8 @@ from famt.jobs.options import RefreshScores
 from famt.jobs.refresh_scores import initial_encoder
 from famt.models import MODELS, ModelConfig
 from famt.pipeline.errors import UserError
-from famt.pipeline.generation import generations, open_generation
 from famt.pipeline.scores import encoder_digest
+from famt.pipeline.scoring.generation import generations, open_generation
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 

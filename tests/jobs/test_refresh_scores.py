@@ -20,9 +20,9 @@ from famt.jobs.refresh_scores import follow
 from famt.jobs.refresh_scores import main as refresh
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS, ModelConfig
-from famt.pipeline.dataset import load_samples
 from famt.pipeline.errors import UserError
-from famt.pipeline.generation import generation_path, generations, open_generation
+from famt.pipeline.loading.dataset import load_samples
+from famt.pipeline.scoring.generation import generation_path, generations, open_generation
 from famt.train import checkpoint
 from famt.train.checkpoint import CLASSIFIER, Checkpoint
 from famt.train.encoder import Encoder, save_encoder

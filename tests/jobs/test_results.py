@@ -15,7 +15,7 @@ from samples import photo_members, score, tar_bytes
 from famt.jobs import results
 from famt.jobs.grid import load
 from famt.jobs.tables import GridResult, table
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
 
 GRID = """

@@ -12,8 +12,8 @@ from ray_clusters import cluster
 from s3_server import free_port
 from samples import photo_members, tar_bytes
 
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_samples
 from famt.train import checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -24,16 +24,16 @@ from samples import encode, photo
 from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
 from famt.pipeline import storage
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_maps, load_samples
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.caching.gc import Collection, collect
+from famt.pipeline.caching.validity import look_up
 from famt.pipeline.errors import CacheError
-from famt.pipeline.gc import Collection, collect
-from famt.pipeline.loader import CropLoader
+from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
-from famt.pipeline.patterns import expand_shards
-from famt.pipeline.precompute import precompute_shard
-from famt.pipeline.publish import publish
-from famt.pipeline.validity import look_up
+from famt.pipeline.scoring.precompute import precompute_shard
+from famt.pipeline.scoring.publish import publish
+from famt.pipeline.sharding.patterns import expand_shards
 from famt.train.checkpoint import load
 from famt.train.pretrain import Pretrain
 from famt.train.pretrain import main as pretrain

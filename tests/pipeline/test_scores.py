@@ -8,8 +8,8 @@ import torch
 
 from famt.frequency import pixel_frequency
 from famt.pipeline import plugins
-from famt.pipeline.model_scores import model_maps
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
+from famt.pipeline.scoring.model_scores import model_maps
 
 
 def test_equal_specs_share_an_id_and_any_difference_parts_them():

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from famt.pipeline.loader import Views
-from famt.pipeline.masking import PatchBatch
+from famt.pipeline.loading.loader import Views
+from famt.pipeline.loading.masking import PatchBatch
 from famt.sampling import PatchSplit
 from famt.train.config import OptimiserConfig, Pretrain
 from famt.train.distributed import join_ranks

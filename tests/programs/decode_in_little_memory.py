@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from famt.pipeline.decode import decode
+from famt.pipeline.scoring.decode import decode
 
 
 def encode(kind, side, **options):

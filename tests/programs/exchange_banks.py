@@ -8,7 +8,7 @@ from samples import Rows, context
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.train.distributed import join_ranks
 from famt.train.signals.attention import Rolling
 from famt.train.signals.config import AttentionConfig

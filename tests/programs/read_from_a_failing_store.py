@@ -19,9 +19,9 @@ import torch
 from s3_server import environment, free_port, serve
 from samples import photo_members, tar_bytes
 
-from famt.pipeline import loader
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading import loader
+from famt.pipeline.loading.dataset import load_samples
 
 fault, every, epochs, seed, *images = sys.argv[1:]
 count = int(images[0]) if images else 20

@@ -3,9 +3,9 @@
 import resource
 import sys
 
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
-from famt.pipeline.loader import CropLoader
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_samples
+from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import LoaderConfig
 
 cache, soft, hard, *shards = sys.argv[1:]

@@ -7,12 +7,12 @@ import torch
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
-from famt.pipeline.generation import write_generation
-from famt.pipeline.loader import CropBatch
-from famt.pipeline.refresh import score_images
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_samples
+from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
+from famt.pipeline.scoring.generation import write_generation
+from famt.pipeline.scoring.refresh import score_images
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.signals.config import FrequencyConfig, RefreshConfig

@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from samples import photo_members, score, tar_bytes
 
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
 from famt.train import pretrain
 from famt.train.config import OptimiserConfig, Pretrain

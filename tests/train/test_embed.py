@@ -6,8 +6,8 @@ import pytest
 import torch
 from samples import score, tar_bytes
 
-from famt.pipeline.dataset import load_samples
-from famt.pipeline.loader import CropLoader
+from famt.pipeline.loading.dataset import load_samples
+from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig
 from famt.train import checkpoint, embed
 from famt.train.embed import main

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from famt.pipeline.dataset import load_maps, load_samples
-from famt.pipeline.loader import CropLoader
-from famt.pipeline.masking import crop_scores
+from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.loading.loader import CropLoader
+from famt.pipeline.loading.masking import crop_scores
 from famt.pipeline.options import JoinConfig, LoaderConfig, RandomView
 from famt.train import checkpoint, picture
 from famt.train.config import Pretrain

@@ -11,7 +11,7 @@ from launch import program_file
 from famt.patches import unpatchify
 from famt.pipeline.errors import CacheError
 from famt.pipeline.options import RandomView
-from famt.pipeline.patterns import expand_shards
+from famt.pipeline.sharding.patterns import expand_shards
 from famt.train.program import run_program
 
 

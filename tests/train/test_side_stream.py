@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.train.side_stream import SideStream, _tensors
 from famt.train.stop import Stop
 

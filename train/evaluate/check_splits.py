@@ -6,8 +6,8 @@ import sys
 from itertools import zip_longest
 
 from famt.pipeline import storage
-from famt.pipeline.dataset_json import NAME, described
 from famt.pipeline.errors import UserError
+from famt.pipeline.sharding.dataset_json import NAME, described
 from famt.train.evaluate.features import Images
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from famt.patches import normalise_images
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import SampleTable, load_samples
+from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.loader import CropBatch, CropLoader
+from famt.pipeline.loading.dataset import SampleTable, load_samples
+from famt.pipeline.loading.loader import CropBatch, CropLoader
+from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import CentreView, LoaderConfig, View
-from famt.pipeline.stage import stage_shards
 from famt.train.distributed import Ranks
 from famt.train.evaluate.options import Evaluation
 from famt.train.stop import Stop

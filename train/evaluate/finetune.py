@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from famt.models import ModelConfig
 from famt.patches import normalise_images
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.train.checkpoint import CLASSIFIER
 from famt.train.distributed import data_parallel
 from famt.train.evaluate.augmentation import Mixed, Mixer

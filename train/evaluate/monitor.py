@@ -10,9 +10,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.models import ModelConfig
-from famt.pipeline.cache import ScoreCache
-from famt.pipeline.dataset import load_samples
-from famt.pipeline.stage import stage_shards
+from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.loading.dataset import load_samples
+from famt.pipeline.loading.stage import stage_shards
 from famt.train.distributed import Ranks
 from famt.train.evaluate.features import Features, Images, default_centre, require_labels, top1
 from famt.train.evaluate.knn import predict
@@ -38,11 +38,11 @@ class Monitor:
         sizes: of the model.
         threads: CPU threads that decode; None takes this rank's share of the cores.
         ranks: the main rank.
-        stage: folder to copy the shards to; see `famt.pipeline.stage`.
+        stage: folder to copy the shards to; see `famt.pipeline.loading.stage`.
 
     Raises:
         UserError: images without a class, or too few.
-        CacheError: see `famt.pipeline.dataset.load_samples`.
+        CacheError: see `famt.pipeline.loading.dataset.load_samples`.
     """
 
     def __init__(

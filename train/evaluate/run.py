@@ -28,7 +28,7 @@ def run(options: Evaluation) -> dict[str, Value]:
 
     Raises:
         FileNotFoundError, UserError: see `famt.train.initial.build_initial_encoder`.
-        CacheError: see `famt.pipeline.dataset.load_samples`.
+        CacheError: see `famt.pipeline.loading.dataset.load_samples`.
     """
     name = options.evaluator()
     evaluator: Evaluator = resolve_name(f"famt.train.evaluate.{name}:{name}")

@@ -14,9 +14,9 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from famt.patches import normalise_images
 from famt.pipeline.errors import UserError
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.options import WholeView
-from famt.pipeline.segmentation_masks import IGNORED, crop_masks, decode_mask, read_masks
+from famt.pipeline.sharding.segmentation_masks import IGNORED, crop_masks, decode_mask, read_masks
 from famt.train.evaluate.features import Images, Value, warn_of_unlearned
 from famt.train.evaluate.options import Segment
 

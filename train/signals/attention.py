@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from famt.pipeline.loader import CropBatch
-from famt.pipeline.model_scores import score_crops
-from famt.pipeline.rolling import RollingScores, half_size
+from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.scores import check_model_kinds
+from famt.pipeline.scoring.model_scores import score_crops
+from famt.pipeline.scoring.rolling import RollingScores, half_size
 from famt.train.signals.banked import Banked
 from famt.train.signals.config import AttentionConfig
 from famt.train.signals.signal import Context, Signal

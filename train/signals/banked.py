@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from famt.pipeline.loader import CropBatch, Views
-from famt.pipeline.memory_bank import MapBank
+from famt.pipeline.loading.loader import CropBatch, Views
+from famt.pipeline.scoring.memory_bank import MapBank
 from famt.train.signals.signal import Context, Signal
 from famt.transfer import Fetched
 

@@ -7,8 +7,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from famt.pipeline.loader import CropBatch
-from famt.pipeline.masking import crop_scores
+from famt.pipeline.loading.loader import CropBatch
+from famt.pipeline.loading.masking import crop_scores
 from famt.train.signals.config import FrequencyConfig
 from famt.train.signals.signal import Context, Signal
 

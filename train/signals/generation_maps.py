@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from famt.pipeline.dataset import SampleTable
-from famt.pipeline.generation import GenerationError, open_generation, step_of
-from famt.pipeline.loader import CropBatch
-from famt.pipeline.masking import crop_scores
+from famt.pipeline.loading.dataset import SampleTable
+from famt.pipeline.loading.loader import CropBatch
+from famt.pipeline.loading.masking import crop_scores
 from famt.pipeline.scores import check_model_kinds
+from famt.pipeline.scoring.generation import GenerationError, open_generation, step_of
 from famt.train.distributed import Ranks
 
 _POLL = 0.2  # seconds

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from famt.models import PatchConfig
-from famt.pipeline.loader import CropBatch
-from famt.pipeline.masking import PatchBatch, split_crops
+from famt.pipeline.loading.loader import CropBatch
+from famt.pipeline.loading.masking import PatchBatch, split_crops
 from famt.pipeline.options import JoinConfig
 from famt.pipeline.plugins import find_plugin
 from famt.sampling import patch_weights

@@ -1,7 +1,7 @@
 """A run's folder `refresh`, through which the run and its refresh job communicate.
 
     encoder-<step>.pt        a generation by this encoder is due            written by the run
-    generation-<step>.zip    the generation; `famt.pipeline.generation`     written by the job
+    generation-<step>.zip    the generation (scoring/generation.py)         written by the job
     encoder-<step>.failed    why it could not be made                       written by the job
     epochs.json              which epoch started with which generation      written by the run
     finished                 no encoder will follow                         written by the run
@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from famt.pipeline.errors import UserError
-from famt.pipeline.generation import generation_path
+from famt.pipeline.scoring.generation import generation_path
 from famt.train.run_folder import written_whole
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.loader import CropBatch
 from famt.train.log import Log
 from famt.train.signals.cached import Cached
 from famt.train.signals.config import AttentionConfig, FrequencyConfig

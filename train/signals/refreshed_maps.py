@@ -10,9 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.pipeline import storage
-from famt.pipeline.dataset import SampleTable
-from famt.pipeline.generation import GenerationError, generations, open_generation, step_of
-from famt.pipeline.loader import CropBatch
+from famt.pipeline.loading.dataset import SampleTable
+from famt.pipeline.loading.loader import CropBatch
+from famt.pipeline.scoring.generation import GenerationError, generations, open_generation, step_of
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint
 from famt.train.config import Pretrain

@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.models import PatchConfig
-from famt.pipeline.dataset import SampleTable
-from famt.pipeline.loader import CropBatch, Views
+from famt.pipeline.loading.dataset import SampleTable
+from famt.pipeline.loading.loader import CropBatch, Views
 from famt.sampling import PatchSplit
 from famt.train.distributed import Ranks
 from famt.train.log import Log

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline.cache import ScoreCache
+from famt.pipeline.caching.cache import ScoreCache
 from famt.train import checkpoint
 from famt.train.distributed import Ranks
 from famt.train.evaluate.features import Images, open_images, top1

@@ -6,7 +6,7 @@ from samples import encode, score, tar_bytes
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.options import RandomView, WholeView
-from famt.pipeline.segmentation_masks import IGNORED, crop_masks, read_masks
+from famt.pipeline.sharding.segmentation_masks import IGNORED, crop_masks, read_masks
 from famt.train.distributed import Ranks
 from famt.train.evaluate import segment as module
 from famt.train.evaluate.features import open_images

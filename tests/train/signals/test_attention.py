@@ -10,8 +10,8 @@ from famt.geometry import crop_maps
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
-from famt.pipeline.dataset import load_samples
-from famt.pipeline.loader import CropBatch, CropLoader
+from famt.pipeline.loading.dataset import load_samples
+from famt.pipeline.loading.loader import CropBatch, CropLoader
 from famt.pipeline.options import LoaderConfig, RandomView, WholeView
 from famt.train.distributed import join_ranks
 from famt.train.signals.attention import Live, Rolling

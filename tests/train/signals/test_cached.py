@@ -2,7 +2,7 @@ import dataclasses
 
 import torch
 
-from famt.pipeline.masking import crop_scores
+from famt.pipeline.loading.masking import crop_scores
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 from famt.train.signals.config import FrequencyConfig

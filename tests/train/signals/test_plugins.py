@@ -14,7 +14,7 @@ from samples import photo
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
-from famt.pipeline.model_scores import model_scores
+from famt.pipeline.scoring.model_scores import model_scores
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run, main
 from famt.train.signals.config import AttentionConfig, FrequencyConfig

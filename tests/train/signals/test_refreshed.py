@@ -12,12 +12,17 @@ from samples import photo_members, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
-from famt.pipeline.dataset import load_maps, load_samples
-from famt.pipeline.generation import GenerationError, generations, open_generation, write_generation
-from famt.pipeline.loader import CropLoader, LoaderConfig
-from famt.pipeline.masking import crop_scores
-from famt.pipeline.refresh import score_images
+from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.loading.loader import CropLoader, LoaderConfig
+from famt.pipeline.loading.masking import crop_scores
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
+from famt.pipeline.scoring.generation import (
+    GenerationError,
+    generations,
+    open_generation,
+    write_generation,
+)
+from famt.pipeline.scoring.refresh import score_images
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
 from famt.train.encoder import load_encoder

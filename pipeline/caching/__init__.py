@@ -1,0 +1,1 @@
+"""The score cache: its objects, manifests, and garbage collection."""

@@ -1,0 +1,159 @@
+"""Manifests: which shard of which folder has which entry in the score cache.
+
+Each folder of shards has one manifest, a versioned object. A version is put only if its number is
+free, so any number of jobs may publish at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from obstore.exceptions import AlreadyExistsError
+
+from famt.pipeline import storage
+from famt.pipeline.caching.cache_store import CacheStore
+from famt.pipeline.storage import Version
+
+_KEEP_VERSIONS = 3
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """The state of a shard's file when it was read, and the id of its content."""
+
+    version: Version
+    shard_id: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    version: int
+    folder: str
+    records: dict[str, ShardRecord]
+
+
+class Manifests:
+    """The manifests of a cache."""
+
+    def __init__(self, store: CacheStore) -> None:
+        self._store = store
+
+    def read(self, folder: str) -> dict[str, ShardRecord]:
+        """Records of the shards in a folder, by file name.
+
+        Raises:
+            CacheError: the manifest is damaged.
+        """
+        return self._newest(_prefix(folder)).records
+
+    def publish(self, records: Mapping[str, ShardRecord]) -> None:
+        """Add records (URL -> record) to their folders' manifests, atomically for each folder.
+
+        Of two jobs that publish at once the second merges and tries again.
+        """
+        folders: dict[str, dict[str, ShardRecord]] = {}
+        for url, record in records.items():
+            folder, name = storage.split_url(url)
+            folders.setdefault(folder, {})[name] = record
+        for folder, new in folders.items():
+            while not self._change_once(folder, new, {}):
+                pass
+
+    def forget(self, folder: str, records: Mapping[str, ShardRecord]) -> None:
+        """Drop records (file name -> record) from a folder's manifest, atomically.
+
+        A record that was published anew meanwhile, and so differs, stays.
+        """
+        while not self._change_once(folder, {}, records):
+            pass
+
+    def lookup(self, urls: Iterable[str]) -> dict[str, ShardRecord]:
+        """Records of those URLs that have one, whether or not the files have changed."""
+        manifests: dict[str, dict[str, ShardRecord]] = {}
+        found = {}
+        for url in urls:
+            folder, name = storage.split_url(url)
+            if folder not in manifests:
+                manifests[folder] = self.read(folder)
+            if name in manifests[folder]:
+                found[url] = manifests[folder][name]
+        return found
+
+    def path(self, folder: str) -> str:
+        """Where in the cache the manifest of a folder lies."""
+        return _prefix(folder)
+
+    def folders(self) -> dict[str, dict[str, ShardRecord]]:
+        """Records of every known folder of shards, by file name.
+
+        Raises:
+            CacheError: a manifest is damaged.
+        """
+        found = {}
+        for name in self._store.children("datasets"):
+            manifest = self._newest(f"datasets/{name}")
+            if manifest.version:
+                found[manifest.folder] = manifest.records
+        return found
+
+    def _change_once(
+        self, folder: str, new: Mapping[str, ShardRecord], gone: Mapping[str, ShardRecord]
+    ) -> bool:
+        prefix = _prefix(folder)
+        old = self._newest(prefix)
+        stay = {name: record for name, record in old.records.items() if gone.get(name) != record}
+        merged = {**stay, **new}
+        if merged == old.records:
+            return True
+        shards = {
+            name: {
+                "size": record.version.size,
+                "stamp": record.version.stamp,
+                "id": record.shard_id,
+            }
+            for name, record in sorted(merged.items())
+        }
+        path = _path(prefix, old.version + 1)
+        try:
+            self._store.put_json(path, {"folder": folder, "shards": shards})
+        except AlreadyExistsError:
+            return False
+        versions = self._versions(prefix)
+        self._store.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
+        # A slow publisher may have put a number that was taken and cleared away meanwhile. Newer
+        # versions then lack its records, and it has to merge into those.
+        return versions[-1] == old.version + 1 or not self._is_missing(prefix, new)
+
+    def _is_missing(self, prefix: str, new: Mapping[str, ShardRecord]) -> bool:
+        records = self._newest(prefix).records
+        return any(records.get(name) != record for name, record in new.items())
+
+    def _newest(self, prefix: str) -> _Manifest:
+        """The newest version of a manifest, or an empty version 0."""
+        while versions := self._versions(prefix):
+            path = _path(prefix, versions[-1])
+            try:
+                content = self._store.get_json(path)
+            except FileNotFoundError:
+                continue  # cleared away since it was listed
+            records = {
+                name: ShardRecord(Version(entry["size"], entry["stamp"]), entry["id"])
+                for name, entry in content["shards"].items()
+            }
+            return _Manifest(versions[-1], content["folder"], records)
+        return _Manifest(0, "", {})
+
+    def _versions(self, prefix: str) -> list[int]:
+        return sorted(int(each.path[-13:-5]) for each in self._store.below(prefix))
+
+
+def _prefix(folder: str) -> str:
+    readable = re.sub(r"[^A-Za-z0-9_-]+", "-", folder.rpartition("/")[2]) or "root"
+    return f"datasets/{readable}-{hashlib.sha256(folder.encode()).hexdigest()[:12]}"
+
+
+def _path(prefix: str, version: int) -> str:
+    return f"{prefix}/{version:08d}.json"

@@ -1,0 +1,1 @@
+"""Scores: of pixels ahead of training, and by a model in training."""

@@ -1,0 +1,1 @@
+"""Tars: patterns of their names, their contents, and how they are made of images."""

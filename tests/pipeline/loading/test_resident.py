@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+import torch
+
+from famt.pipeline.loading import resident
+from famt.pipeline.loading.dataset import load_samples
+from famt.pipeline.loading.loader import CropLoader
+from famt.pipeline.loading.resident import ResidentLoader
+from famt.pipeline.options import LoaderConfig
+
+CONFIG = LoaderConfig(batch_size=8, image_size=48, shuffle_buffer=16, threads=1)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture
+def table(scored):
+    return load_samples(scored.shards, scored.cache, scored.spec)
+
+
+def resident_loader(table, config=CONFIG, **options):
+    return ResidentLoader(
+        table, dataclasses.replace(config, resident=True), drop_last=True, **options
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("crops", [1, 2])
+def test_views_are_those_of_the_other_loader_and_pixels_close_to_its(table, crops, device):
+    config = dataclasses.replace(CONFIG, crops_per_image=crops)
+    decoding = CropLoader(table, config, drop_last=True, device=device, seed=5)
+    holding = resident_loader(table, config, device=device, seed=5)
+    for decoded, held in zip(decoding, holding, strict=True):
+        for name in ("rows", "windows", "flips"):
+            assert torch.equal(getattr(decoded, name), getattr(held, name))
+        assert held.images.shape == decoded.images.shape
+        apart = (decoded.images.float() - held.images.float()).abs().mean((1, 2, 3))
+        # A filter on the whole image sees what lies beyond a crop's rim, this one does not.
+        assert apart.max() < (1.0 if crops == 1 and device == "cpu" else 6.0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_holds_its_share_alone(table, rank):
+    held = resident_loader(table, rank=rank, world_size=2)
+    seen = {row for batch in held for row in batch.rows.tolist()}
+    assert seen <= set(held.rows)
+    assert len(held._images) == len(held.rows) == 13
+
+
+def test_it_goes_on_from_its_state_with_the_very_next_batch(table):
+    held = resident_loader(table)
+    it = iter(held)
+    next(it)
+    state = held.state_dict()
+    expected = next(it)
+    other = resident_loader(table)
+    other.load_state_dict(state)
+    again = next(iter(other))
+    assert torch.equal(again.images, expected.images)
+    assert torch.equal(again.windows, expected.windows)
+
+
+def test_the_state_of_a_loader_that_decodes_is_refused(table):
+    decoded = CropLoader(table, CONFIG, drop_last=True)
+    with pytest.raises(ValueError, match="another batch size, view, seed"):
+        resident_loader(table).load_state_dict(decoded.state_dict())
+
+
+def test_images_that_memory_has_no_room_for_are_refused_with_the_remedy(table, monkeypatch):
+    monkeypatch.setattr(resident, "_ROOM", 1e-9)
+    with pytest.raises(ValueError, match=r"--resident: 26 images .* leave it out"):
+        resident_loader(table)
