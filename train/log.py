@@ -77,10 +77,11 @@ class Log:
             if self._timed >= _TIMED_STEPS or now - self._first >= _TIMED_SECONDS:
                 seconds = (now - self._first) / self._timed
                 left = self._bar.total - self._bar.n
-                tqdm.write(
-                    f"about {_duration(seconds * left)} to go: {left} steps of {seconds:.3g} s",
-                    file=sys.stderr,
-                )
+                if left:
+                    told = (
+                        f"about {_duration(seconds * left)} to go: {left} steps of {seconds:.3g} s"
+                    )
+                    tqdm.write(told, file=sys.stderr)
                 self._timed = -1
 
     def point(self, step: int, epoch: int, scalars: dict[str, float]) -> None:

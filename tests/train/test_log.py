@@ -1,13 +1,18 @@
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
+from tensorboard.summary.writer.event_file_writer import AtomicCounter
 
 from famt.train import log as log_module
 from famt.train.log import Log, evaluation_table, log_evaluation
 from famt.train.timing import Clock
 
 
-def test_a_run_that_is_begun_again_at_its_end_keeps_what_stands_there(tmp_path):
+def test_a_run_that_is_begun_again_at_its_end_keeps_what_stands_there(tmp_path, monkeypatch):
+    # Files of one second sort by this number's digits, so one of ten would come before one of nine.
+    monkeypatch.setattr(event_file_writer, "_global_uid", AtomicCounter(100))
+
     def again(step):
         return Log(tmp_path, step, 4, 8, Clock(torch.device("cpu")), "train")
 
