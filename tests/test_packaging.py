@@ -1,6 +1,8 @@
 """What a wheel holds: all rooms, under the one name."""
 
 import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -18,3 +20,11 @@ def test_every_package_is_in_the_wheel_under_the_name_it_is_imported_by():
     for package, patterns in declared["package-data"].items():
         folder = ROOT.joinpath(*package.split("."))
         assert all(list(folder.glob(each)) for each in patterns)
+
+
+def test_the_template_of_reports_is_found_in_a_folder_with_packages_of_the_same_names(tmp_path):
+    for name in ("train", "jobs", "pipeline"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not of this project')")
+    code = "from famt.train import report; report._template()"
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=env)

@@ -304,7 +304,7 @@ def _show(value: Any) -> str:
 
 
 def _template() -> Any:
-    text = resources.files("train").joinpath("report.html").read_text()
+    text = resources.files("famt.train").joinpath("report.html").read_text()
     return Environment(autoescape=True, undefined=StrictUndefined).from_string(text)
 
 
