@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from famt.models import ModelConfig
 from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.loader import CropBatch, CropLoader
-from famt.pipeline.loading.resident import ResidentLoader
+from famt.pipeline.loading.resident import crop_loader
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, Component, resume
 from famt.train.config import TrainingOptions
@@ -82,7 +82,7 @@ class Training(ABC, Generic[Batch]):
 
     def open_loader(self, image_size: int) -> CropLoader:
         """The loader of this rank's crops, of `image_size` px."""
-        return (ResidentLoader if self.config.resident else CropLoader)(
+        return crop_loader(
             self.samples,
             self.config.loader(image_size),
             drop_last=True,

@@ -19,8 +19,8 @@ from torch import Tensor
 from famt.models import PatchConfig
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.loading.dataset import load_maps, load_samples
-from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.loading.masking import PatchBatch, crop_scores, split_crops
+from famt.pipeline.loading.resident import crop_loader
 from famt.pipeline.options import CACHED_EXPONENT, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.generation import newest_generation
@@ -106,7 +106,7 @@ def famt_loader(
     score_cache = ScoreCache(cache, create=exponent == 0)
     table = load_samples(shards, score_cache, spec if cached else None)
     maps = load_maps(table, score_cache, spec) if cached else None
-    crop_loader = CropLoader(
+    crops_of_epoch = crop_loader(
         table,
         dataclasses.replace(loader or LoaderConfig(), image_size=patches.image_size),
         drop_last=True,
@@ -121,12 +121,12 @@ def famt_loader(
         score = partial(score_crops, "attention", encoder, size=half)
         look = RollingScores(MapBank(len(table), patches.grid), patches.grid, score)
     generator = torch.Generator(device).manual_seed(seed * world_size + rank)
-    total = epochs * crop_loader.steps_per_epoch
+    total = epochs * crops_of_epoch.steps_per_epoch
     for epoch in range(epochs):
         if refreshed and exponent:
             generation = newest_generation(Path(refreshed))
             maps = generation.maps(table, [kind], patches.grid)[kind]
-        for step, crops in enumerate(crop_loader, start=epoch * crop_loader.steps_per_epoch):
+        for step, crops in enumerate(crops_of_epoch, start=epoch * crops_of_epoch.steps_per_epoch):
             signals = {}
             if maps is not None:
                 signals["frequency"] = crop_scores(maps, crops, patches.grid)

@@ -13,12 +13,19 @@ from tqdm import tqdm
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dali_graphs import build_pipeline, rows_of, whole_image_graph
+from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.loader import CropLoader, Views
+from famt.pipeline.options import LoaderConfig
 from famt.resample import resample
 from famt.transfer import send
 
 _BATCH = 256  # images that are decoded at a time
 _ROOM = 0.5  # share of the free memory that the images may take
+
+
+def crop_loader(table: SampleTable, config: LoaderConfig, **options: Any) -> CropLoader:
+    """The loader that `config.resident` asks for; arguments and errors are those of its class."""
+    return (ResidentLoader if config.resident else CropLoader)(table, config, **options)
 
 
 class ResidentLoader(CropLoader):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -55,6 +57,15 @@ def test_equal_seeds_give_equal_batches_and_ranks_others(scored):
     rows = [torch.cat([each.patches.views.rows for each in share]).tolist() for share in shares]
     assert len(rows[0]) == len(rows[1])
     assert not set(rows[0]) & set(rows[1])
+
+
+def test_images_that_are_held_decoded_give_the_same_crops(scored):
+    read, held = (
+        _batches(scored, loader=dataclasses.replace(LOADER, resident=resident))[0]
+        for resident in (False, True)
+    )
+    assert torch.equal(read.patches.views.windows, held.patches.views.windows)
+    assert (read.images.float() - held.images.float()).abs().mean() < 4
 
 
 def test_the_blend_rises_over_all_epochs(scored):
