@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from blake3 import blake3
 
-from famt.kinds import DEFAULT_KIND, PIXEL_KINDS, check_pixel_score
+from famt.kinds import BANDS, DEFAULT_KIND, PIXEL_KINDS, check_pixel_score
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import Checked
 from famt.pipeline.plugins import find_plugin
@@ -63,7 +63,7 @@ class ScoreSpec(Checked):
             except ValueError as error:
                 raise UserError(str(error)) from None
         elif self.band is not None:
-            raise UserError(f"band is for {', '.join(PIXEL_KINDS)}; {self.kind!r} takes none")
+            raise UserError(f"band is for {', '.join(BANDS)}; {self.kind!r} takes none")
         if self.size > _MAX_SIZE:
             raise UserError(
                 f"grid x pixels_per_cell must be at most {_MAX_SIZE} px, got {self.size}"
