@@ -100,7 +100,7 @@ def _timm(
         arguments |= {"global_pool": pool, "fc_norm": "fc_norm.weight" in model.state_dict()}
     elif pool != "token":
         arguments["global_pool"] = pool
-    classes = model.num_classes
+    classes, pixels = model.num_classes, {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     config = {
         "architecture": name,
         "num_classes": classes,
@@ -113,8 +113,7 @@ def _timm(
             "interpolation": "bicubic",
             "crop_pct": 0.875 if sizes.image_size > 64 else 1.0,
             "crop_mode": "center",
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
+            **pixels,
             "num_classes": classes,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -123,7 +122,8 @@ def _timm(
     return {"model.safetensors": model.state_dict(), "config.json": config}, [
         f'timm.create_model("local-dir:{out}", pretrained=True)',
         f'timm.create_model("{name}", {_spelled({"num_classes": classes, **arguments})}, '
-        f'checkpoint_path="{out}/model.safetensors")',
+        f'checkpoint_path="{out}/model.safetensors", '
+        f"pretrained_cfg_overlay={pixels})",
     ]
 
 

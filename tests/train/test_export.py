@@ -55,6 +55,8 @@ def test_timm_gives_the_same_features(tiny_run, images, tmp_path, which):
     with torch.no_grad():
         features = theirs.forward_features(normalise_images(images))
     torch.testing.assert_close(features, _features(ours, images), rtol=0, atol=1e-5)
+    assert tuple(theirs.pretrained_cfg["mean"]) == (0.485, 0.456, 0.406)
+    assert tuple(theirs.pretrained_cfg["std"]) == (0.229, 0.224, 0.225)
 
 
 def test_timm_knows_size_and_normalisation_and_takes_a_head_and_another_size(tiny_run, tmp_path):
