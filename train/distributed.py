@@ -30,6 +30,7 @@ from famt.pipeline.errors import RankError, UserError
 # kernel closes its connections.
 _PATIENCE = timedelta(days=1)
 _GRACE = 2.0  # seconds for living ranks to report
+_PATIENT_GRACE = 10.0  # the same while more than one rank has not: a busy machine reports late
 _DRIVER = Path("/proc/driver/nvidia/version")
 _SHARED_MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else tempfile.gettempdir()
 
@@ -228,10 +229,13 @@ def _first_failure(
         store.set(keys[rank], own)
         if not in_collective:
             dist.destroy_process_group(control)  # closes its connections, so that the others notice
-        until = time.monotonic() + _GRACE
-        while not store.check(keys) and time.monotonic() < until:
+        began = time.monotonic()
+        while silent := [
+            name for name, key in zip(names, keys, strict=True) if not store.check([key])
+        ]:
+            if time.monotonic() - began > (_GRACE if len(silent) == 1 else _PATIENT_GRACE):
+                break
             time.sleep(0.1)
-        silent = [name for name, key in zip(names, keys, strict=True) if not store.check([key])]
         causes = [store.get(key).decode() for key in keys if store.check([key])]
         if rank == 0:
             time.sleep(_GRACE)  # this process may host the store, which others still read

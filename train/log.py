@@ -117,9 +117,13 @@ class Log:
         for board in self._boards:
             board.picture("crops", picture, step)
 
-    def close(self) -> None:
-        """Close progress bar and TensorBoard."""
+    def end_bar(self) -> None:
+        """End the progress bar."""
         self._bar.close()
+
+    def close(self) -> None:
+        """End the progress bar and close TensorBoard."""
+        self.end_bar()
         for board in self._boards:
             board.close()
 

@@ -217,6 +217,17 @@ class Training(ABC, Generic[Batch]):
             )
         self._saved_at, self._saved = time.monotonic(), self._position
         self._recent: list[tuple[Tensor, Tensor]] = []  # losses and rows since the last log point
+        try:
+            finished = self._epochs(stop)
+        finally:
+            if self.log:
+                self.log.end_bar()  # so that an error is the last line on the terminal
+        if self.log:
+            self.log.event(self.step, "finished" if finished else "stopped by a signal")
+            self.log.close()
+
+    def _epochs(self, stop: Stop) -> bool:
+        """Train, write a checkpoint and close the signals; False if asked to stop."""
         stopped = False
         # The last epoch still has to be ended after the last step.
         while (self.step < self.last_step or self.loader.step) and not stopped:
@@ -226,9 +237,7 @@ class Training(ABC, Generic[Batch]):
                 self._log_point()
             self._save()
         self.close(finished=not stopped)
-        if self.log:
-            self.log.event(self.step, "stopped by a signal" if stopped else "finished")
-            self.log.close()
+        return not stopped
 
     def _epoch(self, stop: Stop) -> bool:
         """The remaining steps of an epoch; False if asked to stop."""
