@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from ray_clusters import cluster, lose
 from samples import photo_members, tar_bytes
 
@@ -27,6 +28,15 @@ ROOT = Path(__file__).parents[2]
 
 
 IMAGES = 12 * 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As Ray's workers: with more threads sums differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
