@@ -233,13 +233,15 @@ class Classifiers(nn.Module):
             source = _source(pooling)
             if pooling == "attentive":
                 assert features.tokens is not None
-                tokens = self._standardise(features.tokens.to(device).float(), source)
-                pooled = attentive_pool(tokens, torch.stack([self.queries[str(n)] for n in mine]))
+                tokens = features.tokens.to(device).float()
+                queries = torch.stack([self.queries[str(n)] for n in mine])
+                # Means of standardised tokens, without standardising each token.
+                pooled = attentive_pool(tokens, queries / getattr(self, f"{source}_scale"))
             else:
-                pooled = self._standardise(getattr(features, source).to(device), source)
+                pooled = getattr(features, source).to(device)
             weights = torch.stack([self.weights[n] for n in mine]) * self.units[mine]
             biases = torch.stack([self.biases[n] for n in mine])[:, None]
-            inputs = pooled @ getattr(self, f"{source}_axes")
+            inputs = self._standardise(pooled, source) @ getattr(self, f"{source}_axes")
             logits |= zip(mine, inputs @ weights + biases, strict=True)
         return torch.stack([logits[n] for n in range(len(self.settings))])
 
