@@ -169,10 +169,13 @@ def finish(out: Path) -> None:
     shards = _folder(out) / "shards"
     print(f"\nencoder: {exported}, loaded by the lines above\npage:    famt report {out}")
     if list(shards.glob("val-*.tar")):
-        print(
-            f"probe:   famt evaluate probe --checkpoint {out} --cache {_folder(out) / 'scores'} "
-            f"--train '{shards}/train-*.tar' --val '{shards}/val-*.tar'"
+        inputs = (
+            f"--checkpoint {out} --cache {_folder(out) / 'scores'} --train '{shards}/train-*.tar' "
+            f"--val '{shards}/val-*.tar'"
         )
+        # Attentive pooling takes most of a probe's time.
+        print(f"k-NN:    famt evaluate knn {inputs}")
+        print(f"probe:   famt evaluate probe {inputs} --poolings cls mean")
 
 
 def _folder(out: Path) -> Path:

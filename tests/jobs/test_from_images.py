@@ -13,7 +13,7 @@ from PIL import Image
 from runs import log_events
 from samples import photo
 
-from famt.jobs.from_images import Images, look_at, prepare, suggest
+from famt.jobs.from_images import Images, finish, look_at, prepare, suggest
 from famt.jobs.options import RayPretrain
 from famt.pipeline.errors import UserError
 from famt.train.config import parse
@@ -104,6 +104,16 @@ def test_shards_of_other_images_or_classes_are_never_trained_on(photos, tmp_path
         label(lambda name: name[-5])
     with pytest.raises(UserError, match=r"was made before the images or classes of .* changed"):
         prepare(str(photos), labels, tmp_path / "run", scored=False)
+
+
+def test_k_nn_is_suggested_before_a_probe_that_takes_seconds(tmp_path, capsys):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    (tmp_path / "data" / "shards" / "val-000000.tar").touch()
+    finish(tmp_path)
+    *_, knn, probe = capsys.readouterr().out.splitlines()
+    assert "famt evaluate knn" in knn
+    assert probe.endswith("--poolings cls mean")
 
 
 @pytest.mark.slow
