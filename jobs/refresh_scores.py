@@ -133,8 +133,7 @@ def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
     try:
         yield
     finally:
-        job.terminate()
-        job.wait()
+        job.terminate()  # it shuts down its Ray, up to a minute; nobody needs what it is making
 
 
 def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) -> int:
@@ -154,7 +153,8 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
         return folder.finished.exists() or (left is not None and left.is_set())
 
     retry_at, failure = 0.0, None
-    with folder.followed(), tqdm(desc=f"following {run}", unit=" generations") as bar:
+    shown = "{desc}: {n_fmt} [{elapsed}]"
+    with folder.followed(), tqdm(desc=f"generations made for {run}", bar_format=shown) as bar:
         while not over():
             step = folder.due()
             if step is None or (failure and time.monotonic() < retry_at):

@@ -12,6 +12,7 @@ from runs import equal, log_events
 
 from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.pretrain import beside, main, worker_resources
+from famt.jobs.refresh_scores import following
 from famt.train import checkpoint
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from famt.train.signals.refresh_folder import RefreshFolder
@@ -62,7 +63,9 @@ def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, 
         time.sleep(0.2)
     plan, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert "1 times, every 2 epochs, by a job that follows this run\n" in plan  # none is lacking
+    assert (
+        "1 time(s), every 2 epoch(s), by a job that follows this run\n" in plan
+    )  # none is lacking
     (event,) = log_events(out, "generation")
     assert event["generation"] == 12
     assert not log_events(out, "refresh job ended")
@@ -71,6 +74,21 @@ def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, 
     psutil.wait_procs(started, timeout=30)
     assert not [each for each in started if each.is_running()]
     assert not RefreshFolder(out).is_followed()
+
+
+def test_the_end_of_a_training_does_not_wait_for_the_refresh_job(tmp_path, monkeypatch):
+    busy = tmp_path / "busy"
+    busy.write_text("#!/bin/sh\ntrap '' TERM\ntouch up\nwhile [ -e up ]; do sleep 0.1; done\n")
+    busy.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(busy))
+    with following(tmp_path, RefreshWorkers()):
+        while not (tmp_path / "up").exists():
+            time.sleep(0.01)
+        started = time.monotonic()
+    took = time.monotonic() - started
+    (tmp_path / "up").unlink()
+    assert took < 5
 
 
 def _arguments(process):

@@ -139,8 +139,8 @@ class RefreshedMaps:
         due = self._config.refreshes
         alone = due and not self._job.is_there
         return (
-            f"recomputed {len(due)} times, every {due.step} epochs, by a job that follows this run"
-            + (f"; none does: start `{self._job.command}`" if alone else "")
+            f"recomputed {len(due)} time(s), every {due.step} epoch(s), by a job that follows this "
+            "run" + (f"; none does: start `{self._job.command}`" if alone else "")
         )
 
     def close(self, *, finished: bool) -> None:
