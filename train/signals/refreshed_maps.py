@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from pathlib import Path
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.loading.dataset import SampleTable
@@ -144,9 +146,19 @@ class RefreshedMaps:
         )
 
     def close(self, *, finished: bool) -> None:
-        """Tell the job that no encoder will follow, if the run is finished."""
-        if finished and self._ranks.is_main:
-            self._folder.finish()
+        """Tell the job that no encoder will follow, if the run is finished, and print how many
+        generations it used."""
+        if not (finished and self._ranks.is_main) or self._folder.finished.exists():
+            return
+        self._folder.finish()
+        if not self._pinned and self._config.refreshes:
+            used, due = len(self._epochs.generations_since(0)), len(self._config.refreshes)
+            late = "none was ready in time: train for more epochs, or give --refresh.wait"
+            why = late if self._job.is_there else "no job followed the run to its end"
+            tqdm.write(
+                f"generations of refreshed maps used: {used} of {due}{'' if used else f'; {why}'}",
+                file=sys.stderr,
+            )
 
     def _await(self, step: int, stop: Stop, log: Log | None) -> bool:
         """Wait for the generation of a step; False if any rank is asked to stop instead."""

@@ -227,8 +227,26 @@ def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config, folder, c
     state = checkpoint.load(config.out)
     assert (state.step, state.signals) == (9, {"frequency": {"generation": None}})
     assert folder.finished.exists()
-    plan = capfd.readouterr().out
+    plan, told = capfd.readouterr()
     assert f"none does: start `famt refresh --follow {config.out}`" in plan
+    assert "generations of refreshed maps used: 0 of 1; no job followed the run" in told
+
+
+@pytest.mark.parametrize(
+    ("used", "told"), [((), "0 of 3; none was ready in"), ((3, 9), "2 of 3\n")]
+)
+def test_a_finished_run_tells_once_how_many_generations_it_used(
+    config, scored, folder, used, told, capsys
+):
+    with folder.followed():
+        maps = _maps(config, scored)
+        for epoch, generation in enumerate((None, *used)):
+            maps._epochs.write(epoch, 3 * epoch, generation)
+        maps.close(finished=True)
+        maps.close(finished=True)  # by the run's other signal
+    errors = capsys.readouterr().err
+    assert errors.count("generations of refreshed maps used: ") == 1
+    assert told in errors
 
 
 def test_the_pixel_score_weighs_until_there_is_a_generation(config, scored, refresh):
