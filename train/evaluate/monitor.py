@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from tqdm import tqdm
 
 from famt.models import ModelConfig
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.stage import stage_shards
 from famt.train.distributed import Ranks
-from famt.train.evaluate.features import Features, Images, default_centre, require_labels, top1
+from famt.train.evaluate.features import (
+    Features,
+    Images,
+    default_centre,
+    require_labels,
+    standard_error,
+    top1,
+)
 from famt.train.evaluate.knn import predict
 from famt.train.evaluate.options import Probe
 from famt.train.evaluate.probe import Setting, fit, part
@@ -84,6 +93,15 @@ class Monitor:
             log.event(step, "monitor failed", tell=True, reason=repr(error))
             return True
         table = self._images.table
+        tested, labels = len(self._tested), table.labels
+        shares = [f"{values[name] * 100:.1f}" for name in ("knn_cls", "knn_mean")]
+        spread = 100 * standard_error(values["knn_mean"], tested)
+        tqdm.write(
+            f"step {step}: k-NN {' / '.join(shares)} % ± {spread:.1f} (class token / mean of "
+            f"patches), tested on {tested} and learned from {len(table) - tested} images of "
+            f"{len(labels.unique())} classes",
+            file=sys.stderr,
+        )
         values["seconds"] = time.monotonic() - started
         log.found(step, "monitor", values, images=len(table), data=table.digest)
         return True

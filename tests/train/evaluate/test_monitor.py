@@ -45,7 +45,7 @@ def encoder():
     return MaskedAutoencoder(SIZES).encoder
 
 
-def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path):
+def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path, capsys):
     images = open_images(options(Evaluation, val=options(Evaluation).train), encoder, "val", RANKS)
     expected = images.features(encoder.eval())
     encoder.train()
@@ -69,6 +69,9 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
     torch.testing.assert_close(every.mean[:17], expected.mean, atol=1e-5, rtol=1e-4)
     found = predict(every.mean[known], every.labels[known], every.mean[tested])
     assert line["knn_mean"] == pytest.approx(top1(found, every.labels[tested]), abs=1e-5)
+    told = capsys.readouterr().err
+    assert f"tested on 5 and learned from {len(known)} images of " in told
+    assert f" / {100 * line['knn_mean']:.1f} % ± " in told
 
 
 def test_nothing_is_drawn_from_the_generator_of_the_training(scored, encoder, log):
