@@ -65,8 +65,8 @@ class OptimiserConfig:
     """learning rate at an effective batch of 256 images; scales with the batch"""
     weight_decay: Annotated[float, Ge(0)] = 0.05
     """weight decay, except for biases and norms"""
-    warmup_epochs: Annotated[float, Ge(0)] = 40.0
-    """epochs of linear warm-up from 0"""
+    warmup_epochs: Annotated[float | None, Ge(0)] = None
+    """epochs of linear warm-up from 0; if not given, a twentieth of the run, at most MAE's 40"""
     clip_norm: Annotated[float, Ge(0)] = 0.0
     """clip gradients to this global norm; 0 turns clipping off"""
     ema_decay: Annotated[float, Ge(0), Lt(1)] = 0.0

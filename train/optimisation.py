@@ -11,6 +11,8 @@ from torch import nn
 
 from famt.train.config import OptimiserConfig
 
+_WARMUP_EPOCHS = 40  # of MAE's pre-training for 800 and for 1,600 epochs
+
 
 class Optimisation:
     """Optimiser, schedule and averaged weights of a run; also counts its steps.
@@ -52,7 +54,8 @@ class Optimisation:
         self.effective_batch = effective_batch
         self.step = self.schedule_start = 0
         self.total_steps = epochs * steps_per_epoch
-        warmup_epochs = epochs / 20 if config.warmup_epochs is None else config.warmup_epochs
+        share = min(epochs / 20, _WARMUP_EPOCHS)
+        warmup_epochs = share if config.warmup_epochs is None else config.warmup_epochs
         self.warmup_steps = min(round(warmup_epochs * steps_per_epoch), self.total_steps // 2)
         self.learning_rate = config.base_learning_rate * effective_batch / 256
         self.optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=betas, fused=True)

@@ -60,6 +60,13 @@ def test_a_warm_up_takes_half_of_a_short_run_at_most():
     assert optimisation.warmup_steps == 6
 
 
+@pytest.mark.parametrize(("epochs", "warmup"), [(2, 10), (100, 500), (800, 4000), (1600, 4000)])
+def test_a_warm_up_is_a_twentieth_of_the_run_and_at_most_40_epochs(epochs, warmup):
+    config = dataclasses.replace(CONFIG, warmup_epochs=None)
+    _, optimisation = _make(config, epochs=epochs, steps_per_epoch=100)
+    assert optimisation.warmup_steps == warmup
+
+
 def test_groups_take_their_share_of_the_learning_rate():
     model = nn.Linear(3, 2)
     groups = [{"params": [model.weight], "lr_scale": 0.25}, {"params": [model.bias]}]

@@ -160,8 +160,6 @@ class FinetuneOptimiser(OptimiserConfig):
 
     base_learning_rate: Annotated[float, Gt(0)] = 5e-4
     """learning rate at an effective batch of 256 images; scales with the batch"""
-    warmup_epochs: Annotated[float | None, Ge(0)] = None  # type: ignore[assignment]
-    """epochs of linear warm-up from 0; a twentieth of the run if not given, as in MAE"""
     layer_decay: Annotated[float, Gt(0), Le(1)] = 0.65
     """each block's learning rate as a share of the next block's"""
 
