@@ -10,7 +10,6 @@ import json
 import os
 import statistics
 import sys
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,13 @@ import numpy as np
 from PIL import Image
 
 from famt.jobs import make_shards, precompute_freq
-from famt.jobs.options import MakeShards, PrecomputeFreq
+from famt.jobs.options import MakeShards, PrecomputeFreq, RayPretrain
 from famt.pipeline.errors import UserError
 from famt.pipeline.sharding.sources import open_source
 from famt.train import export
+from famt.train.config import TIMM
 from famt.train.options import Export
+from famt.train.recipe import Recipe, load
 from famt.train.run_folder import written_whole
 
 _LOOKED_AT = 200  # images to read the sizes of
@@ -92,30 +93,49 @@ def suggest(images: Images, *, gpu: bool) -> dict[str, str]:
     return {"model": "vit_nano", "optimiser.base-learning-rate": "2e-3", **options}
 
 
-def suggested(given: Namespace) -> list[str]:
-    """The options that `--data` implies; they precede the given ones.
+def suggested(given: RayPretrain, words: list[str]) -> list[str]:
+    """The options that `--data` implies, for all that neither the command line nor the recipe sets.
 
-    With --recipe or --model among the given ones, sizes and length are left to these.
+    Args:
+        given: the options of the command line.
+        words: the command line, each option without its value.
     """
-    folder = _folder(Path(given.out))
-    words = ["--shards", str(folder / "shards" / "train-*.tar"), "--cache", str(folder / "scores")]
-    images = look_at(given.data, given.labels and Path(given.labels))
+    assert given.data is not None
+    folder = _folder(given.out)
+    implied = [
+        "--shards",
+        str(folder / "shards" / "train-*.tar"),
+        "--cache",
+        str(folder / "scores"),
+    ]
+    images = look_at(given.data, given.labels)
     if images.can_be_monitored and not given.monitor:
-        words += ["--monitor", str(folder / "shards" / "val-*.tar")]
-    if not (given.recipe or given.model):
-        import torch
+        implied += ["--monitor", str(folder / "shards" / "val-*.tar")]
+    import torch
 
-        gpu = torch.cuda.is_available() and given.device != "cpu"
-        options = suggest(images, gpu=gpu)
-        where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
-        chosen = [word for name, value in options.items() for word in (f"--{name}", value)]
-        print(
-            f"{given.data}: {images.count} images, {images.classes or 'no'} classes, median side "
-            f"{images.side} px. Options for a first run on {where}: {' '.join(chosen)}",
-            file=sys.stderr,
-        )
-        words += chosen
-    return words
+    gpu = torch.cuda.is_available() and given.device != "cpu"
+    where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
+    options, taken = suggest(images, gpu=gpu), {*words}
+    base: Recipe | None = load(given.recipe)
+    while base and base.extends:  # the default recipe leaves all of them open
+        taken |= {each.partition("=")[0] for each in base.options}
+        base = base.extends
+    if "--model" in taken:  # the rate is that of the model
+        options.pop("optimiser.base-learning-rate", None)
+        if given.model.startswith(TIMM):  # so are the sizes
+            taken |= {"--image-size", "--patch-size"}
+    chosen = [
+        word
+        for name, value in options.items()
+        if f"--{name}" not in taken
+        for word in (f"--{name}", value)
+    ]
+    print(
+        f"{given.data}: {images.count} images, {images.classes or 'no'} classes, median side "
+        f"{images.side} px. Chosen for a first run on {where}: {' '.join(chosen) or 'nothing'}",
+        file=sys.stderr,
+    )
+    return implied + chosen
 
 
 def prepare(data: str, labels: Path | None, out: Path, *, scored: bool) -> None:

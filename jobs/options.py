@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import tyro
 from annotated_types import Ge, Le, Lt
 
+from famt.__main__ import called
 from famt.pipeline.errors import UserError
-from famt.pipeline.options import MAIN, Checked, Encoding, Seed
+from famt.pipeline.options import FREE, MAIN, PLACE, Checked, Encoding, Seed
 from famt.pipeline.scores import ScoreSpec
 from famt.train.config import Pretrain
+
+_WITHOUT_DATA = tyro.conf.arg(help_behavior_hint="(needed without --data)")
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,26 @@ class RefreshWorkers:
     """images per forward pass"""
 
 
-@dataclass(frozen=True)
-class RayPretrain(Pretrain):
-    """A pre-training run and its workers."""
+@dataclass(frozen=True, kw_only=True)
+class Data(Checked):
+    """Images that have no shards yet."""
 
     data: Annotated[str | None, MAIN] = None
     """images to train on, in place of --shards and --cache: a folder, or a named data set of `famt
-    shards`. Their shards and scores go to <out>/data. Without --model and --recipe, model and sizes
-    are chosen to suit the images and the machine"""
+    shards`. Their shards and scores go to <out>/data. Model, sizes and length are chosen to suit
+    the images and the machine, unless they are given or set by a recipe"""
     labels: Path | None = None
     """table of the classes of --data's images, as for `famt shards`"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayPretrain(Pretrain, Data):
+    """A pre-training run and its workers."""
+
+    shards: Annotated[list[str], FREE, PLACE, MAIN, _WITHOUT_DATA] = field(default_factory=list)
+    """tars, folders of tars, wildcards or brace patterns (quoted)"""
+    cache: Annotated[str, FREE, PLACE, MAIN, _WITHOUT_DATA] = ""
+    """folder or object-store URL of the score cache"""
     workers: Annotated[int, Ge(0), MAIN] = 0
     """ranks that Ray Train starts on the cluster; 0 trains in this process"""
     gpu: bool = False
@@ -54,19 +66,18 @@ class RayPretrain(Pretrain):
     refresher: RefreshWorkers = field(default_factory=RefreshWorkers)
 
     @classmethod
-    def with_suggestions(cls, arguments: list[str]) -> list[str]:
-        """The options that --data implies, followed by the given ones, which override them."""
-        if "--help" in arguments:
+    def with_suggestions(cls, arguments: list[str], default: Self) -> list[str]:
+        """The options that --data implies, followed by the given ones, which override them.
+
+        What is wrong with the given ones is told before the images are looked at.
+        """
+        words = [each.partition("=")[0] for each in arguments]
+        if "--help" in words or "--data" not in words:
             return arguments
-        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for name in ("data", "labels", "out", "monitor", "recipe", "model", "device"):
-            parser.add_argument(f"--{name}")
-        given, _ = parser.parse_known_args(arguments)
-        if None in (given.data, given.out):
-            return arguments
+        given = tyro.cli(cls, prog=called(), args=arguments, default=default)
         from famt.jobs.from_images import suggested
 
-        return [*suggested(given), *arguments]
+        return [*suggested(given, words), *arguments]
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,8 @@ def main(args: RayPretrain) -> None:
             )
         scored = config.cached_score is not None
         from_images.prepare(args.data, args.labels, config.out, scored=scored)
+    elif not (args.shards and args.cache):
+        raise UserError("give --data, a folder of images; or --shards and --cache")
     elif args.labels:
         raise UserError("--labels needs --data: it lists the classes of its images")
     if args.workers:

@@ -272,8 +272,8 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
             )
 
     @classmethod
-    def with_suggestions(cls, arguments: list[str]) -> list[str]:
-        """A command line with its shorthands spelled out."""
+    def with_suggestions(cls, arguments: list[str], default: Self) -> list[str]:
+        """A command line with its shorthands spelled out; `default` holds the recipe's options."""
         return arguments
 
     @property
@@ -369,7 +369,12 @@ def parse(
         elif argument.startswith("--recipe="):
             name = argument.partition("=")[2]
     default = _resolve(recipe.load(name), program)
-    missing = [each for each, value in _REQUIRED.items() if getattr(default, each) == value]
+    missing = [
+        each.name
+        for each in dataclasses.fields(program)
+        if each.default is each.default_factory is dataclasses.MISSING
+        and getattr(default, each.name) == _REQUIRED[each.name]
+    ]
     default = dataclasses.replace(default, recipe=name, **dict.fromkeys(missing, tyro.MISSING))
     about = f"{description or ''}\nRecipes:\n\n{recipe.overview()}"
     if {"-h", "--help"} & {*arguments}:
@@ -379,7 +384,7 @@ def parse(
         about += f"\n\nRecipes: {', '.join(recipe.names())}\n\n--help-all shows all options."
         return tyro.cli(short, prog=called(), args=arguments, default=default, description=about)
     arguments = ["--help" if each == "--help-all" else each for each in arguments]
-    arguments = program.with_suggestions(arguments)
+    arguments = program.with_suggestions(arguments, default)
     return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
 
 

@@ -57,8 +57,32 @@ def test_what_is_given_overrides_what_is_suggested(photos, capsys):
     assert chosen.monitor == []
     assert "40 images, 2 classes, median side 40 px" in capsys.readouterr().err
     named = parse([*common, "--recipe", "mae", "--model", "vit_tiny"], None, RayPretrain)
-    assert (named.model, named.epochs, named.sizes.image_size) == ("vit_tiny", 800, 224)
+    assert (named.model, named.epochs, named.sizes.patch_size) == ("vit_tiny", 800, 4)
+    assert named.optimiser.base_learning_rate == 1.5e-4
     assert named.cache == "run/data/scores"
+    assert "CPU cores: --image-size 32 --patch-size 4 --batch-size 10 --epochs 800" in (
+        capsys.readouterr().err
+    )
+    recipe = parse([*common, "--recipe", "cifar10"], None, RayPretrain)
+    assert recipe.epochs == 24
+    assert "--epochs" not in capsys.readouterr().err
+
+
+def test_wrong_options_are_told_before_the_images_are_looked_at(capsys):
+    for wrong in (["--epoch", "3", "--out", "o"], ["--epochs", "two", "--out", "o"], []):
+        with pytest.raises(SystemExit):
+            parse(["--data", "missing", *wrong], None, RayPretrain)
+        assert "missing is no folder" not in (told := capsys.readouterr().err)
+    assert "--out" in told
+    assert "--shards" not in told
+
+
+def test_the_help_shows_data_first_and_that_it_is_enough(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"], None, RayPretrain)
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())  # lines are wrapped
+    assert told.index("--data ") < told.index("--shards ")
+    assert told.count("(needed without --data)") == 2
 
 
 def test_many_labelled_images_are_monitored(photos, monkeypatch):
