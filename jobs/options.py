@@ -140,6 +140,8 @@ class PrecomputeFreq(Checked):
     gets new rows: other scores of it must be computed again, and runs on it cannot resume"""
     summary: str | None = None
     """file for a copy of the JSON summary"""
+    json: bool = False
+    """print the summary as one JSON line"""
 
     def __post_init__(self) -> None:
         super().__post_init__()

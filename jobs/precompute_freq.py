@@ -7,7 +7,7 @@
 Each task holds one tar in memory. Scores in the cache are found by the content of the tar, whatever
 its name, and are not computed again: repeat the command after a crash or when the data set has
 grown. Images that training cannot decode are quarantined with a reason and left out of training.
-Other files are counted by extension. A JSON summary is printed last.
+Other files are counted by extension. The last line is a summary: prose, or JSON with --json.
 
 Of a tar that is cut off or broken, the samples before the damage are used; every job on it reports
 the damage. Quarantined images stay so until --retry-bad judges them again, for example with newer
@@ -191,7 +191,8 @@ def _report(
     text = json.dumps(summary)
     if args.summary:
         Path(args.summary).write_text(text + "\n")
-    print(text)
+    in_words = f"scored {decoded} image(s) in {seconds:.0f} s; {kept} can be trained on"
+    print(text if args.json else in_words)
     say = partial(print, file=sys.stderr)
     reasons = {"damaged": [": ".join(each) for each in damaged.items()], "quarantined": quarantined}
     for what, lines in reasons.items():

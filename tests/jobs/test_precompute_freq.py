@@ -43,7 +43,8 @@ def shards(tmp_path):
 
 
 def _config(shards, tmp_path, spec, **options):
-    return PrecomputeFreq(shards=[str(shards)], cache=str(tmp_path / "cache"), spec=spec, **options)
+    where = {"shards": [str(shards)], "cache": str(tmp_path / "cache"), "spec": spec}
+    return PrecomputeFreq(**{**where, "json": True, **options})
 
 
 def _summary(capsys):
@@ -68,6 +69,8 @@ def test_a_job_scores_everything_once(cluster, shards, tmp_path, spec, capsys):
     before = _files(tmp_path / "cache")
     assert main(config) == 0
     assert _summary(capsys)["scored_now"] == 0
+    assert main(dataclasses.replace(config, json=False)) == 0
+    assert capsys.readouterr().out.endswith("scored 0 image(s) in 0 s; 15 can be trained on\n")
     assert _files(tmp_path / "cache") == before
 
 

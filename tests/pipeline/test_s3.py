@@ -90,7 +90,7 @@ def test_the_whole_path_runs_on_s3(bucket, shards, tmp_path):
     """Ray scores, training reads shards and scores, and a second experiment computes nothing."""
     command = [
         sys.executable, "jobs/precompute_freq.py", "--shards", shards,
-        "--cache", f"{bucket}/scores",
+        "--cache", f"{bucket}/scores", "--json",
     ]  # fmt: skip
     summaries = []
     for _ in range(2):
