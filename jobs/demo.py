@@ -9,7 +9,6 @@ classes are trained on too, without the probe.
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,8 +94,6 @@ def main(demo: Demo) -> None:
         f"encoder: famt export {run} --to timm --out {folder / 'exported'}\n"
         f"took {minutes:.1f} minutes"
     )
-    found = {"demo": accuracy, "minutes": round(minutes, 2)}
-    print(json.dumps({**found, "picture": str(picture), "page": str(page)}))
 
 
 @contextmanager

@@ -111,8 +111,8 @@ def initial_encoder(args: RefreshScores) -> Encoder:
 def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
     """Follow a run in a separate process, on the Ray cluster of this process if it has joined one.
 
-    The process ends with this context, or with this process, however that ends. Its output is
-    appended to <run>/refresh.log.
+    At the end of this context, or of this process, however that ends, the process is asked to end
+    too; it shuts down its Ray first, for up to a minute. Its output goes to <run>/refresh.log.
     """
     options = [
         f"--{name.replace('_', '-')}={value}"
@@ -133,7 +133,7 @@ def following(run: Path, workers: RefreshWorkers) -> Iterator[None]:
     try:
         yield
     finally:
-        job.terminate()  # it shuts down its Ray, up to a minute; nobody needs what it is making
+        job.terminate()  # without waiting: nobody needs what it is making
 
 
 def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) -> int:
