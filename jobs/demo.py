@@ -29,7 +29,7 @@ from famt.pipeline.sharding.patterns import expand_shards
 from famt.pipeline.sharding.sources import DIGITS
 from famt.train import figures, pretrain, report
 from famt.train.config import Pretrain, parse
-from famt.train.evaluate.options import Probe
+from famt.train.evaluate.evaluators.probe import Probe
 from famt.train.evaluate.run import run as evaluate
 from famt.train.options import Figures, Report
 from famt.train.program import parsed, run_program

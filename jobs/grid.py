@@ -19,10 +19,12 @@ from famt.jobs.costs import StepCost
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import FREE
 from famt.train import history
-from famt.train.config import Pretrain, parse
-from famt.train.evaluate.options import EVALUATIONS, Evaluation
+from famt.train.config import Pretrain, TrainingOptions, parse
+from famt.train.evaluate.evaluation import Evaluation
+from famt.train.evaluate.evaluators import EVALUATORS
 
 Names = Annotated[list[str], Field(min_length=1)]
+_OF_RUNS = tuple(n for n, kind in EVALUATORS.items() if not issubclass(kind, TrainingOptions))
 
 
 class Row(BaseModel):
@@ -48,7 +50,7 @@ class Grid(BaseModel):
     epochs: Annotated[int, Field(ge=1)]
     seeds: Annotated[list[int], Field(min_length=1)]
     options: str = ""
-    evaluations: dict[Literal["knn", "probe", "segment"], str] = {}
+    evaluations: dict[Literal[_OF_RUNS], str] = {}  # type: ignore[valid-type]
     reference: str
     row: list[Row]
 
@@ -104,10 +106,10 @@ class Grid(BaseModel):
         """
         arguments = [
             "--checkpoint", checkpoint, "--cache", self.cache, "--train", *self.train,
-            "--val", *self.val, *shlex.split(self.evaluations[name]),  # type: ignore[index]
+            "--val", *self.val, *shlex.split(self.evaluations[name]),
         ]  # fmt: skip
         try:
-            return arguments, tyro.cli(EVALUATIONS[name], args=arguments)
+            return arguments, tyro.cli(EVALUATORS[name], args=arguments)
         except SystemExit:
             raise UserError(f"evaluation {name!r}: its options are wrong, see above") from None
 

@@ -20,7 +20,7 @@ from famt.jobs.cache import Command
 from famt.jobs.gpu_check import GpuCheck
 from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RayPretrain, RefreshScores, Results
 from famt.train.config import Pretrain
-from famt.train.evaluate.options import EVALUATIONS
+from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.options import Embed, Export, Figures, Report
 from famt.train.program import parsed
 
@@ -45,7 +45,7 @@ PROGRAMS = {
         f"famt.jobs.cache {each.__origin__.__name__.lower()}": each.__origin__
         for each in typing.get_args(Command)
     },
-    **{f"famt.train.evaluate {name}": kind for name, kind in EVALUATIONS.items()},
+    **{f"famt.train.evaluate {name}": kind for name, kind in EVALUATORS.items()},
 }
 
 

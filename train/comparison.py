@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 
 from famt.pipeline.options import FREE, annotated
 from famt.train.config import Pretrain
-from famt.train.evaluate.options import Finetune
+from famt.train.evaluate.evaluators import EVALUATORS
+from famt.train.evaluate.evaluators.finetune import Finetune
 from famt.train.history import Basis, Found, History, Point
 
 METRICS = {
-    "k-NN, class token": {"monitor": "knn_cls", "knn": "top1_cls"},
-    "k-NN, mean of patches": {"monitor": "knn_mean", "knn": "top1_mean"},
-    "Probe, class token": {"monitor": "probe_cls", "probe": "top1_cls"},
-    "Probe, mean of patches": {"monitor": "probe_mean", "probe": "top1_mean"},
-    "Probe, attentive pooling": {"probe": "top1_attentive"},
-    "Segmentation, mean IoU": {"segment": "miou"},
+    title: {"monitor": value.replace("top1", name), name: value}
+    for name, evaluator in EVALUATORS.items()
+    for title, value in evaluator.metrics.items()
 }
 """What is compared -> by evaluator, the name of its value, in [0, 1]."""
 

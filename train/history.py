@@ -57,7 +57,7 @@ class Basis:
 @dataclass(frozen=True)
 class Found:
     """A result of an evaluator or of the monitor at a step; `options` as in
-    `famt.train.evaluate.options.Evaluation.conditions`."""
+    `famt.train.evaluate.evaluation.Evaluation.conditions`."""
 
     step: int
     epoch: float

@@ -224,7 +224,7 @@ def log_evaluation(
         weights: trained, ema or untrained.
         values: the result; numbers become curves `<name>/<value>`, or `<name>_<weights>/<value>` if
             the weights are not the trained ones.
-        options: what else it depends on; see `famt.train.evaluate.options.Evaluation.conditions`.
+        options: what else it depends on; see `famt.train.evaluate.evaluation`.
     """
     about = {"evaluator": name, "weights": weights, "options": options}
     write_event(folder, step, "evaluation", **about, **values)

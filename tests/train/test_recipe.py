@@ -11,7 +11,7 @@ from famt.jobs.options import MakeShards, PrecomputeFreq, RayPretrain, RefreshSc
 from famt.pipeline.options import FREE, JoinConfig, annotated
 from famt.train import recipe
 from famt.train.config import Pretrain, parse
-from famt.train.evaluate.options import EVALUATIONS
+from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.options import Export, Recipes
 from famt.train.program import run_program
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
@@ -196,7 +196,7 @@ PROGRAMS = {
     "score": PrecomputeFreq,
     "refresh": RefreshScores,
     "export": Export,
-    **{f"evaluate {name}": options for name, options in EVALUATIONS.items()},
+    **{f"evaluate {name}": options for name, options in EVALUATORS.items()},
 }
 
 

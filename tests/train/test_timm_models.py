@@ -16,7 +16,7 @@ from famt.sampling import PatchSplit
 from famt.train import checkpoint
 from famt.train.config import Pretrain
 from famt.train.embed import main as embed
-from famt.train.evaluate.options import Finetune
+from famt.train.evaluate.evaluators.finetune import Finetune
 from famt.train.evaluate.run import run as evaluate
 from famt.train.export import main as export
 from famt.train.initial import build_initial_encoder, load_initial

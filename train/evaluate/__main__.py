@@ -3,18 +3,13 @@
     famt evaluate knn --checkpoint runs/first --cache scores/ \\
         --train 'shards/train-*.tar' --val 'shards/val-*.tar'
 
-    knn       a vote of the nearest training images; nothing is learned
-    probe     linear classifiers on the frozen encoder, and attentive pooling
-    segment   a linear classifier of the frozen encoder's patches, against masks
-    finetune  encoder and classifier trained together, as a run of its own in --out
-
 Prints a table, or one JSON line with --json. If the encoder is from a run of ours, the result is
 also added to that run's log and TensorBoard curves.
 """
 
 from __future__ import annotations
 
-from famt.train.evaluate.options import Evaluate
+from famt.train.evaluate.evaluators import Evaluate
 from famt.train.evaluate.run import run as main
 from famt.train.program import parsed, run_program
 

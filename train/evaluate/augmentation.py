@@ -14,7 +14,7 @@ from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 
 from famt.patches import normalise_images
-from famt.train.evaluate.options import Mixing
+from famt.train.evaluate.evaluators.finetune import Mixing
 
 # At timm's maximum, 10, posterizing keeps 0 bits, which Pillow refuses.
 _STRONGEST = 9.99

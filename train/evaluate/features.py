@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -20,15 +19,13 @@ from famt.pipeline.loading.loader import CropBatch, CropLoader
 from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import CentreView, LoaderConfig, View
 from famt.train.distributed import Ranks
-from famt.train.evaluate.options import Evaluation
+from famt.train.evaluate.evaluation import Evaluation
 from famt.train.stop import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
 
 Value = float | int | str
-Options = TypeVar("Options", bound=Evaluation)
 Results = Iterable[tuple[str, Value]]
-Evaluator = Callable[[VisionTransformer, "Images", "Images", Options], Results]
 
 
 @dataclass(frozen=True)

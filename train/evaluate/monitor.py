@@ -16,6 +16,8 @@ from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.stage import stage_shards
 from famt.train.distributed import Ranks
+from famt.train.evaluate.classifiers import Setting, fit, part
+from famt.train.evaluate.evaluators.probe import Probe
 from famt.train.evaluate.features import (
     Features,
     Images,
@@ -24,9 +26,7 @@ from famt.train.evaluate.features import (
     standard_error,
     top1,
 )
-from famt.train.evaluate.knn import predict
-from famt.train.evaluate.options import Probe
-from famt.train.evaluate.probe import Setting, fit, part
+from famt.train.evaluate.neighbours import predict
 from famt.train.log import Log
 from famt.train.stop import Stop, Stopped
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from pkgutil import resolve_name
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -15,8 +14,8 @@ from famt.models import ModelConfig
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
 from famt.train.evaluate.check_splits import check_pair
-from famt.train.evaluate.features import Evaluator, Value, open_images
-from famt.train.evaluate.options import Evaluation
+from famt.train.evaluate.evaluation import Evaluation
+from famt.train.evaluate.features import Value, open_images
 from famt.train.initial import build_initial_encoder
 from famt.train.log import evaluation_table, log_evaluation, rounded
 
@@ -31,7 +30,6 @@ def run(options: Evaluation) -> dict[str, Value]:
         CacheError: see `famt.pipeline.loading.dataset.load_samples`.
     """
     name = options.evaluator()
-    evaluator: Evaluator = resolve_name(f"famt.train.evaluate.{name}:{name}")
     torch.manual_seed(options.seed)
     options = dataclasses.replace(options, checkpoint=_latest(options.checkpoint))
     encoder, of_run = open_encoder(options), _run_of(options.checkpoint)
@@ -39,7 +37,7 @@ def run(options: Evaluation) -> dict[str, Value]:
         encoder = encoder.to(ranks.device)
         train, val = (open_images(options, encoder, each, ranks) for each in ("train", "val"))
         check_pair(train, val)
-        found = dict(evaluator(encoder, train, val, options))
+        found = dict(options.measure(encoder, train, val))
     if not found or not ranks.is_main:
         return found
     about: dict[str, Value] = {"evaluate": name, "checkpoint": options.checkpoint}

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from famt.train.config import Pretrain
-from famt.train.evaluate.options import Evaluation
+from famt.train.evaluate.evaluation import Evaluation
 from famt.train.pretrain import main as pretrain
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from famt.train.evaluate.augmentation import Mixer
-from famt.train.evaluate.options import Mixing
+from famt.train.evaluate.evaluators.finetune import Mixing
 
 PLAIN = {"randaugment": "", "mixup": 0, "cutmix": 0, "label_smoothing": 0, "drop_path": 0}
 

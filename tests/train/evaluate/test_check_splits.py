@@ -4,7 +4,8 @@ import pytest
 import torch
 from samples import photo_members, score, tar_bytes
 
-from famt.train.evaluate.options import EVALUATIONS, Knn
+from famt.train.evaluate.evaluators import EVALUATORS
+from famt.train.evaluate.evaluators.knn import Knn
 from famt.train.evaluate.run import run
 
 
@@ -59,7 +60,7 @@ def test_a_description_by_somebody_else_is_passed_over(options, scored):
 
 @pytest.mark.parametrize("name", ["knn", "probe"])
 def test_classes_that_nothing_was_learned_of_are_said_or_refused(options, shards, name, capsys):
-    kind = EVALUATIONS[name]
+    kind = EVALUATORS[name]
     train = shards("train", [0, 1] * 10, 100)
     run(options(kind, train=train, val=shards("more", [0, 1, 2, 5, 5], 200)))
     said = capsys.readouterr().err

@@ -12,8 +12,8 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
 from famt.train.distributed import Ranks
+from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.features import open_images, require_labels, standard_error, top1
-from famt.train.evaluate.options import Evaluation
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 

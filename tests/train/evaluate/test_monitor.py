@@ -14,10 +14,10 @@ from famt.models import MODELS
 from famt.pipeline.caching.cache import ScoreCache
 from famt.train import checkpoint
 from famt.train.distributed import Ranks
+from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.features import Images, open_images, top1
-from famt.train.evaluate.knn import predict
 from famt.train.evaluate.monitor import Monitor
-from famt.train.evaluate.options import Evaluation
+from famt.train.evaluate.neighbours import predict
 from famt.train.log import Log
 from famt.train.pretrain import main as pretrain
 from famt.train.stop import Stop

@@ -9,7 +9,8 @@ from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.train.checkpoint import load_model
-from famt.train.evaluate.options import EVALUATIONS, Knn
+from famt.train.evaluate.evaluators import EVALUATORS
+from famt.train.evaluate.evaluators.knn import Knn
 from famt.train.evaluate.run import run
 from famt.train.pretrain import main as pretrain
 
@@ -66,7 +67,7 @@ def test_images_without_a_class_are_named(request, scored, options, tmp_path, na
     path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
     score([path], scored.cache, scored.spec)
     with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
-        run(options(EVALUATIONS[name], train=[str(path)]))
+        run(options(EVALUATORS[name], train=[str(path)]))
 
 
 @pytest.mark.slow
@@ -75,5 +76,5 @@ def test_the_door_lists_its_evaluators():
         [sys.executable, "-m", "famt.train.evaluate", "--help"], capture_output=True, text=True
     )
     assert told.returncode == 0
-    for name in EVALUATIONS:
+    for name in EVALUATORS:
         assert name in told.stdout

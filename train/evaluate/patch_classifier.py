@@ -17,8 +17,8 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.options import WholeView
 from famt.pipeline.sharding.segmentation_masks import IGNORED, crop_masks, decode_mask, read_masks
+from famt.train.evaluate.evaluators.segment import Segment
 from famt.train.evaluate.features import Images, Value, warn_of_unlearned
-from famt.train.evaluate.options import Segment
 
 
 def segment(

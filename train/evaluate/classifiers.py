@@ -14,21 +14,12 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from famt.pipeline.errors import UserError
-from famt.train.evaluate.features import (
-    Features,
-    Images,
-    Value,
-    class_count,
-    require_labels,
-    standard_error,
-    top1,
-)
-from famt.train.evaluate.options import Pooling, Probe
+from famt.train.evaluate.evaluators.probe import Pooling, Probe
+from famt.train.evaluate.features import Features, Value, class_count, standard_error, top1
 
 
 @dataclass(frozen=True)
@@ -40,22 +31,10 @@ class Setting:
     penalty: float
 
 
-def probe(
-    encoder: VisionTransformer, train: Images, val: Images, options: Probe
-) -> Iterator[tuple[str, Value]]:
-    """Top-1 accuracy of the classifier chosen by held-out images, and of the best of each pooling,
-    with standard errors and the settings chosen."""
-    require_labels(train, val)
-    keep = "attentive" in options.poolings
-    known, asked = (each.features(encoder, tokens=keep) for each in (train, val))
-    heads = encoder.blocks[-1].attn.num_heads
-    yield from score(known, asked, options, heads, train.device)
-
-
 def score(
     train: Features, val: Features, options: Probe, heads: int, device: torch.device
 ) -> Iterator[tuple[str, Value]]:
-    """As `probe`, of features; attentive pooling has `heads`."""
+    """The measures of a probe; attentive pooling has `heads`."""
     classes = class_count(train.labels, val.labels)
     chosen = choose(train, options, classes, heads, device)
     everything = torch.arange(len(train.labels))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from famt.train.evaluate.classifiers import Setting, attentive_pool, choose, fit, part, score
+from famt.train.evaluate.evaluators.probe import Probe
 from famt.train.evaluate.features import Features
-from famt.train.evaluate.options import Probe
-from famt.train.evaluate.probe import Setting, attentive_pool, choose, fit, part, score
 from famt.train.evaluate.run import run as evaluate
 
 CPU = torch.device("cpu")

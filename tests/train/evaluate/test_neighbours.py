@@ -3,8 +3,8 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from famt.train.evaluate import knn as module
-from famt.train.evaluate.knn import predict
+from famt.train.evaluate import neighbours as module
+from famt.train.evaluate.neighbours import predict
 
 
 def _clouds(count, seed):

@@ -8,11 +8,11 @@ from famt.models import MODELS
 from famt.pipeline.options import RandomView, WholeView
 from famt.pipeline.sharding.segmentation_masks import IGNORED, crop_masks, read_masks
 from famt.train.distributed import Ranks
-from famt.train.evaluate import segment as module
+from famt.train.evaluate import patch_classifier as module
+from famt.train.evaluate.evaluators.segment import Segment
 from famt.train.evaluate.features import open_images
-from famt.train.evaluate.options import Segment
+from famt.train.evaluate.patch_classifier import segment
 from famt.train.evaluate.run import run as evaluate
-from famt.train.evaluate.segment import segment
 
 RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 

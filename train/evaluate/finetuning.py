@@ -23,6 +23,7 @@ from famt.train.checkpoint import CLASSIFIER
 from famt.train.distributed import data_parallel
 from famt.train.evaluate.augmentation import Mixed, Mixer
 from famt.train.evaluate.discriminant import discriminants
+from famt.train.evaluate.evaluators.finetune import Finetune, Mixing
 from famt.train.evaluate.features import (
     Images,
     Value,
@@ -30,7 +31,6 @@ from famt.train.evaluate.features import (
     require_labels,
     standard_error,
 )
-from famt.train.evaluate.options import Finetune, Mixing
 from famt.train.log import log_evaluation
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation

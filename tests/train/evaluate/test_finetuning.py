@@ -20,9 +20,9 @@ from famt.patches import normalise_images
 from famt.train import checkpoint
 from famt.train.distributed import Ranks
 from famt.train.embed import main as embed
+from famt.train.evaluate.evaluators.finetune import Finetune, FinetuneOptimiser, Mixing
 from famt.train.evaluate.features import Images, open_images
-from famt.train.evaluate.finetune import Finetuning
-from famt.train.evaluate.options import Finetune, FinetuneOptimiser, Mixing
+from famt.train.evaluate.finetuning import Finetuning
 from famt.train.evaluate.run import open_encoder
 from famt.train.evaluate.run import run as evaluate
 from famt.train.export import main as export

@@ -1,44 +1,14 @@
-"""k-nearest-neighbour classification by the features as they are; nothing is learned."""
+"""A vote of the nearest neighbours."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.train.evaluate.features import (
-    Images,
-    Value,
-    class_count,
-    require_labels,
-    standard_error,
-    top1,
-)
-from famt.train.evaluate.options import Knn
+from famt.train.evaluate.features import class_count
 
 _QUERIES, _KEYS = 4096, 65536  # images per block of similarities: 1 GB
-
-
-def knn(
-    encoder: VisionTransformer, train: Images, val: Images, options: Knn
-) -> Iterator[tuple[str, Value]]:
-    """Top-1 accuracy by the class token, and by the mean of the patch tokens."""
-    require_labels(train, val)
-    known, asked = train.features(encoder), val.features(encoder)
-    for pooling in ("cls", "mean"):
-        predicted = predict(
-            getattr(known, pooling).to(train.device),
-            known.labels.to(train.device),
-            getattr(asked, pooling).to(train.device),
-            k=options.k,
-            temperature=options.temperature,
-        )
-        share = top1(predicted.cpu(), asked.labels)
-        yield f"top1_{pooling}", share
-        yield f"stderr_{pooling}", standard_error(share, len(val))
 
 
 def predict(

@@ -1,0 +1,40 @@
+"""Semantic segmentation by a linear classifier of the patch tokens of a frozen encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from annotated_types import Ge, Gt
+
+from famt.pipeline.options import RandomView
+from famt.train.evaluate.evaluation import Evaluation
+
+if TYPE_CHECKING:
+    from timm.models.vision_transformer import VisionTransformer
+
+    from famt.train.evaluate.features import Images, Results
+
+
+@dataclass(frozen=True)
+class Segment(Evaluation):
+    """Linear segmentation: patch tokens against the masks `<key>.mask.png` in the shards."""
+
+    learning_rate: Annotated[float, Gt(0)] = 1e-2
+    """learning rate of Adam, with cosine decay"""
+    epochs: Annotated[int, Ge(1)] = 20
+    """passes over the images, at least, each with new crops"""
+    steps: Annotated[int, Ge(1)] = 500
+    """steps, at least; small sets get more passes"""
+    step_images: Annotated[int, Ge(1)] = 32
+    """crops per step"""
+    view: RandomView = field(default_factory=lambda: RandomView(area=(0.25, 1.0)))
+    """crops to learn from; tests use whole images"""
+
+    metrics: ClassVar = {"Segmentation, mean IoU": "miou"}
+
+    def measure(self, encoder: VisionTransformer, train: Images, val: Images) -> Results:
+        """Mean intersection over union (IoU), and the share of correct pixels."""
+        from famt.train.evaluate.patch_classifier import segment
+
+        return segment(encoder, train, val, self)
