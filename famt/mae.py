@@ -10,10 +10,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from famt.decoder import CrossBlock
+from famt.decoders import DECODERS
 from famt.masked import MaskedModel
 from famt.models import ModelConfig, sincos_positions
 from famt.sampling import PatchSplit
@@ -25,7 +24,7 @@ class MaskedAutoencoder(MaskedModel):
     """A timm ViT encoder of visible patches, and a light decoder that predicts masked ones.
 
     With decoder "self" (MAE) all tokens attend to each other. With "cross" (CrossMAE) masked tokens
-    attend to visible ones alone (see `famt.decoder`), so a prediction does not depend on which
+    attend to visible ones alone (see `famt.decoders`), so a prediction does not depend on which
     other patches are masked.
     """
 
@@ -34,9 +33,9 @@ class MaskedAutoencoder(MaskedModel):
         self.decoder_embed = nn.Linear(config.width, config.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.decoder_width))
         self.decoder_pos_embed = sincos_positions(config.grid, config.decoder_width)
-        block = partial(Block, qkv_bias=True) if config.decoder == "self" else CrossBlock
+        self.decoder = DECODERS[config.decoder]
         self.decoder_blocks = nn.ModuleList(
-            block(config.decoder_width, config.decoder_heads, norm_layer=_norm)
+            self.decoder.block(config.decoder_width, config.decoder_heads, norm_layer=_norm)
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = _norm(config.decoder_width)
@@ -59,15 +58,7 @@ class MaskedAutoencoder(MaskedModel):
         )
         hidden = self.mask_token + position[0, 1 + split.predicted]
         seen = seen + seen_at
-        blocks = self.stages(self.decoder_blocks)
-        if self.config.decoder == "self":
-            tokens = torch.cat([seen, hidden], dim=1)
-            for block in blocks:
-                tokens = block(tokens)
-            hidden = tokens[:, seen.shape[1] :]
-        else:
-            for block in blocks:
-                hidden = block(hidden, seen)
+        hidden = self.decoder.run(self.stages(self.decoder_blocks), hidden, seen)
         return self.decoder_pred(self.decoder_norm(hidden))
 
     def error(self, difference: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 if TYPE_CHECKING:
     from timm.models.vision_transformer import VisionTransformer
     from torch import nn
 
-Decoder = Literal["self", "cross"]
+DecoderName = Literal["self", "cross"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,8 @@ class ModelConfig(PatchConfig):
     """All that a model is built from; its `dataclasses.asdict` goes into checkpoints.
 
     Raises:
-        ValueError: as of `PatchConfig`, or a width does not divide into its heads.
+        ValueError: as of `PatchConfig`, an unknown decoder, or a width that does not divide into
+            its heads.
     """
 
     width: int
@@ -70,7 +71,7 @@ class ModelConfig(PatchConfig):
     """encoder blocks"""
     heads: int
     """encoder attention heads"""
-    decoder: Decoder = "self"
+    decoder: DecoderName = "self"
     """self-attention as in MAE, or cross: masked patches attend to visible ones only (CrossMAE)"""
     decoder_width: int = 512
     """decoder token width"""
@@ -90,6 +91,9 @@ class ModelConfig(PatchConfig):
         self._at_least_1(
             "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads"
         )
+        if self.decoder not in get_args(DecoderName):
+            names = " or ".join(get_args(DecoderName))
+            raise ValueError(f"decoder {self.decoder!r} must be {names}")
         shallow = range(self.depth - 1)
         if list(self.fused) != [block for block in shallow if block in self.fused]:
             raise ValueError(

@@ -16,7 +16,7 @@ from annotated_types import Ge, Gt, Lt
 
 from famt.__main__ import called
 from famt.methods import METHODS
-from famt.models import MODELS, Decoder, ModelConfig, timm_model
+from famt.models import MODELS, DecoderName, ModelConfig, timm_model
 from famt.patch_counts import patch_counts
 from famt.pipeline import storage
 from famt.pipeline.errors import UserError
@@ -176,7 +176,7 @@ class ModelOptions(Checked):
     """side of the crops, px; the model's if not given"""
     patch_size: Annotated[int | None, Ge(1)] = None
     """side of a patch, px; the model's if not given"""
-    decoder: Decoder = "self"
+    decoder: DecoderName = "self"
     """self: self-attention over all tokens, as in MAE; cross: masked patches attend to visible ones
     only, as in CrossMAE"""
     decoder_width: Annotated[int | None, Ge(1)] = None

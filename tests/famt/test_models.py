@@ -23,6 +23,7 @@ def test_names_have_the_sizes_of_their_namesakes(name, millions):
     [
         ({"image_size": 30, "patch_size": 8}, "30 is no multiple of patch size 8"),
         ({"patch_size": 0}, "patch_size 0 must be at least 1"),
+        ({"decoder": "croos"}, "decoder 'croos' must be self or cross"),
         ({"heads": 5}, "encoder width 96 must be a multiple of its 5 heads"),
         ({"decoder_width": 66}, "decoder width 66 must be .* of 4 for"),
     ],
