@@ -93,7 +93,7 @@ def _weighed(run: Pretrain) -> Pretrain:
     waited_for = {
         name: slot
         for name, slot in _off(run).items()
-        if run.slots[name].source.startswith("refreshed")
+        if run.slots[name].is_refreshed and not run.slots[name].is_cached
     }
     return dataclasses.replace(run, plain_epochs=0, **waited_for)
 

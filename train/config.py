@@ -38,7 +38,6 @@ from famt.pipeline.options import (
 from famt.pipeline.scores import ScoreSpec
 from famt.train import recipe
 from famt.train.signals.config import (
-    OFF,
     AttentionConfig,
     FrequencyConfig,
     HardnessConfig,
@@ -304,9 +303,9 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     def plain_until(self) -> int:
         """The first epoch with weights: that of the first generation if all signals come from
         generations."""
-        sources = {each.source for each in self.slots.values()} - {OFF}
-        waits = all(each.startswith("refreshed") for each in sources) and not self.refresh.pin
-        return self.plain_epochs or (self.refreshes.start if waits else 0)
+        used = [each for each in self.slots.values() if not each.is_off]
+        waits = all(each.is_refreshed and not each.is_cached for each in used)
+        return self.plain_epochs or (self.refreshes.start if waits and not self.refresh.pin else 0)
 
     @property
     def cached_score(self) -> ScoreSpec | None:

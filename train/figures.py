@@ -93,7 +93,7 @@ def _signals(run: Checkpoint, options: Pretrain, context: Context) -> list[Signa
             elif slot.is_cached:
                 signal = Cached(slot, context)
         elif not slot.is_off:
-            signal = build_signal(name, slot, context)
+            signal = build_signal(slot, context)
             if isinstance(signal, Banked) and isinstance(slot, AttentionConfig) and not own:
                 signal = Live(slot, context)
             elif state:

@@ -1,1 +1,2 @@
-"""What makes a patch heavy: a file a source, behind one protocol (`famt.train.signals.signal`)."""
+"""What makes a patch heavy: sources of scores behind one protocol (`famt.train.signals.signal`);
+`config` lists them by slot."""

@@ -16,6 +16,8 @@ from famt.train.signals.signal import Context, Signal
 class Cached(Signal):
     """Maps of the pixel score (`--spec`), shared by the ranks of a machine."""
 
+    reads_cache = True
+
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self.exponent, self._grid = slot.cached_exponent, context.grid
         self._maps, self._score = context.ranks.share(context.cached), context.score

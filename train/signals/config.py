@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
 from annotated_types import Ge
 
 from famt.pipeline.options import CACHED_EXPONENT, FREE, PLACE, ROLLING_EVERY
+from famt.pipeline.plugins import find_plugin
+
+if TYPE_CHECKING:
+    from famt.train.signals.signal import Context, Signal
 
 OFF = "off"
 
 
 class Slot:
-    """A factor of the patches' weights: its source and options."""
+    """A factor of the patches' weights: its source and options.
 
+    Attributes:
+        name: of the slot.
+        sources: its sources, by name: module and class in `famt.train.signals`. Packages add
+            sources to all slots, by entry points in "famt.signals".
+        source: the chosen one, or "off".
+    """
+
+    name: ClassVar[str]
+    sources: ClassVar[dict[str, str]]
     source: str
 
     @property
@@ -24,19 +39,41 @@ class Slot:
         return self.source == OFF
 
     @property
+    def signal(self) -> Callable[[Any, Context], Signal]:
+        """The class of the source of a slot that is not off.
+
+        Raises:
+            UserError: no such source.
+        """
+        if self.source in self.sources:
+            found = resolve_name(f"famt.train.signals.{self.sources[self.source]}")
+        else:
+            asked = f"--{self.name}.source {self.source}"
+            found = find_plugin("famt.signals", self.source, [OFF, *self.sources], asked).load()
+        return cast("Callable[[Any, Context], Signal]", found)
+
+    @property
     def is_cached(self) -> bool:
         """Whether the source reads the pixel score from the cache."""
-        return self.source.startswith("cached")
+        return not self.is_off and getattr(self.signal, "reads_cache", False)
 
     @property
     def is_refreshed(self) -> bool:
         """Whether its scores come from the refresh job."""
-        return "refreshed" in self.source
+        return not self.is_off and getattr(self.signal, "needs_refresh", False)
 
 
 @dataclass(frozen=True)
 class FrequencyConfig(Slot):
     """Frequency content of a patch, in the image's pixels or in the encoder's tokens."""
+
+    name: ClassVar = "frequency"
+    sources: ClassVar = {
+        "cached": "cached:Cached",
+        "cached-of-others": "cached:CachedOfOthers",
+        "refreshed": "refreshed:Refreshed",
+        "cached-then-refreshed": "refreshed:CachedThenRefreshed",
+    }
 
     source: str = "cached-then-refreshed"
     """off; cached: the pixel score of --spec, from the cache; refreshed: a score by the model in
@@ -55,6 +92,14 @@ class FrequencyConfig(Slot):
 @dataclass(frozen=True)
 class AttentionConfig(Slot):
     """Attention that a patch receives in the encoder."""
+
+    name: ClassVar = "attention"
+    sources: ClassVar = {
+        "live": "attention:Live",
+        "rolling": "attention:Rolling",
+        "seen": "seen:Seen",
+        "refreshed": "refreshed:Refreshed",
+    }
 
     source: str = "rolling"
     """off; live: an extra forward pass on every whole crop; rolling: stored maps, a part of which
@@ -75,6 +120,11 @@ class AttentionConfig(Slot):
 @dataclass(frozen=True)
 class HardnessConfig(Slot):
     """How hard a patch is to reconstruct."""
+
+    name: ClassVar = "hardness"
+    sources: ClassVar = {
+        "errors": "hardness:Errors",
+    }
 
     source: str = "off"
     """off; errors: stored maps of the masked patches' reconstruction errors, as ranks within the

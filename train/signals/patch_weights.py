@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,54 +12,24 @@ from famt.models import PatchConfig
 from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.loading.masking import PatchBatch, split_crops
 from famt.pipeline.options import JoinConfig
-from famt.pipeline.plugins import find_plugin
 from famt.sampling import patch_weights
 from famt.train.config import Pretrain
-from famt.train.signals.attention import Live, Rolling
-from famt.train.signals.cached import Cached, CachedOfOthers
-from famt.train.signals.config import OFF, Slot
-from famt.train.signals.hardness import Errors
-from famt.train.signals.refreshed import CachedThenRefreshed, Refreshed
-from famt.train.signals.seen import Seen
+from famt.train.signals.config import Slot
 from famt.train.signals.signal import Context, Signal
 
 Scores = dict[str, tuple[Tensor, float]]
 """Scores `[B, N]` of patches and their exponent in the weight, by the signal's slot."""
 
-# Slot -> source -> constructor, called with the slot's options and the context. Packages add
-# sources to all slots, by entry points in "famt.signals".
-SOURCES: dict[str, dict[str, Callable[[Any, Context], Signal]]] = {
-    "frequency": {
-        "cached": Cached,
-        "cached-of-others": CachedOfOthers,
-        "refreshed": Refreshed,
-        "cached-then-refreshed": CachedThenRefreshed,
-    },
-    "attention": {"live": Live, "rolling": Rolling, "seen": Seen, "refreshed": Refreshed},
-    "hardness": {"errors": Errors},
-}
-
 
 def build_signals(config: Pretrain, context: Context) -> list[Signal]:
-    """The signals of a run, one for each slot that is not off; raises as `build_signal`."""
-    return [
-        build_signal(name, slot, context) for name, slot in config.slots.items() if not slot.is_off
-    ]
+    """The signals of a run, one for each slot that is not off; raises as `Slot.signal`."""
+    return [build_signal(slot, context) for slot in config.slots.values() if not slot.is_off]
 
 
-def build_signal(name: str, slot: Slot, context: Context) -> Signal:
-    """The signal of a slot that is not off.
-
-    Raises:
-        UserError: no such source.
-    """
-    builtin = SOURCES[name]
-    kind = builtin.get(slot.source)
-    if kind is None:
-        asked = f"--{name}.source {slot.source}"
-        kind = find_plugin("famt.signals", slot.source, [OFF, *builtin], asked).load()
-    signal: Signal = kind(slot, context)
-    signal.name = name
+def build_signal(slot: Slot, context: Context) -> Signal:
+    """The signal of a slot that is not off; raises as `Slot.signal`."""
+    signal = slot.signal(slot, context)
+    signal.name = slot.name
     return signal
 
 

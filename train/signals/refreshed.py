@@ -17,6 +17,8 @@ from famt.train.stop import Stop
 class Refreshed(Signal):
     """Scores of one kind from the newest generation; none before the first."""
 
+    needs_refresh = True
+
     def __init__(self, slot: FrequencyConfig | AttentionConfig, context: Context) -> None:
         assert context.refreshed is not None
         self.exponent, self._kind, self._maps = slot.exponent, slot.kind, context.refreshed
@@ -51,6 +53,8 @@ class Refreshed(Signal):
 
 class CachedThenRefreshed(Refreshed):
     """The cached pixel score until the first generation, then the refreshed score."""
+
+    reads_cache = True
 
     def __init__(self, slot: FrequencyConfig, context: Context) -> None:
         self._cached = Cached(slot, context)

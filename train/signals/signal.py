@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -81,8 +81,12 @@ class Signal:
     Attributes:
         name: of its slot, for pictures, logs and checkpoints.
         exponent: of the score in the weight, at present.
+        reads_cache: the run needs the pixel score of every image in the cache.
+        needs_refresh: the run needs the refresh job.
     """
 
+    reads_cache: ClassVar[bool] = False
+    needs_refresh: ClassVar[bool] = False
     name: str = "signal"
     exponent: float = 1.0
 
