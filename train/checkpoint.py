@@ -25,7 +25,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.options import ELASTIC, FREE, annotated, flat
 from famt.pipeline.storage import reason
 from famt.train.config import TrainingOptions
-from famt.train.distributed import Ranks
+from famt.train.distributed import SEEN_WITHIN, Ranks
 from famt.train.log import write_event
 from famt.train.run_folder import written_whole
 
@@ -36,7 +36,6 @@ CLASSIFIER = "classifier"
 """`method` of fine-tuning runs, whose model is an encoder with a classifier."""
 
 _NAME = re.compile(r"checkpoint-(\d{8})\.pt")
-_SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one minute
 
 # Circumstances that may change at the start of an epoch, like `ELASTIC` options.
 _ELASTIC_CIRCUMSTANCES = ("data", "world_size")
@@ -97,6 +96,12 @@ class Checkpoint:
     def ema(self) -> dict[str, Tensor] | None:
         """The encoder's averaged weights, if the run keeps them."""
         return self.components["optimisation"]["ema"]
+
+    @property
+    def progress(self) -> float:
+        """Share of the run done, in [0, 1]."""
+        whole_epochs = self.epoch / self.config["epochs"]  # for files of earlier versions
+        return float(self.components["optimisation"].get("progress", whole_epochs))
 
     @property
     def signals(self) -> dict[str, dict[str, Any]]:
@@ -372,12 +377,12 @@ def _wait_to_see(file: Path, ranks: Ranks) -> None:
         return file.stat().st_size if listed else None
 
     mains = ranks.from_main(size)
-    until = time.monotonic() + _SEEN_WITHIN
+    until = time.monotonic() + SEEN_WITHIN
     while not (same := size() == mains) and time.monotonic() < until:
         time.sleep(0.1)
     blind = sorted({node for node, sees in ranks.gather((ranks.node, same)) if not sees})
     if blind:
         raise UserError(
-            f"{file} did not appear on {', '.join(blind)} within {_SEEN_WITHIN:.0f} s; --out must "
+            f"{file} did not appear on {', '.join(blind)} within {SEEN_WITHIN:.0f} s; --out must "
             "be on a file system that all machines of the run share"
         )

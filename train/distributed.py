@@ -29,6 +29,9 @@ from famt.pipeline.errors import RankError, UserError
 # Ranks may wait for a slow disk or a generation of maps. They notice a dead rank at once, as the
 # kernel closes its connections.
 _PATIENCE = timedelta(days=1)
+SEEN_WITHIN = 120.0
+"""seconds until every machine sees a new file; NFS clients may keep an old listing for a minute"""
+
 _GRACE = 2.0  # seconds for living ranks to report
 _PATIENT_GRACE = 10.0  # the same while more than one rank has not: a busy machine reports late
 _DRIVER = Path("/proc/driver/nvidia/version")

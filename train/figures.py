@@ -71,7 +71,7 @@ def main(config: Figures) -> Path:
         crops,
         epoch=run.epoch,
         step=run.step,
-        progress=run.epoch / options.epochs,
+        progress=run.progress,
         look=True,
     )
     config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,7 @@ class Optimisation:
         return {
             "step": self.step,
             "schedule_start": self.schedule_start,
+            "progress": self.progress(self.step),
             "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
         }

@@ -11,7 +11,7 @@ from famt.train.distributed import join_ranks
 from famt.train.run_folder import own_folder
 
 folder = Path(sys.argv[1])
-checkpoint._SEEN_WITHIN = 1.0
+checkpoint.SEEN_WITHIN = 1.0
 with join_ranks("cpu") as ranks:
     own = Pretrain(shards=["x"], cache="y", out=folder / ranks.node)
     try:

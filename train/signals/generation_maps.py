@@ -13,10 +13,9 @@ from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.loading.masking import crop_scores
 from famt.pipeline.scores import check_model_kinds
 from famt.pipeline.scoring.generation import GenerationError, open_generation, step_of
-from famt.train.distributed import Ranks
+from famt.train.distributed import SEEN_WITHIN, Ranks
 
 _POLL = 0.2  # seconds
-_SEEN_WITHIN = 120.0  # seconds; NFS clients may keep an old listing for one minute
 
 
 class GenerationMaps:
@@ -60,7 +59,7 @@ class GenerationMaps:
         """
         maps, problem = {}, None
         if self._leads:
-            until = time.monotonic() + (0 if self._ranks.is_main else _SEEN_WITHIN)
+            until = time.monotonic() + (0 if self._ranks.is_main else SEEN_WITHIN)
             while not path.exists() and time.monotonic() < until:
                 time.sleep(_POLL)
             try:
