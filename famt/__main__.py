@@ -105,7 +105,7 @@ def main() -> None:
     try:
         if COMMANDS[word].options:
             sys.argv = [f"famt {word}", *rest]
-            resolve_name("famt.train.program:run_command")(COMMANDS[word])
+            resolve_name("famt.train.command_line:run_command")(COMMANDS[word])
         else:
             sys.argv = [sys.argv[0], *rest]
             runpy.run_module(COMMANDS[word].path, run_name="__main__", alter_sys=True)

@@ -35,7 +35,7 @@ from famt.jobs.benchmarks.refresh import Refresh
 from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.scale import Scale
 from famt.jobs.benchmarks.step import Attention, Step
-from famt.train.program import run_program
+from famt.train.command_line import run_program
 
 
 class Benchmark(Protocol):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.caching.gc import Collection, collect
+from famt.pipeline.caching.gc import GcOptions, collect
 from famt.pipeline.caching.manifest import ShardRecord
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loading.dataset import load_maps, load_samples
@@ -37,8 +37,8 @@ from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import score_shard
 from famt.pipeline.sharding.shards import content_id, judgement_ids
 from famt.pipeline.storage import each_at_once
+from famt.train.command_line import parsed, run_program
 from famt.train.picture import draw
-from famt.train.program import parsed, run_program
 
 
 @dataclass(frozen=True)
@@ -124,14 +124,14 @@ class Gc(Checked):
 
     cache: str
     """folder or object-store URL of the score cache"""
-    days: Annotated[float, Ge(0), Le(1e5)] = Collection.older_than.days
+    days: Annotated[float, Ge(0), Le(1e5)] = GcOptions.older_than.days
     """keep what is younger: running jobs have entries without a record"""
     dry_run: bool = False
     """only list what would be removed"""
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
-        options = Collection(timedelta(days=self.days), self.dry_run)
+        options = GcOptions(timedelta(days=self.days), self.dry_run)
         freed = 0
         for removed in collect(cache, options):
             size = f"{_size(removed.bytes)}, " if removed.bytes else ""

@@ -8,8 +8,8 @@ from ray.train import UserCallback
 
 from famt.pipeline import storage
 from famt.train import pretrain
+from famt.train.command_line import is_users
 from famt.train.config import Pretrain
-from famt.train.program import is_users
 from famt.train.run_folder import BusyError
 
 

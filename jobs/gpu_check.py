@@ -45,8 +45,8 @@ from famt.jobs.benchmarks.training import BenchmarkOptions, open_run, take_steps
 from famt.models import MODELS
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import Checked
+from famt.train.command_line import parsed, run_program
 from famt.train.pretrain import Run
-from famt.train.program import parsed, run_program
 
 _SYNC = "called a synchronizing CUDA operation"
 _CLOSE = 0.5  # of 255, mean over an image: decoders and resampling kernels differ

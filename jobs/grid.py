@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from famt.jobs.costs import StepCost
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import FREE
-from famt.train import history
+from famt.train import run_log
 from famt.train.config import Pretrain, TrainingOptions, parse
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.evaluators import EVALUATORS
@@ -176,7 +176,7 @@ class Training:
     def log(self) -> list[dict[str, Any]]:
         """Lines of the log; of evaluations only those of the last step that the grid asks for."""
         try:
-            lines, _ = history.read_lines(self.folder)
+            lines, _ = run_log.read_lines(self.folder)
         except UserError:  # no log yet
             return []
         asked = {name: self.grid.evaluation(name)[1] for name in self.grid.evaluations}

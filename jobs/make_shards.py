@@ -32,7 +32,7 @@ from famt.pipeline.sharding.dataset_json import check_dataset, describe_dataset
 from famt.pipeline.sharding.shards import NO_LABEL, count_endings
 from famt.pipeline.sharding.sources import open_source
 from famt.pipeline.sharding.writer import write_shards
-from famt.train.program import parsed, run_program
+from famt.train.command_line import parsed, run_program
 
 
 def main(args: MakeShards) -> int:

@@ -45,7 +45,7 @@ from famt.pipeline.scoring.publish import Publisher
 from famt.pipeline.sharding.patterns import expand_shards
 from famt.pipeline.sharding.shards import passed_over_line
 from famt.pipeline.storage import each_at_once
-from famt.train.program import parsed, run_program
+from famt.train.command_line import parsed, run_program
 
 # --watch goes on after these: no shards yet, an unreachable store, a lost head node.
 _PASSING = (*storage.UNREACHABLE, CacheError, ray.exceptions.RayError)

@@ -42,9 +42,9 @@ from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.refresh_scores import following
 from famt.jobs.refresh_workers import GPU_SHARE
 from famt.pipeline.errors import UserError
-from famt.train import history, pretrain
+from famt.train import pretrain, run_log
+from famt.train.command_line import parsed, run_program
 from famt.train.config import Pretrain
-from famt.train.program import parsed, run_program
 
 _MOST_THREADS = 16  # enough to decode for one GPU, docs/scale.md
 
@@ -78,7 +78,7 @@ def main(args: RayPretrain) -> None:
     refreshes = config.refreshes and os.environ.get("RANK", "0") == "0"  # torchrun's main rank
     with following(config.out, beside(args)) if refreshes else nullcontext():
         pretrain.main(config)
-    if args.data and history.read(config.out).finished:
+    if args.data and run_log.read(config.out).finished:
         from_images.finish(config.out)
 
 

@@ -48,9 +48,9 @@ from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from famt.pipeline.scoring.generation import generation_path, write_generation
 from famt.pipeline.sharding.patterns import expand_shards
+from famt.train.command_line import is_users, parsed, run_program
 from famt.train.encoder import Encoder, load_encoder
 from famt.train.initial import build_initial_encoder
-from famt.train.program import is_users, parsed, run_program
 from famt.train.run_folder import written_whole
 from famt.train.signals.config import FrequencyConfig
 from famt.train.signals.refresh_folder import RefreshFolder

@@ -35,9 +35,9 @@ from famt.jobs.grid import Grid, Training, load
 from famt.jobs.options import Results
 from famt.jobs.tables import GridResult, RowResult, table
 from famt.pipeline.errors import UserError
-from famt.train import history, report
+from famt.train import report, run_log
+from famt.train.command_line import parsed, run_program
 from famt.train.comparison import Group
-from famt.train.program import parsed, run_program
 from famt.train.run_folder import written_whole
 
 _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
@@ -186,7 +186,7 @@ def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training
     result.write(grid.out / "results.json.gz")
     # From the folders, which have the pictures.
     runs = {
-        name: [history.read(each.folder) for each in done if not each.left()]
+        name: [run_log.read(each.folder) for each in done if not each.left()]
         for name, done in rows.items()
     }
     if runs.get(grid.reference):

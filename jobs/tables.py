@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from famt.train import history
+from famt.train import run_log
 from famt.train.comparison import METRICS, last, percent
-from famt.train.history import History
+from famt.train.run_log import History
 
 _NOTHING = "–"  # in a cell
 
@@ -34,7 +34,7 @@ class RowResult(BaseModel):
     @property
     def runs(self) -> list[History]:
         """The logs, parsed."""
-        return [history.parse(Path(self.name), log) for log in self.logs]
+        return [run_log.parse(Path(self.name), log) for log in self.logs]
 
 
 class GridResult(BaseModel):

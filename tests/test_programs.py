@@ -19,10 +19,10 @@ from famt.jobs.benchmark import BENCHMARKS
 from famt.jobs.cache import Command
 from famt.jobs.gpu_check import GpuCheck
 from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RayPretrain, RefreshScores, Results
+from famt.train.command_line import parsed
 from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.options import Embed, Export, Figures, Report
-from famt.train.program import parsed
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,7 +88,7 @@ def test_every_program_is_looked_at():
     programs = {
         ".".join(("famt", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__main__")
         for path in files
-        if "run_program(" in path.read_text() and path.name != "program.py"
+        if "run_program(" in path.read_text() and path.name != "command_line.py"
     }
     assert programs == {name.partition(" ")[0] for name in PROGRAMS}
 
@@ -108,7 +108,7 @@ def test_command_lines_are_parsed_before_anything_heavy_is_imported():
     code = """
 import sys
 from pkgutil import resolve_name
-import famt.train.program
+import famt.train.command_line
 for options in sys.argv[1:]:
     resolve_name(options)
 print(*{name.partition(".")[0] for name in sys.modules})

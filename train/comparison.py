@@ -15,7 +15,7 @@ from famt.pipeline.options import FREE, annotated
 from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.evaluate.evaluators.finetune import Finetune
-from famt.train.history import Basis, Found, History, Point
+from famt.train.run_log import Basis, Found, History, Point
 
 METRICS = {
     title: {"monitor": value.replace("top1", name), name: value}

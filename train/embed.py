@@ -33,11 +33,11 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.loading.stage import stage_shards
 from famt.train import checkpoint
+from famt.train.command_line import parsed, run_program
 from famt.train.distributed import join_ranks
 from famt.train.evaluate.features import Images, default_centre, pool
 from famt.train.initial import build_initial_encoder
 from famt.train.options import Embed
-from famt.train.program import parsed, run_program
 
 _ROW_GROUP = 4096  # images per row group, which are in memory at once
 

@@ -36,8 +36,8 @@ from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from famt.pipeline.errors import UserError
 from famt.train import checkpoint
+from famt.train.command_line import parsed, run_program
 from famt.train.options import Export
-from famt.train.program import parsed, run_program
 
 
 def main(args: Export) -> list[str]:

@@ -34,6 +34,7 @@ from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import JoinConfig
 from famt.pipeline.scoring.model_scores import require_class_token
 from famt.train.checkpoint import Component
+from famt.train.command_line import parsed, run_program
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks, data_parallel, join_ranks
 from famt.train.evaluate.monitor import Monitor
@@ -41,7 +42,6 @@ from famt.train.initial import load_initial
 from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
 from famt.train.picture import picture_of_crops
-from famt.train.program import parsed, run_program
 from famt.train.run_folder import own_folder
 from famt.train.signals.patch_weights import Weighed, build_signals, weigh_crops
 from famt.train.signals.refresh_folder import RefreshFolder
@@ -127,7 +127,9 @@ class Run(Training[PatchBatch]):
             else None
         )
         self.restore()
-        self.trained, self._no_sync = data_parallel(self.model, ranks, compile=config.compile)
+        self.parallel_model, self._no_sync = data_parallel(
+            self.model, ranks, compile=config.compile
+        )
         self.model.train()
 
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
@@ -151,7 +153,9 @@ class Run(Training[PatchBatch]):
             with now() if number == len(parts) else no_sync():
                 with self.clock.stage("forward"), self.autocast():
                     visible, masked = normalise(part.visible), normalise(part.masked)
-                    loss, of_patches = self.trained(visible, masked, part.split, part.loss_weights)
+                    loss, of_patches = self.parallel_model(
+                        visible, masked, part.split, part.loss_weights
+                    )
                     loss = loss / len(parts)
                 with self.clock.stage("backward"):
                     loss.backward()

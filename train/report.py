@@ -30,7 +30,8 @@ from plotly.offline import get_plotlyjs
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import flat
-from famt.train import history
+from famt.train import run_log
+from famt.train.command_line import parsed, run_program
 from famt.train.comparison import (
     DATA,
     METRICS,
@@ -43,9 +44,8 @@ from famt.train.comparison import (
     mean_and_error,
     percent,
 )
-from famt.train.history import History
 from famt.train.options import Report
-from famt.train.program import parsed, run_program
+from famt.train.run_log import History
 
 _COLOURS = [
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5195", "#6b6b6b",
@@ -73,7 +73,7 @@ def main(report: Report) -> Path:
     runs, notes = [], []
     for folder in dict.fromkeys(report.runs):
         try:
-            run = history.read(folder)
+            run = run_log.read(folder)
         except (UserError, OSError) as error:
             notes.append(f"Left out: {error}")
             continue
@@ -244,9 +244,9 @@ def _option(run: History, name: str) -> Any:
 def _stages(groups: Sequence[Group]) -> dict[str, str]:
     """Stages of all runs, each with a colour; unmeasured time last, in grey."""
     names = dict.fromkeys(each for group in groups for run in group.runs for each in run.stages)
-    names.pop(history.NO_STAGE)
+    names.pop(run_log.NO_STAGE)
     colours = dict(zip(names, itertools.cycle(_STAGES), strict=False))
-    return {**colours, history.NO_STAGE: "#c9ced6"}
+    return {**colours, run_log.NO_STAGE: "#c9ced6"}
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
@@ -277,7 +277,7 @@ def _changed(run: History) -> list[tuple[str, list[str]]]:
 def _pictures(run: History) -> list[tuple[int, str]]:
     """Step and content (WebP, base64) of the run's pictures of masks."""
     shown = []
-    for step, picture in history.pictures(run.folder, _PICTURES):
+    for step, picture in run_log.pictures(run.folder, _PICTURES):
         picture.thumbnail((_PICTURE_WIDTH, picture.height), Image.Resampling.LANCZOS)
         buffer = io.BytesIO()
         picture.save(buffer, "WEBP", quality=80)

@@ -50,14 +50,14 @@ class Removed:
 
 
 @dataclass(frozen=True)
-class Collection:
-    """What to collect.
+class GcOptions:
+    """What to remove.
 
     Attributes:
         older_than: leave younger entries, which a job may be using. Staging files stay for ten
             minutes at least.
         dry_run: remove nothing.
-        out_of_reach: output, reason by unreachable folder.
+        out_of_reach: filled in by `collect`, reason by unreachable folder.
     """
 
     older_than: timedelta = timedelta(days=7)
@@ -65,7 +65,7 @@ class Collection:
     out_of_reach: dict[str, str] = field(default_factory=dict)
 
 
-def collect(cache: ScoreCache, options: Collection) -> Iterator[Removed]:
+def collect(cache: ScoreCache, options: GcOptions) -> Iterator[Removed]:
     """Remove what nothing needs, and yield it; done only when the iterator is exhausted.
 
     Raises:
@@ -133,7 +133,7 @@ def _named(cache: ScoreCache, gone: dict[str, dict[str, ShardRecord]]) -> set[st
 
 
 def _records_of_deleted(
-    folder: str, records: dict[str, ShardRecord], options: Collection
+    folder: str, records: dict[str, ShardRecord], options: GcOptions
 ) -> dict[str, ShardRecord]:
     """Records of a folder's deleted tars; none if the folder is unreachable."""
     try:

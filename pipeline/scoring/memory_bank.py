@@ -24,12 +24,12 @@ class MapBank:
 
     Attributes:
         maps: `[R, G, G]` float16, mean 1 an image; ones for a row never written.
-        refreshed: `[R]` int32, step at which a row was last written, -1 for never.
+        written_at: `[R]` int32, step at which a row was last written, -1 for never.
     """
 
     def __init__(self, rows: int, grid: int) -> None:
         self.maps = torch.ones(rows, grid, grid, dtype=torch.float16)
-        self.refreshed = torch.full((rows,), _NEVER, dtype=torch.int32)
+        self.written_at = torch.full((rows,), _NEVER, dtype=torch.int32)
         self._synced = 0  # other banks have all rows written before this step
 
     def oldest(self, rows: Tensor, count: int) -> Tensor:
@@ -37,7 +37,7 @@ class MapBank:
 
         A second position of a row comes after the first positions of all rows.
         """
-        by_age = self.refreshed[rows].argsort(stable=True)
+        by_age = self.written_at[rows].argsort(stable=True)
         return by_age[_turns(rows)[by_age].argsort(stable=True)][:count]
 
     def read(self, crops: CropBatch, grid: int) -> Tensor:
@@ -84,39 +84,39 @@ class MapBank:
             level = before.sum((1, 2), keepdim=True) / cells.sum((1, 2), keepdim=True)
             pasted = paste_maps(maps, relative * level, views.windows, views.flips, cells)
         self.maps[views.rows] = (pasted / pasted.mean((1, 2), keepdim=True)).half()
-        self.refreshed[views.rows] = step
+        self.written_at[views.rows] = step
 
     def news(self) -> tuple[Tensor, Tensor, Tensor]:
         """Rows written since the last sync, their maps and steps, for other banks to `merge`."""
-        rows = (self.refreshed >= self._synced).nonzero().flatten()
+        rows = (self.written_at >= self._synced).nonzero().flatten()
         self._synced = self._next_step()
-        return rows, self.maps[rows], self.refreshed[rows]
+        return rows, self.maps[rows], self.written_at[rows]
 
-    def merge(self, rows: Tensor, maps: Tensor, refreshed: Tensor) -> None:
+    def merge(self, rows: Tensor, maps: Tensor, written_at: Tensor) -> None:
         """Take over another bank's `news`, except rows that this bank wrote later."""
-        newer = refreshed > self.refreshed[rows]
+        newer = written_at > self.written_at[rows]
         rows = rows[newer]
         self.maps[rows] = maps[newer]
-        self.refreshed[rows] = refreshed[newer]
+        self.written_at[rows] = written_at[newer]
         self._synced = self._next_step()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that the bank holds."""
-        return {"maps": self.maps, "refreshed": self.refreshed}
+        return {"maps": self.maps, "refreshed": self.written_at}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load the state of a bank of equal size, in place."""
         self.maps.copy_(state["maps"])
-        self.refreshed.copy_(state["refreshed"])
+        self.written_at.copy_(state["refreshed"])
         self._synced = self._next_step()
 
     @property
     def coverage(self) -> float:
         """Share of the rows ever written."""
-        return (self.refreshed != _NEVER).float().mean().item()
+        return (self.written_at != _NEVER).float().mean().item()
 
     def _next_step(self) -> int:
-        return int(self.refreshed.max()) + 1
+        return int(self.written_at.max()) + 1
 
 
 def _turns(rows: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import sys
 import time
 
 from famt.pipeline.errors import UserError
+from famt.train.command_line import run_program
 from famt.train.distributed import join_ranks
-from famt.train.program import run_program
 
 deed, doer = sys.argv[1], int(sys.argv[2])
 

@@ -4,9 +4,9 @@ import os
 import sys
 import time
 
+from famt.train.command_line import run_program
 from famt.train.config import parse
 from famt.train.pretrain import main
-from famt.train.program import run_program
 
 fsync = os.fsync
 

@@ -1,5 +1,5 @@
 """Print a name that ASCII lacks."""
 
-from famt.train.program import run_program
+from famt.train.command_line import run_program
 
 run_program(print, "ä")

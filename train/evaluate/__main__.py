@@ -9,9 +9,9 @@ also added to that run's log and TensorBoard curves.
 
 from __future__ import annotations
 
+from famt.train.command_line import parsed, run_program
 from famt.train.evaluate.evaluators import Evaluate
 from famt.train.evaluate.run import run as main
-from famt.train.program import parsed, run_program
 
 if __name__ == "__main__":
     run_program(main, parsed(Evaluate, __doc__))

@@ -110,7 +110,7 @@ class Finetuning(Training[Mixed]):
         if options.head == "discriminant" and not self.resumed:
             self._begin_head(train)
         self.restore()
-        self.trained, _ = data_parallel(self.model, ranks, compile=options.compile)
+        self.parallel_model, _ = data_parallel(self.model, ranks, compile=options.compile)
         self.model.train()
 
     def _begin_head(self, train: Images) -> None:
@@ -140,7 +140,7 @@ class Finetuning(Training[Mixed]):
         seed = np.random.SeedSequence([self.config.seed, self.step, self.ranks.rank, 1])
         torch.manual_seed(int(seed.generate_state(1)[0]))
         with self.clock.stage("forward"), self.autocast():
-            loss = F.cross_entropy(self.trained(batch.images).float(), batch.targets)
+            loss = F.cross_entropy(self.parallel_model(batch.images).float(), batch.targets)
         with self.clock.stage("backward"):
             loss.backward()
         return loss.detach()

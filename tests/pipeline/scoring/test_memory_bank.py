@@ -68,7 +68,7 @@ def test_several_views_of_a_row_are_taken_up_one_after_the_other(seed, partly):
         part = slice(n, n + 1)
         one_by_one.write(views.take(part), scores[part], 5, known[part] if partly else None)
     torch.testing.assert_close(at_once.maps, one_by_one.maps, atol=2e-3, rtol=2e-3)
-    assert torch.equal(at_once.refreshed, one_by_one.refreshed)
+    assert torch.equal(at_once.written_at, one_by_one.written_at)
 
 
 def test_every_row_is_looked_at_before_a_second_view_of_one():
@@ -108,7 +108,7 @@ def test_scores_that_say_nothing_are_not_written():
     bank = MapBank(3, 2)
     scores = torch.tensor([[1.0, float("nan"), 1, 1], [0, 0, 0, 0], [1, 2, 3, 4]])
     bank.write(_crops([0, 1, 2]).views, scores, 5)
-    assert bank.refreshed.tolist() == [-1, -1, 5]
+    assert bank.written_at.tolist() == [-1, -1, 5]
     assert torch.equal(bank.maps[:2], torch.ones(2, 2, 2, dtype=torch.float16))
 
 
@@ -121,7 +121,7 @@ def test_banks_that_merge_each_others_news_are_equal():
     second.merge(*news[0])
     first.merge(*news[1])
     assert torch.equal(first.maps, second.maps)
-    assert first.refreshed.tolist() == second.refreshed.tolist() == [3, 4, 4, -1]
+    assert first.written_at.tolist() == second.written_at.tolist() == [3, 4, 4, -1]
 
 
 def test_news_are_what_was_refreshed_since_the_last_news():
@@ -146,7 +146,7 @@ def test_a_row_that_was_refreshed_later_is_not_overwritten():
     kept, taken = fresh.maps[0].clone(), stale.maps[1].clone()
     fresh.merge(*stale.news())
     assert torch.equal(fresh.maps, torch.stack([kept, taken]))
-    assert fresh.refreshed.tolist() == [7, 8]
+    assert fresh.written_at.tolist() == [7, 8]
 
 
 def test_a_bank_comes_back_as_it_was():
@@ -154,7 +154,7 @@ def test_a_bank_comes_back_as_it_was():
     _write(bank, 1, torch.rand(1, 16), step=9)
     again.load_state_dict(bank.state_dict())
     assert torch.equal(bank.maps, again.maps)
-    assert torch.equal(bank.refreshed, again.refreshed)
+    assert torch.equal(bank.written_at, again.written_at)
 
 
 @settings(max_examples=30)

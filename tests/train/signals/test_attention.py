@@ -74,10 +74,10 @@ def test_each_step_looks_at_the_share_that_was_unseen_longest(encoder, scored):
     step, batches = 0, []
     for _ in range(6):
         for crops in loader:
-            before = rolling.bank.refreshed.clone()
+            before = rolling.bank.written_at.clone()
             rolling.read(crops, step)
             rolling.synchronise()
-            changed = (rolling.bank.refreshed != before).nonzero().flatten()
+            changed = (rolling.bank.written_at != before).nonzero().flatten()
             assert len(changed) == -(-len(crops.rows) // 4)
             oldest = before[crops.rows].sort().values[: len(changed)]
             assert torch.equal(before[changed].sort().values, oldest)

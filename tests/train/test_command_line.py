@@ -12,7 +12,7 @@ from famt.patches import unpatchify
 from famt.pipeline.errors import CacheError
 from famt.pipeline.options import RandomView
 from famt.pipeline.sharding.patterns import expand_shards
-from famt.train.program import run_program
+from famt.train.command_line import run_program
 
 
 def _exit(main):

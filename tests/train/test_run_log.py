@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from famt.train import history
+from famt.train import run_log
 from famt.train.log import log_evaluation
 
 
@@ -24,46 +24,46 @@ def write(folder, *lines):
 
 
 def test_a_real_run_tells_its_options_losses_and_pictures(tiny_run):
-    run = history.read(tiny_run)
+    run = run_log.read(tiny_run)
     assert run.finished
     assert (run.options["model"], run.options["join.mask_ratio"]) == ("vit_nano", 0.45)
     assert [point.step for point in run.points] == [1, 2, 3, 4]
     assert [point.epoch for point in run.points] == [0.5, 1.0, 1.5, 2.0]
     assert sum(run.stages.values()) == pytest.approx(1, abs=0.02)
-    assert [step for step, _ in history.pictures(tiny_run, 6)] == [0]
+    assert [step for step, _ in run_log.pictures(tiny_run, 6)] == [0]
 
 
 def test_pauses_cost_nothing(tmp_path):
     lines = start(), point(20), start(20, 2), point(40), {"step": 40, "event": "finished"}
-    run = history.read(write(tmp_path, *lines))
+    run = run_log.read(write(tmp_path, *lines))
     assert [each.seconds for each in run.points] == [40, 80]  # 20 steps of 8 images at 4 a second
     assert [run.seconds(step) for step in (0, 20, 30, 40)] == [0, 40, 40, 80]
     assert run.finished
 
 
 def test_a_run_without_its_last_checkpoint_is_not_finished(tmp_path):
-    assert not history.read(write(tmp_path, start(), point(40))).finished
+    assert not run_log.read(write(tmp_path, start(), point(40))).finished
 
 
 def test_epochs_count_on_when_an_elastic_resume_changes_their_length(tmp_path):
     lines = start(), point(10), start(20, 2, steps_per_epoch=5, total=30), point(25)
-    assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 3]
+    assert [each.epoch for each in run_log.read(write(tmp_path, *lines)).points] == [1, 3]
 
 
 def test_an_elastic_restart_begins_its_epoch_anew_also_where_epochs_stay_as_long(tmp_path):
     # At step 18, in epoch 1, the run goes back to the epoch's beginning: 8 steps more in all.
     lines = start(), point(10), start(18, 1, total=48), point(28), point(48)
-    assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 2, 4]
+    assert [each.epoch for each in run_log.read(write(tmp_path, *lines)).points] == [1, 2, 4]
 
 
 def test_a_resume_within_an_epoch_does_not_move_it(tmp_path):
     lines = start(), point(10), start(15, 1), point(20)
-    assert [each.epoch for each in history.read(write(tmp_path, *lines)).points] == [1, 2]
+    assert [each.epoch for each in run_log.read(write(tmp_path, *lines)).points] == [1, 2]
 
 
 def test_stages_are_weighed_by_the_time_that_they_were_measured_over(tmp_path):
     slow, fast = {"rate": 1.0, "time/join": 0.5}, {"rate": 3.0, "time/join": 0.1}
-    run = history.read(write(tmp_path, start(), point(10, **slow), point(20, **fast)))
+    run = run_log.read(write(tmp_path, start(), point(10, **slow), point(20, **fast)))
     assert run.stages["join"] == pytest.approx((0.5 * 80 + 0.1 * 80 / 3) / (80 + 80 / 3))
 
 
@@ -71,10 +71,10 @@ def test_a_line_that_a_kill_cut_off_is_left_out_and_takes_no_other_along(tmp_pat
     folder = write(tmp_path, start(), point(10))
     with open(folder / "log.jsonl", "a") as log:
         log.write('{"step": 20, "los')
-    run = history.read(folder)
+    run = run_log.read(folder)
     assert (len(run.points), run.corrupt) == (1, 0)  # it may be about to be written
     log_evaluation(folder, 10, "knn", "trained", {"top1_cls": 0.5}, {"k": 5})
-    run = history.read(folder)
+    run = run_log.read(folder)
     (found,) = run.found
     assert run.corrupt == 1
     assert (found.values, found.options) == ({"top1_cls": 0.5}, {"k": 5})
@@ -94,5 +94,5 @@ def test_a_folder_that_tells_no_history_is_named(tmp_path, lines, error):
     if lines is not None:
         write(folder, *lines)
     with pytest.raises(ValueError, match=error) as raised:
-        history.read(folder)
+        run_log.read(folder)
     assert str(folder) in str(raised.value)
