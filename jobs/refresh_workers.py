@@ -23,7 +23,7 @@ from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.scores import ModelScoreSpec
-from famt.pipeline.scoring.refresh import score_images
+from famt.pipeline.scoring.model_scores import score_images
 from famt.train.encoder import Encoder
 
 GPU_SHARE = 0.25

@@ -14,8 +14,7 @@ from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.jobs.benchmarks.training import BenchmarkOptions, open_steps
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
-from famt.pipeline.scoring.model_scores import model_maps
-from famt.pipeline.scoring.refresh import score_images
+from famt.pipeline.scoring.model_scores import model_maps, score_images
 
 
 @dataclass(frozen=True)

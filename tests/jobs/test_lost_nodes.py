@@ -22,7 +22,7 @@ from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 from famt.pipeline.scoring.generation import generation_path, open_generation
-from famt.pipeline.scoring.refresh import score_images
+from famt.pipeline.scoring.model_scores import score_images
 from famt.train import checkpoint
 from famt.train.encoder import Encoder, save_encoder
 from famt.train.signals.refresh_folder import RefreshFolder

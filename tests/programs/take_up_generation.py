@@ -12,7 +12,7 @@ from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.scores import ModelScoreSpec, encoder_digest
 from famt.pipeline.scoring.generation import write_generation
-from famt.pipeline.scoring.refresh import score_images
+from famt.pipeline.scoring.model_scores import score_images
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.signals.config import FrequencyConfig, RefreshConfig

@@ -22,7 +22,7 @@ from famt.pipeline.scoring.generation import (
     open_generation,
     write_generation,
 )
-from famt.pipeline.scoring.refresh import score_images
+from famt.pipeline.scoring.model_scores import score_images
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
 from famt.train.encoder import load_encoder

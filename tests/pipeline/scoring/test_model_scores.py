@@ -10,7 +10,7 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
-from famt.pipeline.scoring.refresh import score_images
+from famt.pipeline.scoring.model_scores import score_images
 
 
 @pytest.fixture
