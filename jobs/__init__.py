@@ -1,1 +1,1 @@
-"""Programs: parse options, run functions of the other rooms, on Ray where it helps, and report."""
+"""Programs: parse options, run functions of the other packages, on Ray if useful, and report."""

@@ -1,7 +1,7 @@
 """Cost of a training step of each row of a grid, relative to a step of the reference row.
 
-On a CPU costs are CPU seconds of one core: other programs take no part of them, although they may
-slow the memory down.
+On a CPU, costs are CPU seconds of one core: other programs may slow the memory down, but their time
+does not count.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ def measured(run: Pretrain, reference: Pretrain) -> StepCost:
 
 def _weighed(run: Pretrain) -> Pretrain:
     """The run without its plain epochs."""
-    # Without maps yet, a refreshed signal would make the step a plain one. It only costs a gather.
+    # Before the first maps, a refreshed signal would turn the step into a plain one. With maps it
+    # only adds a gather.
     waited_for = {
         name: slot
         for name, slot in _off(run).items()

@@ -1,4 +1,4 @@
-"""Options of the programs in this room."""
+"""Options of the programs in this package."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from famt.pipeline.scoring.model_scores import score_images
 from famt.train.encoder import Encoder
 
 GPU_SHARE = 0.25
-"""of a GPU for an actor beside a training"""
+"""share of a GPU that an actor takes beside a training"""
 
 _POLL = 2.0  # seconds
 _NICE = 19

@@ -1,4 +1,4 @@
-"""What a wheel holds: all rooms, under the one name."""
+"""What a wheel holds: all packages, under the one name."""
 
 import os
 import subprocess

@@ -84,7 +84,9 @@ def _beyond(notes):
 
 
 def test_every_program_is_looked_at():
-    files = [path for room in ("jobs", "train", "pipeline") for path in (ROOT / room).rglob("*.py")]
+    files = [
+        path for package in ("jobs", "train", "pipeline") for path in (ROOT / package).rglob("*.py")
+    ]
     programs = {
         ".".join(("famt", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__main__")
         for path in files

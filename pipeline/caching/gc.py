@@ -10,12 +10,13 @@ may rely on garbage that it found. There are no locks; both sides act, then chec
     writer:     put what is missing -> publish a record -> check: make again what is gone
     collection: read the records    -> delete           -> check: put back what has a record now
 
-If the deletion precedes the writer's check, the writer makes the object again; otherwise the record
-precedes the collection's check. That only old objects go merely saves work.
+If the deletion comes before the writer's check, the writer makes the object again. Otherwise the
+record comes before the collection's check, which puts the object back. The age limit only saves
+this work.
 
-**Unreachable folders.** An unmounted disk, a dangling link, or an empty bucket of that name in
-another store: a folder that shows none of its recorded shards counts as unreachable, and keeps its
-records.
+**Unreachable folders.** A folder that shows none of its recorded shards counts as unreachable and
+keeps its records: its disk may not be mounted, a link may dangle, or the bucket may be another
+store's.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class GcOptions:
 
 
 def collect(cache: ScoreCache, options: GcOptions) -> Iterator[Removed]:
-    """Remove what nothing needs, and yield it; done only when the iterator is exhausted.
+    """Remove what nothing needs, and yield each removal; ends when the iterator is exhausted.
 
     Raises:
         CacheError: the cache's folders hold foreign files, or a manifest is damaged. Nothing more
@@ -75,7 +76,9 @@ def collect(cache: ScoreCache, options: GcOptions) -> Iterator[Removed]:
     cache.store.refuse_foreign()
     now = datetime.now(UTC)
     limit, abandoned = now - options.older_than, now - max(options.older_than, _PUT)
-    for file in cache.store.staging_files():  # first: a full disk takes no new manifest
+    for (
+        file
+    ) in cache.store.staging_files():  # first, as a full disk has no space for a new manifest
         if file.modified <= abandoned:
             yield Removed(file.path, "a staging file", file.bytes)
             if not options.dry_run:

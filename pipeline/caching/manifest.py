@@ -123,8 +123,8 @@ class Manifests:
             return False
         versions = self._versions(prefix)
         self._store.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
-        # A slow publisher may have put a number that was taken and cleared away meanwhile. Newer
-        # versions then lack its records, and it has to merge into those.
+        # While this publisher was slow, others may have used the same number and deleted it again.
+        # Newer versions then lack these records, and the caller must merge again.
         return versions[-1] == old.version + 1 or not self._is_missing(prefix, new)
 
     def _is_missing(self, prefix: str, new: Mapping[str, ShardRecord]) -> bool:

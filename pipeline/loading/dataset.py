@@ -157,12 +157,12 @@ def require_shards(
     *,
     patterns: list[str] | None = None,
 ) -> dict[str, ShardRecord]:
-    """Make sure that the cache has the shards as they are now; returns URL -> record.
+    """Check that the cache has the current content of all shards; returns URL -> record.
 
     Args:
         urls: normalised.
-        spec: a score that the caller is going to load. Nothing is judged then: a shard without this
-            score is an error, and a tar that was copied, or whose times alone changed, is hashed.
+        spec: a score that the caller will load. A shard without it is an error. A tar that was
+            copied or touched is hashed; nothing is judged. None judges unknown shards.
         patterns: of the shards, as the user gave them.
 
     Raises:

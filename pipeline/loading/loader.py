@@ -79,17 +79,17 @@ class CropBatch:
 
 
 def own_share(samples: int, rank: int, world_size: int) -> range:
-    """Rows that a rank reads of so many samples; shares differ by at most one row."""
+    """The rows that a rank reads. The shares of any two ranks differ by at most one row."""
     return range(rank * samples // world_size, (rank + 1) * samples // world_size)
 
 
 class CropLoader:
     """Iterates over crops of a table's samples, an epoch at a time.
 
-    Each rank reads the same consecutive rows in every epoch, and so opens only the tars that hold
-    them. With `drop_last` all ranks yield equally many full batches an epoch and skip `remainder`
-    samples, others in each epoch if shuffled. Without it every sample of the rank's share is
-    decoded exactly once, and the last batch may be smaller.
+    Each rank reads the same consecutive rows in every epoch and opens only the tars that hold them.
+    With `drop_last` every rank yields the same number of full batches an epoch. Together they skip
+    `remainder` samples, which change from epoch to epoch if shuffled. Without `drop_last` a rank
+    decodes every sample of its share exactly once, and the last batch may be smaller.
 
     Args:
         table: samples; their index is written to a temporary folder.

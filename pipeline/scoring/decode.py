@@ -46,7 +46,7 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
     px, any other image whole, with DALI's library.
 
     Raises:
-        BadImage: undecodable, cut off, neither JPEG, PNG nor WebP, or absurdly large.
+        BadImage: undecodable, cut off, neither JPEG, PNG nor WebP, or too large.
         MemoryError: too little memory to decode it, which is no verdict on the image.
     """
     extent = plain_jpeg_extent(data)
@@ -118,12 +118,12 @@ def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> NDArray[n
 def _decode_whole(data: bytes) -> Image.Image:
     stream = _parse(data)
     if stream.codec_name not in _CODECS:
-        raise BadImage(f"no {_KNOWN} image but {stream.codec_name}")
+        raise BadImage(f"it is a {stream.codec_name}, not a {_KNOWN}")
     _check_extent(stream.height, stream.width)
     if stream.codec_name == "png" and b"acTL" in data[: data.find(b"IDAT")]:
-        raise BadImage("animated PNGs are not supported: DALI fails on some of them")
+        raise BadImage("it is an animated PNG; DALI can't decode some of them")
     if is_ambiguous(data):
-        raise BadImage("its EXIF can be read in several ways, and the image turned; rewrite it")
+        raise BadImage("readers may disagree on its EXIF orientation; save the image again")
     decoded = _decoder().decode(stream)
     if decoded is None:
         _prove_memory(stream.height, stream.width)
@@ -142,7 +142,9 @@ def _parse(data: bytes) -> nvimgcodec.CodeStream:
         stream = nvimgcodec.CodeStream(data)
         _ = stream.width
     except RuntimeError as error:
-        raise BadImage(f"no {_KNOWN} image, or DALI can't parse its headers ({error})") from error
+        raise BadImage(
+            f"it is not a {_KNOWN}, or DALI can't parse its headers ({error})"
+        ) from error
     return stream
 
 
@@ -162,25 +164,27 @@ def _decoder() -> nvimgcodec.Decoder:
 
 def _check_extent(height: int, width: int) -> None:
     if min(height, width) < 1:  # or so large that it overflows
-        raise BadImage(f"{width} x {height} px is no extent of an image")
+        raise BadImage(f"{width} x {height} px is not a valid image size")
     if max(height, width) > _MAX_SIDE or height * width > _MAX_PIXELS:
-        raise BadImage(f"{width} x {height} px is absurdly large")
+        raise BadImage(f"{width} x {height} px is too large")
 
 
 def _check_agreement(stream: nvimgcodec.CodeStream, found: tuple[int, ...], turned: bool) -> None:
-    """Refuse an image whose headers, by which DALI cuts, announce another extent than its pixels'.
+    """Refuse an image whose pixels have another extent than its headers. DALI crops by the headers.
 
     Args:
         turned: height and width may be swapped.
     """
     announced = stream.height, stream.width
     if found != announced and not (turned and found[::-1] == announced):
-        raise BadImage(f"its headers announce {announced} px high and wide, it decodes to {found}")
+        raise BadImage(
+            f"its headers announce {announced} px (height, width), but it decodes to {found}"
+        )
 
 
 def _prove_memory(height: int, width: int) -> None:
     """Raise a MemoryError if an image of this extent can't be decoded here.
 
-    Both decoders report too little memory as a bad image.
+    Both decoders report a lack of memory as a bad image.
     """
     np.empty(height * width * _BYTES_PER_PIXEL, np.uint8)

@@ -35,7 +35,7 @@ class MapBank:
     def oldest(self, rows: Tensor, count: int) -> Tensor:
         """Positions in `rows [B]` of the `count` rows written longest ago, `[count]` int64.
 
-        A second position of a row comes after the first positions of all rows.
+        If rows repeat, every row comes once before any row comes twice.
         """
         by_age = self.written_at[rows].argsort(stable=True)
         return by_age[_turns(rows)[by_age].argsort(stable=True)][:count]

@@ -18,8 +18,8 @@ _EXIF = b"Exif\0\0"
 def is_ambiguous(data: bytes) -> bool:
     """Whether readers may disagree on the orientation of this JPEG, PNG or WebP.
 
-    Unambiguous are: no EXIF; one well-formed block; any blocks that could not be read as another
-    orientation than upright.
+    They agree on an image without EXIF, with one well-formed block, or with blocks that no reader
+    can take for an orientation other than upright.
     """
     blocks = _blocks(data)
     if len(blocks) == 1 and _is_well_formed(blocks[0]):

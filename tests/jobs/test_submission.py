@@ -25,8 +25,8 @@ def checkout(tmp_path):
     """The program's own files, in a folder that has been worked in."""
     folder = tmp_path / "checkout"
     generated = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for room in ("famt", "jobs", "pipeline", "train", "docs", "tests"):
-        shutil.copytree(ROOT / room, folder / room, ignore=generated)
+    for part in ("famt", "jobs", "pipeline", "train", "docs", "tests"):
+        shutil.copytree(ROOT / part, folder / part, ignore=generated)
     for name in (".gitignore", ".rayignore", "README.md", "Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
     for name in (".venv/lib", ".git/objects", "demo", "runs/first", "shards", "scores", "exported"):

@@ -102,10 +102,10 @@ class AttentionConfig(Slot):
     }
 
     source: str = "rolling"
-    """off; live: an extra forward pass on every whole crop; rolling: stored maps, a part of which
-    such a pass updates at each step; seen: stored maps of the attention to visible patches in the
-    training pass, without an extra one; refreshed: of whole images, as in --frequency.source; or a
-    source of an installed package"""
+    """off; live: an extra forward pass on every whole crop; rolling: stored maps, and each step
+    updates a part of them by such a pass; seen: stored maps of the attention to visible patches in
+    the training pass, without an extra one; refreshed: of whole images, as in --frequency.source;
+    or a source of an installed package"""
     exponent: Annotated[float, Ge(0)] = 1.0
     """exponent in the weight"""
     kind: str = "attention"

@@ -62,7 +62,7 @@ def test_a_scaled_decode_scores_like_a_full_one():
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_a_decompression_bomb_is_refused_from_its_header(kind):
-    with pytest.raises(BadImage, match="absurdly large"):
+    with pytest.raises(BadImage, match="too large"):
         decode(encode(Image.new("L", (12_000, 12_000)), kind), 16)
 
 
@@ -81,7 +81,7 @@ def test_sides_end_where_those_of_jpegs_do():
     """Out of images of 270,000 px height and more, DALI draws crops that lie outside, or dies."""
     assert decode(encode(Image.new("L", (2, 65_535)), "PNG"), 16).shape == (16, 16, 3)
     for extent in ((2, 65_536), (65_536, 2)):
-        with pytest.raises(BadImage, match="absurdly large"):
+        with pytest.raises(BadImage, match="too large"):
             decode(encode(Image.new("L", extent), "PNG"), 16)
 
 
@@ -96,7 +96,7 @@ def test_a_webp_whose_exif_only_the_decoder_finds_is_refused_unless_upright(turn
     if turned == 1:
         assert decode(data, 16).shape == (16, 16, 3)
     else:
-        with pytest.raises(BadImage, match="several ways"):
+        with pytest.raises(BadImage, match="EXIF orientation"):
             decode(data, 16)
 
 
@@ -105,7 +105,7 @@ def test_what_decodes_to_another_extent_than_its_headers_announce_is_refused(mon
     monkeypatch.setattr(famt.pipeline.scoring.decode, "is_ambiguous", lambda data: False)
     monkeypatch.setattr(famt.pipeline.scoring.decode, "may_be_turned", lambda data: False)
     data = hide_exif(riff(webp_chunks(Random(0))), exif(6), "beyond")
-    with pytest.raises(BadImage, match=r"announce \(40, 64\) px .* decodes to \(64, 40\)"):
+    with pytest.raises(BadImage, match=r"announce \(40, 64\) px .*decodes to \(64, 40\)"):
         decode(data, 16)
 
 
@@ -207,7 +207,7 @@ def test_metadata_that_turns_an_image_for_some_readers_only_is_refused():
     jpeg = encode(marked(Random(0)))
     first, second = (segment(0xE1, b"Exif\0\0" + exif(turned)) for turned in (6, 3))
     decode(with_segments(jpeg, first), 16)
-    with pytest.raises(BadImage, match="several ways"):
+    with pytest.raises(BadImage, match="EXIF orientation"):
         decode(with_segments(jpeg, first, second), 16)
 
 
