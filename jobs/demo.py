@@ -28,8 +28,8 @@ from famt.pipeline.options import RandomView
 from famt.pipeline.sharding.patterns import expand_shards
 from famt.pipeline.sharding.sources import DIGITS
 from famt.train import figures, pretrain, report
-from famt.train.command_line import parsed, run_program
-from famt.train.config import Pretrain, parse
+from famt.train.command_line import parse, parsed, run_program
+from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators.probe import Probe
 from famt.train.evaluate.run import run as evaluate
 from famt.train.options import Figures, Report

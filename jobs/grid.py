@@ -19,7 +19,8 @@ from famt.jobs.costs import StepCost
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import FREE
 from famt.train import run_log
-from famt.train.config import Pretrain, TrainingOptions, parse
+from famt.train.command_line import parse
+from famt.train.config import Pretrain, TrainingOptions
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.evaluators import EVALUATORS
 

@@ -178,10 +178,14 @@ def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
     model = METHODS[checkpoint.method](ModelConfig(**checkpoint.sizes))
     model.load_state_dict(checkpoint.model)
     if ema:
-        if checkpoint.ema is None:
-            raise UserError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
-        model.encoder.load_state_dict(checkpoint.ema)
+        model.encoder.load_state_dict(_averaged(checkpoint, path))
     return model.eval()
+
+
+def _averaged(checkpoint: Checkpoint, path: Path) -> dict[str, Tensor]:
+    if checkpoint.ema is None:
+        raise UserError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
+    return checkpoint.ema
 
 
 def is_finetuned(source: str | Path) -> bool:
@@ -198,9 +202,7 @@ def load_classifier(path: Path, *, ema: bool = False) -> VisionTransformer:
         ema: take the averaged weights.
     """
     checkpoint = load(path)
-    weights = checkpoint.ema if ema else checkpoint.model
-    if weights is None:
-        raise UserError(f"{path} keeps no averaged weights; train with --optimiser.ema-decay")
+    weights = _averaged(checkpoint, path) if ema else checkpoint.model
     mean = "fc_norm.weight" in weights
     model = ModelConfig(**checkpoint.sizes).build(
         num_classes=len(weights["head.bias"]),

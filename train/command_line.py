@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import io
 import os
 import select
@@ -13,16 +14,19 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
 import tyro
 
 from famt.__main__ import Command, called
 from famt.pipeline import storage
 from famt.pipeline.errors import CacheError, RankError, UserError
-from famt.train import config
+from famt.pipeline.options import MAIN, notes_of
+from famt.train import recipe
+from famt.train.config import REQUIRED, Pretrain
 
 Config = TypeVar("Config")
+Options = TypeVar("Options", bound=Pretrain)
 
 _STDOUT = 1  # its file descriptor
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # as torch puts it, on GPUs and on CPUs
@@ -40,9 +44,65 @@ def is_users(error: BaseException) -> bool:
 def parsed(kind: Any, description: str | None) -> Any:
     """Parse the command line into a program's options, a dataclass or a union of them."""
     with _ending():
-        if isinstance(kind, type) and issubclass(kind, config.Pretrain):
-            return config.parse(sys.argv[1:], description, kind)
+        if isinstance(kind, type) and issubclass(kind, Pretrain):
+            return parse(sys.argv[1:], description, kind)
         return tyro.cli(kind, prog=called(), description=description)
+
+
+def parse(
+    arguments: list[str],
+    description: str | None,
+    program: type[Options] = Pretrain,  # type: ignore[assignment]
+) -> Options:
+    """Parse a command line; `--recipe` is read first, as it sets the other options' defaults.
+
+    Raises:
+        UserError: the recipe does not exist, or its file is wrong; names the file.
+    """
+    name = recipe.DEFAULT
+    for position, argument in enumerate(arguments):
+        if argument == "--recipe" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+        elif argument.startswith("--recipe="):
+            name = argument.partition("=")[2]
+    default = _resolve(recipe.load(name), program)
+    missing = [
+        each.name
+        for each in dataclasses.fields(program)
+        if each.default is each.default_factory is dataclasses.MISSING
+        and getattr(default, each.name) == REQUIRED[each.name]
+    ]
+    default = dataclasses.replace(default, recipe=name, **dict.fromkeys(missing, tyro.MISSING))
+    about = f"{description or ''}\nRecipes:\n\n{recipe.overview()}"
+    if {"-h", "--help"} & {*arguments}:
+        short = _short(program)
+        default = short(**vars(default))
+        about = "\n\n".join((description or "").split("\n\n")[:2])
+        about += f"\n\nRecipes: {', '.join(recipe.names())}\n\n--help-all shows all options."
+        return tyro.cli(short, prog=called(), args=arguments, default=default, description=about)
+    arguments = ["--help" if each == "--help-all" else each for each in arguments]
+    arguments = program.with_suggestions(arguments, default)
+    return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
+
+
+def _short(program: type[Options]) -> type[Options]:
+    """The same options; the help shows only those noted `MAIN`."""
+    hints = get_type_hints(program, include_extras=True)
+    hidden = [
+        (each.name, Annotated[hints[each.name], tyro.conf.Suppress], each)
+        for each in dataclasses.fields(program)
+        if MAIN not in notes_of(program)[each.name]
+    ]
+    return dataclasses.make_dataclass(program.__name__, hidden, bases=(program,), frozen=True)
+
+
+def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
+    """A program's options as a recipe and those that it extends set them."""
+    default = _resolve(each.extends, program) if each.extends else program(**REQUIRED)
+    try:
+        return tyro.cli(program, args=each.options, default=default)
+    except SystemExit:  # tyro has printed which option is wrong, and why
+        raise UserError(f"{each.path}: wrong options in the recipe, see above") from None
 
 
 def run_command(command: Command) -> NoReturn:

@@ -9,12 +9,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, Self
 
-import tyro
 from annotated_types import Ge, Gt, Lt
 
-from famt.__main__ import called
 from famt.methods import METHODS
 from famt.models import MODELS, DecoderName, ModelConfig, timm_model
 from famt.patch_counts import patch_counts
@@ -32,7 +30,6 @@ from famt.pipeline.options import (
     RandomView,
     Seed,
     annotated,
-    notes_of,
     restored,
 )
 from famt.pipeline.scores import ScoreSpec
@@ -315,7 +312,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     def differing(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         """(dotted name, value, notes) of the options that differ from the defaults in the code; an
         option added later is at its default in an older run."""
-        defaults = {name: value for name, value, _ in annotated(type(self)(**_REQUIRED))}
+        defaults = {name: value for name, value, _ in annotated(type(self)(**REQUIRED))}
         for name, value, notes in annotated(self):
             if value != defaults[name]:
                 yield name, value, notes
@@ -345,63 +342,5 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
         return found
 
 
-Options = TypeVar("Options", bound=Pretrain)
-
-# Required, by a recipe or by the command line.
-_REQUIRED: dict[str, Any] = {"shards": [], "cache": "", "out": Path()}
-
-
-def parse(
-    arguments: list[str],
-    description: str | None,
-    program: type[Options] = Pretrain,  # type: ignore[assignment]
-) -> Options:
-    """Parse a command line; `--recipe` is read first, as it sets the other options' defaults.
-
-    Raises:
-        UserError: the recipe does not exist, or its file is wrong; names the file.
-    """
-    name = recipe.DEFAULT
-    for position, argument in enumerate(arguments):
-        if argument == "--recipe" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--recipe="):
-            name = argument.partition("=")[2]
-    default = _resolve(recipe.load(name), program)
-    missing = [
-        each.name
-        for each in dataclasses.fields(program)
-        if each.default is each.default_factory is dataclasses.MISSING
-        and getattr(default, each.name) == _REQUIRED[each.name]
-    ]
-    default = dataclasses.replace(default, recipe=name, **dict.fromkeys(missing, tyro.MISSING))
-    about = f"{description or ''}\nRecipes:\n\n{recipe.overview()}"
-    if {"-h", "--help"} & {*arguments}:
-        short = _short(program)
-        default = short(**vars(default))
-        about = "\n\n".join((description or "").split("\n\n")[:2])
-        about += f"\n\nRecipes: {', '.join(recipe.names())}\n\n--help-all shows all options."
-        return tyro.cli(short, prog=called(), args=arguments, default=default, description=about)
-    arguments = ["--help" if each == "--help-all" else each for each in arguments]
-    arguments = program.with_suggestions(arguments, default)
-    return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
-
-
-def _short(program: type[Options]) -> type[Options]:
-    """The same options; the help shows only those noted `MAIN`."""
-    hints = get_type_hints(program, include_extras=True)
-    hidden = [
-        (each.name, Annotated[hints[each.name], tyro.conf.Suppress], each)
-        for each in dataclasses.fields(program)
-        if MAIN not in notes_of(program)[each.name]
-    ]
-    return dataclasses.make_dataclass(program.__name__, hidden, bases=(program,), frozen=True)
-
-
-def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
-    """A program's options as a recipe and those that it extends set them."""
-    default = _resolve(each.extends, program) if each.extends else program(**_REQUIRED)
-    try:
-        return tyro.cli(program, args=each.options, default=default)
-    except SystemExit:  # tyro has printed which option is wrong, and why
-        raise UserError(f"{each.path}: wrong options in the recipe, see above") from None
+REQUIRED: dict[str, Any] = {"shards": [], "cache": "", "out": Path()}
+"""by a recipe or by the command line"""

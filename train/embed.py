@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,14 +29,12 @@ from numpy.typing import NDArray
 from timm.models.vision_transformer import VisionTransformer
 
 from famt.patches import normalise_images
-from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
-from famt.pipeline.loading.dataset import SampleTable, load_samples
-from famt.pipeline.loading.stage import stage_shards
+from famt.pipeline.loading.dataset import SampleTable
 from famt.train import checkpoint
 from famt.train.command_line import parsed, run_program
 from famt.train.distributed import join_ranks
-from famt.train.evaluate.features import Images, default_centre, pool
+from famt.train.evaluate.features import Images, open_images, pool
 from famt.train.initial import build_initial_encoder
 from famt.train.options import Embed
 
@@ -58,21 +57,12 @@ def main(args: Embed) -> None:
         if checkpoint.is_finetuned(args.checkpoint)
         else build_initial_encoder(args.checkpoint, ema=args.ema)
     )
-    cache = ScoreCache(args.cache, create=True)
-    table = stage_shards(load_samples(args.shards, cache), cache, args.stage, show=True)
-    size = encoder.patch_embed.img_size[0]
-    with join_ranks(args.device) as ranks, _open(args.out, table, encoder.embed_dim) as writer:
-        images = Images(
-            table=table,
-            name="features",
-            image_size=size,
-            centre=default_centre(size) if args.centre is None else args.centre,
-            batch_size=args.batch_size,
-            threads=args.threads,
-            ranks=ranks,
-        )
-        for first, cls, mean in _features(encoder.to(ranks.device).eval(), images):
-            writer.write(first, cls, mean)
+    with join_ranks(args.device) as ranks:
+        images = open_images(args, encoder, "shards", ranks)
+        table, images = images.table, replace(images, name="features")
+        with _open(args.out, table, encoder.embed_dim) as writer:
+            for first, cls, mean in _features(encoder.to(ranks.device).eval(), images):
+                writer.write(first, cls, mean)
     print(
         f"{args.out}: {len(table)} images of {len(table.urls)} shards, {encoder.embed_dim} values "
         f"each; left out, as they can't be decoded: {len(table.left_out())}"

@@ -119,9 +119,18 @@ class Training(ABC, Generic[Batch]):
         """Step at which the run ends."""
         return self.optimisation.last_step
 
-    @abstractmethod
     def plan(self) -> str:
         """Text with all numbers that follow from the options, printed at the start."""
+        ranks = f"{self.ranks.world_size} rank(s)"
+        lines = {
+            "run": f"{self.config.out} on {self.ranks.device}, {ranks}, {self.config.precision}",
+            **self.derived(),
+        }
+        return "\n".join(f"{name:14}{text}" for name, text in lines.items())
+
+    @abstractmethod
+    def derived(self) -> dict[str, str]:
+        """Lines of the plan, by name."""
 
     def begin_epoch(self, epoch: int, stop: Stop) -> bool:
         """Called before the first step of an epoch; False if asked to stop meanwhile."""
@@ -135,9 +144,9 @@ class Training(ABC, Generic[Batch]):
     def forward_backward(self, batch: Batch) -> Tensor:
         """Compute the gradients of a batch; returns the mean loss, on the device."""
 
-    @abstractmethod
     def scalars(self) -> dict[str, float]:
         """Values of a log point besides the loss; called on the main rank."""
+        return {"learning_rate": self.optimisation.present_learning_rate}
 
     @abstractmethod
     def end_epoch(self, epoch: int, stop: Stop) -> bool:

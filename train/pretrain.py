@@ -169,7 +169,7 @@ class Run(Training[PatchBatch]):
         return total
 
     def scalars(self) -> dict[str, float]:
-        scalars = {"learning_rate": self.optimisation.present_learning_rate}
+        scalars = super().scalars()
         for signal in self.signals:
             scalars |= signal.scalars()
         return scalars
@@ -212,7 +212,7 @@ class Run(Training[PatchBatch]):
         self.side_stream.join()
         return picture_of_crops(self.model, self._weigh(crops, self.step, look=True))
 
-    def plan(self) -> str:
+    def derived(self) -> dict[str, str]:
         config, sizes = self.config, self.sizes
         parameters = {
             "encoder": sum(p.numel() for p in self.model.encoder.parameters()),
@@ -220,8 +220,6 @@ class Run(Training[PatchBatch]):
         }
         decoder = config.decoder if METHODS[self.method].has_decoder else "no"
         lines = {
-            "run": f"{config.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
-            f"{config.precision}",
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
             f"{sizes.patch_size} px, {decoder} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
@@ -244,7 +242,7 @@ class Run(Training[PatchBatch]):
             lines["at first"] = (
                 f"{config.plain_until} epochs of plain masking, {_counts(sizes, config.plain)}"
             )
-        return "\n".join(f"{name:14}{text}" for name, text in lines.items())
+        return lines
 
     def _weigh(self, crops: CropBatch, step: int, *, look: bool = False) -> Weighed:
         return weigh_crops(

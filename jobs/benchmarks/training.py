@@ -19,7 +19,8 @@ from famt.pipeline.loading.limits import own_cores
 from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.loading.masking import PatchBatch
 from famt.pipeline.options import Checked
-from famt.train.config import Pretrain, parse
+from famt.train.command_line import parse
+from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 

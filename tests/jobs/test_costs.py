@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from famt.jobs.costs import StepCost, measured, step_key
-from famt.train.config import OptimiserConfig, Pretrain, parse
+from famt.train.command_line import parse
+from famt.train.config import OptimiserConfig, Pretrain
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 
 

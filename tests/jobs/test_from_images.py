@@ -16,7 +16,7 @@ from samples import photo
 from famt.jobs.from_images import Images, finish, look_at, prepare, suggest
 from famt.jobs.options import RayPretrain
 from famt.pipeline.errors import UserError
-from famt.train.config import parse
+from famt.train.command_line import parse
 
 RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 

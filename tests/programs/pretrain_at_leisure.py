@@ -4,8 +4,7 @@ import sys
 import time
 
 from famt.train import pretrain
-from famt.train.command_line import run_program
-from famt.train.config import parse
+from famt.train.command_line import parse, run_program
 from famt.train.stop import Stop
 
 

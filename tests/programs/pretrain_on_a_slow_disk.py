@@ -4,8 +4,7 @@ import os
 import sys
 import time
 
-from famt.train.command_line import run_program
-from famt.train.config import parse
+from famt.train.command_line import parse, run_program
 from famt.train.pretrain import main
 
 fsync = os.fsync

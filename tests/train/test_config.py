@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from famt.train.config import parse
+from famt.train.command_line import parse
 
 GIVEN = ["--recipe", "famt", "--shards", "a", "--cache", "c", "--out", "o", "--epochs", "100"]
 

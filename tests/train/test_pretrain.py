@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.models import MODELS
 from famt.pipeline.options import JoinConfig
 from famt.train import checkpoint
-from famt.train.config import OptimiserConfig, Pretrain, parse
+from famt.train.command_line import parse
+from famt.train.config import OptimiserConfig, Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.encoder import load_encoder
 from famt.train.pretrain import Run, main

@@ -10,8 +10,8 @@ import tyro
 from famt.jobs.options import MakeShards, PrecomputeFreq, RayPretrain, RefreshScores
 from famt.pipeline.options import FREE, JoinConfig, annotated
 from famt.train import recipe
-from famt.train.command_line import run_program
-from famt.train.config import Pretrain, parse
+from famt.train.command_line import parse, run_program
+from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.options import Export, Recipes
 from famt.train.signals.config import AttentionConfig, FrequencyConfig

@@ -20,6 +20,7 @@ from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import CentreView, LoaderConfig, View
 from famt.train.distributed import Ranks
 from famt.train.evaluate.evaluation import Evaluation
+from famt.train.options import Embed
 from famt.train.stop import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
@@ -179,8 +180,10 @@ def pool(encoder: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return (encoder.fc_norm(tokens[:, 0]) if encoder.has_class_token else mean), mean
 
 
-def open_images(options: Evaluation, encoder: VisionTransformer, name: str, ranks: Ranks) -> Images:
-    """The images of --train or --val (`name`), at the encoder's size."""
+def open_images(
+    options: Evaluation | Embed, encoder: VisionTransformer, name: str, ranks: Ranks
+) -> Images:
+    """The images of an option's shards, such as --train's (`name`), at the encoder's size."""
     size = encoder.patch_embed.img_size[0]
     cache = ScoreCache(options.cache, create=True)
     samples = ranks.share(lambda: load_samples(getattr(options, name), cache))

@@ -145,9 +145,6 @@ class Finetuning(Training[Mixed]):
             loss.backward()
         return loss.detach()
 
-    def scalars(self) -> dict[str, float]:
-        return {"learning_rate": self.optimisation.present_learning_rate}
-
     def end_epoch(self, epoch: int, stop: Stop) -> bool:
         if (epoch + 1) % self.config.val_epochs == 0 and self.step < self.last_step:
             values = self.test(stop)
@@ -181,12 +178,10 @@ class Finetuning(Training[Mixed]):
         tested = sum(count for _, count, _ in everywhere)
         return {name: sum(each[name] for each, *_ in everywhere) / tested for name in models}
 
-    def plan(self) -> str:
+    def derived(self) -> dict[str, str]:
         options = self.config
         count = sum(each.numel() for each in self.model.parameters())
-        lines = {
-            "run": f"{options.out} on {self.ranks.device}, {self.ranks.world_size} rank(s), "
-            f"{options.precision}",
+        return {
             "model": f"{options.checkpoint}, {'untrained, ' if options.untrained else ''}"
             f"{count / 1e6:.1f} M parameters, {self.classes} classes",
             "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
@@ -198,7 +193,6 @@ class Finetuning(Training[Mixed]):
             "mixing": _spelled(options.mixing.resolved(options.epochs)),
             "layers": f"learning rate x {options.optimiser.layer_decay:g} from block to block",
         }
-        return "\n".join(f"{name:14}{text}" for name, text in lines.items())
 
 
 def _spelled(mixing: Mixing) -> str:
