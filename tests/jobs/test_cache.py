@@ -50,7 +50,7 @@ def test_ls_tells_folders_counts_and_coverage(with_bad, capsys):
 def test_ls_bad_lists_every_reason(with_bad, capsys):
     main(Ls(with_bad.cache.url, bad=True))
     lines = capsys.readouterr().out.splitlines()
-    assert any("train-000003.tar:oops: no JPEG" in line for line in lines)
+    assert any("train-000003.tar:oops: it is not a JPEG" in line for line in lines)
     assert all("train-000003.tar" in line for line in lines)
 
 

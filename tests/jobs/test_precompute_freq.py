@@ -126,7 +126,7 @@ def test_bad_images_are_named_and_too_many_fail_the_job(cluster, shards, tmp_pat
     (shards / "train-9.tar").write_bytes(tar_bytes(bad))
     assert main(_config(shards, tmp_path, spec, max_bad=0.05)) == 0
     captured = capsys.readouterr()
-    assert "train-9.tar:broken: no JPEG" in captured.err
+    assert "train-9.tar:broken: it is not a JPEG" in captured.err
     assert main(_config(shards, tmp_path, spec, max_bad=0.02)) == 1
     assert "share than --max-bad" in capsys.readouterr().err
 

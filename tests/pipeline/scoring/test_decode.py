@@ -113,7 +113,7 @@ def test_what_decodes_to_another_extent_than_its_headers_announce_is_refused(mon
     "data", [b"", b"garbage", encode(photo(0), "GIF"), encode(photo(0), "BMP")]
 )
 def test_other_formats_are_refused_with_a_reason(data):
-    with pytest.raises(BadImage, match="no JPEG, PNG or WebP image"):
+    with pytest.raises(BadImage, match="not a JPEG, PNG or WebP"):
         decode(data, 16)
 
 
