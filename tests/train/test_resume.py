@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import pytest
 import torch
 from launch import finish, launch, program_file
+from runs import log_events
 
 from famt.pipeline.options import ELASTIC, FREE, Checked
 from famt.train import checkpoint
@@ -143,6 +144,11 @@ def test_damaged_checkpoints_are_set_aside_unless_nothing_is_left(options, capsy
         "checkpoint-00000007.damaged",
     }
     assert "is damaged; resuming from checkpoint-00000003.pt" in capsys.readouterr().err
+    events = log_events(options.out, "damaged checkpoint")
+    assert [(line["step"], line["file"]) for line in events] == [
+        (3, "checkpoint-00000007.damaged"),
+        (3, "checkpoint-00000005.damaged"),
+    ]
     paths[0].write_bytes(b"")
     with pytest.raises(checkpoint.DamagedError, match="no earlier checkpoint is whole"):
         _resume(options)

@@ -157,13 +157,6 @@ def test_an_epoch_with_several_crops_decodes_every_image_once(table):
     assert set(rows.bincount(minlength=26).tolist()) == {0, 3}
 
 
-def test_a_batch_that_is_not_made_of_whole_images_is_refused():
-    with pytest.raises(
-        ValueError, match="--batch-size 4 must be a multiple of --crops-per-image 3"
-    ):
-        dataclasses.replace(SMALL, crops_per_image=3)
-
-
 @pytest.mark.parametrize("steps", [1, 5, 6, 9])
 @pytest.mark.parametrize("crops_per_image", [1, 2])
 def test_a_state_goes_on_with_the_very_next_batch(table, steps, crops_per_image):

@@ -1,15 +1,11 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from runs import log_events
-from samples import photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.train.checkpoint import load_model
-from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.evaluate.evaluators.knn import Knn
 from famt.train.evaluate.run import run
 from famt.train.pretrain import main as pretrain
@@ -58,23 +54,3 @@ def test_a_resumed_run_keeps_what_was_found_of_it(request, options):
     run(options(Knn, checkpoint=str(config.out / "checkpoint-00000003.pt")))
     pretrain(config)
     assert len(log_events(config.out, "evaluation")) == 1
-
-
-@pytest.mark.parametrize("name", ["knn", "probe"])
-def test_images_without_a_class_are_named(request, scored, options, tmp_path, name):
-    request.getfixturevalue("run")
-    path = tmp_path / "unlabelled.tar"
-    path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
-    score([path], scored.cache, scored.spec)
-    with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
-        run(options(EVALUATORS[name], train=[str(path)]))
-
-
-@pytest.mark.slow
-def test_the_door_lists_its_evaluators():
-    told = subprocess.run(
-        [sys.executable, "-m", "famt.train.evaluate", "--help"], capture_output=True, text=True
-    )
-    assert told.returncode == 0
-    for name in EVALUATORS:
-        assert name in told.stdout
