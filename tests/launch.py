@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -14,12 +15,24 @@ from famt.train import checkpoint
 
 KILLS = int(os.environ.get("FAMT_KILLS", "3"))
 
+RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
+"""environment of a program with a Ray of its own"""
+
 _TESTS = Path(__file__).parent
 
 
 def program_file(name: str) -> str:
     """The path of a program in `tests/programs`."""
     return str(_TESTS / "programs" / f"{name}.py")
+
+
+def until(condition: Callable[[], object], seconds: float = 120) -> None:
+    """Wait for a condition."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.02)
 
 
 def launch(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
@@ -20,6 +21,9 @@ from famt.pipeline.scoring.publish import publish
 from famt.sampling import PatchSplit
 from famt.train.distributed import Ranks
 from famt.train.signals.signal import Context
+
+RANKS = Ranks(0, 1, "here", torch.device("cpu"))
+"""a run of one process"""
 
 TINY = ModelConfig(
     image_size=32, patch_size=8, width=24, depth=2, heads=3,

@@ -1,7 +1,6 @@
 """`famt pretrain --data`: from a folder of images to an encoder, in one line."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from launch import RAY
 from PIL import Image
 from runs import log_events
 from samples import photo
@@ -17,8 +17,6 @@ from famt.jobs.from_images import Images, finish, look_at, prepare, suggest
 from famt.jobs.options import RayPretrain
 from famt.pipeline.errors import UserError
 from famt.train.command_line import parse
-
-RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

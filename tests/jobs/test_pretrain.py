@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launch import RAY
 from runs import equal, log_events
 
 from famt.jobs.options import RayPretrain, RefreshWorkers
@@ -36,9 +37,6 @@ def _command(scored, out, *more):
     ]  # fmt: skip
 
 
-ALONE = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
-
-
 def _beside(job):
     """What a training started: its refresh job, and Ray's processes."""
     return psutil.Process(job.pid).children(recursive=True)
@@ -55,7 +53,7 @@ def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, 
         "--epochs", "4", "--refresh.every", "2", "--device", "cpu", *waits,
     )  # fmt: skip
     process = subprocess.Popen(
-        command, env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, env=RAY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     started = []
     while process.poll() is None:
@@ -102,7 +100,7 @@ def _arguments(process):
 def test_the_refresh_job_does_not_outlive_a_killed_training(scored, tmp_path):
     out = tmp_path / "run"
     command = _command(scored, out, "--epochs", "10000", "--device", "cpu")
-    process = subprocess.Popen(command, env=ALONE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, env=RAY, stderr=subprocess.DEVNULL)
     jobs = []
     while len(jobs) < 5 or not (out.exists() and checkpoint.latest(out)):  # Ray is up as well
         assert process.poll() is None
@@ -119,7 +117,7 @@ def test_the_refresh_job_does_not_outlive_a_killed_training(scored, tmp_path):
 def test_a_training_goes_on_and_says_so_where_the_refresh_job_dies(scored, tmp_path):
     out = tmp_path / "run"
     command = _command(scored, out, "--epochs", "10000", "--device", "cpu")
-    process = subprocess.Popen(command, env=ALONE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=RAY, stderr=subprocess.PIPE, text=True)
     killed = False
     while not log_events(out, "refresh job ended"):
         assert process.poll() is None

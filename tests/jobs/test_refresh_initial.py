@@ -1,12 +1,12 @@
 """Maps of a trained encoder before a run has learned anything."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from launch import RAY
 
 from famt.jobs.options import RefreshScores
 from famt.jobs.refresh_scores import initial_encoder
@@ -14,8 +14,6 @@ from famt.models import MODELS, ModelConfig
 from famt.pipeline.errors import UserError
 from famt.pipeline.scores import encoder_digest
 from famt.pipeline.scoring.generation import generations, open_generation
-
-RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import program_file
+from launch import RAY, program_file, until
 from runs import equal, log_events, weights
 
 from famt.jobs import refresh_scores
@@ -27,8 +27,6 @@ from famt.train import checkpoint
 from famt.train.checkpoint import CLASSIFIER, Checkpoint
 from famt.train.encoder import Encoder, save_encoder
 from famt.train.signals.refresh_folder import RefreshFolder
-
-RAY = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": "1"}
 
 
 def _train(scored, out, *more):
@@ -69,14 +67,6 @@ def _title(process):
         return " ".join(process.cmdline())
     except psutil.NoSuchProcess:
         return ""
-
-
-def _until(condition):
-    for _ in range(6000):
-        if condition():
-            return
-        time.sleep(0.02)
-    raise TimeoutError
 
 
 KILLS = int(os.environ.get("FAMT_KILLS", "2"))
@@ -225,13 +215,13 @@ def test_a_follower_makes_what_is_due_and_again_what_was_removed(tmp_path, monke
     folder = RefreshFolder(tmp_path)
     assert not folder.is_followed()
     with _follow_here(monkeypatch, folder, []) as tried:
-        _until(folder.is_followed)
+        until(folder.is_followed)
         folder.encoder(14).write_text("first")
-        _until(folder.generation(14).exists)
+        until(folder.generation(14).exists)
         folder.generation(14).unlink()
-        _until(folder.generation(14).exists)
+        until(folder.generation(14).exists)
         folder.encoder(28).write_text("second")
-        _until(folder.generation(28).exists)
+        until(folder.generation(28).exists)
     assert tried == [("first", False), ("first", False), ("second", False)]
     assert not folder.is_followed()
 
@@ -241,7 +231,7 @@ def test_a_follower_says_why_it_failed_and_tries_again(tmp_path, monkeypatch):
     folder.path.mkdir()
     folder.encoder(14).write_text("first")
     with _follow_here(monkeypatch, folder, ["a tar is gone"]) as tried:
-        _until(lambda: len(tried) == 2 and not folder.failure(14).exists())
+        until(lambda: len(tried) == 2 and not folder.failure(14).exists())
         assert tried == [("first", False), ("first", "a tar is gone\n")]
 
 

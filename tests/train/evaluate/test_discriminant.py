@@ -1,13 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from samples import RANKS
 from scipy.stats import multivariate_normal
 from sklearn.covariance import OAS
 
-from famt.train.distributed import Ranks
 from famt.train.evaluate.discriminant import discriminants
-
-RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 
 
 @pytest.fixture

@@ -6,16 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from samples import photo
+from samples import RANKS, photo
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
-from famt.train.distributed import Ranks
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.features import open_images, require_labels, standard_error, top1
-
-RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 
 
 @pytest.fixture

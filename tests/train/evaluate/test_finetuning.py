@@ -11,14 +11,13 @@ import timm
 import torch
 from launch import finish, kill_at_random, launch, program_file
 from runs import equal, log_events, log_lines, log_points, weights
-from samples import encode, tar_bytes
+from samples import RANKS, encode, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
 from famt.train import checkpoint
-from famt.train.distributed import Ranks
 from famt.train.embed import main as embed
 from famt.train.evaluate.evaluators.finetune import Finetune, FinetuneOptimiser, Mixing
 from famt.train.evaluate.features import Images, open_images
@@ -28,7 +27,6 @@ from famt.train.evaluate.run import run as evaluate
 from famt.train.export import main as export
 from famt.train.options import Embed, Export
 
-RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 MIXED = Mixing().resolved(100)
 PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)
 

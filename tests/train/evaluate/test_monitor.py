@@ -6,14 +6,13 @@ from itertools import product
 import pytest
 import torch
 from runs import equal, log_events, log_points, weights
-from samples import photo_members, score, tar_bytes
+from samples import RANKS, photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.caching.cache import ScoreCache
 from famt.train import checkpoint
-from famt.train.distributed import Ranks
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.features import Images, open_images, top1
 from famt.train.evaluate.monitor import Monitor
@@ -23,7 +22,6 @@ from famt.train.pretrain import main as pretrain
 from famt.train.stop import Stop
 from famt.train.timing import Clock
 
-RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 SIZES = MODELS["vit_nano"]
 
 

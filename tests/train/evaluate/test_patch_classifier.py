@@ -1,20 +1,17 @@
 import numpy as np
 import pytest
 import torch
-from samples import encode, score, tar_bytes
+from samples import RANKS, encode, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.options import RandomView, WholeView
 from famt.pipeline.sharding.segmentation_masks import IGNORED, crop_masks, read_masks
-from famt.train.distributed import Ranks
 from famt.train.evaluate import patch_classifier as module
 from famt.train.evaluate.evaluators.segment import Segment
 from famt.train.evaluate.features import open_images
 from famt.train.evaluate.patch_classifier import segment
 from famt.train.evaluate.run import run as evaluate
-
-RANKS = Ranks(0, 1, "here", torch.device("cpu"))
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@ import dataclasses
 import itertools
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from launch import until
 from runs import log_events, log_points
 from samples import photo_members, tar_bytes
 
@@ -110,14 +110,6 @@ def _damage(path):
     path.write_bytes(content)
 
 
-def _until(condition):
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    raise TimeoutError
-
-
 def _meanwhile(work):
     threading.Thread(target=work, daemon=True).start()
 
@@ -191,15 +183,15 @@ def test_what_cannot_be_used_is_told_of_removed_and_made_again(
         maps = _maps(config, scored)
 
         def work():
-            _until(folder.encoder(3).exists)
+            until(folder.encoder(3).exists)
             spoil(refresh, 3)
-            _until(lambda: folder.due() == 3)  # the job sees that it is wanted again
+            until(lambda: folder.due() == 3)  # the job sees that it is wanted again
             refresh(3)
 
         _meanwhile(work)
         _begin(maps, 1, log=log)
         epochs = itertools.count(2, 2)  # at the others another one is due
-        _until(lambda: _begin(maps, next(epochs), log=log) == [3])
+        until(lambda: _begin(maps, next(epochs), log=log) == [3])
     assert [each["generation"] for each in log_events(config.out, "generation")] == [3]
     (event,) = log_events(config.out, "generation removed")
     assert "generation-00000003.zip is" in event["reason"]
@@ -279,7 +271,7 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config, folder):
     stop = Stop()
 
     def ask():
-        _until(lambda: bool(log_events(config.out, "refresh due")))
+        until(lambda: bool(log_events(config.out, "refresh due")))
         stop.asked = True
 
     _meanwhile(ask)
@@ -295,7 +287,7 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config, folder):
 
 def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(config, folder):
     def fail():
-        _until(folder.encoder(3).exists)
+        until(folder.encoder(3).exists)
         folder.failure(3).write_text("no room on the cluster\n")
 
     _meanwhile(fail)
@@ -361,9 +353,9 @@ def test_a_run_whose_generations_are_lost_goes_on_only_if_elastic(config, folder
     stop = Stop()
 
     def refresh_once_and_stop():
-        _until(folder.encoder(3).exists)
+        until(folder.encoder(3).exists)
         refresh(3)
-        _until(folder.encoder(9).exists)
+        until(folder.encoder(9).exists)
         stop.asked = True
 
     _meanwhile(refresh_once_and_stop)
