@@ -196,13 +196,3 @@ def test_staging_killed_at_random_goes_on_and_never_names_a_half(on_s3, tmp_path
         assert content_id(path.read_bytes()) == path.stem
         now = path.stat().st_ino, path.stat().st_mtime_ns
         assert whole.get(path.name, now) == now
-
-
-def test_a_run_reads_what_it_staged(on_s3, tmp_path):
-    cache, shards = on_s3
-    samples = load_samples(shards, cache)
-    samples = stage_shards(samples, cache, tmp_path / "disk")
-    config = LoaderConfig(3, image_size=16, shuffle_buffer=0, threads=1)
-    loader = CropLoader(samples, config, drop_last=True)
-    boto3.client("s3").delete_object(Bucket="images", Key="5.tar")
-    assert sorted(row for crops in loader for row in crops.rows.tolist()) == list(range(6))
