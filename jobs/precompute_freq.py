@@ -9,9 +9,9 @@ its name, and are not computed again: repeat the command after a crash or when t
 grown. Images that training cannot decode are quarantined with a reason and left out of training.
 Other files are counted by extension. The last line is a summary: prose, or JSON with --json.
 
-Of a tar that is cut off or broken, the samples before the damage are used; every job on it reports
-the damage. Quarantined images stay so until --retry-bad judges them again, for example with newer
-decoders.
+Of a tar that is cut off or broken, training uses the samples before the damage; every job on it
+reports the damage. Quarantined images stay so until --retry-bad judges them again, for example with
+newer decoders.
 
 Exit code: 0 done; 1 a tar could not be scored or recorded, or there are more bad images or damaged
 tars than --max-bad and --max-damaged allow, counting earlier jobs; 2 an error that ends the job at

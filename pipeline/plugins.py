@@ -16,7 +16,7 @@ def find_plugin(group: str, name: str, builtin: Iterable[str], asked: str) -> En
         group: such as `famt.scores`.
         name: of the entry point.
         builtin: names of this project's own; a package can't replace them.
-        asked: how the user asked for it, as an error begins.
+        asked: the option that asked for it; starts the error message.
 
     Raises:
         UserError: no package has it; lists the names there are.

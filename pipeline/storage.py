@@ -25,7 +25,7 @@ _A = TypeVar("_A")
 _B = TypeVar("_B")
 
 UNREACHABLE = (OSError, BaseError)
-"""what a disk or an object store raises that can't be read or written now"""
+"""errors of a disk or an object store that can't be read or written now"""
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,10 @@ class Ranks:
         nodes = self.gather(self.node)
         return [rank for rank, node in enumerate(nodes) if node == self.node]
 
+    def leads(self) -> bool:
+        """Whether this is the first rank of its machine. All ranks must call this."""
+        return self.of_machine()[0] == self.rank
+
     def gather(self, value: object) -> list:
         """`value` of every rank, in rank order, on every rank."""
         if self.world_size == 1:
@@ -111,7 +115,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return make()
-        leads = self.gather(self.node).index(self.node) == self.rank
+        leads = self.leads()
         made: str | Exception | None = None
         if leads:
             try:

@@ -139,7 +139,7 @@ class MLflow:
 
 
 class Tolerant:
-    """A tracker whose first failure is a warning and its end: training goes on without it.
+    """A tracker that is dropped, with a warning, at its first failure; training goes on.
 
     Args:
         name: of the tracker.

@@ -84,7 +84,7 @@ def stage_shards(
         disable=not show or not lacking,
     )
     with bar:
-        # Tars that other ranks are fetching are waited for last.
+        # Wait last for the tars that other ranks are fetching.
         busy = _fetch_all(lacking, bar.update, wait=False)
         _fetch_all(busy, bar.update, wait=True)
     paths = [*samples.paths]
@@ -136,7 +136,7 @@ class _Staged:
         return True
 
     def _complete(self, part: BinaryIO, progress: Callable[[int], object]) -> bool:
-        """Append the missing bytes to the part; returns whether it is the tar then."""
+        """Append the missing bytes to the part; returns whether it now equals the tar."""
         digest = blake3()
         part.seek(0)
         while chunk := part.read(_CHUNK):

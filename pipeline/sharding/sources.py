@@ -149,8 +149,8 @@ def _labelled(folder: Path, path: Path) -> Source:
     unlisted = [str(image) for image, label in found.items() if label is None]
     if len(unlisted) == len(images):
         raise UserError(
-            f"{path} lists none of the images in {folder}: {next(iter(labels))} is one of its, "
-            f"{images[0]} one of the folder's"
+            f"{path} lists none of the images in {folder}: it lists {next(iter(labels))}, for "
+            f"example, and the folder holds {images[0]}"
         )
     items = [
         Item(str(image), NO_LABEL if label is None else number[label], partial(Path, folder, image))

@@ -136,7 +136,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 def _encode(source: Path | Image.Image, encoding: Encoding) -> tuple[str, bytes, bool]:
     """Extension and bytes of an image as it goes into a tar, and whether it has an alpha channel.
 
-    That of a PNG or of an image that is converted is seen, that of a WebP stored as it is not.
+    The alpha channel of a WebP that is stored as it is goes unnoticed.
     """
     alpha = False
     if isinstance(source, Path):

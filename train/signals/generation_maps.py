@@ -39,7 +39,7 @@ class GenerationMaps:
         self._maps = {
             kind: ranks.share(lambda: torch.ones(shape, dtype=torch.float16)) for kind in kinds
         }
-        self._leads = ranks.gather(ranks.node).index(ranks.node) == ranks.rank
+        self._leads = ranks.leads()
 
     def read(self, kind: str, crops: CropBatch) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""

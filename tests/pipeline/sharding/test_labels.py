@@ -66,5 +66,5 @@ def test_images_are_found_by_path_name_or_stem_and_the_others_are_said(folder):
 
 
 def test_a_table_of_other_images_is_refused(folder):
-    with pytest.raises(UserError, match=r"lists none of the images .*: z.jpg is one of its"):
+    with pytest.raises(UserError, match=r"lists none of the images .*: it lists z.jpg"):
         _source(folder, "z.jpg,cat\n")
