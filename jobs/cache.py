@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.caching.gc import GcOptions, collect
+from famt.pipeline.caching.gc import KEPT, collect
 from famt.pipeline.caching.manifest import ShardRecord
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loading.dataset import load_maps, load_samples
@@ -124,27 +124,27 @@ class Gc(Checked):
 
     cache: str
     """folder or object-store URL of the score cache"""
-    days: Annotated[float, Ge(0), Le(1e5)] = GcOptions.older_than.days
+    days: Annotated[float, Ge(0), Le(1e5)] = KEPT.days
     """keep what is younger: running jobs have entries without a record"""
     dry_run: bool = False
     """only list what would be removed"""
 
     def run(self) -> int:
         cache = ScoreCache(self.cache)
-        options = GcOptions(timedelta(days=self.days), self.dry_run)
-        freed = 0
-        for removed in collect(cache, options):
+        out_of_reach: dict[str, str] = {}
+        freed, age = 0, timedelta(days=self.days)
+        for removed in collect(cache, age, dry_run=self.dry_run, out_of_reach=out_of_reach):
             size = f"{_size(removed.bytes)}, " if removed.bytes else ""
             print(f"{removed.what}: {size}{removed.reason}")
             freed += removed.bytes
-        for folder, reason in options.out_of_reach.items():
+        for folder, reason in out_of_reach.items():
             print(
                 f"{reason}; its shards keep their scores. If the folder is gone for good, "
                 f"remove {cache.url}/{cache.manifests.path(folder)}",
                 file=sys.stderr,
             )
         print(f"{_size(freed)} {'would be ' if self.dry_run else ''}freed")
-        return 1 if options.out_of_reach else 0
+        return 1 if out_of_reach else 0
 
 
 @dataclass(frozen=True)

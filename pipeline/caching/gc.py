@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from famt.pipeline import storage
@@ -31,6 +31,9 @@ from famt.pipeline.caching.cache import Entry, ScoreCache
 from famt.pipeline.caching.cache_store import TABLE
 from famt.pipeline.caching.manifest import ShardRecord
 from famt.pipeline.storage import each_at_once
+
+KEPT = timedelta(days=7)
+"""age up to which entries without a record stay"""
 
 _BATCH = 100  # entries held in memory at a time, in case they have to be put back
 _PUT = timedelta(minutes=10)  # a put takes seconds; an older staging file is a killed writer's
@@ -50,24 +53,20 @@ class Removed:
     bytes: int = 0
 
 
-@dataclass(frozen=True)
-class GcOptions:
-    """What to remove.
+def collect(
+    cache: ScoreCache,
+    older_than: timedelta = KEPT,
+    *,
+    dry_run: bool = False,
+    out_of_reach: dict[str, str] | None = None,
+) -> Iterator[Removed]:
+    """Remove what nothing needs, and yield each removal; ends when the iterator is exhausted.
 
-    Attributes:
+    Args:
         older_than: leave younger entries, which a job may be using. Staging files stay for ten
             minutes at least.
         dry_run: remove nothing.
-        out_of_reach: filled in by `collect`, reason by unreachable folder.
-    """
-
-    older_than: timedelta = timedelta(days=7)
-    dry_run: bool = False
-    out_of_reach: dict[str, str] = field(default_factory=dict)
-
-
-def collect(cache: ScoreCache, options: GcOptions) -> Iterator[Removed]:
-    """Remove what nothing needs, and yield each removal; ends when the iterator is exhausted.
+        out_of_reach: gets the reason for each unreachable folder.
 
     Raises:
         CacheError: the cache's folders hold foreign files, or a manifest is damaged. Nothing more
@@ -75,20 +74,21 @@ def collect(cache: ScoreCache, options: GcOptions) -> Iterator[Removed]:
     """
     cache.store.refuse_foreign()
     now = datetime.now(UTC)
-    limit, abandoned = now - options.older_than, now - max(options.older_than, _PUT)
+    limit, abandoned = now - older_than, now - max(older_than, _PUT)
     for (
         file
     ) in cache.store.staging_files():  # first, as a full disk has no space for a new manifest
         if file.modified <= abandoned:
             yield Removed(file.path, "a staging file", file.bytes)
-            if not options.dry_run:
+            if not dry_run:
                 cache.store.delete_staging(file)
+    unreachable = {} if out_of_reach is None else out_of_reach
     gone: dict[str, dict[str, ShardRecord]] = {}
     for folder, records in sorted(cache.manifests.folders().items()):
-        gone[folder] = _records_of_deleted(folder, records, options)
+        gone[folder] = _records_of_deleted(folder, records, unreachable)
         for name in sorted(gone[folder]):
             yield Removed(storage.join_url(folder, name), "the tar is gone, its record goes")
-        if gone[folder] and not options.dry_run:
+        if gone[folder] and not dry_run:
             _forget(cache, folder, gone[folder])
     named = _named(cache, gone)
     doomed = [
@@ -98,7 +98,7 @@ def collect(cache: ScoreCache, options: GcOptions) -> Iterator[Removed]:
     ]
     for first in range(0, len(doomed), _BATCH):
         batch = doomed[first : first + _BATCH]
-        saved = set() if options.dry_run else _delete(cache, batch)
+        saved = set() if dry_run else _delete(cache, batch)
         for entry in batch:
             if entry.shard_id not in saved:
                 yield Removed(entry.shard_id, "no manifest names it", entry.bytes)
@@ -136,16 +136,16 @@ def _named(cache: ScoreCache, gone: dict[str, dict[str, ShardRecord]]) -> set[st
 
 
 def _records_of_deleted(
-    folder: str, records: dict[str, ShardRecord], options: GcOptions
+    folder: str, records: dict[str, ShardRecord], unreachable: dict[str, str]
 ) -> dict[str, ShardRecord]:
     """Records of a folder's deleted tars; none if the folder is unreachable."""
     try:
         present = storage.list_names(folder)
     except storage.UNREACHABLE as error:
-        options.out_of_reach[folder] = storage.reason(error)
+        unreachable[folder] = storage.reason(error)
         return {}
     if records and present.isdisjoint(records):
-        options.out_of_reach[folder] = (
+        unreachable[folder] = (
             f"{folder} holds none of its {len(records)} shards, as if its disk were not mounted or "
             "it were another store's"
         )

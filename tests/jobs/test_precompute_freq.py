@@ -16,7 +16,7 @@ from samples import photo_members, tar_bytes
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.caching.gc import GcOptions, collect
+from famt.pipeline.caching.gc import collect
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.scoring.precompute import precompute_shard, score_shard
@@ -99,7 +99,7 @@ def test_what_a_collection_took_before_it_was_published_is_made_again(
 
     def collect_first(reports, cache, spec):
         if not took:
-            took.extend(collect(cache, GcOptions(older_than=timedelta(0))))
+            took.extend(collect(cache, timedelta(0)))
         return publish(reports, cache, spec)
 
     monkeypatch.setattr("famt.pipeline.scoring.publish.publish", collect_first)

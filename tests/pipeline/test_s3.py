@@ -25,7 +25,7 @@ from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.caching.gc import GcOptions, collect
+from famt.pipeline.caching.gc import collect
 from famt.pipeline.caching.validity import look_up
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loading.dataset import load_maps, load_samples
@@ -139,7 +139,7 @@ def test_what_no_manifest_names_is_collected_from_s3(bucket, shards, spec):
     cache = ScoreCache(f"{bucket}/scores", create=True)
     precompute_shard(urls[0], cache, spec)
     _score(urls[1:], cache, spec)
-    removed = list(collect(cache, GcOptions(older_than=timedelta(0))))
+    removed = list(collect(cache, timedelta(0)))
     assert [each.reason for each in removed] == ["no manifest names it"]
     assert len(list(cache.entries())) == 2
     assert set(look_up(urls, cache, spec).stale) == {urls[0]}

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.caching.gc import GcOptions, collect
+from famt.pipeline.caching.gc import collect
 from famt.pipeline.caching.manifest import ShardRecord
 from famt.pipeline.errors import CacheError
 from famt.pipeline.storage import Version
 
-NOW = GcOptions(older_than=timedelta(0))
+NOW = timedelta(0)
 SPEC = SPECS[0]
 SEED = int(os.environ.get("FAMT_SEED", "0"))
 
@@ -42,9 +42,9 @@ def _files(root):
 def _collect_from(layout):
     """Run a collection over a layout and hold it against what must be true of any."""
     before = _files(layout.cache.url)
-    dry = [each.what for each in collect(layout.cache, GcOptions(dry_run=True))]
+    dry = [each.what for each in collect(layout.cache, dry_run=True)]
     assert _files(layout.cache.url) == before
-    removed = [each.what for each in collect(layout.cache, GcOptions())]
+    removed = [each.what for each in collect(layout.cache)]
     assert sorted(removed) == sorted(dry)
     after = _files(layout.cache.url)
     changed = {path for path in before if after.get(path) != before[path]}
@@ -56,7 +56,7 @@ def _collect_from(layout):
     assert left - layout.young <= {path.parent for path in layout.keep | layout.foreign}
     for folder, names in layout.records.items():
         assert set(layout.cache.manifests.read(folder)) == names
-    assert list(collect(layout.cache, GcOptions())) == []
+    assert list(collect(layout.cache)) == []
 
 
 @settings(max_examples=8)

@@ -3,7 +3,7 @@ from datetime import timedelta
 from samples import photo_members, write_tar
 
 from famt.pipeline import storage
-from famt.pipeline.caching.gc import GcOptions, collect
+from famt.pipeline.caching.gc import collect
 from famt.pipeline.scoring import publish
 from famt.pipeline.scoring.precompute import precompute_shard
 from famt.pipeline.scoring.publish import Publisher
@@ -34,6 +34,6 @@ def test_reports_are_published_at_intervals_and_what_gc_took_is_named(
     url = str(write_tar(tmp_path / "0.tar", photo_members(2)))
     publisher = Publisher(cache, spec)
     report = precompute_shard(url, cache, spec)
-    assert len(list(collect(cache, GcOptions(older_than=timedelta(0))))) == 1
+    assert len(list(collect(cache, timedelta(0)))) == 1
     publisher.add(report)
     assert (publisher.waiting, publisher.lost) == ([], [url])
