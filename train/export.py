@@ -141,22 +141,20 @@ def timm_name(sizes: ModelConfig) -> tuple[str, dict[str, Any]]:
                 sizes.width, sizes.depth, sizes.heads,
             ):  # fmt: skip
                 return name, {}
-    return "vit_base_patch16_224", {
-        "img_size": sizes.image_size,
-        "patch_size": sizes.patch_size,
-        "embed_dim": sizes.width,
-        "depth": sizes.depth,
-        "num_heads": sizes.heads,
-    }
+    return "vit_base_patch16_224", _sizes(sizes)
+
+
+def _sizes(sizes: ModelConfig) -> dict[str, Any]:
+    return {
+        "img_size": sizes.image_size, "patch_size": sizes.patch_size,
+        "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
+    }  # fmt: skip
 
 
 def _mae(
     sizes: ModelConfig, weights: Mapping[str, Tensor], out: Path
 ) -> tuple[dict[str, Any], list[str]]:
-    encoder = {
-        "img_size": sizes.image_size, "patch_size": sizes.patch_size,
-        "embed_dim": sizes.width, "depth": sizes.depth, "num_heads": sizes.heads,
-    }  # fmt: skip
+    encoder = _sizes(sizes)
     decoder = {
         "decoder_embed_dim": sizes.decoder_width, "decoder_depth": sizes.decoder_depth,
         "decoder_num_heads": sizes.decoder_heads, "norm_pix_loss": sizes.normalise_targets,
