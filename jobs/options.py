@@ -197,12 +197,19 @@ class Results(Checked):
     """TOML file of a grid, or the .json.gz of a published one"""
     out: Path | None = None
     """folder for runs, table and page; that of the file if left out"""
+    plot: Path | None = None
+    """picture, .svg or .png, of the linear probes against the cost of a run"""
     minutes: Annotated[float | None, Ge(0)] = None
     """stop after this time; the same command resumes"""
     cpus: Annotated[int, Ge(1)] = 1
     """CPU cores per run; for small models, many runs of one core are fastest"""
     gpus: Annotated[float, Ge(0)] = 0
     """GPUs per run, all on one machine; 0.25 lets four small runs share one"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.plot and self.plot.suffix not in (".svg", ".png"):
+            raise UserError(f"--plot {self.plot}: the name must end in .svg or .png")
 
 
 @dataclass(frozen=True)

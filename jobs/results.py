@@ -4,6 +4,7 @@
     famt results docs/grids/quick.toml --minutes 30    # 30 minutes of it
     famt results docs/grids/quick.toml --minutes 0     # the table alone, from the logs
     famt results docs/results/quick.json.gz            # the table of a published grid
+    famt results docs/results/quick.json.gz --plot quick.svg
     ray job submit --working-dir . -- famt results /shared/grid.toml --gpus 8 --cpus 64
 
 A grid is a TOML file; docs/results-grids.md describes it. The job first times a step of every row
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 import ray
 from tqdm import tqdm
@@ -33,6 +35,7 @@ from famt.jobs.cluster import start_ray
 from famt.jobs.costs import StepCost, measured, step_key
 from famt.jobs.grid import Grid, Training, load
 from famt.jobs.options import Results
+from famt.jobs.plots import probes_against_cost
 from famt.jobs.tables import GridResult, RowResult, table
 from famt.pipeline.errors import UserError
 from famt.train import report, run_log
@@ -46,7 +49,7 @@ _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
 def main(results: Results) -> int:
     """Run the rest of the grid, then write the table; returns 1 if a run failed."""
     if results.grid.suffix == ".gz":
-        print(table(GridResult.read(results.grid)))
+        _show(GridResult.read(results.grid), results.plot)
         return 0
     if results.gpus > 1 and results.gpus % 1:
         raise UserError(f"--gpus {results.gpus}: give a whole number, or less than one")
@@ -63,8 +66,14 @@ def main(results: Results) -> int:
     of_seeds = zip(*rows.values(), strict=True)  # all rows with the first seed come first
     lacking = [each for seed in of_seeds for each in seed if each.left()] if may_run else []
     failed = bool(lacking) and _run_all(grid, lacking, results, end)
-    print(_write(grid, costs, rows))
+    _show(_write(grid, costs, rows), results.plot)
     return int(failed)
+
+
+def _show(result: GridResult, plot: Path | None) -> None:
+    print(table(result))
+    if plot:
+        probes_against_cost(result).savefig(plot)
 
 
 def _costs(grid: Grid, results: Results, may_measure: bool) -> dict[str, StepCost]:
@@ -170,8 +179,8 @@ def _call(command: Sequence[str], grid: Grid, threads: int) -> int:
     return process.returncode
 
 
-def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training]]) -> str:
-    """Write table, logs and page; returns the table."""
+def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training]]) -> GridResult:
+    """Write table, logs and page."""
     step_costs = {name: costs[name].of(each[0].config) for name, each in rows.items()}
     results = []
     for row in grid.row:
@@ -181,8 +190,7 @@ def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training
         logs = [each.log() for each in done if not each.left()]
         results.append(RowResult(name=row.name, epochs=epochs, cost=cost, logs=logs))
     result = GridResult(title=grid.title, reference=grid.reference, rows=results)
-    text = table(result)
-    (grid.out / "results.md").write_text(text)
+    (grid.out / "results.md").write_text(table(result))
     result.write(grid.out / "results.json.gz")
     # From the folders, which have the pictures.
     runs = {
@@ -198,7 +206,7 @@ def _write(grid: Grid, costs: dict[str, StepCost], rows: dict[str, list[Training
         ]
         cost_title = f"cost, share of {grid.reference}'s"
         report.write(grid.out / "results.html", groups, grid.title, cost_title)
-    return text
+    return result
 
 
 if __name__ == "__main__":

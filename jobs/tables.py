@@ -14,6 +14,9 @@ from famt.train import run_log
 from famt.train.comparison import METRICS, last, percent
 from famt.train.run_log import History
 
+Place = tuple[str, str]
+"""evaluator and value, as in logs"""
+
 _NOTHING = "–"  # in a cell
 
 
@@ -70,21 +73,8 @@ def table(result: GridResult) -> str:
     monitor's held-out probe equals the reference's final one, means over seeds.
     """
     runs = {row.name: row.runs for row in result.rows}
-    known = {
-        f"{name} ({where})": (evaluator, start + value)
-        for name, by in METRICS.items()
-        for evaluator, value in by.items()
-        if evaluator != "monitor"
-        for where, start in (("held out", "held_out_"), ("val", ""))
-    }
-    every = [run for each in runs.values() for run in each]
-    places = {
-        name: place
-        for name, place in known.items()
-        if any(last(run, *place) is not None for run in every)
-    }
+    places, costs = measured_places(result), whole_costs(result)
     reference = runs[result.reference]
-    whole = reference[0].total_steps if reference else None
     lines = []
     for row in result.rows:
         mine = runs[row.name]
@@ -92,13 +82,11 @@ def table(result: GridResult) -> str:
         if mine:
             line["seeds"] += "" if len(mine) >= 3 else " (no claim)"
             line["epochs"] = str(row.epochs)
-            if whole and row.cost is not None:
-                cost = mine[0].total_steps * row.cost / whole
-                line["cost"] = f"{cost:.2f}"
-                line["reached at"] = _reached(cost, mine, reference)
+            if row.name in costs:
+                line["cost"] = f"{costs[row.name]:.2f}"
+                line["reached at"] = _reached(costs[row.name], mine, reference)
             for name, place in places.items():
-                values = [value for run in mine if (value := last(run, *place)) is not None]
-                line[name] = percent(values)
+                line[name] = percent(values_at(mine, place))
         lines.append(line)
     heads = ["recipe", "seeds", "epochs", "cost", "reached at", *places]
     if all(line.get("reached at", _NOTHING) == _NOTHING for line in lines):
@@ -113,6 +101,35 @@ def table(result: GridResult) -> str:
     )
     text = [f"# {result.title}", "", rules, "", *(f"| {' | '.join(each)} |" for each in cells)]
     return "\n".join(text) + "\n"
+
+
+def measured_places(result: GridResult) -> dict[str, Place]:
+    """Where logs keep each metric of which any run has a value, by its heading in the table."""
+    known = {
+        f"{name} ({where})": (evaluator, start + value)
+        for name, by in METRICS.items()
+        for evaluator, value in by.items()
+        if evaluator != "monitor"
+        for where, start in (("held out", "held_out_"), ("val", ""))
+    }
+    every = [run for row in result.rows for run in row.runs]
+    return {name: place for name, place in known.items() if values_at(every, place)}
+
+
+def values_at(runs: Sequence[History], place: Place) -> list[float]:
+    """The last value of each run that has one, in [0, 1]."""
+    return [value for run in runs if (value := last(run, *place)) is not None]
+
+
+def whole_costs(result: GridResult) -> dict[str, float]:
+    """Cost of a whole run of each row that has one, as a share of the reference's."""
+    steps = {row.name: row.runs[0].total_steps for row in result.rows if row.logs}
+    whole = steps.get(result.reference)
+    return {
+        row.name: steps[row.name] * row.cost / whole
+        for row in result.rows
+        if whole and row.logs and row.cost is not None
+    }
 
 
 def _reached(cost: float, mine: Sequence[History], reference: Sequence[History]) -> str:

@@ -76,6 +76,13 @@ def test_a_published_table_is_that_of_its_logs(published):
     assert page[start : start + len(lines)] == lines
 
 
+@pytest.mark.parametrize(("name", "code"), [("plot.svg", 0), ("plot.gif", 2)])
+def test_a_published_grid_is_plotted_into_a_file_of_the_kind_its_name_says(tmp_path, name, code):
+    with start(PUBLISHED[0], "--plot", str(tmp_path / name)) as process:
+        assert process.wait() == code
+    assert (tmp_path / name).exists() == (code == 0)
+
+
 def test_a_run_needs_what_its_log_lacks_of_what_the_grid_asks_for(data, tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(GRID.format(out=tmp_path, data=data))

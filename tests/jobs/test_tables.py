@@ -1,5 +1,6 @@
 import pytest
 
+from famt.jobs.plots import probes_against_cost
 from famt.jobs.tables import GridResult, RowResult, table
 
 
@@ -58,3 +59,16 @@ def test_the_table_holds_means_errors_costs_and_where_the_reference_is_reached(r
 def test_the_file_of_logs_gives_the_same_table_anew(result, tmp_path):
     result.write(tmp_path / "tiny.json.gz")
     assert table(GridResult.read(tmp_path / "tiny.json.gz")) == table(result)
+
+
+def test_the_picture_shows_the_probe_of_each_row_at_the_cost_of_its_run(result):
+    (axes,) = probes_against_cost(result).axes  # class tokens were not probed
+    points = {
+        each.get_label(): [*each.lines[0].get_xydata()[0], len(each.lines[2])]
+        for each in axes.containers
+    }
+    assert axes.get_title() == "mean of patches"
+    assert points == {
+        "mae (3 seeds)": pytest.approx([1.0, 49.0, 1]),
+        "famt (2 seeds)": pytest.approx([0.6, 50.0, 1]),
+    }
