@@ -187,6 +187,8 @@ class RefreshScores(RefreshWorkers, Checked):
     left out"""
     precision: Literal["bf16", "fp32"] | None = None
     """bf16: under autocast; that of the run if left out"""
+    json: bool = False
+    """print the summary of each refresh as one JSON line"""
 
 
 @dataclass(frozen=True)

@@ -238,7 +238,7 @@ def _refresh(
         raise UnwantedError
     if not failed:
         write_generation(path, encoder.run, samples.digest, maps)
-    summary = {
+    summary: dict[str, Any] = {
         "run": encoder.run,
         "step": encoder.step,
         "generation": str(path),
@@ -247,7 +247,12 @@ def _refresh(
         "failed": failed,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    print(json.dumps(summary), flush=True)
+    in_words = (
+        f"step {encoder.step} of {encoder.run}: {' and '.join(summary['kinds'])} of {len(samples)} "
+        f"image(s) in {summary['seconds']:.0f} s; "
+        + (f"{len(failed)} tar(s) failed, nothing is written" if failed else f"written to {path}")
+    )
+    print(json.dumps(summary) if args.json else in_words, flush=True)
     return failed
 
 

@@ -14,6 +14,7 @@ from runs import equal, log_events
 from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.pretrain import beside, main, worker_resources
 from famt.jobs.refresh_scores import following
+from famt.pipeline.scoring.generation import generation_path
 from famt.train import checkpoint
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from famt.train.signals.refresh_folder import RefreshFolder
@@ -67,7 +68,7 @@ def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, 
     (event,) = log_events(out, "generation")
     assert event["generation"] == 12
     assert not log_events(out, "refresh job ended")
-    assert "generation" in (out / "refresh.log").read_text()
+    assert f"written to {generation_path(out / 'refresh', 12)}" in (out / "refresh.log").read_text()
     assert started
     psutil.wait_procs(started, timeout=30)
     assert not [each for each in started if each.is_running()]

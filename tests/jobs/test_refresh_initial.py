@@ -48,7 +48,7 @@ def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_pat
     done = subprocess.run(
         [sys.executable, "jobs/refresh_scores.py", "--init", str(source),
          "--shards", *scored.shards, "--cache", scored.cache.url, "--workers", "1",
-         "--out", str(tmp_path / "maps")],
+         "--out", str(tmp_path / "maps"), "--json"],
         env=RAY, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -112,7 +112,7 @@ def test_a_run_that_is_killed_as_its_jobs_are_ends_as_one_that_is_not(scored, tm
 @pytest.mark.slow
 def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored, tmp_path):
     out = tmp_path / "run"
-    follower = _follow(out)
+    follower = _follow(out, "--json")
     options = _train(
         scored, out, "--epochs", "150", "--refresh.every", "20", "--checkpoint-minutes", "9"
     )[3:]
@@ -160,7 +160,7 @@ def test_a_lost_worker_is_replaced(scored, tmp_path):
     )  # fmt: skip
     job = subprocess.Popen(
         [sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "run"),
-         "--out", str(tmp_path), "--workers", "1", "--batch-size", "1"],
+         "--out", str(tmp_path), "--workers", "1", "--batch-size", "1", "--json"],
         env=RAY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     killed = False

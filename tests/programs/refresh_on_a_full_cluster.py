@@ -20,4 +20,4 @@ refresh_workers._PATIENCE = 2.0
 ray.init(num_cpus=2, log_to_driver=False)
 training = Training.remote()
 ray.get(training.ready.remote())
-sys.exit(main(RefreshScores(checkpoint=Path(sys.argv[1]), out=Path(sys.argv[2]))))
+sys.exit(main(RefreshScores(checkpoint=Path(sys.argv[1]), out=Path(sys.argv[2]), json=True)))
