@@ -29,6 +29,7 @@ from famt.train.run_folder import written_whole
 _LOOKED_AT = 200  # images to read the sizes of
 _HELD_OUT = 0.1  # share of labelled images for the monitor
 _MONITORED = 500  # images, the least for a monitor
+_WITHOUT_GPU = "laptop"  # recipe
 # Crops of a first run: one to two hours of two cores, about an hour of a GPU.
 _CROPS = {"cpu": 200_000, "gpu": 10_000_000}
 
@@ -81,16 +82,19 @@ def suggest(images: Images, *, gpu: bool) -> dict[str, str]:
         size, patch = 64, 8
     else:
         size, patch = (224, 16) if gpu else (96, 8)
-    options = {
+    if gpu:
+        big = images.count >= 500_000
+        options = {"model": "vit_base" if big else "vit_small", "precision": "bf16"}
+    else:
+        words = load(_WITHOUT_GPU).options
+        options = dict(zip((each[2:] for each in words[::2]), words[1::2], strict=True))
+    return {
+        **options,
         "image-size": str(size),
         "patch-size": str(patch),
         "batch-size": str(min(256 if gpu else 64, max(1, images.count // 4))),
         "epochs": str(min(800, max(10, round(_CROPS["gpu" if gpu else "cpu"] / images.count)))),
     }
-    if gpu:
-        big = images.count >= 500_000
-        return {"model": "vit_base" if big else "vit_small", "precision": "bf16", **options}
-    return {"model": "vit_nano", "optimiser.base-learning-rate": "2e-3", **options}
 
 
 def suggested(given: RayPretrain, words: list[str]) -> list[str]:
@@ -116,6 +120,8 @@ def suggested(given: RayPretrain, words: list[str]) -> list[str]:
     gpu = torch.cuda.is_available() and given.device != "cpu"
     where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
     options, taken = suggest(images, gpu=gpu), {*words}
+    if not gpu and not {"--recipe", "--model"} & taken:
+        options = {"recipe": _WITHOUT_GPU, **options}
     base: Recipe | None = load(given.recipe)
     while base and base.extends:  # the default recipe leaves all of them open
         taken |= {each.partition("=")[0] for each in base.options}

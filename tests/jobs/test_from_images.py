@@ -51,11 +51,14 @@ def test_what_is_given_overrides_what_is_suggested(photos, capsys):
     common = ["--data", str(photos), "--out", "run"]
     chosen = parse([*common, "--epochs", "3"], None, RayPretrain)
     assert (chosen.model, chosen.epochs, chosen.sizes.image_size) == ("vit_nano", 3, 32)
+    assert chosen.recipe == "laptop"
+    assert chosen.optimiser.base_learning_rate == 2e-3
     assert chosen.shards == ["run/data/shards/train-*.tar"]
     assert chosen.monitor == []
     assert "40 images, 2 classes, median side 40 px" in capsys.readouterr().err
     named = parse([*common, "--recipe", "mae", "--model", "vit_tiny"], None, RayPretrain)
     assert (named.model, named.epochs, named.sizes.patch_size) == ("vit_tiny", 800, 4)
+    assert named.recipe == "mae"
     assert named.optimiser.base_learning_rate == 1.5e-4
     assert named.cache == "run/data/scores"
     assert "CPU cores: --image-size 32 --patch-size 4 --batch-size 10 --epochs 800" in (

@@ -141,7 +141,7 @@ def test_a_refresh_comes_to_its_end_on_the_nodes_that_are_left(nodes, shards, tm
     node = nodes.add_node(num_cpus=3)
     command = [
         sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "encoder.pt"),
-        "--batch-size", "1", "--cpus-per-worker", "2", "--out", str(tmp_path),
+        "--batch-size", "1", "--cpus-per-worker", "2", "--out", str(tmp_path), "--json",
     ]  # fmt: skip
     with _Job(command, nodes, tmp_path) as job:
         job.until(lambda: _refreshes(node))
