@@ -179,7 +179,7 @@ class Finetuning(Training[Mixed]):
         return {name: sum(each[name] for each, *_ in everywhere) / tested for name in models}
 
     def derived(self) -> dict[str, str]:
-        options = self.config
+        options, epochs = self.config, self.config.epochs
         count = sum(each.numel() for each in self.model.parameters())
         return {
             "model": f"{options.checkpoint}, {'untrained, ' if options.untrained else ''}"
@@ -190,7 +190,8 @@ class Finetuning(Training[Mixed]):
             "batch": f"{self.optimisation.effective_batch} = {options.batch_size} x "
             f"{self.ranks.world_size} rank(s)",
             **self.optimisation.describe(),
-            "mixing": _spelled(options.mixing.resolved(options.epochs)),
+            "crops": "{:.0%} to {:.0%} of the image".format(*options.view.resolved(epochs).area),
+            "mixing": _spelled(options.mixing.resolved(epochs)),
             "layers": f"learning rate x {options.optimiser.layer_decay:g} from block to block",
         }
 

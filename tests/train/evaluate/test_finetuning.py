@@ -17,9 +17,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
+from famt.pipeline.options import RandomView
 from famt.train import checkpoint
 from famt.train.embed import main as embed
-from famt.train.evaluate.evaluators.finetune import Finetune, FinetuneOptimiser, Mixing
+from famt.train.evaluate.evaluators.finetune import (
+    Finetune,
+    FinetuneOptimiser,
+    FinetuneView,
+    Mixing,
+)
 from famt.train.evaluate.features import Images, open_images
 from famt.train.evaluate.finetuning import Finetuning
 from famt.train.evaluate.run import open_encoder
@@ -203,6 +209,15 @@ def test_short_runs_mix_nothing_unless_they_are_asked_to():
     short, long = Mixing(cutmix=0.5).resolved(4), Mixing(cutmix=0.5).resolved(50)
     assert short == Mixing("", 0.0, 0.5, 0.1, 0.0)
     assert long == Mixing("rand-m9-mstd0.5-inc1", 0.8, 0.5, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "epochs", "area"),
+    [(None, 49, (0.35, 1)), (None, 50, (0.08, 1)), ((0.08, 1), 4, (0.08, 1))],
+)
+def test_short_runs_crop_gently_unless_they_are_asked_not_to(make, given, epochs, area):
+    view = FinetuneView(given, flip=0.25)
+    assert make(view=view, epochs=epochs).loader(32).view == RandomView(area, flip=0.25)
 
 
 def test_mixing_needs_an_even_batch(make):

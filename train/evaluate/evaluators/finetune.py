@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 from famt.pipeline.errors import UserError
-from famt.pipeline.options import ELASTIC, FREE, RandomView
+from famt.pipeline.options import ELASTIC, FREE, LoaderConfig, RandomView
 from famt.train.config import OptimiserConfig, TrainingOptions
 from famt.train.evaluate.evaluation import Evaluation
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _LONG_RUN = 50
-"""epochs from which a run is regularised as MAE's are; MAE fine-tunes for 50 or 100"""
+"""epochs from which a run is augmented as MAE's are; MAE fine-tunes for 50 or 100"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,24 @@ class Mixing:
 
 
 @dataclass(frozen=True)
+class FinetuneView(RandomView):
+    """A random resized crop and flip."""
+
+    area: Annotated[tuple[float, float] | None, Gt(0), Le(1)] = None  # type: ignore[assignment]
+    """range of the crop's share of the image area; if not given, 0.08 to 1 as in MAE's fine-tuning
+    in runs of 50 epochs or more, 0.35 to 1 in shorter ones"""
+
+    def __post_init__(self) -> None:
+        if self.area is not None:
+            super().__post_init__()
+
+    def resolved(self, epochs: int) -> RandomView:
+        """With a value for each option, in a run of so many epochs."""
+        area = self.area or ((0.08, 1.0) if epochs >= _LONG_RUN else (0.35, 1.0))
+        return RandomView(area, self.aspect_ratio, self.flip)
+
+
+@dataclass(frozen=True)
 class FinetuneOptimiser(OptimiserConfig):
     """AdamW with linear warm-up and cosine decay, as in MAE's fine-tuning (appendix A.1)."""
 
@@ -65,7 +83,7 @@ class Finetune(TrainingOptions, Evaluation):
     """passes over the images"""
     optimiser: Annotated[FinetuneOptimiser, ELASTIC] = field(default_factory=FinetuneOptimiser)
     mixing: Mixing = field(default_factory=Mixing)
-    view: RandomView = field(default_factory=lambda: RandomView(area=(0.08, 1.0)))
+    view: FinetuneView = field(default_factory=FinetuneView)
     pooling: Literal["mean", "cls"] = "mean"
     """input of the classifier: the mean of the patch tokens, as in MAE, or the class token"""
     head: Literal["discriminant", "zero"] = "discriminant"
@@ -81,6 +99,10 @@ class Finetune(TrainingOptions, Evaluation):
             raise UserError(
                 f"--batch-size {self.batch_size} must be even: mixup and CutMix pair images"
             )
+
+    def loader(self, image_size: int) -> LoaderConfig:
+        """What a loader of crops of `image_size` px needs to know."""
+        return replace(super().loader(image_size), view=self.view.resolved(self.epochs))
 
     def measure(self, encoder: VisionTransformer, train: Images, val: Images) -> Results:
         """Top-1 accuracy after the last epoch, also of the averaged weights if they are kept."""
