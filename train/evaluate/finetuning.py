@@ -92,20 +92,22 @@ class Finetuning(Training[Mixed]):
         self.sizes = ModelConfig.of(self.model)
         self.loader = self.open_loader(train.image_size)
         self.mixer = Mixer(options.mixing.resolved(options.epochs), self.classes)
+        effective_batch = options.batch_size * ranks.world_size
+        optimiser = options.optimiser.resolved(options.epochs, effective_batch)
         self.optimisation = Optimisation(
-            options.optimiser,
+            optimiser,
             self.model,
             param_groups_layer_decay(
                 self.model,
-                options.optimiser.weight_decay,
+                optimiser.weight_decay,
                 no_weight_decay_list=("pos_embed", "cls_token"),
-                layer_decay=options.optimiser.layer_decay,
+                layer_decay=optimiser.layer_decay,
             ),
             self.model,
             betas=(0.9, 0.999),
             epochs=options.epochs,
             steps_per_epoch=self.loader.steps_per_epoch,
-            effective_batch=options.batch_size * ranks.world_size,
+            effective_batch=effective_batch,
         )
         if options.head == "discriminant" and not self.resumed:
             self._begin_head(train)

@@ -220,6 +220,21 @@ def test_short_runs_crop_gently_unless_they_are_asked_not_to(make, given, epochs
     assert make(view=view, epochs=epochs).loader(32).view == RandomView(area, flip=0.25)
 
 
+@pytest.mark.parametrize(
+    ("given", "epochs", "batch", "rate"),
+    [
+        (None, 50, 1024, 2e-3),  # MAE's
+        (None, 49, 1024, 2e-3),
+        (None, 49, 256, 2e-3),
+        (None, 49, 64, 5e-4),
+        (1e-3, 4, 64, 2.5e-4),
+    ],
+)
+def test_short_runs_take_higher_rates_but_none_above_maes(given, epochs, batch, rate):
+    resolved = FinetuneOptimiser(given).resolved(epochs, batch)
+    assert resolved.base_learning_rate * batch / 256 == pytest.approx(rate)
+
+
 def test_mixing_needs_an_even_batch(make):
     with pytest.raises(ValueError, match="--batch-size 5 must be even"):
         make(batch_size=5)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LONG_RUN = 50
 """epochs from which a run is augmented as MAE's are; MAE fine-tunes for 50 or 100"""
+_LONG_RATE, _SHORT_RATE = 5e-4, 2e-3
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,18 @@ class FinetuneView(RandomView):
 class FinetuneOptimiser(OptimiserConfig):
     """AdamW with linear warm-up and cosine decay, as in MAE's fine-tuning (appendix A.1)."""
 
-    base_learning_rate: Annotated[float, Gt(0)] = 5e-4
-    """learning rate at an effective batch of 256 images; scales with the batch"""
+    base_learning_rate: Annotated[float | None, Gt(0)] = None  # type: ignore[assignment]
+    """learning rate at an effective batch of 256 images; scales with the batch. If not given, MAE's
+    5e-4 in runs of 50 epochs or more; in shorter ones 2e-3, but at most the rate that MAE's takes
+    for its batch of 1,024"""
     layer_decay: Annotated[float, Gt(0), Le(1)] = 0.65
     """each block's learning rate as a share of the next block's"""
+
+    def resolved(self, epochs: int, effective_batch: int) -> FinetuneOptimiser:
+        """With a value for each option, in a run of so many epochs."""
+        short = _SHORT_RATE * min(1.0, 256 / effective_batch)
+        default = _LONG_RATE if epochs >= _LONG_RUN else short
+        return replace(self, base_learning_rate=self.base_learning_rate or default)
 
 
 @dataclass(frozen=True, kw_only=True)
