@@ -63,7 +63,7 @@ class FinetuneView(RandomView):
     def resolved(self, epochs: int) -> RandomView:
         """With a value for each option, in a run of so many epochs."""
         area = self.area or ((0.08, 1.0) if epochs >= _LONG_RUN else (0.35, 1.0))
-        return RandomView(area, self.aspect_ratio, self.flip)
+        return RandomView(**{**vars(self), "area": area})
 
 
 @dataclass(frozen=True)
