@@ -31,7 +31,7 @@ class Command:
         return f"famt.{self.module}"
 
 
-_JOBS, _TRAIN, _EVALUATE = "jobs.options", "train.options", "train.evaluate.evaluators"
+_JOBS, _TRAIN, _EVALUATE = "jobs.options", "train.program_options", "train.evaluate.evaluators"
 
 # fmt: off
 COMMANDS = {

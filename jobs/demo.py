@@ -32,7 +32,7 @@ from famt.train.command_line import parse, parsed, run_program
 from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators.probe import Probe
 from famt.train.evaluate.run import run as evaluate
-from famt.train.options import Figures, Report
+from famt.train.program_options import Figures, Report
 
 
 def main(demo: Demo) -> None:

@@ -22,7 +22,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.sharding.sources import open_source
 from famt.train import export
 from famt.train.config import TIMM
-from famt.train.options import Export
+from famt.train.program_options import Export
 from famt.train.recipe import Recipe, load
 from famt.train.run_folder import written_whole
 

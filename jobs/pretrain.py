@@ -36,7 +36,7 @@ from ray.train import (
 )
 from ray.train.torch import TorchTrainer
 
-from famt.jobs import failures, from_images
+from famt.jobs import from_images, ray_train_worker
 from famt.jobs.cluster import start_ray
 from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.refresh_scores import following
@@ -103,7 +103,7 @@ def _train_on_ray(args: RayPretrain, config: Pretrain) -> None:
         threads=config.threads or int(held["CPU"]),
     )
     trainer = TorchTrainer(
-        failures.train,
+        ray_train_worker.train,
         train_loop_config=config,  # type: ignore[arg-type]
         scaling_config=ScalingConfig(
             num_workers=args.workers,
@@ -113,7 +113,7 @@ def _train_on_ray(args: RayPretrain, config: Pretrain) -> None:
         run_config=RunConfig(
             storage_path=str(config.out / "ray"),
             failure_config=FailureConfig(max_failures=args.max_failures),
-            callbacks=[failures.EndAtMistakes()],
+            callbacks=[ray_train_worker.EndAtMistakes()],
         ),
     )
     try:

@@ -49,7 +49,7 @@ from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_dige
 from famt.pipeline.scoring.generation import generation_path, write_generation
 from famt.pipeline.sharding.patterns import expand_shards
 from famt.train.command_line import is_users, parsed, run_program
-from famt.train.encoder import Encoder, load_encoder
+from famt.train.encoder_snapshot import Encoder, load_encoder
 from famt.train.initial import build_initial_encoder
 from famt.train.run_folder import written_whole
 from famt.train.signals.config import FrequencyConfig

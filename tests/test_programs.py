@@ -22,7 +22,7 @@ from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RayPretrain, Ref
 from famt.train.command_line import parsed
 from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
-from famt.train.options import Embed, Export, Figures, Report
+from famt.train.program_options import Embed, Export, Figures, Report
 
 ROOT = Path(__file__).parents[1]
 

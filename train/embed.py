@@ -36,7 +36,7 @@ from famt.train.command_line import parsed, run_program
 from famt.train.distributed import join_ranks
 from famt.train.evaluate.features import Images, open_images, pool
 from famt.train.initial import build_initial_encoder
-from famt.train.options import Embed
+from famt.train.program_options import Embed
 
 _ROW_GROUP = 4096  # images per row group, which are in memory at once
 

@@ -37,7 +37,7 @@ from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.command_line import parsed, run_program
-from famt.train.options import Export
+from famt.train.program_options import Export
 
 
 def main(args: Export) -> list[str]:

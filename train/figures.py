@@ -23,8 +23,8 @@ from famt.train.checkpoint import Checkpoint, load, load_model
 from famt.train.command_line import parsed, run_program
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
-from famt.train.options import Figures
 from famt.train.picture import picture_of_crops
+from famt.train.program_options import Figures
 from famt.train.signals.attention import Live
 from famt.train.signals.banked import Banked
 from famt.train.signals.cached import Cached

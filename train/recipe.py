@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from famt.pipeline.errors import UserError
-from famt.train.options import Recipes
+from famt.train.program_options import Recipes
 
 DEFAULT = "famt"
 """The recipe of a run without --recipe."""

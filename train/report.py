@@ -44,7 +44,7 @@ from famt.train.comparison import (
     mean_and_error,
     percent,
 )
-from famt.train.options import Report
+from famt.train.program_options import Report
 from famt.train.run_log import History
 
 _COLOURS = [

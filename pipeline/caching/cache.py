@@ -12,7 +12,7 @@
 
 A shard id is the hash of the tar's bytes, a spec id that of the score's definition. So an object
 never changes: all writers write the same bytes, up to rounding. It is put whole, with a checksum
-(see `cache_store`). Only `famt.pipeline.caching.gc` deletes.
+(see `cache_store`). Only `famt.pipeline.caching.gc` deletes scores.
 """
 
 from __future__ import annotations

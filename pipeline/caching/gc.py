@@ -1,4 +1,4 @@
-"""Garbage collection of a score cache: the only module that deletes from it.
+"""Garbage collection of a score cache: the only module that deletes scores from it.
 
 A collection removes records of deleted tars from folders that still hold others, old entries that
 no manifest names, and old staging files of killed writers. It deletes only names that the cache

@@ -20,12 +20,12 @@ from nvidia.dali.tensors import TensorListCPU, TensorListGPU
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from famt.device_copies import send
 from famt.pipeline import storage
 from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dali_graphs import build_pipeline, crop_graph, rows_of
 from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.options import LoaderConfig
-from famt.transfer import send
 
 _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new attempt to read from a store that failed
 _PREFETCHED = 2  # batches

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from famt.device_copies import send
 from famt.geometry import crop_maps
 from famt.models import PatchConfig
 from famt.patches import gather_patches
@@ -14,7 +15,6 @@ from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.options import JoinConfig
 from famt.sampling import PatchSplit, loss_weights, predict_some, sample_patches
 from famt.targets import low_pass
-from famt.transfer import send
 from famt.units import split_of_patches, unit_weights
 
 

@@ -11,13 +11,13 @@ from torch.nn.functional import pad
 from torch.utils.dlpack import from_dlpack
 from tqdm import tqdm
 
+from famt.device_copies import send
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dali_graphs import build_pipeline, rows_of, whole_image_graph
 from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.loader import CropLoader, Views
 from famt.pipeline.options import LoaderConfig
 from famt.resample import resample
-from famt.transfer import send
 
 _BATCH = 256  # images that are decoded at a time
 _ROOM = 0.5  # share of the free memory that the images may take

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
+from famt.device_copies import send
 from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.options import ROLLING_EVERY
 from famt.pipeline.scoring.memory_bank import MapBank
-from famt.transfer import send
 
 
 def half_size(image_size: int, patch_size: int) -> int:

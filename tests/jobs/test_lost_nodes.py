@@ -24,7 +24,7 @@ from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 from famt.pipeline.scoring.generation import generation_path, open_generation
 from famt.pipeline.scoring.model_scores import score_images
 from famt.train import checkpoint
-from famt.train.encoder import Encoder, save_encoder
+from famt.train.encoder_snapshot import Encoder, save_encoder
 from famt.train.signals.refresh_folder import RefreshFolder
 
 

@@ -25,7 +25,7 @@ from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scoring.generation import generation_path, generations, open_generation
 from famt.train import checkpoint
 from famt.train.checkpoint import CLASSIFIER, Checkpoint
-from famt.train.encoder import Encoder, save_encoder
+from famt.train.encoder_snapshot import Encoder, save_encoder
 from famt.train.signals.refresh_folder import RefreshFolder
 
 

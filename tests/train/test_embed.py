@@ -11,7 +11,7 @@ from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig
 from famt.train import checkpoint, embed
 from famt.train.embed import main
-from famt.train.options import Embed
+from famt.train.program_options import Embed
 
 
 def _embed(run, scored, out, **options):

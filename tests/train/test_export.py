@@ -23,7 +23,7 @@ from famt.sampling import PatchSplit
 from famt.train import checkpoint
 from famt.train.export import main, timm_name
 from famt.train.initial import load_initial
-from famt.train.options import Export
+from famt.train.program_options import Export
 
 
 @pytest.fixture

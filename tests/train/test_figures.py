@@ -13,9 +13,9 @@ from famt.train import checkpoint, picture
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
 from famt.train.figures import main
-from famt.train.options import Figures
 from famt.train.pretrain import Run
 from famt.train.pretrain import main as pretrain
+from famt.train.program_options import Figures
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
 VIEW = RandomView(area=(0.6, 1.0))

@@ -13,7 +13,7 @@ from famt.train import recipe
 from famt.train.command_line import parse, run_program
 from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
-from famt.train.options import Export, Recipes
+from famt.train.program_options import Export, Recipes
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 ON = ["--shards", "a", "--cache", "c", "--out", "o"]

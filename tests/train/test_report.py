@@ -12,7 +12,7 @@ from PIL import Image
 
 from famt.train import report
 from famt.train.log import Log, log_evaluation
-from famt.train.options import Report
+from famt.train.program_options import Report
 from famt.train.timing import Clock
 
 

@@ -20,8 +20,8 @@ from famt.train.evaluate.evaluators.finetune import Finetune
 from famt.train.evaluate.run import run as evaluate
 from famt.train.export import main as export
 from famt.train.initial import build_initial_encoder, load_initial
-from famt.train.options import Embed, Export
 from famt.train.pretrain import main as pretrain
+from famt.train.program_options import Embed, Export
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 REGISTERS = "vit_small_patch14_reg4_dinov2"  # scaled layers; registers and class without positions

@@ -20,7 +20,7 @@ from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import CentreView, LoaderConfig, View
 from famt.train.distributed import Ranks
 from famt.train.evaluate.evaluation import Evaluation
-from famt.train.options import Embed
+from famt.train.program_options import Embed
 from famt.train.stop import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each

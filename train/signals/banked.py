@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from famt.device_copies import Fetched
 from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.scoring.memory_bank import MapBank
 from famt.train.signals.signal import Context, Signal
-from famt.transfer import Fetched
 
 
 class Banked(Signal):

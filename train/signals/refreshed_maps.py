@@ -19,11 +19,11 @@ from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
-from famt.train.encoder import Encoder, save_encoder
+from famt.train.encoder_snapshot import Encoder, save_encoder
 from famt.train.log import Log
 from famt.train.signals.follower import Follower
-from famt.train.signals.generation_maps import GenerationMaps
 from famt.train.signals.refresh_folder import Epochs, RefreshFolder
+from famt.train.signals.shared_maps import SharedMaps
 from famt.train.stop import Stop
 
 _POLL = 0.2  # seconds
@@ -46,7 +46,7 @@ class RefreshedMaps:
     ) -> None:
         self._run, self._config, self._samples = run, config, samples
         self._encoder, self._ranks, self._kinds = encoder, ranks, config.refreshed_kinds
-        self._maps = GenerationMaps(samples, self._kinds, config.sizes.grid, ranks)
+        self._maps = SharedMaps(samples, self._kinds, config.sizes.grid, ranks)
         self._folder = RefreshFolder(config.out)
         self._begun = -1
         self._pinned = config.refresh.pin

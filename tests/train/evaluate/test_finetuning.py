@@ -31,7 +31,7 @@ from famt.train.evaluate.finetuning import Finetuning
 from famt.train.evaluate.run import open_encoder
 from famt.train.evaluate.run import run as evaluate
 from famt.train.export import main as export
-from famt.train.options import Embed, Export
+from famt.train.program_options import Embed, Export
 
 MIXED = Mixing().resolved(100)
 PLAIN = Mixing(randaugment="", mixup=0, cutmix=0, label_smoothing=0, drop_path=0)

@@ -25,7 +25,7 @@ from famt.pipeline.scoring.generation import (
 from famt.pipeline.scoring.model_scores import score_images
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
-from famt.train.encoder import load_encoder
+from famt.train.encoder_snapshot import load_encoder
 from famt.train.log import Log
 from famt.train.pretrain import Run, main
 from famt.train.signals import follower

@@ -1,4 +1,4 @@
-"""Failures under Ray Train: which ones to retry."""
+"""What each worker of Ray Train runs, and which of its failures are retried."""
 
 from __future__ import annotations
 

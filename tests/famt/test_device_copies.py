@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from famt.transfer import Fetched, send
+from famt.device_copies import Fetched, send
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

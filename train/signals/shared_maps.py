@@ -18,7 +18,7 @@ from famt.train.distributed import SEEN_WITHIN, Ranks
 _POLL = 0.2  # seconds
 
 
-class GenerationMaps:
+class SharedMaps:
     """Score maps of all images, replaced as a whole. All ranks call the same methods.
 
     Args:
