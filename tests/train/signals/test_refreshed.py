@@ -2,7 +2,9 @@ import dataclasses
 import itertools
 import shutil
 import threading
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -63,17 +65,22 @@ def log(config):
 
 
 @pytest.fixture
-def refresh(scored, folder):
+def refresh(scored, folder, tmp_path):
     """What the job does, in this process: makes the generation of a step; returns its path."""
 
-    def refresh(step, run=None):
+    def refresh(step, run=None, damaged=False):
         left = load_encoder(folder.encoder(step))
         samples, digest = load_samples(left.urls, scored.cache), encoder_digest(left.weights)
         specs = [ModelScoreSpec(kind, 8, 32, digest) for kind in left.kinds]
         cpu = torch.device("cpu")
         maps = score_images(left.build(), samples, specs, batch_size=8, threads=1, device=cpu)
-        write_generation(folder.generation(step), run or left.run, samples.digest, maps)
-        return folder.generation(step)
+        path = folder.generation(step)
+        made = tmp_path / path.name if damaged else path
+        write_generation(made, run or left.run, samples.digest, maps)
+        if damaged:
+            _damage(made)
+            made.rename(path)
+        return path
 
     return refresh
 
@@ -167,16 +174,10 @@ def test_generations_stay_until_no_checkpoint_would_take_them_up_again(
     assert _steps(folder) == [9]
 
 
-def _of_an_earlier_run(refresh, step):
-    refresh(step, "run-dead")
-
-
-@pytest.mark.parametrize(
-    "spoil", [lambda refresh, step: _damage(refresh(step)), _of_an_earlier_run]
-)
+@pytest.mark.parametrize("fault", [{"damaged": True}, {"run": "run-dead"}])
 @pytest.mark.parametrize("waits", [False, True])
 def test_what_cannot_be_used_is_told_of_removed_and_made_again(
-    config, scored, folder, log, refresh, spoil, waits
+    config, scored, folder, log, refresh, fault, waits
 ):
     config = dataclasses.replace(config, refresh=RefreshConfig(every=2, wait=waits))
     with folder.followed():
@@ -184,7 +185,7 @@ def test_what_cannot_be_used_is_told_of_removed_and_made_again(
 
         def work():
             until(folder.encoder(3).exists)
-            spoil(refresh, 3)
+            refresh(3, **fault)
             until(lambda: folder.due() == 3)  # the job sees that it is wanted again
             refresh(3)
 
@@ -315,7 +316,8 @@ def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeyp
 
 def test_a_job_may_come_up_after_the_run_that_needs_it(config, scored, folder, capfd, monkeypatch):
     job = folder.followed()
-    monkeypatch.setattr(follower.time, "sleep", lambda _: job.__enter__())
+    clock = Mock(monotonic=time.monotonic, sleep=lambda _: job.__enter__())
+    monkeypatch.setattr(follower, "time", clock)
     maps = _maps(dataclasses.replace(config, refresh=WAITING), scored)
     assert "waiting for a refresh job" in capfd.readouterr().err
     assert "none does" not in maps.describe()
