@@ -36,6 +36,18 @@ MAIN = "shown by --help"
 PLACE = "a path or URL"
 """note on an option: it is recorded so that it holds in any working directory"""
 
+
+@dataclass(frozen=True)
+class Since:
+    """Note on an option of a run that older checkpoints of the same format lack.
+
+    Attributes:
+        before: value that stands for the behaviour before there was the option, as JSON keeps it.
+    """
+
+    before: Any
+
+
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 """seed of a generator, as every library here takes it"""
 

@@ -22,7 +22,7 @@ from famt.masked import MaskedModel
 from famt.methods import METHODS
 from famt.models import ModelConfig
 from famt.pipeline.errors import UserError
-from famt.pipeline.options import ELASTIC, FREE, annotated, flat
+from famt.pipeline.options import ELASTIC, FREE, Since, annotated, flat
 from famt.pipeline.storage import reason
 from famt.train.config import TrainingOptions
 from famt.train.distributed import SEEN_WITHIN, Ranks
@@ -324,8 +324,12 @@ def resume(
     if config.resume == "never":
         raise UserError(f"{found} exists, and --resume never refuses folders with checkpoints")
     resumed = load(found)
-    then, now = flat(resumed.config), flat({**config.describe(), **circumstances})
     notes = {name: beside for name, _, beside in annotated(config)}
+    before = {
+        name: note.before for name in notes for note in notes[name] if isinstance(note, Since)
+    }
+    then = {**before, **flat(resumed.config)}
+    now = flat({**config.describe(), **circumstances})
     notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
     bound = (name for name in sorted(now) if FREE not in notes.get(name, ()))
     changed = [name for name in bound if then.get(name) != now[name]]

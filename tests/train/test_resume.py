@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ import torch
 from launch import finish, launch, program_file
 from runs import log_events
 
-from famt.pipeline.options import ELASTIC, FREE, Checked
+from famt.pipeline.options import ELASTIC, FREE, Checked, Since, annotated
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, resume
 from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
+from famt.train.evaluate.evaluators.finetune import Finetune
 from famt.train.pretrain import main
 from famt.train.run_folder import BusyError, own_folder
 
@@ -114,6 +116,38 @@ def test_another_run_is_refused_even_if_elastic(options, other, circumstances, n
         ValueError, match=rf"other options \({named}\); use the same options, or anot[^;]*$"
     ):
         _resume(dataclasses.replace(options, elastic=True, **other), **circumstances)
+
+
+def test_an_option_that_is_new_counts_as_what_there_was_before_it(options):
+    @dataclass(frozen=True)
+    class Newer(Options):
+        added: Annotated[int, Since(before=0)] = 7
+
+    newer = Newer(options.out, added=0)
+    _save(options)
+    assert _resume(newer)[1]
+    with pytest.raises(ValueError, match=r"other options \(added: 0 -> 7\)"):
+        _resume(dataclasses.replace(newer, added=7))
+
+
+@pytest.mark.parametrize(
+    ("options", "digest"),
+    [
+        (Pretrain(shards=[], cache="", out=Path()), "b9f5a21d1552"),
+        (Finetune(checkpoint="", train=[], val=[], cache="", out=Path()), "1515622b5439"),
+    ],
+    ids=["pretrain", "finetune"],
+)
+def test_no_option_is_added_without_saying_what_there_was_before_it(options, digest):
+    names = [
+        name
+        for name, _, notes in annotated(options)
+        if FREE not in notes and not any(isinstance(note, Since) for note in notes)
+    ]
+    found = hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:12]
+    assert (checkpoint.FORMAT, found) == (2, digest), (
+        "a new option takes a note Since(before=...); to rename or remove one, raise FORMAT"
+    )
 
 
 def test_what_an_exact_continuation_needs_must_be_there(options):
