@@ -2,7 +2,7 @@
 
 DALI reads images with nvImageCodec, and one that it can't decode ends the epoch. So nvImageCodec
 decides whether an image decodes, and its orientation. For plain JPEGs Pillow's scaled decode gives
-the same verdict and picture at a fraction of the cost.
+the same verdict and picture at a fraction of the cost, unless the picture is mostly clipped.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ _CODECS = ("jpeg", "png", "webp")
 _KNOWN = "JPEG, PNG or WebP"
 # Above 256 scans nvImageCodec decodes progressive JPEGs with another library; encoders write 10.
 _MAX_PLAIN_SCANS = 100
+# Scaling averages values beyond black and white before it clips them, a whole decode after.
+_MAX_CLIPPED = 0.1
 # A decoder's peak: RGB, its turned copy, and a progressive JPEG's coefficients.
 _BYTES_PER_PIXEL = 16
 
 _START, _SCAN, _METADATA, _APP2 = 0xD8, 0xDA, 0xE1, 0xE2
 _FRAMES = (0xC0, 0xC1, 0xC2)  # Huffman-coded: baseline, extended, progressive
-_TABLES = (0xC4, 0xDB, 0xDD, 0xFE)  # Huffman, quantisation, restart interval, comment
+_QUANTISATION = 0xDB
+_TABLES = (0xC4, 0xDD, 0xFE)  # Huffman, restart interval, comment
+_MAX_STEP = 4  # times a quantisation table's median; encoders write 2.4 and less
 
 
 class BadImage(ValueError):
@@ -43,23 +47,24 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
     """Decode an image upright, as training will, to RGB squashed to `[size, size, 3]` uint8.
 
     A plain JPEG is decoded at the smallest DCT scale (1, 1/2, 1/4, 1/8) that gives at least `size`
-    px, any other image whole, with DALI's library.
+    px; whole, with DALI's library, any other image, and a plain JPEG of which more than a tenth is
+    clipped, as in most whose data is damaged.
 
     Raises:
         BadImage: undecodable, cut off, neither JPEG, PNG nor WebP, or too large.
         MemoryError: too little memory to decode it, which is no verdict on the image.
     """
     extent = plain_jpeg_extent(data)
-    if extent is not None:
-        return _decode_scaled(data, extent, size)
-    return _squash(_decode_whole(data), size)
+    scaled = None if extent is None else _decode_scaled(data, extent, size)
+    return _squash(_decode_whole(data) if scaled is None else scaled, size)
 
 
 def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
     """(height, width) of a plain JPEG, on which all decoders agree; None for any other image.
 
     Plain means 8 bits, Huffman-coded, grey or three colours, well-formed segments up to the first
-    scan, and no metadata that could turn it (EXIF, in APP1) or hold further images (MPF, in APP2).
+    scan, quantisation tables without a step that sticks out, and no metadata that could turn it
+    (EXIF, in APP1) or hold further images (MPF, in APP2).
     """
     if data[:2] != bytes((0xFF, _START)):
         return None
@@ -84,6 +89,9 @@ def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
                 return None
             extent = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
             progressive = marker == _FRAMES[-1]
+        elif marker == _QUANTISATION:
+            if not _are_plain_tables(segment):
+                return None
         elif marker == _APP2:
             if not segment.startswith(b"ICC_PROFILE\0"):
                 return None
@@ -98,21 +106,48 @@ def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
     return None
 
 
+def _are_plain_tables(segment: bytes) -> bool:
+    """Whether quantisation tables have 8 bits, and no step that only a whole decode would show."""
+    tables = [segment[at + 1 : at + 65] for at in range(0, len(segment), 65)]
+    return all(
+        segment[65 * n] < 16 and len(steps) == 64 and max(steps) <= _MAX_STEP * sorted(steps)[32]
+        for n, steps in enumerate(tables)
+    )
+
+
 def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
     return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
-def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> NDArray[np.uint8]:
+def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> Image.Image | None:
+    """None if so much is clipped that a whole decode may differ."""
     _check_extent(*extent)
     stream = _parse(data)
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             _check_agreement(stream, image.size[::-1], turned=False)
             image.draft("RGB", (size, size))
-            return _squash(image if image.mode == "RGB" else image.convert("RGB"), size)
+            is_scaled = image.size[::-1] != extent
+            if is_scaled and _share_clipped(image) > _MAX_CLIPPED:
+                return None
+            return image.convert("RGB")
     except OSError as error:
         _prove_memory(*extent)
         raise BadImage(f"{type(error).__name__}: {error}") from error
+
+
+def _share_clipped(image: Image.Image) -> float:
+    """Share of pixels with a channel at an end of its range; in colour, but for black and white.
+
+    Of 32 x 32 pixels.
+    """
+    pixels = np.asarray(image.resize((32, 32), Image.Resampling.NEAREST))
+    if pixels.ndim == 2:
+        return float(((pixels == 0) | (pixels == 255)).mean())
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    low = np.minimum(np.minimum(red, green), blue)
+    high = np.maximum(np.maximum(red, green), blue)
+    return float((((low == 0) | (high == 255)) & (low < high)).mean())
 
 
 def _decode_whole(data: bytes) -> Image.Image:

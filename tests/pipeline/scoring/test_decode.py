@@ -1,6 +1,7 @@
 import io
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -22,6 +23,7 @@ from hostile import (
 from launch import program_file
 from PIL import Image
 from samples import encode, photo, score, write_tar
+from sklearn.datasets import load_sample_image
 
 import famt.pipeline.scoring.decode
 from famt.pipeline.loading.dataset import load_samples
@@ -58,6 +60,34 @@ def test_a_scaled_decode_scores_like_a_full_one():
     images = torch.from_numpy(np.stack([decode(data, spec.size), np.array(full)]))
     a, b = spec.score(images).flatten(1)
     assert torch.corrcoef(torch.stack([a, b]))[0, 1] > 0.99
+
+
+def _with_steps(jpeg: bytes, change: Callable[[int, int], int]) -> bytes:
+    """A JPEG whose first quantisation table has other steps: `change(n, step)`, n in zigzag order."""
+    at = jpeg.index(b"\xff\xdb") + 5
+    steps = [change(n, step) for n, step in enumerate(jpeg[at : at + 64])]
+    return jpeg[:at] + bytes(min(255, step) for step in steps) + jpeg[at + 64 :]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda n, step: 7 * step, lambda n, step: 255 if n == 20 else step],
+    ids=["clipped", "one step"],
+)
+@pytest.mark.parametrize("colours", [slice(None), 0], ids=["colour", "grey"])
+def test_a_damaged_jpeg_scores_like_its_full_decode(change, colours):
+    """A scaled decode clips too late, and knows no high frequencies."""
+    spec = ScoreSpec()
+    data = _with_steps(encode(load_sample_image("china.jpg")[..., colours], quality=90), change)
+    images = [decode(data, spec.size)]
+    for scale in (1, 8):
+        image = Image.open(io.BytesIO(data))
+        image.draft("RGB", (image.width // scale, image.height // scale))
+        image = image.convert("RGB").resize((spec.size, spec.size), Image.Resampling.BOX)
+        images.append(np.array(image))
+    ours, full, scaled = spec.score(torch.from_numpy(np.stack(images))).flatten(1)
+    assert torch.corrcoef(torch.stack([ours, full]))[0, 1] > 0.99
+    assert torch.corrcoef(torch.stack([scaled, full]))[0, 1] < 0.97
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -151,6 +181,7 @@ def test_only_jpegs_that_all_decoders_read_alike_are_plain():
         with_segments(jpeg, segment(0xE2, b"MPF\0" + bytes(20))),
         jpeg[:2] + b"\xff" + jpeg[2:],
         jpeg[:20] + b"stray" + jpeg[20:],
+        _with_steps(jpeg, lambda n, step: 250 if n == 40 else step),
         encode(Image.fromarray(photo(0)).convert("CMYK")),
         hostile.lossless_jpeg(photo(0)[..., 0]),
         encode(photo(0), "PNG"),

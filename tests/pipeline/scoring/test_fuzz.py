@@ -6,8 +6,8 @@ A program to run on seeds of one's own, which also prints counts by kind:
 
 `FAMT_PHOTOS` names a folder of JPEGs to damage in place of scikit-learn's two photos.
 
-A map must not be turned against the pixels that DALI shows, and must correlate with theirs; of
-damaged JPEGs the second does not hold (docs/decisions.md: plain JPEGs keep Pillow's scaled decode).
+A map must not be turned against the pixels that DALI shows, and must correlate with theirs: by 0.8,
+of damaged JPEGs by 0.5 (docs/decisions.md: plain JPEGs keep Pillow's scaled decode).
 """
 
 import os
@@ -141,7 +141,7 @@ def test_images_that_are_kept_decode_in_dali_and_have_their_maps_on_their_crops(
         for row, pixels, seen in zip(crops.rows.tolist(), crops.images, scores, strict=True):
             stored = maps[row].float()
             kind = keys[row].rpartition(" ")[0]
-            is_other = not kind.startswith("JPEG ") and _correlation(stored, seen) < 0.8
+            is_other = _correlation(stored, seen) < (0.5 if kind.startswith("JPEG ") else 0.8)
             if _is_turned(stored, seen) or (is_other and not _is_of(files[keys[row]], pixels)):
                 off[kind].append(keys[row])
     for crops in _epoch(table, RandomView(area=(0.05, 1.0)), 32):
