@@ -63,7 +63,7 @@ def test_a_scaled_decode_scores_like_a_full_one():
 
 
 def _with_steps(jpeg: bytes, change: Callable[[int, int], int]) -> bytes:
-    """A JPEG whose first quantisation table has other steps: `change(n, step)`, n in zigzag order."""
+    """A JPEG whose first quantisation table has steps `change(n, step)`, `n` in zigzag order."""
     at = jpeg.index(b"\xff\xdb") + 5
     steps = [change(n, step) for n, step in enumerate(jpeg[at : at + 64])]
     return jpeg[:at] + bytes(min(255, step) for step in steps) + jpeg[at + 64 :]
