@@ -29,7 +29,7 @@ from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.caching.gc import KEPT, collect
 from famt.pipeline.caching.manifest import ShardRecord
-from famt.pipeline.errors import CacheError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import Checked, LoaderConfig, Seed, WholeView
@@ -107,7 +107,7 @@ class Verify(Checked):
             try:
                 specs = entry.specs if entry else []
                 problem = _contradiction(cache, url, record, specs)
-            except (CacheError, ValueError, *storage.UNREACHABLE) as error:
+            except (CacheError, UserError, ValueError, *storage.UNREACHABLE) as error:
                 problem = storage.reason(error)
             if problem:
                 wrong += 1

@@ -19,6 +19,7 @@ from PIL import Image
 from famt.jobs import make_shards, precompute_freq
 from famt.jobs.options import MakeShards, PrecomputeFreq, RayPretrain
 from famt.pipeline.errors import UserError
+from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.sharding.sources import open_source
 from famt.train import export
 from famt.train.config import TIMM
@@ -144,8 +145,8 @@ def suggested(given: RayPretrain, words: list[str]) -> list[str]:
     return implied + chosen
 
 
-def prepare(data: str, labels: Path | None, out: Path, *, scored: bool) -> None:
-    """Make shards and scores in `<out>/data`, unless they are there.
+def prepare(data: str, labels: Path | None, out: Path, spec: ScoreSpec | None) -> None:
+    """Make shards, and scores by `spec` if given, in `<out>/data`, unless they are there.
 
     `<out>/data/source.json` records the source of the shards and a digest of the names and classes
     of its images. It is written before the first shard, and again, `complete`, after the last.
@@ -180,9 +181,9 @@ def prepare(data: str, labels: Path | None, out: Path, *, scored: bool) -> None:
             f"{shards} was made before the images or classes of {data} changed; give another "
             f"--out, or remove {out} to start over"
         )
-    if scored:
+    if spec:
         pattern = str(shards / "train-*.tar")
-        job = PrecomputeFreq(shards=[pattern], cache=str(folder / "scores"), max_bad=1.0)
+        job = PrecomputeFreq([pattern], str(folder / "scores"), spec, max_bad=1.0)
         if precompute_freq.main(job):
             raise UserError(f"some images of {shards} have no scores, for the reasons above")
 

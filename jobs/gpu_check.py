@@ -43,6 +43,7 @@ from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.step import Attention, Step
 from famt.jobs.benchmarks.training import BenchmarkOptions, open_run, take_steps
 from famt.models import MODELS
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import Checked
 from famt.train.command_line import parsed, run_program
@@ -98,7 +99,7 @@ def main(check: GpuCheck) -> int:
             page += [f"## {part}", ""]
             try:
                 page += [] if skipped else (f"    {line}" for line in lines)
-            except (AssertionError, OSError, RuntimeError, ValueError) as error:
+            except (AssertionError, OSError, RuntimeError, ValueError, UserError) as error:
                 failed, verdict = True, f"FAILED: {type(error).__name__}: {error}"
             page += ["", f"{verdict}, {time.monotonic() - started:.0f} s", ""]
             print(f"{part}: {verdict}", flush=True)

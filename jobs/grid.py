@@ -19,7 +19,7 @@ from famt.jobs.costs import StepCost
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import FREE
 from famt.train import run_log
-from famt.train.command_line import parse
+from famt.train.command_line import naming, parse
 from famt.train.config import Pretrain, TrainingOptions
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.evaluators import EVALUATORS
@@ -84,10 +84,8 @@ class Grid(BaseModel):
         Raises:
             UserError: an option is wrong; names the row.
         """
-        try:
+        with naming(f"row {row.name!r}"):
             return parse([*self.arguments(row, epochs), "--out", str(self.out)], None)
-        except SystemExit:  # tyro has printed the reason
-            raise UserError(f"row {row.name!r}: its options are wrong, see above") from None
 
     def trainings(self, row: Row, epochs: int) -> list[Training]:
         """The runs of a row, one per seed."""
@@ -109,10 +107,8 @@ class Grid(BaseModel):
             "--checkpoint", checkpoint, "--cache", self.cache, "--train", *self.train,
             "--val", *self.val, *shlex.split(self.evaluations[name]),
         ]  # fmt: skip
-        try:
+        with naming(f"evaluation {name!r}"):
             return arguments, tyro.cli(EVALUATORS[name], args=arguments)
-        except SystemExit:
-            raise UserError(f"evaluation {name!r}: its options are wrong, see above") from None
 
     def epochs_of(self, row: Row, costs: Mapping[str, StepCost]) -> int:
         """Epochs of a row: the grid's, or the number whose cost is nearest to the row's `cost`.
@@ -150,7 +146,7 @@ def load(path: Path, out: Path | None = None) -> Grid:
     except ValidationError as error:
         wrong = [f"{'.'.join(map(str, each['loc']))} {each['msg']}" for each in error.errors()]
         raise UserError(f"{path}: {'; '.join(wrong)}; see docs/results-grids.md") from None
-    except tomllib.TOMLDecodeError as error:
+    except (UserError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
 
 

@@ -64,8 +64,7 @@ def main(args: RayPretrain) -> None:
                 "--data trains in one process; for several ranks make shards with `famt shards`, "
                 "and give --shards and --cache"
             )
-        scored = config.cached_score is not None
-        from_images.prepare(args.data, args.labels, config.out, scored=scored)
+        from_images.prepare(args.data, args.labels, config.out, config.cached_score)
     elif not (args.shards and args.cache):
         raise UserError("give --data, a folder of images; or --shards and --cache")
     elif args.labels:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Wrong input; the message names it and the remedy.
 
-    Programs print it in one line. Any other `ValueError` is a defect, and keeps its traceback.
+    Programs print it in one line. A `ValueError` is a defect, and keeps its traceback.
     """
 
 

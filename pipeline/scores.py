@@ -64,6 +64,8 @@ class ScoreSpec(Checked):
                 raise UserError(str(error)) from None
         elif self.band is not None:
             raise UserError(f"band is for {', '.join(BANDS)}; {self.kind!r} takes none")
+        else:
+            _pixel_plugin(self.kind)
         if self.size > _MAX_SIZE:
             raise UserError(
                 f"grid x pixels_per_cell must be at most {_MAX_SIZE} px, got {self.size}"
@@ -93,7 +95,7 @@ class ScoreSpec(Checked):
         try:
             spec = cls(**values)
             return spec if spec._code_version() == code_version else None
-        except (TypeError, ValueError):
+        except (TypeError, UserError):
             return None
 
     @cached_property

@@ -161,7 +161,7 @@ def load(path: Path) -> Checkpoint:
         return Checkpoint(**read(path))
     except FormatError:
         raise
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, UserError) as error:
         earlier = [each for each in files(path.parent) if each < path]
         remedy = f"; remove it to resume from {earlier[-1].name}" if earlier else ""
         kind = DamagedError if isinstance(error, DamagedError) else UserError

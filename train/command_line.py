@@ -99,10 +99,23 @@ def _short(program: type[Options]) -> type[Options]:
 def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
     """A program's options as a recipe and those that it extends set them."""
     default = _resolve(each.extends, program) if each.extends else program(**REQUIRED)
-    try:
+    with naming(str(each.path)):
         return tyro.cli(program, args=each.options, default=default)
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Name the place of the options that are parsed inside, if they are wrong.
+
+    Raises:
+        UserError: they are.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
     except SystemExit:  # tyro has printed which option is wrong, and why
-        raise UserError(f"{each.path}: wrong options in the recipe, see above") from None
+        raise UserError(f"{place}: wrong options, see above") from None
 
 
 def run_command(command: Command) -> NoReturn:

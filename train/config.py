@@ -215,7 +215,10 @@ class ModelOptions(Checked):
             model = MODELS[self.model]
         else:
             raise UserError(f"--model {self.model}: give {', '.join(MODELS)}, or timm:<name>")
-        return dataclasses.replace(model, fused=self.fused, **changes)
+        try:
+            return dataclasses.replace(model, fused=self.fused, **changes)
+        except ValueError as error:
+            raise UserError(str(error)) from None
 
     @property
     def plain(self) -> JoinConfig:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.errors import CacheFullError
+from famt.pipeline.errors import CacheFullError, UserError
 from famt.pipeline.scoring.precompute import ShardReport, precompute_shard
 from famt.pipeline.scoring.publish import Publisher
 from famt.pipeline.sharding.shards import passed_over_line
@@ -92,7 +92,7 @@ def _judge(
             except CacheFullError:
                 _cancel(running)
                 raise
-            except (ValueError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
+            except (UserError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
                 failed[url] = storage.reason(error)
                 if known_only:
                     _cancel(running)

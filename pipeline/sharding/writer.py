@@ -95,7 +95,7 @@ def write_shards(
             try:
                 extension, data, alpha = _encode(item.load(), encoding)
                 mask = {MASK_EXTENSION: item.mask()} if item.mask else {}
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
+            except (OSError, ValueError, UserError, Image.DecompressionBombError) as error:
                 skipped.append((item.name, f"{type(error).__name__}: {error}"))
             else:
                 key = f"{number:08d}-{safe_key(item.name)}"

@@ -2,6 +2,7 @@ import pytest
 
 from famt.jobs import grid
 from famt.jobs.costs import StepCost
+from famt.pipeline.errors import UserError
 
 GRID = """
 title = "Tiny"
@@ -79,7 +80,7 @@ def test_a_share_of_the_cost_minds_how_many_steps_an_epoch_has_and_what_each_cos
 def test_a_share_that_pays_for_no_epoch_is_named(path):
     path.write_text(path.read_text().replace("cost = 1.0", "cost = 0.02"))
     with pytest.raises(
-        ValueError, match=r"row 'longer': a cost of 0\.02 is less than half an epoch"
+        UserError, match=r"row 'longer': a cost of 0\.02 is less than half an epoch"
     ):
         _epochs(path)
 
@@ -108,16 +109,16 @@ def test_only_a_row_that_trains_differently_has_other_folders(path, tmp_path):
         ('train = ["train.tar"]', 'train = "train.tar"', "train Input should be a valid list"),
         ("seeds = [0, 1, 2]", "seeds = [0, 0, 1]", "a seed is listed twice"),
         ('probe = ""', 'prbe = ""', "evaluations.prbe.* 'knn', 'probe' or 'segment'"),
-        ('probe = ""', 'probe = "--pooling cls"', "evaluation 'probe': its options are wrong"),
+        ('probe = ""', 'probe = "--pooling cls"', "evaluation 'probe': wrong options"),
         (
             "--frequency.source off",
             "--frequencys.source off",
-            "row 'longer': its options are wrong",
+            "row 'longer': wrong options",
         ),
     ],
 )
 def test_mistakes_in_a_grid_are_named(path, old, new, error):
     path.write_text(path.read_text().replace(old, new))
-    with pytest.raises(ValueError, match=error) as raised:
+    with pytest.raises(UserError, match=error) as raised:
         grid.load(path)
     assert str(path) in str(raised.value)

@@ -11,6 +11,7 @@ from samples import encode, photo
 
 from famt.jobs.make_shards import main
 from famt.jobs.options import MakeShards
+from famt.pipeline.errors import UserError
 from famt.pipeline.options import Encoding
 from famt.pipeline.scoring.decode import decode
 
@@ -64,7 +65,7 @@ def test_a_holdout_parts_the_images(folder, tmp_path):
 
 
 def test_a_holdout_of_the_split_val_is_refused(folder, tmp_path):
-    with pytest.raises(ValueError, match="another --split"):
+    with pytest.raises(UserError, match="another --split"):
         main(MakeShards(source=str(folder), out=str(tmp_path / "o"), split="val", holdout=0.25))
 
 
@@ -72,7 +73,7 @@ def test_other_classes_in_one_folder_are_refused_before_anything_is_written(fold
     main(MakeShards(source=str(folder), out=str(tmp_path / "o")))
     (folder / "class 9").mkdir()
     (folder / "class 9" / "x.jpg").write_bytes(encode(photo(0)))
-    with pytest.raises(ValueError, match="other classes"):
+    with pytest.raises(UserError, match="other classes"):
         main(MakeShards(source=str(folder), out=str(tmp_path / "o"), split="more"))
     assert not list((tmp_path / "o").glob("more-*"))
 
@@ -271,5 +272,5 @@ def test_a_folder_without_images_is_refused(tmp_path):
 
 @pytest.mark.parametrize("split", ["", "a/b", "tr{a,b}"])
 def test_a_split_that_can_name_no_shards_is_refused(split):
-    with pytest.raises(ValueError, match="--split"):
+    with pytest.raises(UserError, match="--split"):
         MakeShards(source="photos", out="shards", split=split)

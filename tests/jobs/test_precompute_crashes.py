@@ -19,7 +19,7 @@ from samples import photo_members, tar_bytes
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.errors import CacheFullError
+from famt.pipeline.errors import CacheFullError, UserError
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import precompute_shard
@@ -204,7 +204,7 @@ def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=r"could not write [\s\S]*Read-only"):
         precompute_shard(str(shards / "train-00.tar"), cache, spec)
-    with pytest.raises(ValueError, match=rf"{cache.url} is not writable; choose another"):
+    with pytest.raises(UserError, match=rf"{cache.url} is not writable; choose another"):
         main(PrecomputeFreq([str(shards)], cache.url, spec=spec))
 
 

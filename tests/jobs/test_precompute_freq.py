@@ -17,7 +17,7 @@ from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.caching.gc import collect
-from famt.pipeline.errors import CacheError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.scoring.precompute import precompute_shard, score_shard
 from famt.pipeline.scoring.publish import publish
@@ -191,7 +191,7 @@ def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_pat
 def test_a_cache_among_the_tars_is_refused(shards, tmp_path, spec, inside):
     config = PrecomputeFreq([str(shards)], str(tmp_path / inside), spec)
     with pytest.raises(
-        ValueError, match=rf"lies in {shards}, a folder of shards; choose one outside"
+        UserError, match=rf"lies in {shards}, a folder of shards; choose one outside"
     ):
         main(config)
     assert sorted(each.suffix for each in shards.iterdir()) == [".tar"] * 3
@@ -199,12 +199,12 @@ def test_a_cache_among_the_tars_is_refused(shards, tmp_path, spec, inside):
 
 @pytest.mark.parametrize("watch", ["soon", "10", "m", "5 m", "-1s"])
 def test_a_watch_without_a_time_is_refused(tmp_path, spec, watch):
-    with pytest.raises(ValueError, match="30s, 10m or 2h"):
+    with pytest.raises(UserError, match="30s, 10m or 2h"):
         _config(tmp_path, tmp_path, spec, watch=watch)
 
 
 def test_a_watch_does_not_judge_all_images_again_at_each_look(tmp_path, spec):
-    with pytest.raises(ValueError, match="--retry-bad and --watch"):
+    with pytest.raises(UserError, match="--retry-bad and --watch"):
         _config(tmp_path, tmp_path, spec, watch="1m", retry_bad=True)
 
 

@@ -14,6 +14,7 @@ from runs import equal, log_events
 from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.pretrain import beside, main, worker_resources
 from famt.jobs.refresh_scores import following
+from famt.pipeline.errors import UserError
 from famt.pipeline.scoring.generation import generation_path
 from famt.train import checkpoint
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
@@ -137,7 +138,7 @@ def test_a_training_goes_on_and_says_so_where_the_refresh_job_dies(scored, tmp_p
 
 def test_gpus_of_ranks_are_for_ray_to_give(tmp_path):
     args = RayPretrain(shards=["x"], cache="x", out=tmp_path, gpu=True)
-    with pytest.raises(ValueError, match="--gpu needs --workers"):
+    with pytest.raises(UserError, match="--gpu needs --workers"):
         main(args)
 
 
@@ -232,6 +233,6 @@ def test_a_refresh_beside_it_finds_a_core_and_a_quarter_of_each_gpu_free():
 
 
 def test_cores_are_asked_for_where_no_machine_has_a_gpu_yet():
-    with pytest.raises(ValueError, match="give --cpus-per-worker"):
+    with pytest.raises(UserError, match="give --cpus-per-worker"):
         _held([_machine(64.0)], gpu=True)
     assert _held([_machine(64.0)], gpu=True, cpus_per_worker=8) == (8, 1)

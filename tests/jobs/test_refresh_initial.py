@@ -39,7 +39,7 @@ def test_an_encoder_of_no_run_has_a_name_that_its_weights_give(source):
 
 
 def test_what_an_initial_encoder_lacks_is_asked_for(source):
-    with pytest.raises(ValueError, match="--init needs --shards and --cache"):
+    with pytest.raises(UserError, match="--init needs --shards and --cache"):
         initial_encoder(RefreshScores(init=str(source), cache="scores"))
 
 

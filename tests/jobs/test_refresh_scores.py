@@ -269,13 +269,13 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
 def test_a_generation_is_never_overwritten(scored, tmp_path):
     save_encoder(tmp_path / "encoder.pt", _encoder(scored, "run-a"))
     generation_path(tmp_path, 7).touch()
-    with pytest.raises(ValueError, match=r"generation-00000007\.zip exists already; give another"):
+    with pytest.raises(UserError, match=r"generation-00000007\.zip exists already; give another"):
         refresh(RefreshScores(checkpoint=tmp_path / "encoder.pt", out=tmp_path))
 
 
 def test_a_file_that_holds_no_encoder_is_refused_by_name(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other\.pt was not written by this program"):
+    with pytest.raises(UserError, match=r"other\.pt was not written by this program"):
         refresh(RefreshScores(checkpoint=tmp_path / "other.pt", out=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"none\.pt: no such checkpoint"):
         refresh(RefreshScores(checkpoint=tmp_path / "none.pt", out=tmp_path))
@@ -287,7 +287,7 @@ def test_a_run_of_fine_tuning_is_refused_by_name(tmp_path):
         config={},
     )  # fmt: skip
     checkpoint.save(tmp_path, state, keep=1)
-    with pytest.raises(ValueError, match="is a fine-tuning run; give a pre-training run"):
+    with pytest.raises(UserError, match="is a fine-tuning run; give a pre-training run"):
         refresh(RefreshScores(checkpoint=tmp_path, out=tmp_path))
 
 

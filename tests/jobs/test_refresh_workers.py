@@ -2,6 +2,7 @@ import pytest
 
 from famt.jobs.options import RefreshWorkers
 from famt.jobs.refresh_workers import Place
+from famt.pipeline.errors import UserError
 
 CPUS, GPUS = {"CPU": 64.0}, {"CPU": 64.0, "GPU": 8.0}
 
@@ -30,5 +31,5 @@ def test_there_is_room_for_as_many_actors_as_cpus_and_shares_of_gpus_are_free():
 
 @pytest.mark.parametrize("asked", [{"cpus_per_worker": 65}, {"gpus_per_worker": 9.0}])
 def test_what_the_whole_cluster_has_no_room_for_is_refused(asked):
-    with pytest.raises(ValueError, match="too small for a worker"):
+    with pytest.raises(UserError, match="too small for a worker"):
         Place.of(RefreshWorkers(**asked), "cuda", GPUS)

@@ -4,6 +4,7 @@ from typing import Annotated
 import pytest
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.options import ELASTIC, FREE, Checked, annotated
 
 
@@ -36,7 +37,7 @@ class Program(Checked):
     ],
 )
 def test_what_is_out_of_bounds_is_named_as_on_the_command_line(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         Program(**options)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from famt.frequency import pixel_frequency
 from famt.pipeline import plugins
+from famt.pipeline.errors import UserError
 from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 from famt.pipeline.scoring.model_scores import model_maps
 
@@ -96,7 +97,7 @@ def test_a_package_can_not_replace_a_kind_of_ours(extra):
 
 def test_a_package_that_gives_no_numbers_is_refused_by_name(extra):
     spec = ScoreSpec(kind="nonsense", grid=4)
-    with pytest.raises(ValueError, match="scores of kind 'nonsense' must be finite"):
+    with pytest.raises(UserError, match="scores of kind 'nonsense' must be finite"):
         spec.score(torch.zeros(1, spec.size, spec.size, 3, dtype=torch.uint8))
 
 
@@ -110,7 +111,7 @@ def test_a_package_adds_a_score_of_the_model(extra):
 
 
 def test_an_unknown_kind_names_all_there_are(extra):
-    with pytest.raises(ValueError, match=r"no score of kind 'colums'.*spectral_residual.* rows"):
+    with pytest.raises(UserError, match=r"no score of kind 'colums'.*spectral_residual.* rows"):
         _ = ScoreSpec(kind="colums").id
 
 
@@ -141,11 +142,12 @@ def test_the_packaged_example_gives_a_map_that_finds_a_bright_square():
         ({"kind": "lowpass", "band": (1.0, float("nan"))}, "--band nan"),
         ({"kind": "spectral_residual", "band": (1.0, 2.0)}, "takes no band"),
         ({"kind": "of_a_package", "band": (1.0, 2.0)}, "takes none"),
+        ({"kind": "contnt"}, "no score of kind 'contnt': there are hypercomplex_fourier"),
         ({"kind": "of_a_package", "grid": 0}, "--grid 0 must be at least 1"),
     ],
 )
 def test_a_spec_refuses_what_can_score_no_image(options, reason):
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(UserError, match=reason):
         ScoreSpec(**options)
     assert ScoreSpec.from_description({**ScoreSpec().describe(), **options}) is None
 

@@ -11,6 +11,7 @@ from launch import program_file
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint
 
@@ -68,11 +69,11 @@ def test_a_partial_file_is_never_taken_for_a_checkpoint(tmp_path):
 
 def test_another_file_is_refused_by_name(tmp_path):
     torch.save({"weights": torch.ones(1)}, tmp_path / "checkpoint-00000001.pt")
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
+    with pytest.raises(UserError, match="not a whole checkpoint"):
         checkpoint.load(tmp_path)
     for content in (b"PK\x03\x04 cut off", b"hello", b""):
         (tmp_path / "checkpoint-00000001.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="not a whole checkpoint"):
+        with pytest.raises(UserError, match="not a whole checkpoint"):
             checkpoint.load(tmp_path)
 
 
@@ -94,7 +95,7 @@ def test_a_flipped_bit_anywhere_is_refused_or_changes_nothing(tmp_path):
         path.write_bytes(flipped)
         try:
             loaded = checkpoint.load(path)
-        except ValueError as error:
+        except UserError as error:
             assert "00000001.pt is not a whole checkpoint" in str(error)  # noqa: PT017
             refused += 1
         else:  # padding between records

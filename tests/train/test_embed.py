@@ -6,6 +6,7 @@ import pytest
 import torch
 from samples import score, tar_bytes
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig
@@ -124,11 +125,11 @@ def test_a_killed_run_leaves_nothing_under_the_name(tiny_run, scored, tmp_path, 
         assert not out.exists()
         _embed(tiny_run, scored, out)  # what it left behind is in nobody's way
         assert out.exists()
-        with pytest.raises(ValueError, match="exists already"):
+        with pytest.raises(UserError, match="exists already"):
             _embed(tiny_run, scored, out)
 
 
 def test_several_processes_are_refused(tiny_run, scored, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="without torchrun"):
+    with pytest.raises(UserError, match="without torchrun"):
         _embed(tiny_run, scored, tmp_path / "f.parquet")

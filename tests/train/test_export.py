@@ -19,6 +19,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import gather_patches, normalise, normalise_images
+from famt.pipeline.errors import UserError
 from famt.sampling import PatchSplit
 from famt.train import checkpoint
 from famt.train.export import main, timm_name
@@ -184,7 +185,7 @@ def test_of_the_cross_decoder_it_says_that_it_stays_behind(tiny_cross, tmp_path,
 
 def test_a_folder_that_is_there_is_left_alone(tiny_run, tmp_path):
     (tmp_path / "out").mkdir()
-    with pytest.raises(ValueError, match="exists already; give a new folder"):
+    with pytest.raises(UserError, match="exists already; give a new folder"):
         _export(tiny_run, "timm", tmp_path / "out")
     with pytest.raises(FileNotFoundError):
         _export(tmp_path / "none", "timm", tmp_path / "new")

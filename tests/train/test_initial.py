@@ -17,6 +17,7 @@ from samples import TINY
 from famt.export import encoder_state, official_state
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.pipeline.errors import UserError
 from famt.train.initial import build_initial_encoder, load_initial
 
 
@@ -114,36 +115,36 @@ def test_a_model_that_timm_has_by_name(tmp_path):
 
 
 def test_a_model_that_timm_cannot_load_is_an_error(model):
-    with pytest.raises(ValueError, match="timm:no_such_model: timm can't load it"):
+    with pytest.raises(UserError, match="timm:no_such_model: timm can't load it"):
         load_initial(model, "timm:no_such_model")
-    with pytest.raises(ValueError, match="timm can't load it"):
+    with pytest.raises(UserError, match="timm can't load it"):
         load_initial(model, "timm:local-dir:/no/such/folder")
 
 
 def test_errors_name_the_source_and_both_sizes(model, tmp_path):
     torch.save(encoder_state(model), tmp_path / "w.pth")
     wide = MaskedAutoencoder(dataclasses.replace(TINY, width=48))
-    with pytest.raises(ValueError, match=r"w\.pth: its encoder has width 24 and depth 2, and this"):
+    with pytest.raises(UserError, match=r"w\.pth: its encoder has width 24 and depth 2, and this"):
         load_initial(wide, str(tmp_path / "w.pth"))
     with pytest.raises(FileNotFoundError, match="give a run, an MAE checkpoint"):
         load_initial(model, str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"neither a checkpoint-\*\.pt nor a config\.json"):
+    with pytest.raises(UserError, match=r"neither a checkpoint-\*\.pt nor a config\.json"):
         load_initial(model, str(tmp_path))
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match=r"text\.pth can't be read as weights"):
+    with pytest.raises(UserError, match=r"text\.pth can't be read as weights"):
         load_initial(model, str(tmp_path / "text.pth"))
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list\.pth: no ViT encoder"):
+    with pytest.raises(UserError, match=r"list\.pth: no ViT encoder"):
         load_initial(model, str(tmp_path / "list.pth"))
 
 
 def test_another_number_of_heads_or_kind_of_model_is_refused(model, tmp_path):
     _vit(heads=2).save_pretrained(tmp_path / "heads")
-    with pytest.raises(ValueError, match="has 2 attention heads, this model's has 3"):
+    with pytest.raises(UserError, match="has 2 attention heads, this model's has 3"):
         load_initial(model, str(tmp_path / "heads"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ValueError, match="is a bert with gelu; only vit and"):
+    with pytest.raises(UserError, match="is a bert with gelu; only vit and"):
         load_initial(model, str(tmp_path / "other"))
 
 
@@ -155,7 +156,7 @@ def test_an_encoder_is_built_in_the_sizes_of_its_source(model, images, tmp_path)
     larger = build_initial_encoder(str(tmp_path / "hf"), image_size=64)
     assert larger.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 65, 24)
     torch.save(encoder_state(model), tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="does not say how many attention heads"):
+    with pytest.raises(UserError, match="does not say how many attention heads"):
         build_initial_encoder(str(tmp_path / "w.pth"))
     base = MODELS["vit_tiny"].encoder()
     torch.save(base.state_dict(), tmp_path / "tiny.pth")

@@ -8,6 +8,7 @@ from runs import equal, log_lines, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.models import MODELS
+from famt.pipeline.errors import UserError
 from famt.pipeline.options import JoinConfig
 from famt.train import checkpoint
 from famt.train.command_line import parse
@@ -122,7 +123,7 @@ def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
     ],
 )
 def test_options_that_make_no_sense_are_refused_by_name(config, options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         dataclasses.replace(config, **options)
 
 
@@ -161,7 +162,7 @@ def test_a_size_on_the_command_line_overrides_the_models():
     assert parse(base, None).sizes == MODELS["vit_small"]
     given = parse([*base, "--image-size", "96", "--patch-size", "8"], None).sizes
     assert (given.grid, given.width, given.depth) == (12, 384, 12)
-    with pytest.raises(ValueError, match="96 is no multiple of patch size 7"):
+    with pytest.raises(UserError, match="96 is no multiple of patch size 7"):
         Pretrain(shards=[], cache="c", out=Path("o"), image_size=96, patch_size=7)
 
 
@@ -248,12 +249,10 @@ def test_a_run_begins_with_the_weights_of_another(config, tiny_run, tmp_path, mo
     main(config)
     shutil.rmtree(source)
     main(config)
-    with pytest.raises(ValueError, match=r"other options \(init: "):
+    with pytest.raises(UserError, match=r"other options \(init: "):
         main(dataclasses.replace(config, init=None))
 
 
 def test_weights_of_another_width_to_begin_with_are_refused(config, tiny_run):
-    with pytest.raises(
-        ValueError, match="has width 96 and depth 6, and this model's has width 192"
-    ):
+    with pytest.raises(UserError, match="has width 96 and depth 6, and this model's has width 192"):
         main(dataclasses.replace(config, model="vit_micro", init=str(tiny_run)))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from famt.pipeline.errors import UserError
 from famt.train import report
 from famt.train.log import Log, log_evaluation
 from famt.train.program_options import Report
@@ -212,7 +213,7 @@ def test_runs_that_differ_in_what_nothing_depends_on_are_one_row(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_named_and_takes_no_other_along(runs, tmp_path, capsys):
-    with pytest.raises(ValueError, match=f"{tmp_path} is not a run"):
+    with pytest.raises(UserError, match=f"{tmp_path} is not a run"):
         report.main(Report([tmp_path], tmp_path / "page.html"))
     assert not (tmp_path / "page.html").exists()
     broken = made_up_run(tmp_path / "broken", 0, 0.5)

@@ -11,6 +11,7 @@ import torch
 from launch import finish, launch, program_file
 from runs import log_events
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.options import ELASTIC, FREE, Checked, Since, annotated
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, resume
@@ -96,7 +97,7 @@ def test_what_is_elastic_is_gone_on_with_from_its_epoch_if_asked_for(
 ):
     _save(options)
     changed = dataclasses.replace(options, **other)
-    with pytest.raises(ValueError, match=rf"other options \({named}\); .* or --elastic to resume"):
+    with pytest.raises(UserError, match=rf"other options \({named}\); .* or --elastic to resume"):
         _resume(changed, **circumstances)
     found, exact = _resume(dataclasses.replace(changed, elastic=True), **circumstances)
     assert (found.step, exact) == (3, False)
@@ -113,7 +114,7 @@ def test_what_is_elastic_is_gone_on_with_from_its_epoch_if_asked_for(
 def test_another_run_is_refused_even_if_elastic(options, other, circumstances, named):
     _save(options)
     with pytest.raises(
-        ValueError, match=rf"other options \({named}\); use the same options, or anot[^;]*$"
+        UserError, match=rf"other options \({named}\); use the same options, or anot[^;]*$"
     ):
         _resume(dataclasses.replace(options, elastic=True, **other), **circumstances)
 
@@ -126,7 +127,7 @@ def test_an_option_that_is_new_counts_as_what_there_was_before_it(options):
     newer = Newer(options.out, added=0)
     _save(options)
     assert _resume(newer)[1]
-    with pytest.raises(ValueError, match=r"other options \(added: 0 -> 7\)"):
+    with pytest.raises(UserError, match=r"other options \(added: 0 -> 7\)"):
         _resume(dataclasses.replace(newer, added=7))
 
 
@@ -152,7 +153,7 @@ def test_no_option_is_added_without_saying_what_there_was_before_it(options, dig
 
 def test_what_an_exact_continuation_needs_must_be_there(options):
     _save(options)
-    with pytest.raises(ValueError, match=r"exactly without the maps; --elastic resumes"):
+    with pytest.raises(UserError, match=r"exactly without the maps; --elastic resumes"):
         resume(options, CIRCUMSTANCES, RANKS, lambda _: ["the maps"])
     elastic = dataclasses.replace(options, elastic=True)
     assert not resume(elastic, CIRCUMSTANCES, RANKS, lambda _: ["the maps"])[1]
@@ -163,7 +164,7 @@ def test_never_resuming_refuses_a_folder_with_checkpoints(options):
     never = dataclasses.replace(options, resume="never")
     assert _resume(never) == (None, True)
     _save(options)
-    with pytest.raises(ValueError, match="--resume never"):
+    with pytest.raises(UserError, match="--resume never"):
         _resume(never)
 
 
@@ -203,7 +204,7 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
 def test_a_file_is_no_folder_of_a_run(tmp_path):
     (tmp_path / "run").touch()
     with (
-        pytest.raises(ValueError, match=r"run is a file; give a folder"),
+        pytest.raises(UserError, match=r"run is a file; give a folder"),
         own_folder(tmp_path / "run"),
     ):
         pass

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from famt.pipeline.errors import UserError
 from famt.train import run_log
 from famt.train.log import log_evaluation
 
@@ -93,6 +94,6 @@ def test_a_folder_that_tells_no_history_is_named(tmp_path, lines, error):
     folder = tmp_path / "there"
     if lines is not None:
         write(folder, *lines)
-    with pytest.raises(ValueError, match=error) as raised:
+    with pytest.raises(UserError, match=error) as raised:
         run_log.read(folder)
     assert str(folder) in str(raised.value)

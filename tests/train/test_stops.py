@@ -11,6 +11,7 @@ import torch
 from launch import finish, kill_at_random, launch, program_file
 from runs import equal, log_events, log_points, weights
 
+from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run, main
@@ -33,7 +34,7 @@ def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config, batch_si
     for path in sorted(config.out.glob("checkpoint-*.pt"))[5:]:
         path.unlink()  # the last is in the middle of the second epoch
     fewer = dataclasses.replace(config, shards=config.shards[:2], batch_size=batch_size)
-    with pytest.raises(ValueError, match=rf"batch_size: 8 -> {batch_size}; data: .* or --elastic"):
+    with pytest.raises(UserError, match=rf"batch_size: 8 -> {batch_size}; data: .* or --elastic"):
         main(fewer)
     before = weights(config.out)
     with join_ranks("cpu") as ranks:

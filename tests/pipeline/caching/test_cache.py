@@ -9,7 +9,7 @@ import pytest
 from samples import photo_members, score, tar_bytes
 
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.errors import CacheError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import score_shard
@@ -44,7 +44,7 @@ def test_an_entry_comes_back_as_it_was_written(cache, entry, spec):
 def test_maps_of_other_samples_are_refused(cache, entry, spec):
     cache.write(ID, entry.table, spec, entry.maps)
     other = dataclasses.replace(entry.table, key=[f"x{key}" for key in entry.table.key])
-    with pytest.raises(ValueError, match="other samples than"):
+    with pytest.raises(UserError, match="other samples than"):
         cache.write(ID, other, ScoreSpec(kind="lowpass", grid=7), entry.maps)
 
 
@@ -89,7 +89,7 @@ def test_what_can_not_be_a_cache_is_named_with_what_is_there(tmp_path):
     ):
         with pytest.raises(OSError, match=f"{tmp_path}/{name} {said}"):
             ScoreCache(str(tmp_path / name), create=True)
-    with pytest.raises(ValueError, match="give a folder or URL as --cache"):
+    with pytest.raises(UserError, match="give a folder or URL as --cache"):
         ScoreCache("", create=True)
 
 

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from famt.geometry import crop_maps
 from famt.patches import patchify
 from famt.pipeline.caching.cache import ScoreCache
-from famt.pipeline.errors import CacheError
+from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig, RandomView, WholeView
@@ -202,7 +202,7 @@ def test_a_state_of_another_set_up_is_refused(table, scored, change):
     else:
         table = load_samples(scored.shards[:2], scored.cache)
     other = CropLoader(table, config, drop_last=True, **keywords)
-    with pytest.raises(ValueError, match="belongs to other shards"):
+    with pytest.raises(UserError, match="belongs to other shards"):
         other.load_state_dict(state)
 
 
@@ -213,7 +213,7 @@ def test_a_batch_stays_as_it_was_while_others_are_read(table):
 
 
 def test_too_few_samples_for_a_batch_is_an_error(table):
-    with pytest.raises(ValueError, match="lower the batch size"):
+    with pytest.raises(UserError, match="lower the batch size"):
         CropLoader(table, dataclasses.replace(SMALL, batch_size=27), drop_last=True)
 
 

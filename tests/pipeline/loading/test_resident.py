@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading import resident
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
@@ -62,11 +63,11 @@ def test_it_goes_on_from_its_state_with_the_very_next_batch(table):
 
 def test_the_state_of_a_loader_that_decodes_is_refused(table):
     decoded = CropLoader(table, CONFIG, drop_last=True)
-    with pytest.raises(ValueError, match="another batch size, view, seed"):
+    with pytest.raises(UserError, match="another batch size, view, seed"):
         resident_loader(table).load_state_dict(decoded.state_dict())
 
 
 def test_images_that_memory_has_no_room_for_are_refused_with_the_remedy(table, monkeypatch):
     monkeypatch.setattr(resident, "_ROOM", 1e-9)
-    with pytest.raises(ValueError, match=r"--resident: 26 images .* leave it out"):
+    with pytest.raises(UserError, match=r"--resident: 26 images .* leave it out"):
         resident_loader(table)

@@ -24,6 +24,7 @@ from hostile_tars import TARS
 from PIL import Image
 from samples import encode, photo_members, score, tar_bytes, write_tar
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import LoaderConfig, RandomView, WholeView
@@ -216,7 +217,7 @@ def test_of_malformed_tars_nothing_is_lost_silently_or_gets_a_wrong_class(
             path.write_bytes(make(chance, samples))
             try:
                 report = precompute_shard(str(path), cache, SPEC)
-            except ValueError as error:
+            except UserError as error:
                 if f"{path}: no image in it" not in str(error):
                     raise
                 counts[kind, "refused"] += 1

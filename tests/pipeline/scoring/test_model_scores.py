@@ -8,6 +8,7 @@ from famt.attention import attention_scores, cls_attention
 from famt.frequency import token_frequency
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scores import MODEL_KINDS, ModelScoreSpec, encoder_digest
 from famt.pipeline.scoring.model_scores import score_images
@@ -92,12 +93,12 @@ def _squashed(shard):
 def test_an_encoder_without_a_number_in_it_is_refused(scored, encoder):
     encoder.norm.weight.data.fill_(1.0)
     encoder.blocks[0].mlp.fc1.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="must be finite"):
+    with pytest.raises(UserError, match="must be finite"):
         _score(encoder, scored.shards, scored, _spec(encoder))
 
 
 def test_an_unknown_kind_names_those_there_are(encoder):
     with pytest.raises(
-        ValueError, match="attention, cls_attention, token_frequency, frequency_attention"
+        UserError, match="attention, cls_attention, token_frequency, frequency_attention"
     ):
         dataclasses.replace(_spec(encoder), kind="nonsense").describe()

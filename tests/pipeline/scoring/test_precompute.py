@@ -10,6 +10,7 @@ from samples import encode, photo, photo_members, tar_bytes, write_tar
 
 from famt.frequency import pixel_frequency
 from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.errors import UserError
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.decode import BadImage, decode
 from famt.pipeline.scoring.precompute import precompute_shard, score_shard
@@ -93,7 +94,7 @@ def test_a_second_score_goes_by_the_table_of_the_first(tmp_path, cache, spec, mo
         raise BadImage("not to my taste")
 
     monkeypatch.setattr("famt.pipeline.scoring.precompute.decode", stricter)
-    with pytest.raises(ValueError, match=r"a\.tar: img0000 was kept before.*not to my taste"):
+    with pytest.raises(UserError, match=r"a\.tar: img0000 was kept before.*not to my taste"):
         precompute_shard(str(path), cache, ScoreSpec(kind="highpass", grid=7))
     assert cache.read_table(first.shard_id).key == table.key
 

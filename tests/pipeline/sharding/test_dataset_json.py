@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.sharding.dataset_json import check_dataset
 
@@ -18,7 +19,7 @@ def test_a_folder_of_several_splits_is_refused_and_a_pattern_is_not(scored):
         shutil.move(scored.shards[n], scored.folder / f"val-{n:06d}.tar")
     describe(scored.folder, train=["train-000000.tar"], val=["val-000001.tar", "val-000002.tar"])
     folder = str(scored.folder)
-    with pytest.raises(ValueError, match="holds the splits train and val: say which") as refused:
+    with pytest.raises(UserError, match="holds the splits train and val: say which") as refused:
         load_samples([folder], scored.cache)
     for pattern, count in (("train-*.tar", 10), ("*.tar", 26)):
         assert f"'{folder}/{pattern}'" in str(refused.value)
@@ -38,7 +39,5 @@ def test_a_new_folder_has_no_splits_yet(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"classes": 1, "splits": {}}'])
 def test_a_damaged_description_is_named_with_the_remedy(tmp_path, content):
     (tmp_path / "dataset.json").write_bytes(content)
-    with pytest.raises(
-        ValueError, match=rf"{tmp_path}/dataset\.json is damaged; restore or remove"
-    ):
+    with pytest.raises(UserError, match=rf"{tmp_path}/dataset\.json is damaged; restore or remove"):
         check_dataset(str(tmp_path), ["a"])

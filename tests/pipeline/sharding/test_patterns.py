@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.sharding.patterns import expand_shards
 
 
@@ -58,7 +59,7 @@ def test_commands_and_compressed_tars_are_no_shards(tmp_path):
         expand_shards(["pipe:cat a.tar"])
     for name in ("a.tar.gz", "b.tgz", "c.tar.zst"):
         (tmp_path / name).touch()
-        with pytest.raises(ValueError, match=rf"{name} is compressed: unpack"):
+        with pytest.raises(UserError, match=rf"{name} is compressed: unpack"):
             expand_shards([str(tmp_path / name)])
 
 
@@ -81,12 +82,12 @@ def test_backslashes_outlive_braces(tmp_path):
     ["a#1.tar", "ä.tar", "a[1].tar", "x#y/a.tar", "a?.tar", "a\n.tar", "a|b.tar", "a%20.tar"],
 )
 def test_a_url_that_dali_can_not_read_is_refused_with_the_remedy(name):
-    with pytest.raises(ValueError, match=r"DALI can't read .* rename"):
+    with pytest.raises(UserError, match=r"DALI can't read .* rename"):
         expand_shards([f"s3://bucket/{name}"])
 
 
 def test_a_store_that_dali_does_not_know_is_refused():
-    with pytest.raises(ValueError, match="DALI reads tars from local paths, s3 and gs alone"):
+    with pytest.raises(UserError, match="DALI reads tars from local paths, s3 and gs alone"):
         expand_shards(["az://container/a.tar"])
 
 
@@ -94,10 +95,10 @@ def test_a_local_name_that_is_not_utf_8_is_refused(tmp_path):
     path = os.fsencode(tmp_path) + b"/\xff.tar"
     with open(path, "wb") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match="not UTF-8"):
+    with pytest.raises(UserError, match="not UTF-8"):
         expand_shards([str(tmp_path)])
 
 
 def test_braces_that_do_not_match_are_an_error_that_names_the_pattern():
-    with pytest.raises(ValueError, match=r"s3://bucket/a\{0\.tar: "):
+    with pytest.raises(UserError, match=r"s3://bucket/a\{0\.tar: "):
         expand_shards(["s3://bucket/a{0.tar"])

@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 from samples import encode, photo_members, score, tar_bytes, write_tar
 
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import CentreView, LoaderConfig, RandomView, WholeView
@@ -72,7 +73,7 @@ def test_masks_follow_the_rows_of_several_shards(scored, tmp_path):
 
 def test_a_sample_without_a_mask_is_named(scored, tmp_path):
     table = _table(scored, tmp_path, photo_members(2))
-    with pytest.raises(ValueError, match=r"masked\.tar:img0000 has no mask"):
+    with pytest.raises(UserError, match=r"masked\.tar:img0000 has no mask"):
         read_masks(table)
 
 
@@ -95,5 +96,5 @@ def test_black_and_white_is_a_mask_of_two_classes():
     [(b"none", "can't be decoded"), (encode(np.zeros((4, 4, 3), np.uint8), "PNG"), "RGB colours")],
 )
 def test_what_is_no_mask_is_refused(data, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         decode_mask(data)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from samples import photo_members, score, tar_bytes
 
+from famt.pipeline.errors import UserError
 from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.evaluate.evaluators.knn import Knn
 from famt.train.evaluate.run import run
@@ -40,14 +41,14 @@ def test_images_that_are_in_both_sets_are_refused_whatever_the_name_of_their_tar
     again = tmp_path / "other-name.tar"
     again.write_bytes((scored.folder / "train-000001.tar").read_bytes())
     for val in (scored.shards[:2], [str(again)]):
-        with pytest.raises(ValueError, match=r"--train and .*\.tar of --val hold the same images"):
+        with pytest.raises(UserError, match=r"--train and .*\.tar of --val hold the same images"):
             run(options(Knn, val=val))
 
 
 def test_classes_of_other_names_are_refused(options, shards):
     train = shards("train", [0, 1, 0, 1], 100, ["cat", "dog"])
     renamed = shards("renamed", [0, 1], 200, ["cat", "wolf"])
-    with pytest.raises(ValueError, match=r"class 1 is 'dog' in .*train/dataset\.json and 'wolf'"):
+    with pytest.raises(UserError, match=r"class 1 is 'dog' in .*train/dataset\.json and 'wolf'"):
         run(options(Knn, train=train, val=renamed))
     fewer = shards("fewer", [0, 0], 300, ["cat"])
     assert run(options(Knn, train=train, val=fewer))
@@ -65,9 +66,9 @@ def test_classes_that_nothing_was_learned_of_are_said_or_refused(options, shards
     run(options(kind, train=train, val=shards("more", [0, 1, 2, 5, 5], 200)))
     said = capsys.readouterr().err
     assert "2 of the 4 classes of --val (2, 5) are missing in --train" in said
-    with pytest.raises(ValueError, match=r"--val shares no class with --train"):
+    with pytest.raises(UserError, match=r"--val shares no class with --train"):
         run(options(kind, train=train, val=shards("others", [2, 3], 300)))
-    with pytest.raises(ValueError, match=r"\.tar:img0400 and all other .* have class 1"):
+    with pytest.raises(UserError, match=r"\.tar:img0400 and all other .* have class 1"):
         run(options(kind, train=shards("one", [1, 1, 1], 400), val=train))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from famt.pipeline.errors import UserError
 from famt.train.evaluate.classifiers import Setting, attentive_pool, choose, fit, part, score
 from famt.train.evaluate.evaluators.probe import Probe
 from famt.train.evaluate.features import Features
@@ -118,7 +119,7 @@ def test_images_are_held_out_of_every_class_alike():
     assert sorted(torch.cat([kept, held_out]).tolist()) == list(range(200))
     assert labels[held_out].bincount().tolist() == [5, 5, 5, 5]
     assert not torch.equal(held_out, part(labels, 0.1, seed=1)[1])
-    with pytest.raises(ValueError, match="1 labelled images are too few"):
+    with pytest.raises(UserError, match="1 labelled images are too few"):
         part(torch.zeros(1), 0.1, seed=0)
 
 
@@ -138,5 +139,5 @@ def test_a_run_is_probed(run, options):
 
 @pytest.mark.parametrize("wrong", [{"learning_rates": ()}, {"poolings": ()}])
 def test_lists_to_choose_from_must_not_be_empty(options, wrong):
-    with pytest.raises(ValueError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
+    with pytest.raises(UserError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         options(Probe, **wrong)

@@ -11,6 +11,7 @@ from samples import RANKS, photo
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
+from famt.pipeline.errors import UserError
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.features import open_images, require_labels, standard_error, top1
 
@@ -68,7 +69,7 @@ def test_evaluated_shards_are_read_from_where_they_are_staged(scored, encoder, o
 def test_a_class_of_a_number_that_no_classifier_can_have_is_named(encoder, options):
     images = open_images(options(Evaluation), encoder, "val", RANKS)
     images.table.labels[4] = 2_000_000_000
-    with pytest.raises(ValueError, match=r"\.tar:.* has class 2000000000; classes must"):
+    with pytest.raises(UserError, match=r"\.tar:.* has class 2000000000; classes must"):
         require_labels(images)
 
 
@@ -77,7 +78,7 @@ def test_images_of_one_class_are_nothing_to_tell_apart(encoder, options, label):
     images = open_images(options(Evaluation), encoder, "val", RANKS)
     images.table.labels[:] = label
     with pytest.raises(
-        ValueError, match=rf"\.tar:.* and all other training samples have class {label}"
+        UserError, match=rf"\.tar:.* and all other training samples have class {label}"
     ):
         require_labels(images)
 

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
+from famt.pipeline.errors import UserError
 from famt.pipeline.options import RandomView
 from famt.train import checkpoint
 from famt.train.embed import main as embed
@@ -103,7 +104,7 @@ def test_a_fine_tuned_run_is_exported_with_its_head_and_embedded(make, tmp_path,
         for line in lines:
             theirs = eval(line, {"timm": timm}).eval()
             torch.testing.assert_close(theirs(pixels), tuned(pixels), rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="is fine-tuned; export it --to timm"):
+    with pytest.raises(UserError, match="is fine-tuned; export it --to timm"):
         export(Export(make().out, "hf", tmp_path / "hf"))
     embed(
         Embed(
@@ -174,9 +175,9 @@ def test_a_stop_leaves_a_test_at_once_and_costs_none(make, monkeypatch, capsys, 
 
 def test_other_options_are_refused_and_another_batch_size_is_elastic(make):
     evaluate(make(epochs=1))
-    with pytest.raises(ValueError, match=r"mixing\.mixup: 0\.8 -> 0"):
+    with pytest.raises(UserError, match=r"mixing\.mixup: 0\.8 -> 0"):
         evaluate(make(epochs=1, mixing=dataclasses.replace(MIXED, mixup=0)))
-    with pytest.raises(ValueError, match="--elastic"):
+    with pytest.raises(UserError, match="--elastic"):
         evaluate(make(epochs=1, batch_size=8))
     evaluate(make(epochs=1, batch_size=8, elastic=True))
 
@@ -236,7 +237,7 @@ def test_short_runs_take_higher_rates_but_none_above_maes(given, epochs, batch, 
 
 
 def test_mixing_needs_an_even_batch(make):
-    with pytest.raises(ValueError, match="--batch-size 5 must be even"):
+    with pytest.raises(UserError, match="--batch-size 5 must be even"):
         make(batch_size=5)
 
 

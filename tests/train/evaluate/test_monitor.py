@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.caching.cache import ScoreCache
+from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.features import Images, open_images, top1
@@ -90,7 +91,7 @@ def test_images_without_a_class_are_refused_at_once(scored, tmp_path):
     path = tmp_path / "unlabelled.tar"
     path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
     score([path], scored.cache, scored.spec)
-    with pytest.raises(ValueError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
+    with pytest.raises(UserError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
         Monitor([str(path)], scored.cache, SIZES, 1, RANKS)
 
 

@@ -5,6 +5,7 @@ from samples import RANKS, encode, score, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.pipeline.errors import UserError
 from famt.pipeline.options import RandomView, WholeView
 from famt.pipeline.sharding.segmentation_masks import IGNORED, crop_masks, read_masks
 from famt.train.evaluate import patch_classifier as module
@@ -94,7 +95,7 @@ def test_masks_of_one_class_or_of_none_that_was_learned_are_refused(
         plain[kind] = tmp_path / f"plain-{kind}.tar"
         plain[kind].write_bytes(tar_bytes(members))
     score(list(plain.values()), scored.cache, scored.spec)
-    with pytest.raises(ValueError, match=r"the masks of --train have 1 class"):
+    with pytest.raises(UserError, match=r"the masks of --train have 1 class"):
         evaluate(options(Segment, train=[str(plain[0])], val=[masked[1]]))
-    with pytest.raises(ValueError, match=r"--val shares no class with --train"):
+    with pytest.raises(UserError, match=r"--val shares no class with --train"):
         evaluate(options(Segment, train=[masked[0]], val=[str(plain[7])]))

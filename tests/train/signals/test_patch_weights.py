@@ -5,6 +5,7 @@ from importlib.metadata import EntryPoint
 import pytest
 import torch
 
+from famt.pipeline.errors import UserError
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
@@ -58,7 +59,7 @@ def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(c
     ],
 )
 def test_a_source_that_its_slot_does_not_know_names_those_it_does(config, slot, error):
-    with join_ranks("cpu") as ranks, pytest.raises(ValueError, match=re.escape(error)):
+    with join_ranks("cpu") as ranks, pytest.raises(UserError, match=re.escape(error)):
         Run(dataclasses.replace(config, **slot), ranks)
 
 

@@ -1,5 +1,6 @@
 import pytest
 
+from famt.pipeline.errors import UserError
 from famt.train.signals.refresh_folder import Epochs, RefreshFolder
 
 
@@ -47,7 +48,7 @@ def test_epochs_to_be_begun_otherwise_are_forgotten(folder):
 @pytest.mark.parametrize("text", ['{"0": nu', "[]", "{}", '"run-a"', '{"run": "run-a"}'])
 def test_a_damaged_file_is_named(folder, text):
     folder.path.joinpath("epochs.json").write_text(text)
-    with pytest.raises(ValueError, match=r"epochs\.json is damaged; remove it"):
+    with pytest.raises(UserError, match=r"epochs\.json is damaged; remove it"):
         Epochs(folder, "run-a")
 
 

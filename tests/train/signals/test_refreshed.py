@@ -14,6 +14,7 @@ from samples import photo_members, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.loading.loader import CropLoader, LoaderConfig
 from famt.pipeline.loading.masking import crop_scores
@@ -211,7 +212,7 @@ def test_a_pinned_generation_serves_another_run(config, scored, refresh, tmp_pat
     with pytest.raises(GenerationError, match="has no scores of kind attention"):
         _maps(others, scored)
     nonsense = dataclasses.replace(config, frequency=FrequencyConfig("refreshed", kind="nonsense"))
-    with pytest.raises(ValueError, match="no score of kind 'nonsense'"):
+    with pytest.raises(UserError, match="no score of kind 'nonsense'"):
         _maps(nonsense, scored)
 
 
@@ -308,7 +309,7 @@ def test_a_run_that_does_not_wait_says_why_the_job_failed_and_goes_on(config, sc
 
 def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeypatch, capfd):
     monkeypatch.setattr(follower, "_PATIENCE", 0.5)
-    with pytest.raises(ValueError, match=r"`famt pretrain` starts one; .*--follow"):
+    with pytest.raises(UserError, match=r"`famt pretrain` starts one; .*--follow"):
         main(dataclasses.replace(config, refresh=WAITING))
     assert not log_events(config.out, "start")
     assert f"start `famt refresh --follow {config.out}`" in capfd.readouterr().err
@@ -368,7 +369,7 @@ def test_a_run_whose_generations_are_lost_goes_on_only_if_elastic(config, folder
 
     lose(folder.generation(3))
     config = dataclasses.replace(config, refresh=RefreshConfig(every=2))
-    with pytest.raises(ValueError, match=r"without .*generation-00000003\.zip; --elastic resumes"):
+    with pytest.raises(UserError, match=r"without .*generation-00000003\.zip; --elastic resumes"):
         main(config)
     main(dataclasses.replace(config, elastic=True))
     assert checkpoint.load(config.out).step == 12

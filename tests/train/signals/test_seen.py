@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from famt.patches import normalise
+from famt.pipeline.errors import UserError
 from famt.pipeline.options import JoinConfig
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
@@ -85,7 +86,7 @@ def test_a_method_whose_encoder_sees_more_is_refused(config):
     with join_ranks("cpu") as ranks:
         run = Run(simmim, ranks)
         batch = run.prepare(next(iter(run.loader)), 0)
-        with pytest.raises(ValueError, match=r"--attention\.source seen: .* use rolling"):
+        with pytest.raises(UserError, match=r"--attention\.source seen: .* use rolling"):
             run.forward_backward(batch)
 
 
@@ -93,6 +94,6 @@ def test_scores_that_need_all_patches_are_refused(config):
     slot = AttentionConfig("seen", kind="token_frequency")
     with (
         join_ranks("cpu") as ranks,
-        pytest.raises(ValueError, match=r"--attention\.kind token_frequency"),
+        pytest.raises(UserError, match=r"--attention\.kind token_frequency"),
     ):
         Run(dataclasses.replace(config, attention=slot), ranks)
