@@ -37,6 +37,7 @@ from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import score_shard
 from famt.pipeline.sharding.shards import content_id, judgement_ids
 from famt.pipeline.storage import each_at_once
+from famt.pipeline.wording import counted
 from famt.train.command_line import parsed, run_program
 from famt.train.picture import draw
 
@@ -74,10 +75,10 @@ class Ls:
             bad = sum(len(table.rejected) for table in tables.values())
             size = sum(stored[shard_id].bytes for shard_id in set(known.values()))
             print(folder)
-            print(f"  {len(known)} of {len(records)} shards, {_size(size)} of scores")
-            print(f"  {kept} images kept, {bad} quarantined")
+            print(f"  {len(known)} of {counted(len(records), 'shard')}, {_size(size)} of scores")
+            print(f"  {counted(kept, 'image')} kept, {bad} quarantined")
             for spec, shards in specs.most_common():
-                print(f"  {spec}: {shards} shards ({shards / max(1, len(records)):.0%})")
+                print(f"  {spec}: {counted(shards, 'shard')} ({shards / max(1, len(records)):.0%})")
         return 0
 
 

@@ -27,6 +27,7 @@ from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.options import RandomView
 from famt.pipeline.sharding.patterns import expand_shards
 from famt.pipeline.sharding.sources import DIGITS
+from famt.pipeline.wording import counted
 from famt.train import figures, pretrain, report
 from famt.train.command_line import parse, parsed, run_program
 from famt.train.config import Pretrain
@@ -84,7 +85,7 @@ def main(demo: Demo) -> None:
         page = report.main(Report([run], folder / "report.html"))
     minutes = (time.monotonic() - started) / 60
     print(
-        f"\nprobe, top-1 on {len(expand_shards(val))} held-out shard(s): "
+        f"\nprobe, top-1 on {counted(len(expand_shards(val)), 'held-out shard')}: "
         f"{accuracy['trained']:.1%} trained, {accuracy['untrained']:.1%} untrained"
         if accuracy
         else f"\nno probe: {demo.data} has fewer than two classes; it needs a folder per class"

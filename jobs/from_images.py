@@ -21,6 +21,7 @@ from famt.jobs.options import MakeShards, PrecomputeFreq, RayPretrain
 from famt.pipeline.errors import UserError
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.sharding.sources import open_source
+from famt.pipeline.wording import counted
 from famt.train import export
 from famt.train.config import TIMM
 from famt.train.program_options import Export
@@ -137,8 +138,9 @@ def suggested(given: RayPretrain, words: list[str]) -> list[str]:
         if f"--{name}" not in taken
         for word in (f"--{name}", value)
     ]
+    classes = counted(images.classes, "class") if images.classes else "no classes"
     print(
-        f"{given.data}: {images.count} images, {images.classes or 'no'} classes, median side "
+        f"{given.data}: {counted(images.count, 'image')}, {classes}, median side "
         f"{images.side} px. Chosen for a first run on {where}: {' '.join(chosen) or 'nothing'}",
         file=sys.stderr,
     )

@@ -32,6 +32,7 @@ from famt.pipeline.sharding.dataset_json import check_dataset, describe_dataset
 from famt.pipeline.sharding.shards import NO_LABEL, count_endings
 from famt.pipeline.sharding.sources import open_source
 from famt.pipeline.sharding.writer import write_shards
+from famt.pipeline.wording import counted
 from famt.train.command_line import parsed, run_program
 
 
@@ -61,14 +62,14 @@ def main(args: MakeShards) -> int:
                 on_sample=bar.update,
             )
         describe_dataset(args.out, classes, split, written, args.seed, args.source)
-        kinds = f"{len(classes)} classes" if classes else "no classes"
+        kinds = counted(len(classes), "class") if classes else "no classes"
         print(
-            f"{split}: {written.samples} images of {kinds} in {len(written.shards)} shards at "
-            f"{args.out}"
+            f"{split}: {counted(written.samples, 'image')} of {kinds} in "
+            f"{counted(len(written.shards), 'shard')} at {args.out}"
         )
         if written.transparent:
             print(
-                f"{split}: {written.transparent} image(s) have transparency: their colours are "
+                f"{split}: transparent: {counted(written.transparent, 'image')}; their colours are "
                 "used, also of pixels that would not be seen",
                 file=sys.stderr,
             )
@@ -77,7 +78,7 @@ def main(args: MakeShards) -> int:
         skipped += len(written.skipped)
     if unlisted:
         print(
-            f"{len(unlisted)} images are not listed in {args.labels} and get no class: "
+            f"{counted(len(unlisted), 'image')} without a row in {args.labels}, and so no class: "
             f"{', '.join(unlisted[:3])}{', ...' if len(unlisted) > 3 else ''}",
             file=sys.stderr,
         )

@@ -45,6 +45,7 @@ from famt.pipeline.scoring.publish import Publisher
 from famt.pipeline.sharding.patterns import expand_shards
 from famt.pipeline.sharding.shards import passed_over_line
 from famt.pipeline.storage import each_at_once
+from famt.pipeline.wording import counted
 from famt.train.command_line import parsed, run_program
 
 # --watch goes on after these: no shards yet, an unreachable store, a lost head node.
@@ -74,7 +75,7 @@ def _run_once(args: PrecomputeFreq) -> int:
     cache = _cache_apart(args.cache, urls)
     todo = urls if args.retry_bad else list(look_up(urls, cache, args.spec).stale)
     print(
-        f"{len(urls)} shards, {len(urls) - len(todo)} of them scored before; "
+        f"{counted(len(urls), 'shard')}, {len(urls) - len(todo)} scored before; "
         f"spec {args.spec.id}, cache {cache.url}",
         flush=True,
     )
@@ -191,7 +192,7 @@ def _report(
     text = json.dumps(summary)
     if args.summary:
         Path(args.summary).write_text(text + "\n")
-    in_words = f"scored {decoded} image(s) in {seconds:.0f} s; {kept} can be trained on"
+    in_words = f"scored {counted(decoded, 'image')} in {seconds:.0f} s; {kept} can be trained on"
     print(text if args.json else in_words)
     say = partial(print, file=sys.stderr)
     reasons = {"damaged": [": ".join(each) for each in damaged.items()], "quarantined": quarantined}

@@ -48,6 +48,7 @@ from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from famt.pipeline.scoring.generation import generation_path, write_generation
 from famt.pipeline.sharding.patterns import expand_shards
+from famt.pipeline.wording import counted
 from famt.train.command_line import is_users, parsed, run_program
 from famt.train.encoder_snapshot import Encoder, load_encoder
 from famt.train.initial import build_initial_encoder
@@ -247,10 +248,10 @@ def _refresh(
         "failed": failed,
         "seconds": round(time.perf_counter() - started, 1),
     }
+    written = f"{counted(len(failed), 'tar')} failed, nothing is" if failed else f"{path} is"
     in_words = (
-        f"step {encoder.step} of {encoder.run}: {' and '.join(summary['kinds'])} of {len(samples)} "
-        f"image(s) in {summary['seconds']:.0f} s; "
-        + (f"{len(failed)} tar(s) failed, nothing is written" if failed else f"written to {path}")
+        f"step {encoder.step} of {encoder.run}: {' and '.join(summary['kinds'])} of "
+        f"{counted(len(samples), 'image')} in {summary['seconds']:.0f} s; {written} written"
     )
     print(json.dumps(summary) if args.json else in_words, flush=True)
     return failed

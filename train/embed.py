@@ -31,6 +31,7 @@ from timm.models.vision_transformer import VisionTransformer
 from famt.patches import normalise_images
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import SampleTable
+from famt.pipeline.wording import counted
 from famt.train import checkpoint
 from famt.train.command_line import parsed, run_program
 from famt.train.distributed import join_ranks
@@ -64,8 +65,9 @@ def main(args: Embed) -> None:
             for first, cls, mean in _features(encoder.to(ranks.device).eval(), images):
                 writer.write(first, cls, mean)
     print(
-        f"{args.out}: {len(table)} images of {len(table.urls)} shards, {encoder.embed_dim} values "
-        f"each; left out, as they can't be decoded: {len(table.left_out())}"
+        f"{args.out}: {counted(len(table), 'image')} of {counted(len(table.urls), 'shard')}, "
+        f"{encoder.embed_dim} values each; left out, as they can't be decoded: "
+        f"{len(table.left_out())}"
     )
 
 

@@ -20,6 +20,7 @@ from famt.models import ModelConfig
 from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.loader import CropBatch, CropLoader
 from famt.pipeline.loading.resident import crop_loader
+from famt.pipeline.wording import counted
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, Component, resume
 from famt.train.config import TrainingOptions
@@ -121,7 +122,7 @@ class Training(ABC, Generic[Batch]):
 
     def plan(self) -> str:
         """Text with all numbers that follow from the options, printed at the start."""
-        ranks = f"{self.ranks.world_size} rank(s)"
+        ranks = counted(self.ranks.world_size, "rank")
         lines = {
             "run": f"{self.config.out} on {self.ranks.device}, {ranks}, {self.config.precision}",
             **self.derived(),

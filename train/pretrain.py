@@ -33,6 +33,7 @@ from famt.pipeline.loading.masking import PatchBatch
 from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import JoinConfig
 from famt.pipeline.scoring.model_scores import require_class_token
+from famt.pipeline.wording import counted
 from famt.train.checkpoint import Component
 from famt.train.command_line import parsed, run_program
 from famt.train.config import Pretrain
@@ -223,7 +224,8 @@ class Run(Training[PatchBatch]):
             "model": f"{config.method}, {config.model} on {sizes.image_size} px in patches of "
             f"{sizes.patch_size} px, {decoder} decoder: "
             + ", ".join(f"{n / 1e6:.1f} M parameters {name}" for name, n in parameters.items()),
-            "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
+            "data": f"{counted(len(self.samples), 'image')} in "
+            f"{counted(len(self.samples.urls), 'shard')}; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches"
             + (f"; {config.crops_per_image} crops of each" if config.crops_per_image > 1 else ""),
             **{each.name: each.describe() for each in self.signals},
@@ -231,7 +233,7 @@ class Run(Training[PatchBatch]):
             + ("" if self.signals else ", all of the same weight"),
             **({"no effect": ", ".join(unused)} if (unused := config.without_effect()) else {}),
             "batch": f"{self.optimisation.effective_batch} = {config.batch_size} x "
-            f"{self.ranks.world_size} rank(s), in {config.accumulate} part(s)",
+            f"{counted(self.ranks.world_size, 'rank')}, in {counted(config.accumulate, 'part')}",
             **self.optimisation.describe(),
         }
         if self.began_with:
@@ -240,7 +242,8 @@ class Run(Training[PatchBatch]):
             lines["average"] = f"of the encoder's weights, decay {config.optimiser.ema_decay:g}"
         if config.plain_until:
             lines["at first"] = (
-                f"{config.plain_until} epochs of plain masking, {_counts(sizes, config.plain)}"
+                f"{counted(config.plain_until, 'epoch')} of plain masking, "
+                f"{_counts(sizes, config.plain)}"
             )
         return lines
 

@@ -30,6 +30,7 @@ from plotly.offline import get_plotlyjs
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import flat
+from famt.pipeline.wording import counted
 from famt.train import run_log
 from famt.train.command_line import parsed, run_program
 from famt.train.comparison import (
@@ -79,7 +80,7 @@ def main(report: Report) -> Path:
             continue
         runs.append(run)
         if run.corrupt:
-            notes.append(f"{folder / 'log.jsonl'}: {run.corrupt} line(s) can't be read")
+            notes.append(f"{folder / 'log.jsonl'}: unreadable: {counted(run.corrupt, 'line')}")
     if not runs:
         raise UserError("; ".join(notes))
     write(report.out, gather(runs), "Results of the runs", notes=notes)

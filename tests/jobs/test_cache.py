@@ -44,7 +44,7 @@ def test_ls_tells_folders_counts_and_coverage(with_bad, capsys):
     assert "28 images kept, 1 quarantined" in out
     assert f"{with_bad.spec.id}: 4 shards (100%)" in out
     assert "lowpass" in out
-    assert "1 shards (25%)" in out
+    assert "1 shard (25%)" in out
 
 
 def test_ls_bad_lists_every_reason(with_bad, capsys):

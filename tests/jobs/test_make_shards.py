@@ -130,7 +130,7 @@ def test_of_a_transparent_image_the_colours_count(tmp_path, capsys, ending):
     pixels = decode(sample["png"], 8)
     expected = Image.fromarray(photo(0)).resize((8, 8), Image.Resampling.BOX)
     assert (pixels == np.asarray(expected)).all()
-    assert "train: 1 image(s) have transparency: their colours are used" in capsys.readouterr().err
+    assert "train: transparent: 1 image; their colours are used" in capsys.readouterr().err
 
 
 def test_what_cannot_be_read_is_skipped_reported_and_fails_the_job(folder, tmp_path, capsys):

@@ -70,7 +70,7 @@ def test_a_job_scores_everything_once(cluster, shards, tmp_path, spec, capsys):
     assert main(config) == 0
     assert _summary(capsys)["scored_now"] == 0
     assert main(dataclasses.replace(config, json=False)) == 0
-    assert capsys.readouterr().out.endswith("scored 0 image(s) in 0 s; 15 can be trained on\n")
+    assert capsys.readouterr().out.endswith("scored 0 images in 0 s; 15 can be trained on\n")
     assert _files(tmp_path / "cache") == before
 
 
@@ -286,7 +286,7 @@ def test_a_watch_outlives_an_outage_of_the_store(tmp_path, spec, monkeypatch):
             end = wait_for_line("NoSuchBucket", end)
             fill(shards=3)
             _wait_for(15, ["s3://images/shards"], cache, spec)
-            wait_for_line("3 shards, 3 of them scored before", end)
+            wait_for_line("3 shards, 3 scored before", end)
     finally:
         job.terminate()
         job.wait()

@@ -63,9 +63,7 @@ def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, 
         time.sleep(0.2)
     plan, errors = process.communicate()
     assert process.returncode == 0, errors
-    assert (
-        "1 time(s), every 2 epoch(s), by a job that follows this run\n" in plan
-    )  # none is lacking
+    assert "every 2 epochs, 1 time, by a job that follows this run\n" in plan  # none is lacking
     (event,) = log_events(out, "generation")
     assert event["generation"] == 12
     assert not log_events(out, "refresh job ended")

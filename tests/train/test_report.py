@@ -227,7 +227,7 @@ def test_a_folder_that_is_no_run_is_named_and_takes_no_other_along(runs, tmp_pat
     said = capsys.readouterr().err
     for text in (
         f"Left out: {tmp_path} is not a run",
-        f"{broken}/log.jsonl: 3 line(s) can't be read",
+        f"{broken}/log.jsonl: unreadable: 3 lines",
     ):
         assert text in page.partition('<ul id="notes">')[2].partition("</ul>")[0]
         assert text in said

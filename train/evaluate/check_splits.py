@@ -8,6 +8,7 @@ from itertools import zip_longest
 from famt.pipeline import storage
 from famt.pipeline.errors import UserError
 from famt.pipeline.sharding.dataset_json import NAME, described
+from famt.pipeline.wording import counted
 from famt.train.evaluate.features import Images
 
 
@@ -29,8 +30,8 @@ def check_pair(train: Images, val: Images) -> None:
         left_out = images.table.left_out() if images.ranks.is_main else []
         if left_out:
             print(
-                f"warning: {len(left_out)} image(s) of --{images.name} are left out, {left_out[0]} "
-                "the first",
+                f"warning: {counted(len(left_out), 'image')} of --{images.name} left out, "
+                f"{left_out[0]} the first",
                 file=sys.stderr,
             )
 

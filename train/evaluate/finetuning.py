@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from famt.models import ModelConfig
 from famt.patches import normalise_images
 from famt.pipeline.loading.loader import CropBatch
+from famt.pipeline.wording import counted
 from famt.train.checkpoint import CLASSIFIER
 from famt.train.distributed import data_parallel
 from famt.train.evaluate.augmentation import Mixed, Mixer
@@ -185,12 +186,13 @@ class Finetuning(Training[Mixed]):
         count = sum(each.numel() for each in self.model.parameters())
         return {
             "model": f"{options.checkpoint}, {'untrained, ' if options.untrained else ''}"
-            f"{count / 1e6:.1f} M parameters, {self.classes} classes",
-            "data": f"{len(self.samples)} images in {len(self.samples.urls)} shards; "
+            f"{count / 1e6:.1f} M parameters, {counted(self.classes, 'class')}",
+            "data": f"{counted(len(self.samples), 'image')} in "
+            f"{counted(len(self.samples.urls), 'shard')}; "
             f"{self.loader.remainder} skipped each epoch to fill whole batches; {len(self.val)} "
             "to test on",
             "batch": f"{self.optimisation.effective_batch} = {options.batch_size} x "
-            f"{self.ranks.world_size} rank(s)",
+            f"{counted(self.ranks.world_size, 'rank')}",
             **self.optimisation.describe(),
             "crops": "{:.0%} to {:.0%} of the image".format(*options.view.resolved(epochs).area),
             "mixing": _spelled(options.mixing.resolved(epochs)),

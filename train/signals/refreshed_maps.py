@@ -15,6 +15,7 @@ from famt.pipeline import storage
 from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.scoring.generation import GenerationError, generations, open_generation, step_of
+from famt.pipeline.wording import counted
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint
 from famt.train.config import Pretrain
@@ -141,8 +142,9 @@ class RefreshedMaps:
         due = self._config.refreshes
         alone = due and not self._job.is_there
         return (
-            f"recomputed {len(due)} time(s), every {due.step} epoch(s), by a job that follows this "
-            "run" + (f"; none does: start `{self._job.command}`" if alone else "")
+            f"recomputed every {counted(due.step, 'epoch')}, {counted(len(due), 'time')}, by a "
+            "job that follows this run"
+            + (f"; none does: start `{self._job.command}`" if alone else "")
         )
 
     def close(self, *, finished: bool) -> None:

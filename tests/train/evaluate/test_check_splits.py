@@ -77,7 +77,7 @@ def test_images_that_a_label_kept_out_are_counted_and_one_is_named(options, shar
     train = shards("train", [0, 1, label, 1, label], 100)
     run(options(Knn, train=train, val=shards("val", [0, 1], 200)))
     said = capsys.readouterr().err
-    assert f"2 image(s) of --train are left out, {train[0]}:img0102.jpg:" in said
+    assert f"2 images of --train left out, {train[0]}:img0102.jpg:" in said
     assert label in said
     assert "--val" not in said
 
