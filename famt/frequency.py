@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from famt.kinds import BANDS, DEFAULT_KIND, PixelKind, check_pixel_score
+from famt.pixel_kinds import BANDS, DEFAULT_KIND, PixelKind, check_pixel_score
 
 # Widths in cycles per image side by which amplitude spectra are smoothed.
 _SCALES: dict[str, tuple[float, ...]] = {

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from blake3 import blake3
 
-from famt.kinds import BANDS, DEFAULT_KIND, PIXEL_KINDS, check_pixel_score
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import Checked
 from famt.pipeline.plugins import find_plugin
+from famt.pixel_kinds import BANDS, DEFAULT_KIND, PIXEL_KINDS, check_pixel_score
 
 if TYPE_CHECKING:  # command lines are parsed before torch is imported
     from torch import Tensor

@@ -26,10 +26,10 @@ import torch
 from samples import photo_members, score, tar_bytes
 
 from famt.jobs.tables import GridResult, table
-from famt.kinds import PIXEL_KINDS
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.scores import ScoreSpec
+from famt.pixel_kinds import PIXEL_KINDS
 from famt.train import checkpoint
 
 ROOT = Path(__file__).parents[1]

@@ -29,7 +29,7 @@ from famt.train.distributed import SEEN_WITHIN, Ranks
 from famt.train.log import write_event
 from famt.train.run_folder import written_whole
 
-FORMAT = 2
+FORMAT = 3
 """Version of the files; raise it when older ones can no longer be resumed exactly."""
 
 CLASSIFIER = "classifier"

@@ -310,7 +310,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     @property
     def cached_score(self) -> ScoreSpec | None:
         """The pixel score that every image must have in the cache, if the run reads one."""
-        return self.spec if self.frequency.is_cached else None
+        return self.spec if any(each.is_cached for each in self.slots.values()) else None
 
     def differing(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         """(dotted name, value, notes) of the options that differ from the defaults in the code; an

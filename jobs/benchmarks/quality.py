@@ -19,9 +19,9 @@ from tqdm import tqdm
 from famt.frequency import pixel_frequency
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
-from famt.kinds import PIXEL_KINDS
 from famt.pipeline.options import Checked
 from famt.pipeline.scores import ScoreSpec
+from famt.pixel_kinds import PIXEL_KINDS
 
 
 @dataclass(frozen=True)

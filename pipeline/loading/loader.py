@@ -6,11 +6,11 @@ thrown patches cost no arithmetic.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new attempt to read from
 _PREFETCHED = 2  # batches
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Views:
     """Which parts of which images a batch shows; attributes as of `CropBatch`."""
 
@@ -44,7 +44,7 @@ class Views:
         return Views(self.rows[index], self.windows[index], self.flips[index])
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class CropBatch:
     """Crops and where they come from.
 
@@ -283,11 +283,20 @@ class CropLoader:
 
     @property
     def _setup(self) -> str:
-        """All that decides which sample comes next, spelled out."""
-        config = self.config
+        """All that decides which sample comes next, spelled out.
+
+        Of the view only what differs from the defaults, so that states outlive new options.
+        """
+        config, view = self.config, self.config.view
+        changed = [
+            f"{each.name}={value}"
+            for each in dataclasses.fields(view)
+            if (value := getattr(view, each.name)) != each.default
+        ]
         return (
             f"{self._table.digest} batch={config.batch_size} size={config.image_size} "
-            f"view={config.view} interpolation={config.interpolation} "
+            f"view={type(view).__name__}({', '.join(changed)}) "
+            f"interpolation={config.interpolation} "
             f"shuffle={config.shuffle_buffer} drop_last={self.drop_last} seed={self._seed} "
             f"rank={self.rank}/{self.world_size} crops={config.crops_per_image}"
             + (" resident" if config.resident else "")

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from famt.device_copies import send
 from famt.geometry import crop_maps
+from famt.mask_units import split_of_patches, unit_weights
 from famt.models import PatchConfig
 from famt.patches import gather_patches
 from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.options import JoinConfig
 from famt.sampling import PatchSplit, loss_weights, predict_some, sample_patches
 from famt.targets import low_pass
-from famt.units import split_of_patches, unit_weights
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from famt.pipeline.scoring.orientation import is_ambiguous, may_be_turned, may_turn
+from famt.pipeline.scoring.exif_orientation import is_ambiguous, may_be_turned, may_turn
 
 # nvImageCodec logs each image that it refuses; the quarantine has the reasons.
 os.environ.setdefault("PYNVIMGCODEC_VERBOSITY", "0")

@@ -17,7 +17,7 @@ from famt.frequency import (
     rgb_to_lab,
     token_frequency,
 )
-from famt.kinds import DEFAULT_KIND, PIXEL_KINDS
+from famt.pixel_kinds import DEFAULT_KIND, PIXEL_KINDS
 
 
 @pytest.mark.parametrize("kind", PIXEL_KINDS)

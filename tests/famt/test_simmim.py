@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from samples import split_pixels
 
+from famt.mask_units import split_of_patches
 from famt.methods import METHODS
 from famt.models import ModelConfig
 from famt.patches import normalise_images
 from famt.sampling import PatchSplit, predict_some, sample_patches
 from famt.simmim import SimMIM
-from famt.units import split_of_patches
 
 TINY = ModelConfig(
     image_size=32, patch_size=4, width=24, depth=2, heads=3, **METHODS["simmim"].defaults

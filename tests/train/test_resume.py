@@ -146,7 +146,7 @@ def test_no_option_is_added_without_saying_what_there_was_before_it(options, dig
         if FREE not in notes and not any(isinstance(note, Since) for note in notes)
     ]
     found = hashlib.sha256(" ".join(sorted(names)).encode()).hexdigest()[:12]
-    assert (checkpoint.FORMAT, found) == (2, digest), (
+    assert (checkpoint.FORMAT, found) == (3, digest), (
         "a new option takes a note Since(before=...); to rename or remove one, raise FORMAT"
     )
 

@@ -187,7 +187,7 @@ def test_a_loader_leaves_no_index_that_a_kill_would_leave(table, tmp_path, monke
     assert len(_rows(loader)) == len(_rows(loader)) > 0
 
 
-@pytest.mark.parametrize("change", ["world size", "batch size", "crops", "shards", "seed"])
+@pytest.mark.parametrize("change", ["world size", "batch size", "crops", "shards", "seed", "view"])
 def test_a_state_of_another_set_up_is_refused(table, scored, change):
     state = CropLoader(table, SMALL, drop_last=True).state_dict()
     config, keywords = SMALL, {}
@@ -199,11 +199,29 @@ def test_a_state_of_another_set_up_is_refused(table, scored, change):
         config = dataclasses.replace(SMALL, crops_per_image=2)
     elif change == "seed":
         keywords["seed"] = 9
+    elif change == "view":
+        config = dataclasses.replace(SMALL, view=RandomView(flip=0.25))
     else:
         table = load_samples(scored.shards[:2], scored.cache)
     other = CropLoader(table, config, drop_last=True, **keywords)
     with pytest.raises(UserError, match="belongs to other shards"):
         other.load_state_dict(state)
+
+
+def test_a_state_outlives_an_option_of_views_that_is_added_later(table):
+    older = CropLoader(table, SMALL, drop_last=True)
+    it = iter(older)
+    next(it)
+    state = older.state_dict()
+    later = dataclasses.make_dataclass(
+        "RandomView", [("grey", float, 0.0)], bases=(RandomView,), frozen=True
+    )
+    newer = CropLoader(table, dataclasses.replace(SMALL, view=later()), drop_last=True)
+    newer.load_state_dict(state)
+    assert torch.equal(next(iter(newer)).images, next(it).images)
+    changed = dataclasses.replace(SMALL, view=later(grey=0.5))
+    with pytest.raises(UserError, match="belongs to other shards"):
+        CropLoader(table, changed, drop_last=True).load_state_dict(state)
 
 
 def test_a_batch_stays_as_it_was_while_others_are_read(table):

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from famt.mask_units import split_of_patches, unit_weights
 from famt.sampling import sample_patches
-from famt.units import split_of_patches, unit_weights
 
 
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 99))

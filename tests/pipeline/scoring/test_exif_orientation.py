@@ -17,7 +17,7 @@ from hostile import (
     with_segments,
 )
 
-from famt.pipeline.scoring.orientation import is_ambiguous, may_be_turned
+from famt.pipeline.scoring.exif_orientation import is_ambiguous, may_be_turned
 
 JPEG = picture(Random(0), "JPEG")
 PNG = [chunk(*each) for each in png_chunks(picture(Random(0), "PNG"))]
