@@ -196,7 +196,10 @@ def finish(out: Path) -> None:
     if not exported.exists():
         export.main(Export(checkpoint=out, to="timm", out=exported))
     shards = _folder(out) / "shards"
-    print(f"\nencoder: {exported}, loaded by the lines above\npage:    famt report {out}")
+    print(
+        f"\nencoder: {exported}, loaded by a line above\n"
+        f"page:    famt report {out} --out {out / 'report.html'}"
+    )
     if list(shards.glob("val-*.tar")):
         inputs = (
             f"--checkpoint {out} --cache {_folder(out) / 'scores'} --train '{shards}/train-*.tar' "

@@ -76,7 +76,7 @@ def _run_once(args: PrecomputeFreq) -> int:
     todo = urls if args.retry_bad else list(look_up(urls, cache, args.spec).stale)
     print(
         f"{counted(len(urls), 'shard')}, {len(urls) - len(todo)} scored before; "
-        f"spec {args.spec.id}, cache {cache.url}",
+        f"score {args.spec.id}, cache {cache.url}",
         flush=True,
     )
     if todo:
@@ -192,7 +192,10 @@ def _report(
     text = json.dumps(summary)
     if args.summary:
         Path(args.summary).write_text(text + "\n")
-    in_words = f"scored {counted(decoded, 'image')} in {seconds:.0f} s; {kept} can be trained on"
+    done = f"scored {counted(decoded, 'image')} in {seconds:.0f} s"
+    if not (reports or failed):
+        done = "nothing to score"
+    in_words = f"{done}; {kept} can be trained on"
     print(text if args.json else in_words)
     say = partial(print, file=sys.stderr)
     reasons = {"damaged": [": ".join(each) for each in damaged.items()], "quarantined": quarantined}

@@ -169,7 +169,7 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
                 tqdm.write(f"step {step}: {failure}", file=sys.stderr)
             else:
                 folder.failure(step).unlink(missing_ok=True)
-                bar.update()
+                bar.update(folder.generation(step).exists())  # it may not have been wanted any more
     return 1 if failure else 0
 
 

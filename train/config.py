@@ -89,7 +89,8 @@ class TrainingOptions(LoaderOptions):
     """resume even with other shards, scores, batch size, optimiser options or number of ranks, from
     the start of the epoch; an unchanged run still resumes exactly"""
     checkpoint_minutes: Annotated[float, Ge(0), FREE] = 10.0
-    """time between checkpoints; the run also writes one at its end and on SIGTERM or SIGUSR1"""
+    """time between checkpoints; the run also writes one at its end and on Ctrl-C,
+    SIGTERM or SIGUSR1"""
     keep_checkpoints: Annotated[int, Ge(1), FREE] = 2
     """number of recent checkpoints to keep"""
     log_steps: Annotated[int, Ge(1), ELASTIC] = 20

@@ -88,7 +88,7 @@ def _finish(args: Export, files: Mapping[str, Any], lines: list[str], left_out: 
     print(f"{args.checkpoint}: written to {args.out}, {size / 1e6:.1f} MB")
     if left_out:
         print(left_out)
-    print("To load it:", *lines, sep="\n    ")
+    print("To load it, either of:" if len(lines) > 1 else "To load it:", *lines, sep="\n    ")
 
 
 def _timm(

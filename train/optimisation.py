@@ -9,6 +9,7 @@ from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from famt.pipeline.wording import counted
 from famt.train.config import OptimiserConfig
 
 _WARMUP_EPOCHS = 40  # of MAE's pre-training for 800 and for 1,600 epochs
@@ -137,8 +138,8 @@ class Optimisation:
         """Lines of a run's plan, by name."""
         done = self.step - self.schedule_start
         return {
-            "steps": f"{self.total_steps} = {self.epochs} epochs x {self.steps_per_epoch}, "
-            f"{self.warmup_steps} of warm-up; {done} done",
+            "steps": f"{self.total_steps} = {counted(self.epochs, 'epoch')} x "
+            f"{self.steps_per_epoch}, {self.warmup_steps} of warm-up; {done} done",
             "learning rate": f"{self.learning_rate:.3g} at the peak = "
             f"{self.config.base_learning_rate:.3g} x {self.effective_batch} / 256",
         }

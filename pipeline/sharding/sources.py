@@ -115,10 +115,10 @@ def open_source(
     return Source(classes, items, others)
 
 
-def _files(folder: Path) -> tuple[list[Path], dict[str, int]]:
+def _files(folder: Path, labels: Path | None = None) -> tuple[list[Path], dict[str, int]]:
     """Image files below a folder, relative to it and sorted, and numbers of others by ending.
 
-    Hidden files are left out.
+    Hidden files and the table of labels are left out.
 
     Raises:
         FileNotFoundError: no image.
@@ -127,7 +127,7 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, int]]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if name.startswith("."):
+            if name.startswith(".") or (labels and Path(parent, name).samefile(labels)):
                 continue
             if has_file_allowed_extension(name, IMG_EXTENSIONS):
                 images.append(Path(parent, name).relative_to(folder))
@@ -135,13 +135,14 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, int]]:
                 others[Path(name).suffix.lower()] += 1
     if not images:
         but = f", but {count_endings(others)}" if others else ""
-        raise FileNotFoundError(f"{folder} holds no images{but}")
+        endings = ", ".join(IMG_EXTENSIONS)
+        raise FileNotFoundError(f"{folder} holds no images{but}; images end in {endings}")
     return sorted(images), dict(others)
 
 
 def _labelled(folder: Path, path: Path) -> Source:
     """Images whose classes are in a table."""
-    images, others = _files(folder)
+    images, others = _files(folder, path)
     labels = read_labels(path)
     classes = class_names(labels)
     number = {name: each for each, name in enumerate(classes)}
@@ -179,7 +180,7 @@ def _is_binary(path: Path) -> bool:
     """Whether a mask holds only 0 and 255, or can't be read."""
     try:
         return not np.setdiff1d(decode_mask(path.read_bytes()).numpy(), (0, 255)).size
-    except ValueError:
+    except UserError:
         return True
 
 
