@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pkgutil import resolve_name
@@ -90,6 +91,12 @@ def called() -> str:
     return f"famt {words[name]}" if name in words else f"python -m {name}"
 
 
+def unknown(word: str, known: Iterable[str]) -> str:
+    """The beginning of a message on a command that there is not."""
+    alike = get_close_matches(word, known, 1)
+    return f"no command {word!r}" + (f", did you mean {alike[0]}?" if alike else ";")
+
+
 def main() -> None:
     """Run the program that the first argument names, with the other arguments."""
     word, *rest = sys.argv[1:] or ["--help"]
@@ -98,9 +105,7 @@ def main() -> None:
         print(_USAGE.format(commands=commands))
         return
     if word not in COMMANDS:
-        alike = get_close_matches(word, COMMANDS, 1)
-        meant = f", did you mean {alike[0]}?" if alike else ""
-        print(f"error: no command {word!r}{meant or ';'} `famt --help` lists them", file=sys.stderr)
+        print(f"error: {unknown(word, COMMANDS)} `famt --help` lists them", file=sys.stderr)
         sys.exit(2)
     try:
         if COMMANDS[word].options:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import tyro
 from annotated_types import Ge, Le
 from tqdm import tqdm
 
@@ -176,12 +175,7 @@ class Show(Checked):
         return 0
 
 
-Command = (
-    Annotated[Ls, tyro.conf.subcommand("ls")]
-    | Annotated[Verify, tyro.conf.subcommand("verify")]
-    | Annotated[Gc, tyro.conf.subcommand("gc")]
-    | Annotated[Show, tyro.conf.subcommand("show")]
-)
+Command = Ls | Verify | Gc | Show
 
 
 def main(command: Command) -> int:

@@ -41,10 +41,7 @@ PROGRAMS = {
     "famt.train.pretrain": Pretrain,
     "famt.train.report": Report,
     **{f"famt.jobs.benchmark {name}": kind for name, kind in BENCHMARKS.items()},
-    **{
-        f"famt.jobs.cache {each.__origin__.__name__.lower()}": each.__origin__
-        for each in typing.get_args(Command)
-    },
+    **{f"famt.jobs.cache {each.__name__.lower()}": each for each in typing.get_args(Command)},
     **{f"famt.train.evaluate {name}": kind for name, kind in EVALUATORS.items()},
 }
 
@@ -178,13 +175,18 @@ def _required(kind):
 
 
 @pytest.mark.parametrize(
-    ("word", "hint"), [("pretain", ", did you mean pretrain?"), ("zzz", "; `famt --help`")]
+    ("words", "hint"),
+    [
+        (["pretain"], "'pretain', did you mean pretrain? `famt --help`"),
+        (["zzz"], "'zzz'; `famt --help`"),
+        (["evaluate", "knnn", "--checkpoint", "c"], "'knnn', did you mean knn? `famt evaluate"),
+    ],
 )
 def test_a_word_that_is_no_command_is_refused_with_the_one_that_is_like_it(
-    word, hint, capsys, monkeypatch
+    words, hint, capsys, monkeypatch
 ):
-    monkeypatch.setattr("sys.argv", ["famt", word])
+    monkeypatch.setattr("sys.argv", ["famt", *words])
     with pytest.raises(SystemExit) as ended:
         famt.__main__.main()
     assert ended.value.code == 2
-    assert f"no command '{word}'{hint}" in capsys.readouterr().err
+    assert f"error: no command {hint}" in capsys.readouterr().err

@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
+from typing import Annotated, Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import tyro
 
-from famt.__main__ import Command, called
+from famt.__main__ import Command, called, unknown
 from famt.pipeline import storage
 from famt.pipeline.errors import CacheError, RankError, UserError
 from famt.pipeline.options import MAIN, notes_of
@@ -46,6 +46,10 @@ def parsed(kind: Any, description: str | None) -> Any:
     with _ending():
         if isinstance(kind, type) and issubclass(kind, Pretrain):
             return parse(sys.argv[1:], description, kind)
+        words = [each.__name__.lower() for each in get_args(kind)]
+        given = sys.argv[1] if sys.argv[1:] else "-"
+        if words and not given.startswith("-") and given not in words:
+            raise UserError(f"{unknown(given, words)} `{called()} --help` lists them")
         return tyro.cli(kind, prog=called(), description=description)
 
 

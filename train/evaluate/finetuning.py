@@ -64,6 +64,8 @@ def finetune(
             return
     if ranks.is_main:
         log_evaluation(options.out, run.step, "val", "trained", {**found}, options.conditions())
+        exported = f"famt export {options.out} --to timm --out {options.out / 'exported'}"
+        print(f"encoder and classifier: {options.out}; `{exported}`", file=sys.stderr)
     for name, share in found.items():
         yield name, share
         yield name.replace("top1", "stderr"), standard_error(share, len(val))

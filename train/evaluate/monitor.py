@@ -97,7 +97,7 @@ class Monitor:
         shares = [f"{values[name] * 100:.1f}" for name in ("knn_cls", "knn_mean")]
         spread = 100 * standard_error(values["knn_mean"], tested)
         tqdm.write(
-            f"step {step}: k-NN {' / '.join(shares)} % ± {spread:.1f} (class token / mean of "
+            f"step {step}: quick k-NN {' / '.join(shares)} % ± {spread:.1f} (class token / mean of "
             f"patches), tested on {tested} and learned from {len(table) - tested} images of "
             f"{len(labels.unique())} classes",
             file=sys.stderr,

@@ -141,9 +141,10 @@ class RefreshedMaps:
             return f"from {self._pinned}"
         due = self._config.refreshes
         alone = due and not self._job.is_there
+        meanwhile = "waits for it" if self._config.refresh.wait else "goes on meanwhile"
         return (
             f"recomputed every {counted(due.step, 'epoch')}, {counted(len(due), 'time')}, by a "
-            "job that follows this run"
+            f"job that follows this run, which {meanwhile}"
             + (f"; none does: start `{self._job.command}`" if alone else "")
         )
 
