@@ -248,10 +248,12 @@ def _refresh(
         "failed": failed,
         "seconds": round(time.perf_counter() - started, 1),
     }
-    written = f"{counted(len(failed), 'tar')} failed, nothing is" if failed else f"{path} is"
+    end = f"written to {path}"
+    if failed:
+        end = f"{counted(len(failed), 'tar')} failed, nothing is written"
     in_words = (
         f"step {encoder.step} of {encoder.run}: {' and '.join(summary['kinds'])} of "
-        f"{counted(len(samples), 'image')} in {summary['seconds']:.0f} s; {written} written"
+        f"{counted(len(samples), 'image')} in {summary['seconds']:.0f} s; {end}"
     )
     print(json.dumps(summary) if args.json else in_words, flush=True)
     return failed
