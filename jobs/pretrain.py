@@ -45,6 +45,7 @@ from famt.pipeline.errors import UserError
 from famt.train import pretrain, run_log
 from famt.train.command_line import parsed, run_program
 from famt.train.config import Pretrain
+from famt.train.distributed import require_device
 
 _MOST_THREADS = 16  # enough to decode for one GPU, docs/scale.md
 
@@ -64,6 +65,7 @@ def main(args: RayPretrain) -> None:
                 "--data trains in one process; for several ranks make shards with `famt shards`, "
                 "and give --shards and --cache"
             )
+        require_device(config.device)
         from_images.prepare(args.data, args.labels, config.out, config.cached_score)
     elif not (args.shards and args.cache):
         raise UserError("give --data, a folder of images; or --shards and --cache")

@@ -170,6 +170,16 @@ def machine() -> str:
     return f"{socket.gethostname()} ({kernel[:8]}/{memory})"
 
 
+def require_device(device: str) -> None:
+    """Refuse "cuda" without a GPU.
+
+    Raises:
+        UserError: there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+
+
 @contextmanager
 def join_ranks(device: str) -> Iterator[Ranks]:
     """Join the launcher's process group (NCCL on GPUs, gloo on CPUs); leave it at the end.
@@ -189,8 +199,7 @@ def join_ranks(device: str) -> Iterator[Ranks]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             _warn_of_an_idle_gpu()
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here")
+    require_device(device)
     local = int(os.environ.get("LOCAL_RANK", 0))
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":

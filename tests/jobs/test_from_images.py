@@ -13,6 +13,7 @@ from PIL import Image
 from runs import log_events
 from samples import photo
 
+from famt.jobs import pretrain
 from famt.jobs.from_images import Images, finish, look_at, prepare, suggest
 from famt.jobs.options import RayPretrain
 from famt.pipeline.errors import UserError
@@ -90,6 +91,13 @@ def test_many_labelled_images_are_monitored(photos, monkeypatch):
     monkeypatch.setattr("famt.jobs.from_images._MONITORED", 40)
     chosen = parse(["--data", str(photos), "--out", "run"], None, RayPretrain)
     assert chosen.monitor == ["run/data/shards/val-*.tar"]
+
+
+def test_a_gpu_that_is_lacking_is_told_before_shards_are_made(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="--device cuda: torch sees no GPU"):
+        pretrain.main(RayPretrain(data=str(photos), out=tmp_path / "run", device="cuda"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_tars_of_others_are_never_removed_and_half_made_ones_are_made_again(photos, tmp_path):
