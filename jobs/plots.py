@@ -7,6 +7,7 @@ from itertools import cycle
 from matplotlib.figure import Figure
 
 from famt.jobs.tables import GridResult, measured_places, values_at, whole_costs
+from famt.pipeline.wording import counted
 from famt.train.comparison import mean_and_error
 
 _PROBE, _VAL = "Probe, ", " (val)"
@@ -35,7 +36,7 @@ def probes_against_cost(result: GridResult) -> Figure:
             values = values_at(row.runs, place)
             if row.name in costs and values:
                 mean, error = mean_and_error([100 * each for each in values])
-                label = f"{row.name} ({len(values)} seed{'s' if len(values) > 1 else ''})"
+                label = f"{row.name} ({counted(len(values), 'seed')})"
                 axes.errorbar(costs[row.name], mean, error, fmt=marker, capsize=3, label=label)
     if figure.axes:
         handles, labels = figure.axes[0].get_legend_handles_labels()

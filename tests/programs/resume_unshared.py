@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.config import Pretrain
 from famt.train.distributed import join_ranks
@@ -17,5 +18,5 @@ with join_ranks("cpu") as ranks:
     try:
         with own_folder(own.out) if ranks.is_main else contextlib.nullcontext():
             checkpoint.resume(own, json.loads(sys.argv[2]), ranks)
-    except ValueError as error:
+    except UserError as error:
         (folder / f"error{ranks.rank}").write_text(str(error))
