@@ -2,7 +2,7 @@
 
 DALI reads images with nvImageCodec, and one that it can't decode ends the epoch. So nvImageCodec
 decides whether an image decodes, and its orientation. For plain JPEGs Pillow's scaled decode gives
-the same verdict and picture at a fraction of the cost, unless the picture is mostly clipped.
+the same verdict and picture at a fraction of the cost, unless much of the picture is clipped.
 """
 
 from __future__ import annotations
