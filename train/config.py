@@ -264,7 +264,10 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
                 f"--attention.image-size {size} must be a multiple of {patch} px, the patch size"
             )
         units = (self.sizes.grid // self.sizes.unit) ** 2
-        patch_counts(units, self.join.mask_ratio, self.join.throw_ratio)
+        try:
+            patch_counts(units, self.join.mask_ratio, self.join.throw_ratio)
+        except ValueError as error:
+            raise UserError(f"--join: {error}") from None
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size {self.batch_size} must be a multiple of --accumulate "
@@ -331,7 +334,8 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
                 (slot.is_off, rf"{name}\.", "its source is off")
                 for name, slot in self.slots.items()
             ),
-            (not self.frequency.is_cached, r"spec\.|frequency\.cached", "no score is cached"),
+            (self.cached_score is None, r"spec\.", "no score is cached"),
+            (not self.frequency.is_cached, r"frequency\.cached", "its score is not cached"),
             (self.attention.source in step_alone, r"attention\.(every|image)", "it is not rolling"),
             (not self.refreshes, r"refresh\.(every|wait)", "no score is refreshed"),
             (self.join.predicted_share == 1, r"join\.predicted$", "all are predicted"),

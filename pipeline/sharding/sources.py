@@ -124,10 +124,13 @@ def _files(folder: Path, labels: Path | None = None) -> tuple[list[Path], dict[s
         FileNotFoundError: no image.
     """
     images, others = [], Counter[str]()
+    table = labels and labels.resolve()
     for parent, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            if name.startswith(".") or (labels and Path(parent, name).samefile(labels)):
+            if name.startswith("."):
+                continue
+            if table and name == table.name and Path(parent, name).resolve() == table:
                 continue
             if has_file_allowed_extension(name, IMG_EXTENSIONS):
                 images.append(Path(parent, name).relative_to(folder))

@@ -255,6 +255,16 @@ def test_nested_folders_are_no_classes_if_the_user_says_so(tmp_path):
     assert _labels(tmp_path / "b") == [None] * 3
 
 
+def test_a_table_of_labels_among_the_images_is_no_ignored_file(tmp_path, capsys):
+    photos = _scatter(tmp_path / "photos", "x.jpg", "y.jpg")
+    table = photos / "labels.csv"
+    table.write_text("file_name,label\nx.jpg,cat\ny.jpg,dog\n")
+    (photos / "notes.md").symlink_to("nowhere")
+    main(MakeShards(source=str(photos), out=str(tmp_path / "o"), labels=table))
+    assert sorted(_labels(tmp_path / "o")) == [b"0", b"1"]
+    assert "ignored files that are no images: 1 .md\n" in capsys.readouterr().err
+
+
 def test_an_empty_class_keeps_its_number(tmp_path):
     photos = _scatter(tmp_path / "photos", "a/x.jpg", "c/y.jpg")
     (photos / "b").mkdir()

@@ -2,7 +2,10 @@ import re
 
 import pytest
 
+from famt.pipeline.errors import UserError
 from famt.train.command_line import parse
+from famt.train.signals.cached import Cached
+from famt.train.signals.config import HardnessConfig
 
 GIVEN = ["--recipe", "famt", "--shards", "a", "--cache", "c", "--out", "o", "--epochs", "100"]
 
@@ -55,7 +58,18 @@ def test_simmim_takes_a_recipe_with_a_decoder_that_it_has_not():
 
 
 @pytest.mark.parametrize("options", ["--join.mask-ratio 0.7", "--join.mask-ratio 0.001"])
-def test_ratios_that_leave_nothing_to_see_or_mask_are_refused_with_the_command(options, capsys):
-    with pytest.raises(SystemExit):
+def test_ratios_that_leave_nothing_to_see_or_mask_are_refused(options):
+    with pytest.raises(
+        UserError, match=f"--join: .*mask ratio {options.split()[1]} and throw ratio 0.4"
+    ):
         _parse(options)
-    assert f"mask ratio {options.split()[1]} and throw ratio 0.4" in capsys.readouterr().err
+
+
+def test_a_score_is_needed_and_its_options_count_whichever_slot_reads_the_cache(monkeypatch):
+    given = _parse("--frequency.source off --spec.grid 7")
+    assert given.cached_score is None
+    assert [told for told in given.without_effect() if told.startswith("--spec.grid (")]
+    monkeypatch.setattr(HardnessConfig, "signal", property(lambda slot: Cached))
+    given = _parse("--frequency.source off --spec.grid 7 --hardness.source of_a_package")
+    assert given.cached_score == given.spec
+    assert not [told for told in given.without_effect() if told.startswith("--spec.grid (")]
