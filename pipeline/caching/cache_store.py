@@ -156,10 +156,6 @@ class CacheStore:
                 if _OBJECT.fullmatch(meta["path"]):
                     yield Stored(meta["path"], meta["size"], meta["last_modified"])
 
-    def children(self, folder: str) -> list[str]:
-        """Names right in a folder of the root, sorted, without foreign ones."""
-        return sorted(name for name in self._names(folder) if re.fullmatch(_CHILDREN[folder], name))
-
     def refuse_foreign(self) -> None:
         """Make sure that the root's folders hold no foreign files.
 

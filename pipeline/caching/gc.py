@@ -75,9 +75,8 @@ def collect(
     cache.store.refuse_foreign()
     now = datetime.now(UTC)
     limit, abandoned = now - older_than, now - max(older_than, _PUT)
-    for (
-        file
-    ) in cache.store.staging_files():  # first, as a full disk has no space for a new manifest
+    # First, since a full disk has no room for a new manifest.
+    for file in cache.store.staging_files():
         if file.modified <= abandoned:
             yield Removed(file.path, "a staging file", file.bytes)
             if not dry_run:

@@ -50,25 +50,20 @@ class Manifests:
         return self._newest(_prefix(folder)).records
 
     def publish(self, records: Mapping[str, ShardRecord]) -> None:
-        """Add records (URL -> record) to their folders' manifests, atomically for each folder.
-
-        Of two jobs that publish at once the second merges and tries again.
-        """
+        """Add records (URL -> record) to their folders' manifests, atomically for each folder."""
         folders: dict[str, dict[str, ShardRecord]] = {}
         for url, record in records.items():
             folder, name = storage.split_url(url)
             folders.setdefault(folder, {})[name] = record
         for folder, new in folders.items():
-            while not self._change_once(folder, new, {}):
-                pass
+            self._change(folder, new, {})
 
     def forget(self, folder: str, records: Mapping[str, ShardRecord]) -> None:
         """Drop records (file name -> record) from a folder's manifest, atomically.
 
         A record that was published anew meanwhile, and so differs, stays.
         """
-        while not self._change_once(folder, {}, records):
-            pass
+        self._change(folder, {}, records)
 
     def lookup(self, urls: Iterable[str]) -> dict[str, ShardRecord]:
         """Records of those URLs that have one, whether or not the files have changed."""
@@ -93,43 +88,38 @@ class Manifests:
             CacheError: a manifest is damaged.
         """
         found = {}
-        for name in self._store.children("datasets"):
-            manifest = self._newest(f"datasets/{name}")
+        for prefix in {each.path.rpartition("/")[0] for each in self._store.below("datasets")}:
+            manifest = self._newest(prefix)
             if manifest.version:
                 found[manifest.folder] = manifest.records
         return found
 
-    def _change_once(
+    def _change(
         self, folder: str, new: Mapping[str, ShardRecord], gone: Mapping[str, ShardRecord]
-    ) -> bool:
+    ) -> None:
+        """Put new versions until the newest has these changes, whoever else publishes."""
         prefix = _prefix(folder)
-        old = self._newest(prefix)
-        stay = {name: record for name, record in old.records.items() if gone.get(name) != record}
-        merged = {**stay, **new}
-        if merged == old.records:
-            return True
-        shards = {
-            name: {
-                "size": record.version.size,
-                "stamp": record.version.stamp,
-                "id": record.shard_id,
+        while True:
+            old = self._newest(prefix)
+            stay = {name: each for name, each in old.records.items() if gone.get(name) != each}
+            merged = {**stay, **new}
+            if merged == old.records:
+                return
+            shards = {
+                name: {"size": each.version.size, "stamp": each.version.stamp, "id": each.shard_id}
+                for name, each in sorted(merged.items())
             }
-            for name, record in sorted(merged.items())
-        }
-        path = _path(prefix, old.version + 1)
-        try:
-            self._store.put_json(path, {"folder": folder, "shards": shards})
-        except AlreadyExistsError:
-            return False
-        versions = self._versions(prefix)
-        self._store.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
-        # While this publisher was slow, others may have used the same number and deleted it again.
-        # Newer versions then lack these records, and the caller must merge again.
-        return versions[-1] == old.version + 1 or not self._is_missing(prefix, new)
-
-    def _is_missing(self, prefix: str, new: Mapping[str, ShardRecord]) -> bool:
-        records = self._newest(prefix).records
-        return any(records.get(name) != record for name, record in new.items())
+            path = _path(prefix, old.version + 1)
+            try:
+                self._store.put_json(path, {"folder": folder, "shards": shards})
+            except AlreadyExistsError:
+                continue
+            versions = self._versions(prefix)
+            self._store.delete(_path(prefix, outdated) for outdated in versions[:-_KEEP_VERSIONS])
+            # While this publisher was slow, others may have used the same number and deleted it
+            # again. Newer versions then lack these changes.
+            if versions[-1] == old.version + 1:
+                return
 
     def _newest(self, prefix: str) -> _Manifest:
         """The newest version of a manifest, or an empty version 0."""

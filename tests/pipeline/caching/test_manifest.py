@@ -1,12 +1,9 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.caching.manifest import ShardRecord
-from famt.pipeline.errors import CacheError
 from famt.pipeline.storage import Version
 
 
@@ -65,20 +62,6 @@ def test_a_publisher_that_slept_through_many_versions_still_gets_its_records_in(
     cache.manifests.publish({"/data/late.tar": _record(99)})
     expected = {f"{n}.tar": _record(n) for n in range(9)} | {"late.tar": _record(99)}
     assert cache.manifests.read("/data") == expected
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"{}", b"[]", b"null", b"7", b"[" * 100_000, b"\xff", None], ids=str
-)
-def test_a_damaged_manifest_is_named_with_the_remedy(cache, content):
-    cache.manifests.publish({"/data/0.tar": _record(0)})
-    (path,) = Path(cache.url).rglob("datasets/*/*.json")
-    path.write_bytes(path.read_bytes()[:-20] if content is None else content)
-    with pytest.raises(CacheError, match=rf"{path} .*Remove it and run `famt score`"):
-        cache.manifests.read("/data")
-    path.unlink()
-    cache.manifests.publish({"/data/0.tar": _record(0)})
-    assert cache.manifests.read("/data") == {"0.tar": _record(0)}
 
 
 def test_a_tar_in_the_root_of_the_file_system_has_a_folder(cache):
