@@ -60,34 +60,30 @@ _BOUNDS: dict[type, tuple[str, Callable[[Any, Any], bool], str]] = {
 
 
 class Checked:
-    """Base of a dataclass of options that checks its bounds, nested dataclasses included."""
-
-    def __post_init__(self) -> None:
-        check_bounds(self)
-
-
-def check_bounds(options: Any) -> None:
-    """Check every number in a dataclass, and in those nested in it, against its bounds.
+    """Base of a dataclass of options that checks its numbers, and those of nested dataclasses.
 
     Raises:
         UserError: a number is out of bounds or not finite, or values are too few; names the option
             as on the command line.
     """
-    for name, value, notes in annotated(options):
-        option = "--" + name.replace("_", "-")
-        values = value if isinstance(value, tuple | list) else (value,)
-        for note in notes:
-            if isinstance(note, MinLen) and len(values) < note.min_length:
-                raise UserError(f"{option} must have at least {note.min_length} value(s)")
-        for each in values:
-            if not isinstance(each, int | float) or isinstance(each, bool):
-                continue
-            bounds = [(_BOUNDS[type(note)], note) for note in notes if type(note) in _BOUNDS]
-            wanted = [f"{words} {getattr(note, key)}" for (key, _, words), note in bounds]
-            held = (compare(each, getattr(note, key)) for (key, compare, _), note in bounds)
-            if not math.isfinite(each) or not all(held):
-                must = " and ".join(wanted) or "finite"
-                raise UserError(f"{option} {each} must be {must}")
+
+    def __post_init__(self) -> None:
+        for name, value, notes in annotated(self):
+            option = "--" + name.replace("_", "-")
+            values = value if isinstance(value, tuple | list) else (value,)
+            bounds = []
+            for note in notes:
+                if isinstance(note, MinLen) and len(values) < note.min_length:
+                    raise UserError(f"{option} must have at least {note.min_length} value(s)")
+                if type(note) in _BOUNDS:
+                    attribute, holds, words = _BOUNDS[type(note)]
+                    bounds.append((holds, getattr(note, attribute), words))
+            for each in values:
+                if not isinstance(each, int | float) or isinstance(each, bool):
+                    continue
+                if not math.isfinite(each) or not all(holds(each, end) for holds, end, _ in bounds):
+                    must = " and ".join(f"{words} {end}" for _, end, words in bounds) or "finite"
+                    raise UserError(f"{option} {each} must be {must}")
 
 
 def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
@@ -105,9 +101,10 @@ def flat(options: dict[str, Any], above: str = "") -> dict[str, Any]:
     """Nested plain data by dotted names."""
     found: dict[str, Any] = {}
     for name, value in options.items():
-        found |= (
-            flat(value, f"{above}{name}.") if isinstance(value, dict) else {above + name: value}
-        )
+        if isinstance(value, dict):
+            found |= flat(value, f"{above}{name}.")
+        else:
+            found[above + name] = value
     return found
 
 

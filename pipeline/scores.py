@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import EntryPoint
@@ -20,7 +20,7 @@ from annotated_types import Ge
 from blake3 import blake3
 
 from famt.pipeline.errors import UserError
-from famt.pipeline.options import Checked
+from famt.pipeline.options import Checked, restored
 from famt.pipeline.plugins import find_plugin
 from famt.pixel_kinds import BANDS, DEFAULT_KIND, PIXEL_KINDS, check_pixel_score
 
@@ -33,8 +33,6 @@ _MODEL_CODE_VERSION = 1
 
 _MAX_SIZE = 1024  # px; a batch of such squares takes 1.6 GB as floats
 
-PixelScore = Callable[["Tensor", int], "Tensor"]
-"""images `[B, S, S, 3]` uint8 and a grid -> maps `[B, grid, grid]` float, >= 0"""
 MODEL_KINDS = ("attention", "cls_attention", "token_frequency", "frequency_attention")
 """kinds that `famt.pipeline.scoring.model_scores` computes"""
 
@@ -82,26 +80,25 @@ class ScoreSpec(Checked):
         Raises:
             UserError: no such kind is installed.
         """
-        described = json.loads(json.dumps(dataclasses.asdict(self)))
-        return {**described, "code_version": self._code_version()}
+        builtin = self.kind in PIXEL_KINDS
+        code = _CODE_VERSION if builtin else _version(_pixel_plugin(self.kind))
+        plain: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {**plain, "code_version": code}
 
     @classmethod
     def from_description(cls, described: dict[str, Any]) -> ScoreSpec | None:
         """Inverse of `describe`; None for a description by code of another version."""
-        values = dict(described)
-        code_version = values.pop("code_version", None)
-        if values.get("band") is not None:
-            values["band"] = tuple(values["band"])
         try:
-            spec = cls(**values)
-            return spec if spec._code_version() == code_version else None
+            spec = restored(cls, described)
+            return spec if spec.describe() == described else None
         except (TypeError, UserError):
             return None
 
     @cached_property
     def id(self) -> str:
         """Hash of kind, parameters and code version: `<kind>-<12 hex digits>`."""
-        return f"{self.kind}-{_hash(self.describe())}"
+        described = json.dumps(self.describe(), sort_keys=True)
+        return f"{self.kind}-{hashlib.sha256(described.encode()).hexdigest()[:12]}"
 
     def score(self, images: Tensor) -> Tensor:
         """`[B, size, size, 3]` uint8 -> `[B, grid, grid]` float32, mean 1 an image.
@@ -119,11 +116,6 @@ class ScoreSpec(Checked):
         pixels = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
         kind: Any = self.kind
         return pixel_frequency(pixels.div_(255), self.grid, kind, self.band)
-
-    def _code_version(self) -> int | str:
-        if self.kind in PIXEL_KINDS:
-            return _CODE_VERSION
-        return _version(_pixel_plugin(self.kind))
 
 
 @dataclass(frozen=True)
@@ -195,10 +187,6 @@ def _pixel_plugin(kind: str) -> EntryPoint:
 
 def _version(plugin: EntryPoint) -> str:
     return f"{plugin.dist.name} {plugin.dist.version}" if plugin.dist else "unknown"
-
-
-def _hash(described: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def checked_maps(scores: Tensor, shape: tuple[int, int, int], kind: str) -> Tensor:

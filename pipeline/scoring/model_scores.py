@@ -23,9 +23,6 @@ from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import LoaderConfig, WholeView
 from famt.pipeline.scores import ModelScoreSpec, checked_maps, model_plugin
 
-ModelScore = Callable[[VisionTransformer, Tensor], Tensor]
-"""an encoder in eval mode and images `[B, 3, S, S]` float, normalised -> `[B, N]` float, >= 0"""
-
 # Functions of the last block's attention [B, H, N+1, N+1] and patch tokens [B, N, C].
 _OF_ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
     "attention": attention_scores,  # FAMT's formula

@@ -131,10 +131,8 @@ def test_the_packaged_example_gives_a_map_that_finds_a_bright_square():
     ("options", "reason"),
     [
         ({"grid": 0}, "--grid 0 must be at least 1"),
-        ({"grid": -3}, "--grid -3 must be at least 1"),
         ({"grid": 1}, "grid must be at least 2"),
         ({"pixels_per_cell": 0}, "--pixels-per-cell .* must be at least 1"),
-        ({"pixels_per_cell": -1}, "--pixels-per-cell .* must be at least 1"),
         ({"grid": 100_000}, "at most 1024 px"),
         ({"kind": "lowpass", "band": (8.0, 2.0)}, "0 <= low < high"),
         ({"kind": "lowpass", "band": (-1.0, 2.0)}, "--band -1.0 must be at least 0"),

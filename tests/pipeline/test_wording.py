@@ -1,17 +1,6 @@
-import pytest
-
 from famt.pipeline.wording import counted
 
 
-@pytest.mark.parametrize(
-    ("count", "noun", "text"),
-    [
-        (0, "shard", "0 shards"),
-        (1, "shard", "1 shard"),
-        (2, "shard", "2 shards"),
-        (1, "class", "1 class"),
-        (20, "class", "20 classes"),
-    ],
-)
-def test_a_count_agrees_with_its_noun(count, noun, text):
-    assert counted(count, noun) == text
+def test_a_count_agrees_with_its_noun():
+    assert [counted(n, "shard") for n in range(3)] == ["0 shards", "1 shard", "2 shards"]
+    assert [counted(n, "class") for n in (1, 20)] == ["1 class", "20 classes"]
