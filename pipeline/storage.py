@@ -162,15 +162,13 @@ def list_names(folder: str) -> set[str]:
     Raises:
         OSError: the folder does not exist, or the store is out of reach.
     """
-    if not is_remote(folder):
-        try:
-            return set(os.listdir(folder))
-        except OSError as error:
-            raise OSError(f"{folder} can't be listed: {error.strerror}") from error
     try:
+        if not is_remote(folder):
+            return set(os.listdir(folder))
         listing = obstore.list_with_delimiter(open_store(folder))
-    except BaseError as error:
-        raise OSError(f"{folder} can't be listed: {reason(error)}") from error
+    except UNREACHABLE as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        raise OSError(f"{folder} can't be listed: {why}") from error
     return {meta["path"] for meta in listing["objects"]}
 
 

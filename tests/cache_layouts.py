@@ -20,7 +20,8 @@ def table(count: int = 2) -> ShardTable:
     """A made-up table of so many samples."""
     numbers = np.arange(1, count + 1)
     keys = [f"{n}" for n in numbers]
-    return ShardTable(keys, 1024 * numbers, 500 + 0 * numbers, numbers, [], 10_000, None)
+    samples = np.stack([1024 * numbers, 500 + 0 * numbers, numbers], axis=1)
+    return ShardTable(keys, samples, [], 10_000, None)
 
 
 def maps(count: int = 2) -> np.ndarray:

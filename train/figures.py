@@ -59,7 +59,10 @@ def main(config: Figures) -> Path:
         sizes=model.config,
         encoder=model.encoder,
         ranks=alone,
-        cached=lambda: load_maps(samples, cache, options.spec),
+        # Asks for the scores, which not all signals need.
+        cached=lambda: load_maps(
+            load_samples(config.shards, cache, options.spec), cache, options.spec
+        ),
         score=options.spec.id,
         seed=options.seed,
         parts=options.accumulate,

@@ -63,7 +63,7 @@ class Loader(Checked):
         torch.set_num_threads(1)
         batches = -(-self.images // self.batch_size)
         with measure.scored(self.shards) as (urls, cache):
-            table = load_samples(urls, cache)
+            table = load_samples(urls, cache, ScoreSpec())
             maps = load_maps(table, cache, ScoreSpec())
             several = {f"{crops} crops per decoded image": crops for crops in self.crops}
             bounds = {"bare DALI graph: decode, crop, resize, flip, normalise": self._bare(table)}

@@ -98,8 +98,8 @@ class Scale(Checked):
         """A table, and maps that compress as badly as real ones."""
         rows, rng = np.arange(self.images_per_shard), np.random.default_rng(0)
         keys = [f"image-{n:08d}" for n in rows]
-        sizes, length = np.full(len(rows), 109_000), 110_080 * len(rows)
-        table = ShardTable(keys, 110_080 * rows, sizes, rows, [], length, None)
+        samples = np.stack([110_080 * rows, np.full(len(rows), 109_000), rows], axis=1)
+        table = ShardTable(keys, samples, [], 110_080 * len(rows), None)
         shape = (len(rows), spec.grid, spec.grid)
         return table, [(rng.random(shape) + 0.5).astype(np.float16) for _ in range(16)]
 

@@ -38,8 +38,8 @@ class ShardTable:
 
     Attributes:
         key: sample names.
-        offset, size: int64 `[n]`, of the image's bytes in the tar.
-        label: int64 `[n]`, -1 where the sample has none.
+        samples: int64 `[n, 3]`: offset and size of the image's bytes in the tar, and its label, -1
+            where it has none.
         rejected: quarantined images, with reasons.
         bytes: size of the tar.
         damage: what is wrong with the tar itself, or None.
@@ -47,9 +47,7 @@ class ShardTable:
     """
 
     key: list[str]
-    offset: NDArray[np.int64]
-    size: NDArray[np.int64]
-    label: NDArray[np.int64]
+    samples: NDArray[np.int64]
     rejected: list[Rejected]
     bytes: int
     damage: str | None
@@ -62,10 +60,7 @@ class ShardTable:
 
     def same_rows(self, other: ShardTable) -> bool:
         """Whether both tables list the same samples in the same order."""
-        return self.key == other.key and all(
-            np.array_equal(getattr(self, column), getattr(other, column))
-            for column in ("offset", "size", "label")
-        )
+        return self.key == other.key and np.array_equal(self.samples, other.samples)
 
 
 @dataclass(frozen=True)
@@ -126,20 +121,12 @@ class ScoreCache:
         if create:
             self.store.refuse_foreign()
 
-    # Pickled to Ray workers by its URL, since a store holds connections.
-    def __getstate__(self) -> str:
-        return self.url
+    def __reduce__(self) -> tuple[type[ScoreCache], tuple[str]]:
+        return ScoreCache, (self.url,)  # to Ray workers without the store, which holds connections
 
-    def __setstate__(self, url: str) -> None:
-        self.__init__(url)  # type: ignore[misc]
-
-    def has_table(self, shard_id: str) -> bool:
-        """Whether the shard's table is stored."""
-        return self.store.exists(_path(shard_id, TABLE))
-
-    def has_maps(self, shard_id: str, spec: ScoreSpec) -> bool:
-        """Whether the shard's maps of `spec` are stored."""
-        return self.store.exists(_path(shard_id, spec.id))
+    def has(self, shard_id: str, spec: ScoreSpec | None = None) -> bool:
+        """Whether the shard's maps of `spec` are stored, or without a spec its table."""
+        return self.store.exists(_path(shard_id, spec.id if spec else TABLE))
 
     def write(
         self, shard_id: str, table: ShardTable, spec: ScoreSpec, maps: NDArray[np.float16]
@@ -176,17 +163,13 @@ class ScoreCache:
             "passed_over": table.passed_over,
         }
         arrays = {
-            "samples": np.stack([table.offset, table.size, table.label], axis=1),
+            "samples": table.samples,
             "key": np.array(table.key, dtype=np.dtypes.StringDType()),
         }
         self.store.put_group(_path(shard_id, TABLE), attributes, arrays)
 
     def find_table(self, shard_id: str) -> ShardTable | None:
-        """The table of a shard, or None.
-
-        Raises:
-            CacheError: it is damaged.
-        """
+        """The table of a shard, or None; a CacheError if it is damaged."""
         try:
             return _table(self.store.get_group(_path(shard_id, TABLE)))
         except FileNotFoundError:
@@ -202,7 +185,7 @@ class ScoreCache:
 
     def read_samples(self, shard_id: str) -> NDArray[np.int64]:
         """Offset, size and label `[n, 3]` of a shard's samples; errors as of `read_table`."""
-        return _samples(self._group(shard_id, TABLE))
+        return self._group(shard_id, TABLE).numbers("samples", np.int64, 3)
 
     def read_maps(self, shard_id: str, spec: ScoreSpec) -> NDArray[np.float16]:
         """The maps `[n, G, G]` of a shard, in the order of its table.
@@ -255,18 +238,11 @@ def _check_maps(shard_id: str, spec: ScoreSpec, maps: NDArray[np.float16], kept:
         )
 
 
-def _samples(group: Group) -> NDArray[np.int64]:
-    return group.numbers("samples", np.int64, 3)
-
-
 def _table(group: Group) -> ShardTable:
-    offset, size, label = _samples(group).T
     attributes = group.attributes
     return ShardTable(
         key=group.strings("key"),
-        offset=offset,
-        size=size,
-        label=label,
+        samples=group.numbers("samples", np.int64, 3),
         rejected=[Rejected(**bad) for bad in attributes["quarantined"]],
         bytes=attributes["bytes"],
         damage=attributes["damage"],

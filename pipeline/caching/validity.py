@@ -57,9 +57,9 @@ def look_up(urls: Sequence[str], cache: ScoreCache, spec: ScoreSpec | None) -> S
             return Stale("record", f"the score cache {cache.url} does not know this shard")
         if versions[url] != record.version:
             return Stale("hash", f"changed since its scores were put into {cache.url}")
-        if not cache.has_table(record.shard_id):
+        if not cache.has(record.shard_id):
             return Stale("table", f"the score cache {cache.url} has no table of it")
-        if spec is not None and not cache.has_maps(record.shard_id, spec):
+        if spec is not None and not cache.has(record.shard_id, spec):
             return Stale("maps", f"the score cache {cache.url} has no maps of {spec.id} for it")
         return None
 

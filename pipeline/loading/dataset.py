@@ -15,13 +15,12 @@ from torch import Tensor
 
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.caching.manifest import ShardRecord
-from famt.pipeline.caching.validity import Shards, look_up
+from famt.pipeline.caching.validity import look_up
 from famt.pipeline.errors import CacheError
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.judge import judge_shards
 from famt.pipeline.sharding.dataset_json import require_one_split
 from famt.pipeline.sharding.patterns import expand_shards
-from famt.pipeline.sharding.shards import write_dali_index
 from famt.pipeline.storage import each_at_once
 
 
@@ -91,27 +90,33 @@ class SampleTable:
 
     def shards_of(self, rows: range) -> list[int]:
         """Numbers of the shards that consecutive rows lie in."""
-        return [number for number, own in enumerate(self._parts(rows)) if own]
+        return list(self._parts(rows))
 
     def write_indices(self, folder: Path, rows: range) -> list[int]:
         """Write DALI's index of consecutive rows: `<number>.idx` for each of `shards_of(rows)`.
 
+        DALI returns a sample's name with its data, so the name holds the sample's row.
+
         Returns:
             `shards_of(rows)`.
         """
-        parts, shards = self._parts(rows), self.shards_of(rows)
-        for number in shards:
-            offset, size = self._places[parts[number].start : parts[number].stop].T.tolist()
-            samples = zip(parts[number], offset, size, strict=True)
-            write_dali_index(folder / f"{number}.idx", samples)
-        return shards
+        parts = self._parts(rows)
+        for number, own in parts.items():
+            places = self._places[own.start : own.stop].tolist()
+            samples = [
+                f"jpg {at} {size} {row}" for row, (at, size) in zip(own, places, strict=True)
+            ]
+            lines = [f"v1.2 {len(samples)}", *samples, ""]
+            (folder / f"{number}.idx").write_text("\n".join(lines))
+        return list(parts)
 
-    def _parts(self, rows: range) -> list[range]:
-        """The part of consecutive rows that each shard has."""
-        return [
+    def _parts(self, rows: range) -> dict[int, range]:
+        """The part of consecutive rows that each shard has, by its number, unless it has none."""
+        parts = [
             range(max(first, rows.start), min(end, rows.stop))
             for first, end in itertools.pairwise(self.first_row)
         ]
+        return {number: own for number, own in enumerate(parts) if own}
 
 
 def load_samples(
@@ -122,16 +127,19 @@ def load_samples(
     Args:
         patterns: of shards; see `expand_shards`.
         cache: of their tables.
-        spec: see `require_shards`.
+        spec: a score that the caller will load. A shard without it is an error. A tar that was
+            copied or touched is hashed; nothing is judged. None judges unknown shards.
 
     Raises:
-        CacheError: see `require_shards`; or no sample is left.
+        CacheError: a shard is gone, can't be read, or lacks maps of `spec`. Names the first such
+            shard, the reason, the number of others, and the command that repairs it. Or no sample
+            is left.
         FileNotFoundError: a pattern that matches nothing.
         UserError: see `famt.pipeline.sharding.dataset_json.require_one_split`.
     """
     require_one_split(patterns)
     urls = expand_shards(patterns)
-    records = require_shards(urls, cache, spec, patterns=patterns)
+    records = _require_shards(patterns, urls, cache, spec)
     ids = [records[url].shard_id for url in urls]
     parts = each_at_once(cache.read_samples, ids)
     counts = [len(part) for part in parts]
@@ -150,36 +158,22 @@ def load_samples(
     )
 
 
-def require_shards(
-    urls: list[str],
-    cache: ScoreCache,
-    spec: ScoreSpec | None = None,
-    *,
-    patterns: list[str] | None = None,
+def _require_shards(
+    patterns: list[str], urls: list[str], cache: ScoreCache, spec: ScoreSpec | None
 ) -> dict[str, ShardRecord]:
-    """Check that the cache has the current content of all shards; returns URL -> record.
-
-    Args:
-        urls: normalised.
-        spec: a score that the caller will load. A shard without it is an error. A tar that was
-            copied or touched is hashed; nothing is judged. None judges unknown shards.
-        patterns: of the shards, as the user gave them.
-
-    Raises:
-        CacheError: a shard is gone, can't be read, or lacks maps of `spec`. Names the first such
-            shard, the reason, the number of others, and the command that repairs it.
-    """
+    """Check that the cache has the current content of all shards; returns URL -> record."""
     shards = look_up(urls, cache, spec)
-    mend = [
-        url
-        for url, each in shards.stale.items()
-        if each.lacks in (("record", "hash") if spec else ("record", "hash", "table", "maps"))
-    ]
+    mendable = {"record", "hash"} if spec else {"record", "hash", "table"}
     failed: dict[str, str] = {}
-    if len(mend) == len(shards.stale) > 0:
-        failed = judge_shards(mend, cache, known_only=spec is not None)
+    if shards.stale and all(each.lacks in mendable for each in shards.stale.values()):
+        failed = judge_shards(list(shards.stale), cache, known_only=spec is not None)
         shards = look_up(urls, cache, spec)
-    _refuse_stale(shards, failed, _score_command(patterns or urls, cache, spec or ScoreSpec()))
+    if shards.stale:
+        (url, first), *more = shards.stale.items()
+        why = f" ({failed[url]})" if url in failed else ""
+        others = f" (and {len(more)} more shards)" if more else ""
+        command = _score_command(patterns, cache, spec or ScoreSpec())
+        raise CacheError(f"{url}: {first.reason}{why}{others}. Remedy: {command}")
     return shards.records
 
 
@@ -187,7 +181,7 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
     """The score maps of samples, `[R, G, G]` float16 with mean 1 an image.
 
     Raises:
-        CacheError: a shard lacks maps of this spec; names the same as `require_shards`.
+        CacheError: a shard lacks maps of this spec, which `load_samples` finds at once.
     """
     maps = np.empty((len(samples), spec.grid, spec.grid), np.float16)
 
@@ -201,21 +195,8 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
             )
         maps[first:end] = found
 
-    try:
-        each_at_once(read, range(len(samples.urls)))
-    except CacheError:
-        shards = look_up(samples.urls, cache, spec)  # to name the tar and the remedy
-        _refuse_stale(shards, {}, _score_command(samples.patterns, cache, spec))
-        raise
+    each_at_once(read, range(len(samples.urls)))
     return torch.from_numpy(maps)
-
-
-def _refuse_stale(shards: Shards, failed: dict[str, str], command: str) -> None:
-    if shards.stale:
-        (url, first), *more = shards.stale.items()
-        why = f" ({failed[url]})" if url in failed else ""
-        others = f" (and {len(more)} more shards)" if more else ""
-        raise CacheError(f"{url}: {first.reason}{why}{others}. Remedy: {command}")
 
 
 def _score_command(patterns: list[str], cache: ScoreCache, spec: ScoreSpec, *flags: str) -> str:

@@ -258,16 +258,14 @@ class CropLoader:
 
     def _read_now(self) -> str:
         """Path of the tar being read, or of the first of those that may be."""
-        first = self.rows.start + min(self.step * self.config.images_per_batch, len(self.rows) - 1)
-        end = first + self.config.shuffle_buffer + (1 + _PREFETCHED) * self.config.images_per_batch
+        images = self.config.images_per_batch
+        first = self.rows.start + self.step * images
+        end = first + self.config.shuffle_buffer + (1 + _PREFETCHED) * images
         # Past the end of its rows the reader is in the next epoch.
         rows = range(first, end) if end <= self.rows.stop else self.rows
-        shard, shards = (
-            self._table.shards_of(range(first, first + 1))[0],
-            self._table.shards_of(rows),
-        )
+        shards = self._table.shards_of(rows)
         others = f", or another of {len(shards)} tars" if shards[1:] else ""
-        return f"{self._table.paths[shard]}{others}"
+        return f"{self._table.paths[shards[0]]}{others}"
 
     def _explain(self, error: RuntimeError) -> None:
         """Raise a CacheError if DALI failed on an image; only failed decodes name its row."""

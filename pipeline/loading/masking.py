@@ -39,14 +39,16 @@ class PatchBatch:
 
     def chunk(self, parts: int) -> list[PatchBatch]:
         """The batch in so many equal parts, in order."""
-        splits = zip(*(each.chunk(parts) for each in vars(self.split).values()), strict=True)
-        rows = torch.arange(len(self.visible)).chunk(parts)
-        others = (each.chunk(parts) for each in (self.visible, self.masked))
+        splits, views = (
+            zip(*(each.chunk(parts) for each in vars(whole).values()), strict=True)
+            for whole in (self.split, self.views)
+        )
+        visible, masked = self.visible.chunk(parts), self.masked.chunk(parts)
         weights = [None] * parts if self.loss_weights is None else self.loss_weights.chunk(parts)
         return [
-            PatchBatch(visible, masked, PatchSplit(*split), self.views.take(index), weight)
-            for split, weight, visible, masked, index in zip(
-                splits, weights, *others, rows, strict=True
+            PatchBatch(seen, hidden, PatchSplit(*split), Views(*view), weight)
+            for seen, hidden, split, view, weight in zip(
+                visible, masked, splits, views, weights, strict=True
             )
         ]
 

@@ -87,7 +87,7 @@ def precompute_shard(
     if table is None and known_only:
         raise UserError("its content is new")
     decoded = 0
-    if table is None or retry_bad or not (spec is None or cache.has_maps(shard_id, spec)):
+    if table is None or retry_bad or not cache.has(shard_id, spec):
         new, maps = score_shard(data, spec, url, None if retry_bad else table)
         decoded = new.kept
         if table is not None and not new.same_rows(table):
@@ -117,7 +117,7 @@ def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
     """
     newest, *later = judgement_ids(content)
     for shard_id in later:
-        if not cache.has_table(shard_id):
+        if not cache.has(shard_id):
             return newest, shard_id
         newest = shard_id
     raise UserError(f"shard {content} was judged {len(later)} times; make another tar of it")
@@ -179,9 +179,7 @@ def score_shard(
     stacked = torch.cat(maps) if maps else torch.empty(0, grid, grid)
     table = known or ShardTable(
         key=[sample.key for sample in kept],
-        offset=np.array([sample.offset for sample in kept], np.int64),
-        size=np.array([sample.size for sample in kept], np.int64),
-        label=np.array([sample.label for sample in kept], np.int64),
+        samples=np.array([(s.offset, s.size, s.label) for s in kept], np.int64).reshape(-1, 3),
         rejected=sorted(rejected, key=lambda bad: bad.key),
         bytes=len(data),
         damage=listing.damage,
@@ -199,6 +197,6 @@ def _list(data: bytes, name: str) -> ShardListing:
 
 
 def _as_listing(table: ShardTable) -> ShardListing:
-    rows = zip(table.key, table.offset, table.size, table.label, strict=True)
-    samples = [Sample(key, int(offset), int(size), int(c)) for key, offset, size, c in rows]
+    rows = zip(table.key, table.samples.tolist(), strict=True)
+    samples = [Sample(key, *row) for key, row in rows]
     return ShardListing(samples, table.rejected, table.damage, table.passed_over)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from itertools import compress
 
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
@@ -27,13 +28,10 @@ def publish(reports: Iterable[ShardReport], cache: ScoreCache, spec: ScoreSpec |
         {each.url: ShardRecord(each.version, each.shard_id) for each in reports}
     )
 
-    def whole(report: ShardReport) -> bool:
-        return cache.has_table(report.shard_id) and (
-            spec is None or cache.has_maps(report.shard_id, spec)
-        )
+    def lost(report: ShardReport) -> bool:
+        return not (cache.has(report.shard_id) and cache.has(report.shard_id, spec))
 
-    there = each_at_once(whole, reports)
-    return [each.url for each, found in zip(reports, there, strict=True) if not found]
+    return [each.url for each in compress(reports, each_at_once(lost, reports))]
 
 
 class Publisher:

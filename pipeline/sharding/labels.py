@@ -62,7 +62,5 @@ def class_names(labels: dict[str, str]) -> list[str]:
 
 def find_label(labels: dict[str, str], image: Path) -> str | None:
     """The class of an image, by its relative path, its name, or its stem."""
-    for key in (image.as_posix(), image.name, image.stem):
-        if key in labels:
-            return labels[key]
-    return None
+    keys = (image.as_posix(), image.name, image.stem)
+    return next((labels[key] for key in keys if key in labels), None)

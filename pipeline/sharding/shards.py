@@ -12,7 +12,7 @@ import tarfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 from blake3 import blake3
 
@@ -93,10 +93,10 @@ def list_shard(data: bytes) -> ShardListing:
     If an image's class or mask, or the image of a group, is ambiguous, it is rejected. So are all
     images of one key.
     """
-    contents = _read_members(data)
+    members, damage, broken = _read_members(data)
     files = [
         member
-        for member in contents.members
+        for member in members
         if not member.isdir() and not PurePosixPath(member.name).name.startswith("._")
     ]
     images, labels, masks = (defaultdict[str, list[tarfile.TarInfo]](list) for _ in range(3))
@@ -118,7 +118,7 @@ def list_shard(data: bytes) -> ShardListing:
         try:
             if others:
                 raise ValueError(f"duplicate key: {1 + len(others)} images have it")
-            _check_member(member, len(data))
+            _check(member, len(data))
             if key != group and group in images:
                 raise ValueError("another component of a sample that has an image already")
             if key != group and key not in labels and alike[group] > 1:
@@ -128,7 +128,7 @@ def list_shard(data: bytes) -> ShardListing:
                 )
             label = _read_label(data, labels.get(key, labels.get(group, [])))
             may_go_on = bool(labels) or group == _webdataset_key(files[-1].name)
-            if label == NO_LABEL and contents.broken and may_go_on:
+            if label == NO_LABEL and broken and may_go_on:
                 raise ValueError("has no class, and may have had one: the tar is broken after it")
             mask = _find_mask(data, masks.get(key, masks.get(group, [])))
         except ValueError as error:
@@ -140,7 +140,7 @@ def list_shard(data: bytes) -> ShardListing:
         if left := sum(len(owned[key]) for key in owned.keys() - owners):
             passed_over[f".{ending}"] = left
     rejected.sort(key=lambda bad: bad.key)
-    return ShardListing(samples, rejected, contents.damage, dict(passed_over))
+    return ShardListing(samples, rejected, damage, dict(passed_over))
 
 
 def passed_over_line(counts: Iterable[Mapping[str, int]]) -> str:
@@ -160,19 +160,6 @@ def count_endings(counts: Mapping[str, int]) -> str:
     named = [f"{count} {ending or 'without an ending'}" for ending, count in most[:_ENDINGS]]
     rest = sum(count for _, count in most[_ENDINGS:])
     return ", ".join([*named, f"{rest} others"] if rest else named)
-
-
-def write_dali_index(path: Path, samples: Iterable[tuple[int, int, int]]) -> None:
-    """Write the index of one tar for DALI's webdataset reader.
-
-    DALI returns a sample's name with its data, so the name holds the sample's row.
-
-    Args:
-        path: file to write.
-        samples: (row, offset, size) of each image, in tar order.
-    """
-    lines = [f"jpg {offset} {size} {row}" for row, offset, size in samples]
-    path.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
 
 
 class _Header(tarfile.TarInfo):
@@ -196,20 +183,6 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-@dataclass(frozen=True)
-class _Contents:
-    """Readable members of a tar, with escaped names.
-
-    Attributes:
-        damage: what is wrong with the tar, or None.
-        broken: whether reading stopped before the tar's end.
-    """
-
-    members: list[tarfile.TarInfo]
-    damage: str | None
-    broken: bool
-
-
 # What tarfile raises on hostile headers.
 _UNREADABLE = (
     tarfile.TarError,
@@ -221,7 +194,9 @@ _UNREADABLE = (
 )
 
 
-def _read_members(data: bytes) -> _Contents:
+def _read_members(data: bytes) -> tuple[list[tarfile.TarInfo], str | None, bool]:
+    """The readable members of a tar, with escaped names; what is wrong with it, or None; and
+    whether reading stopped before its end."""
     members: list[tarfile.TarInfo] = []
     offset = -1
     try:
@@ -234,22 +209,20 @@ def _read_members(data: bytes) -> _Contents:
                 members.append(member)
             end = tar.offset
     except _UNREADABLE as error:
-        damage = f"not readable as a tar beyond {len(members)} members: {error}"
-        return _Contents(members, damage, broken=True)
+        return members, f"not readable as a tar beyond {len(members)} members: {error}", True
     if members and members[-1].offset_data + members[-1].size > len(data):
-        damage = f"cut off inside {members[-1].name} at {len(data)} bytes"
-        return _Contents(members, damage, broken=True)
+        return members, f"cut off inside {members[-1].name} at {len(data)} bytes", True
     # tarfile stops silently at a broken header, as at the end-of-archive mark, a block of zeros.
     if data[end : end + tarfile.BLOCKSIZE].strip(b"\0") or end >= len(data):
         damage = f"cut off or broken at byte {min(end, len(data))}: no end-of-archive mark"
-        return _Contents(members, damage, broken=True)
+        return members, damage, True
     if beyond := data[end:].strip(b"\0"):
         damage = (
             f"{len(beyond)} bytes after its end-of-archive mark at byte {end} are not read; "
             "join tars by `tar --concatenate`, not by `cat`"
         )
-        return _Contents(members, damage, broken=False)
-    return _Contents(members, None, broken=False)
+        return members, damage, False
+    return members, None, False
 
 
 def _escape(name: str) -> str:
@@ -261,15 +234,16 @@ def _escape(name: str) -> str:
     )
 
 
-def _check_member(member: tarfile.TarInfo, length: int) -> None:
+def _check(member: tarfile.TarInfo, length: int, what: str = "") -> None:
+    """Refuse what can't be read from a tar of that length; `what` it is begins the reason."""
     if not member.isreg() or member.issparse():
-        raise ValueError("not a regular file")
+        raise ValueError(f"{what}not a regular file")
     if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
-        raise ValueError("name points outside the shard")
+        raise ValueError(f"{what}name points outside the shard")
     if member.size == 0:
-        raise ValueError("empty")
+        raise ValueError(f"{what}empty")
     if member.offset_data + member.size > length:
-        raise ValueError("cut off by the end of the tar")
+        raise ValueError(f"{what}cut off by the end of the tar")
 
 
 def _find_mask(data: bytes, members: list[tarfile.TarInfo]) -> tuple[int, int] | None:
@@ -277,20 +251,14 @@ def _find_mask(data: bytes, members: list[tarfile.TarInfo]) -> tuple[int, int] |
         return None
     if len(members) > 1:
         raise ValueError(f"it has {len(members)} masks")
-    try:
-        _check_member(members[0], len(data))
-    except ValueError as error:
-        raise ValueError(f"its mask can't be used: {error}") from None
+    _check(members[0], len(data), "its mask can't be used: ")
     return members[0].offset_data, members[0].size
 
 
 def _read_label(data: bytes, members: list[tarfile.TarInfo]) -> int:
     labels = set()
     for member in members:
-        if not member.isreg() or member.issparse():
-            raise ValueError("its class is not a regular file")
-        if member.offset_data + member.size > len(data):
-            raise ValueError("its class is cut off by the end of the tar")
+        _check(member, len(data), "its class is ")
         text = data[member.offset_data : member.offset_data + member.size]
         if not re.fullmatch(rb"\s*[+-]?[0-9]{1,20}\s*", text):
             raise ValueError(f"its class {text[:20]!r} is no integer")

@@ -165,9 +165,7 @@ def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_pat
     earlier = dataclasses.replace(  # as a decoder of other days may have left it
         judged.table,
         key=judged.table.key[1:],
-        offset=judged.table.offset[1:],
-        size=judged.table.size[1:],
-        label=judged.table.label[1:],
+        samples=judged.table.samples[1:],
         rejected=[Rejected("img0000", "not to its taste")],
     )
     shard_id = content_id(Path(path).read_bytes())

@@ -141,7 +141,7 @@ def test_thirty_jobs_beside_two_collections_without_an_age_limit_lose_nothing(tm
             raise
 
     def whole(cache, number):
-        return cache.has_table(_id(number)) and cache.has_maps(_id(number), SPEC)
+        return cache.has(_id(number)) and cache.has(_id(number), SPEC)
 
     def ensure(cache, number):
         if not whole(cache, number):

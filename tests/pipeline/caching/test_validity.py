@@ -2,8 +2,6 @@ import os
 import shutil
 from pathlib import Path
 
-import pytest
-
 from famt.pipeline.caching.validity import look_up
 from famt.pipeline.scores import ScoreSpec
 
@@ -26,16 +24,3 @@ def test_each_lack_is_told_from_the_others(scored, spec):
     assert {url: each.lacks for url, each in found.items()} == lacks
     found = look_up(urls, scored.cache, ScoreSpec(kind="lowpass")).stale
     assert {url: each.lacks for url, each in found.items()} == {**lacks, urls[2]: "maps"}
-
-
-@pytest.mark.parametrize("change", ["chmod", "rename", "copy"])
-def test_a_stamp_changes_with_any_change_of_the_file(scored, change):
-    path = Path(scored.shards[0])
-    if change == "chmod":
-        path.chmod(0o600)
-    elif change == "rename":
-        path.rename(f"{path}.away").rename(path)
-    else:
-        shutil.copy2(path, f"{path}.copy")
-        Path(f"{path}.copy").rename(path)
-    assert look_up([str(path)], scored.cache, None).stale[str(path)].lacks == "hash"

@@ -2,6 +2,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from samples import photo_members, tar_bytes, write_tar
@@ -34,9 +35,12 @@ def test_indices_are_of_some_rows_and_carry_their_numbers(scored, tmp_path, rows
     table = load_samples(scored.shards, scored.cache)
     shards = table.write_indices(tmp_path, rows)
     assert shards == [shard for shard, count in enumerate(counts) if count]
-    lines = [(tmp_path / f"{shard}.idx").read_text().splitlines() for shard in shards]
+    lines = [(tmp_path / f"{shard}.idx").read_text().split("\n") for shard in shards]
     assert [each[0] for each in lines] == [f"v1.2 {count}" for count in counts if count]
-    assert [int(line.split()[-1]) for each in lines for line in each[1:]] == list(rows)
+    assert [each[-1] for each in lines] == ["" for _ in shards]
+    samples = np.concatenate([scored.cache.read_samples(each) for each in table.shard_ids])
+    expected = [f"jpg {samples[row, 0]} {samples[row, 1]} {row}" for row in rows]
+    assert [line for each in lines for line in each[1:-1]] == expected
 
 
 def test_a_digest_follows_contents_and_order(scored):
@@ -107,7 +111,7 @@ def test_a_shard_that_is_no_tar_is_named_with_what_is_wrong(scored):
 def test_a_spec_that_was_never_computed_is_named(scored):
     other = ScoreSpec(kind="bandpass", band=(2.0, 9.0))
     with pytest.raises(CacheError, match=other.id) as error:
-        load_maps(load_samples(scored.shards, scored.cache), scored.cache, other)
+        load_samples(scored.shards, scored.cache, other)
     assert "--spec.kind bandpass --spec.band 2.0 9.0" in str(error.value)
 
 

@@ -235,8 +235,7 @@ def test_of_malformed_tars_nothing_is_lost_silently_or_gets_a_wrong_class(
     table = load_samples(urls, cache)
     for shard, url in enumerate(table.urls):
         data = Path(url).read_bytes()
-        entry = cache.read_table(table.shard_ids[shard])
-        for offset, size, label in zip(entry.offset, entry.size, entry.label, strict=True):
+        for offset, size, label in cache.read_samples(table.shard_ids[shard]):
             image = data[offset : offset + size]
             assert truth[url, image] == label, url
     for _ in _epoch(table, WholeView(), 16):

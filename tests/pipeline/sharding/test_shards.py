@@ -1,8 +1,10 @@
 import io
 import tarfile
+from contextlib import suppress
 
 import pytest
 import webdataset
+from hostile_tars import extension, header, record
 from samples import tar_bytes
 
 from famt.pipeline.sharding.shards import (
@@ -11,10 +13,22 @@ from famt.pipeline.sharding.shards import (
     content_id,
     list_shard,
     passed_over_line,
-    write_dali_index,
 )
 
 IMAGE = b"\xff\xd8 not decoded here"
+PHOTO = ("a.jpg", IMAGE)
+
+
+def _tar(*members, **options):
+    """A tar of headers and their contents, with options of tarfile's."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:
+        for name, content, attributes in members:
+            info = tarfile.TarInfo(name)
+            for attribute, value in {**attributes, "size": len(content)}.items():
+                setattr(info, attribute, value)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 def test_offsets_point_at_the_bytes_that_webdataset_reads(tmp_path):
@@ -58,17 +72,9 @@ def test_masks_are_found_wherever_they_stand():
 
 
 def test_other_components_are_counted_by_ending():
-    members = [
-        ("a.jpg", IMAGE),
-        ("a.json", b"{}"),
-        ("a.txt", b"hi"),
-        ("README", b"x"),
-        ("d/._a.jpg", b"x"),
-        ("b.GIF", IMAGE),
-        ("b.cls", b"1"),
-        ("c.cls.txt", b"1"),
-        ("c.mask.png", IMAGE),
-    ]
+    members = [PHOTO, ("a.json", b"{}"), ("a.txt", b"hi"), ("README", b"x"), ("d/._a.jpg", b"x"),
+               ("b.GIF", IMAGE), ("b.cls", b"1"), ("c.cls.txt", b"1"),
+               ("c.mask.png", IMAGE)]  # fmt: skip
     listing = list_shard(tar_bytes(members))
     assert [s.key for s in listing.samples] == ["a"]
     assert listing.rejected == []
@@ -104,57 +110,37 @@ def test_the_line_of_what_was_passed_over_names_the_most_frequent_endings():
 
 
 @pytest.mark.parametrize(
-    ("members", "bad"),
+    ("members", "name", "reason"),
     [
-        ([("a.jpg", b"")], Rejected("a.jpg", "empty")),
-        (
-            [("a.jpg", IMAGE), ("a.png", IMAGE)],
-            Rejected("a.png", "duplicate key: 2 images have it"),
-        ),
-        ([("../a.jpg", IMAGE)], Rejected("../a.jpg", "name points outside the shard")),
-        (
-            [("a.jpg", IMAGE), ("a.cls", b"cat")],
-            Rejected("a.jpg", "its class b'cat' is no integer"),
-        ),
-        ([("a.jpg", IMAGE), ("a.cls", b"-4")], Rejected("a.jpg", "its class -4 is out of range")),
-        (
-            [("a.jpg", IMAGE), ("a.depth.png", IMAGE), ("a.cls", b"1")],
-            Rejected("a.depth.png", "another component of a sample that has an image already"),
-        ),
-        (
-            [("a.jpg", IMAGE), ("a.mask.png", b"")],
-            Rejected("a.jpg", "its mask can't be used: empty"),
-        ),
-        (
-            [("a.jpg", IMAGE), ("a.mask.png", IMAGE), ("a.mask.png", IMAGE)],
-            Rejected("a.jpg", "it has 2 masks"),
-        ),
-        (
-            [("a.jpg", IMAGE), ("a.cls", b"1_0")],
-            Rejected("a.jpg", "its class b'1_0' is no integer"),
-        ),
-        (
-            [("a.jpg", IMAGE), ("a.cls", b"1"), ("a.cls", b"2")],
-            Rejected("a.jpg", "it has several classes: 1, 2"),
-        ),
+        ([("a.jpg", b"")], "a.jpg", "empty"),
+        ([PHOTO, ("a.png", IMAGE)], "a.png", "duplicate key: 2 images have it"),
+        ([("../a.jpg", IMAGE)], "../a.jpg", "name points outside the shard"),
+        ([PHOTO, ("a.cls", b"cat")], "a.jpg", "its class b'cat' is no integer"),
+        ([PHOTO, ("a.cls", b"-4")], "a.jpg", "its class -4 is out of range"),
+        ([PHOTO, ("a.depth.png", IMAGE), ("a.cls", b"1")], "a.depth.png",
+         "another component of a sample that has an image already"),
+        ([PHOTO, ("a.mask.png", b"")], "a.jpg", "its mask can't be used: empty"),
+        ([PHOTO, *[("a.mask.png", IMAGE)] * 2], "a.jpg", "it has 2 masks"),
+        ([PHOTO, ("a.cls", b"1_0")], "a.jpg", "its class b'1_0' is no integer"),
+        ([PHOTO, ("a.cls", b"1"), ("a.cls", b"2")], "a.jpg", "it has several classes: 1, 2"),
     ],
-)
-def test_what_cannot_be_used_is_rejected_with_a_reason(members, bad):
+)  # fmt: skip
+def test_what_cannot_be_used_is_rejected_with_a_reason(members, name, reason):
     listing = list_shard(tar_bytes([("good.jpg", IMAGE), *members]))
-    assert bad in listing.rejected
+    assert Rejected(name, reason) in listing.rejected
     assert "good" in {s.key for s in listing.samples}
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_are_never_followed(kind):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        info = tarfile.TarInfo("a.jpg")
-        info.type, info.linkname = kind, "/etc/passwd"
-        tar.addfile(info)
-    listing = list_shard(buffer.getvalue())
-    assert listing.samples == []
-    assert listing.rejected == [Rejected("a.jpg", "not a regular file")]
+def test_links_and_devices_are_never_followed_and_reject_their_sample(kind):
+    link = {"type": kind, "linkname": "a.cls"}
+    plain = [("a.jpg", IMAGE, {}), ("a.cls", b"7", {}), ("b.jpg", IMAGE, {})]
+    listing = list_shard(_tar(*plain, ("b.cls", b"", link), ("c.jpg", b"", link)))
+    assert [(s.key, s.label) for s in listing.samples] == [("a", 7)]
+    assert listing.rejected == [
+        Rejected("b.jpg", "its class is not a regular file"),
+        Rejected("c.jpg", "not a regular file"),
+    ]
 
 
 def test_a_class_is_never_read_by_halves():
@@ -171,22 +157,6 @@ def test_a_tar_broken_at_the_header_of_a_class_loses_the_sample_not_the_class():
     assert listing.samples == []
     assert "the tar is broken after it" in listing.rejected[0].reason
     assert "no end-of-archive mark" in listing.damage
-
-
-@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
-def test_a_class_that_is_a_link_rejects_its_sample(kind):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in (("a.jpg", IMAGE), ("a.cls", b"7"), ("b.jpg", IMAGE)):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-        link = tarfile.TarInfo("b.cls")
-        link.type, link.linkname = kind, "a.cls"
-        tar.addfile(link)
-    listing = list_shard(buffer.getvalue())
-    assert [(s.key, s.label) for s in listing.samples] == [("a", 7)]
-    assert listing.rejected == [Rejected("b.jpg", "its class is not a regular file")]
 
 
 def test_of_images_that_webdataset_takes_for_one_sample_none_is_guessed_to_be_the_photo():
@@ -217,30 +187,16 @@ def test_a_tar_appended_by_cat_is_reported():
     assert list_shard(first + bytes(70_000)).damage is None
 
 
-def _header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A tar header with any bytes as the size."""
-    head = bytearray(512)
-    head[: len(name)], head[124:136], head[156:157] = name, size.ljust(12, b"\0"), kind
-    head[257:265] = b"ustar\x0000"
-    head[148:156] = b"%06o\0 " % (sum(head) + 8 * ord(" "))
-    return bytes(head)
-
-
-def _pax(records: bytes) -> bytes:
-    """An extension header for the next member."""
-    return _header(b"pax", b"%011o" % len(records), b"x") + records.ljust(512, b"\0")
-
-
 @pytest.mark.parametrize(
     "evil",
     [
-        _header(b"b.jpg", b"\xff" * 12),
-        _header(b"b.jpg", b"\xff" * 10 + b"\xf6\x00"),
-        _pax(b"14 size=-1024\n") + _header(b"b.jpg", b"%011o" % 5),
-        _pax(b"15 size=-10240\n") + _header(b"b.jpg", b"%011o" % 5),
-        _pax(b"32 GNU.sparse.realsize=-1000000\n") + _header(b"b.jpg", b"%011o" % 5),
-        _pax(b"12 mtime=1.\n") * 3000 + _header(b"b.jpg", b"%011o" % 5),
-        _header(b"b.jpg", b"\x80" + b"\xff" * 11),
+        header(b"b.jpg", b"\xff" * 12),
+        header(b"b.jpg", b"\xff" * 10 + b"\xf6\x00"),
+        extension(record("size", "-1024")) + header(b"b.jpg", b"%011o" % 5),
+        extension(record("size", "-10240")) + header(b"b.jpg", b"%011o" % 5),
+        extension(record("GNU.sparse.realsize", "-1000000")) + header(b"b.jpg", b"%011o" % 5),
+        extension(record("mtime", "1.")) * 3000 + header(b"b.jpg", b"%011o" % 5),
+        header(b"b.jpg", b"\x80" + b"\xff" * 11),
     ],
 )
 def test_a_hostile_header_ends_the_tar_there_and_nothing_hangs(evil):
@@ -251,15 +207,9 @@ def test_a_hostile_header_ends_the_tar_there_and_nothing_hangs(evil):
 
 
 def test_names_that_are_no_text_are_escaped():
-    buffer = io.BytesIO()
-    with tarfile.open(
-        fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT, encoding="latin-1"
-    ) as tar:
-        for name in ("ä.jpg", "ü\n.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(IMAGE)
-            tar.addfile(info, io.BytesIO(IMAGE))
-    keys = [s.key for s in list_shard(buffer.getvalue()).samples]
+    members = [(name, IMAGE, {}) for name in ("ä.jpg", "ü\n.jpg")]
+    data = _tar(*members, format=tarfile.USTAR_FORMAT, encoding="latin-1")
+    keys = [s.key for s in list_shard(data).samples]
     assert keys == [r"\udce4", r"\udcfc\n"]
     for key in keys:
         key.encode("ascii")
@@ -281,12 +231,12 @@ def test_a_cut_tar_keeps_what_came_before_the_cut_and_is_reported():
 
 def _as_tarfile_reads(data):
     members = []
-    try:
-        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            for member in tar:
-                members.append((member.name, member.offset_data, member.size))
-    except (tarfile.TarError, ValueError):
-        pass
+    with (
+        suppress(tarfile.TarError, ValueError),
+        tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar,
+    ):
+        for member in tar:
+            members.append((member.name, member.offset_data, member.size))
     return members
 
 
@@ -310,15 +260,11 @@ def test_a_broken_header_is_read_as_tarfile_reads_it():
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_every_form_of_name_and_header_is_read_as_tarfile_reads_it(form):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=form) as tar:
-        for name in ("a.jpg", f"{'d' * 90}/{'e' * 60}.jpg", "ü.jpg", f"{'f' * 95}.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size, info.mtime, info.uid = len(IMAGE), 1.5, 2_000_000
-            tar.addfile(info, io.BytesIO(IMAGE))
-    samples = list_shard(buffer.getvalue()).samples
-    found = [(f"{s.key}.jpg", s.offset, s.size) for s in samples]
-    assert found == _as_tarfile_reads(buffer.getvalue())
+    names = ("a.jpg", f"{'d' * 90}/{'e' * 60}.jpg", "ü.jpg", f"{'f' * 95}.jpg")
+    odd = {"mtime": 1.5, "uid": 2_000_000}
+    data = _tar(*((name, IMAGE, odd) for name in names), format=form)
+    found = [(f"{s.key}.jpg", s.offset, s.size) for s in list_shard(data).samples]
+    assert found == _as_tarfile_reads(data)
     assert len(found) == 4
 
 
@@ -342,8 +288,3 @@ def test_a_content_id_follows_the_bytes_alone():
     assert content_id(b"a") != content_id(b"b")
     # The first 16 bytes of the hash that BLAKE3's own test vectors give for no input.
     assert content_id(b"") == "af1349b9f5f9a1a6a0404dea36dcc949"
-
-
-def test_the_index_is_dalis_format(tmp_path):
-    write_dali_index(tmp_path / "i.idx", [(7, 512, 100), (8, 2048, 5)])
-    assert (tmp_path / "i.idx").read_text() == "v1.2 2\njpg 512 100 7\njpg 2048 5 8\n"
