@@ -4,7 +4,6 @@ Every maker takes a `random.Random` and returns the bytes of one file. Its pictu
 on which each of the eight orientations looks different.
 """
 
-import io
 import struct
 import zlib
 from collections.abc import Callable
@@ -76,8 +75,8 @@ def xmp(orientation: int) -> bytes:
     )
 
 
-def exif_games(chance: Random) -> dict[str, bytes]:
-    """TIFF blocks that decoders read in different ways, each with another orientation."""
+def exif_game(chance: Random) -> bytes:
+    """A TIFF block that decoders read in different ways."""
     order, turned = chance.choice("<>"), chance.randrange(2, 9)
     far = entry(order, 0x8769, LONG, 1, 1 << 30)
     text = entry(order, 0x010E, ASCII, 1 << 20, 1 << 20)
@@ -85,29 +84,23 @@ def exif_games(chance: Random) -> dict[str, bytes]:
     broken = bytearray(plain)
     for _ in range(chance.randrange(1, 4)):
         broken[chance.randrange(len(broken))] ^= 1 << chance.randrange(8)
-    none = exif(turned, order).replace(
-        struct.pack(order + "H", ORIENTATION), struct.pack(order + "H", 0x0111), 1
-    )
-    return {
-        "plain": plain,
-        "byte": exif(turned, order, BYTE),
-        "ascii": exif(turned, order, ASCII, 1),
-        "long": exif(turned, order, LONG),
-        "rational": exif(turned, order, RATIONAL),
-        "count 0": exif(turned, order, count=0),
-        "count 2": exif(turned, order, count=2),
-        "count 1000": exif(turned, order, count=1000),
-        "far after": exif(turned, order, after=(far,)),
-        "far before": exif(turned, order, before=(far,)),
-        "text after": exif(turned, order, after=(text,)),
-        "text before": exif(turned, order, before=(text,)),
-        "twice": exif(turned, order, after=(exif(chance.randrange(2, 9), order)[10:22],)),
-        "out of range": exif(chance.choice((0, 9, 255, 65535)), order),
-        "none": none,
-        "cut": plain[: chance.randrange(len(plain))],
-        "flipped": bytes(broken),
-        "empty": b"",
-    }
+    games = [
+        plain,
+        exif(turned, order, BYTE),
+        exif(turned, order, ASCII, 1),
+        exif(turned, order, LONG),
+        exif(turned, order, RATIONAL),
+        *(exif(turned, order, count=count) for count in (0, 2, 1000)),
+        *(exif(turned, order, after=(each,)) for each in (far, text)),
+        *(exif(turned, order, before=(each,)) for each in (far, text)),
+        exif(turned, order, after=(exif(chance.randrange(2, 9), order)[10:22],)),  # two
+        exif(chance.choice((0, 9, 255, 65535)), order),
+        plain.replace(struct.pack(order + "H", ORIENTATION), bytes(2), 1),  # none
+        plain[: chance.randrange(len(plain))],
+        bytes(broken),
+        b"",
+    ]
+    return chance.choice(games)
 
 
 def segment(marker: int, content: bytes) -> bytes:
@@ -133,13 +126,11 @@ def _jpeg(chance: Random) -> bytes:
 
 
 def _jpeg_exif(chance: Random) -> bytes:
-    block = chance.choice(list(exif_games(chance).values()))
-    return with_segments(_jpeg(chance), _app1(block))
+    return with_segments(_jpeg(chance), _app1(exif_game(chance)))
 
 
 def _jpeg_exif_and_xmp(chance: Random) -> bytes:
-    parts = [_app1(chance.choice(list(exif_games(chance).values())))]
-    parts.append(_app1_xmp(xmp(chance.randrange(1, 9))))
+    parts = [_app1(exif_game(chance)), _app1_xmp(xmp(chance.randrange(1, 9)))]
     chance.shuffle(parts)
     return with_segments(_jpeg(chance), *parts)
 
@@ -149,8 +140,7 @@ def _jpeg_xmp(chance: Random) -> bytes:
 
 
 def _jpeg_two_exif(chance: Random) -> bytes:
-    first, second = (chance.choice(list(exif_games(chance).values())) for _ in range(2))
-    return with_segments(_jpeg(chance), _app1(first), _app1(second))
+    return with_segments(_jpeg(chance), *(_app1(exif_game(chance)) for _ in range(2)))
 
 
 def _jpeg_late_exif(chance: Random) -> bytes:
@@ -173,7 +163,7 @@ def _jpeg_other_segments(chance: Random) -> bytes:
         segment(0xEE, b"Adobe\0\x64\0\0\0\0" + bytes([chance.randrange(3)])),
         segment(0xEC, b"Ducky" + chance.randbytes(12)),
         segment(0xFE, b"a comment"),
-        b"\xff" * chance.randrange(1, 4) + segment(0xFE, b"fill bytes")[0:],
+        b"\xff" * chance.randrange(1, 4) + segment(0xFE, b"fill bytes"),
         segment(0xE0, b"JFXX\0\x10" + chance.randbytes(30)),
     ]
     return with_segments(_jpeg(chance), *chance.sample(odd, chance.randrange(1, 4)))
@@ -184,9 +174,9 @@ def _jpeg_colours(chance: Random) -> bytes:
     mode = chance.choice(("L", "CMYK", "RGB"))
     options = {"keep_rgb": True} if mode == "RGB" else {}
     jpeg = encode(image.convert(mode), "JPEG", quality=90, **options)
-    return (
-        with_segments(jpeg, _app1(exif(chance.randrange(1, 9)))) if chance.random() < 0.5 else jpeg
-    )
+    if chance.random() < 0.5:
+        return jpeg
+    return with_segments(jpeg, _app1(exif(chance.randrange(1, 9))))
 
 
 def lossless_jpeg(grey: np.ndarray) -> bytes:
@@ -253,51 +243,42 @@ def _png(chance: Random) -> list[bytes]:
     return [chunk(*each) for each in png_chunks(encode(image, "PNG"))]
 
 
+def _png_with(chance: Random, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG with more chunks, each after the first or before the last."""
+    whole = _png(chance)
+    for each in chunks:
+        whole.insert(chance.choice((1, len(whole) - 1)), chunk(*each))
+    return join_png(whole)
+
+
 def _png_exif(chance: Random) -> bytes:
-    chunks = _png(chance)
-    block = chance.choice(list(exif_games(chance).values()))
     prefix = b"Exif\0\0" if chance.random() < 0.3 else b""
-    chunks.insert(chance.choice((1, len(chunks) - 1)), chunk(b"eXIf", prefix + block))
-    return join_png(chunks)
+    return _png_with(chance, (b"eXIf", prefix + exif_game(chance)))
 
 
 def _png_two_exif(chance: Random) -> bytes:
-    chunks = _png(chance)
-    for block in (exif(chance.randrange(1, 9)), exif(chance.randrange(1, 9), ">")):
-        chunks.insert(chance.choice((1, len(chunks) - 1)), chunk(b"eXIf", block))
-    return join_png(chunks)
+    blocks = exif(chance.randrange(1, 9)), exif(chance.randrange(1, 9), ">")
+    return _png_with(chance, *((b"eXIf", block) for block in blocks))
 
 
 def _png_raw_profile(chance: Random) -> bytes:
-    block = b"Exif\0\0" + chance.choice(list(exif_games(chance).values()))
+    block = b"Exif\0\0" + exif_game(chance)
     text = b"\nexif\n%8d\n%s\n" % (len(block), block.hex().encode())
     name = b"Raw profile type " + chance.choice((b"exif", b"APP1"))
     kinds = [(b"tEXt", name + b"\0" + text), (b"zTXt", name + b"\0\0" + zlib.compress(text))]
-    chunks = _png(chance)
-    chunks.insert(chance.choice((1, len(chunks) - 1)), chunk(*chance.choice(kinds)))
-    return join_png(chunks)
+    return _png_with(chance, chance.choice(kinds))
 
 
 def _png_xmp(chance: Random) -> bytes:
-    chunks = _png(chance)
     content = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp(chance.randrange(2, 9))
-    chunks.insert(chance.choice((1, len(chunks) - 1)), chunk(b"iTXt", content))
-    return join_png(chunks)
+    return _png_with(chance, (b"iTXt", content))
 
 
 def _png_animated(chance: Random) -> bytes:
-    buffer = io.BytesIO()
-    first, second = marked(chance), marked(chance)[::-1]
+    first = Image.fromarray(marked(chance))
     options = {"exif": b"Exif\0\0" + exif(chance.randrange(1, 9))} if chance.random() < 0.3 else {}
-    Image.fromarray(np.ascontiguousarray(first)).save(
-        buffer,
-        "PNG",
-        save_all=True,
-        default_image=chance.random() < 0.7,
-        append_images=[Image.fromarray(np.ascontiguousarray(second))],
-        **options,
-    )
-    return buffer.getvalue()
+    frames = {"default_image": chance.random() < 0.7, "append_images": [first.transpose(1)]}
+    return encode(first, "PNG", save_all=True, **frames, **options)
 
 
 def _png_bad_crc(chance: Random) -> bytes:
@@ -319,11 +300,10 @@ def _png_chunk_games(chance: Random) -> bytes:
     elif game == 2:
         chunks.insert(1, chunks[0])  # two headers
     elif game == 3:
-        chunks.insert(
-            chance.randrange(1, len(chunks)), chunk(extra, chance.randbytes(chance.randrange(20)))
-        )
+        content = chance.randbytes(chance.randrange(20))
+        chunks.insert(chance.randrange(1, len(chunks)), chunk(extra, content))
     elif game == 4:
-        (name, content) = png_chunks(join_png(chunks))[at]
+        name, content = png_chunks(join_png(chunks))[at]
         chunks[at] = chunk(name, content, wrong=1 << chance.randrange(32))
     else:
         chance.shuffle(chunks)
@@ -354,9 +334,8 @@ def webp_chunks(chance: Random, height: int = 40, width: int = 64) -> list[tuple
 
 def _webp_exif(chance: Random) -> bytes:
     chunks = webp_chunks(chance)
-    block = chance.choice(list(exif_games(chance).values()))
     prefix = b"Exif\0\0" if chance.random() < 0.4 else b""
-    chunks.insert(chance.choice((1, 2, 2)), (b"EXIF", prefix + block))
+    chunks.insert(chance.choice((1, 2, 2)), (b"EXIF", prefix + exif_game(chance)))
     return riff(chunks)
 
 
@@ -413,9 +392,7 @@ def _odd_extent(chance: Random) -> bytes:
     if kind == "WEBP":
         height, width = ((side - 1 & 0xFFFFFF).to_bytes(3, "little") for side in extent)
         return data[:24] + width + height + data[30:]
-    at = next(
-        data.index(b"\xff" + bytes([sof])) for sof in (0xC0, 0xC2) if bytes([255, sof]) in data
-    )
+    at = data.index(b"\xff\xc0")  # the frame of a baseline JPEG
     return data[: at + 5] + struct.pack(">HH", *extent) + data[at + 9 :]
 
 
@@ -428,10 +405,8 @@ def _tall(chance: Random) -> bytes:
 
 
 def _webp_animated(chance: Random) -> bytes:
-    buffer = io.BytesIO()
     first = Image.fromarray(marked(chance))
-    first.save(buffer, "WEBP", save_all=True, append_images=[first.transpose(1)])
-    return buffer.getvalue()
+    return encode(first, "WEBP", save_all=True, append_images=[first.transpose(1)])
 
 
 METADATA: dict[str, Maker] = {

@@ -56,7 +56,8 @@ def decode(data: bytes, size: int) -> NDArray[np.uint8]:
     """
     extent = plain_jpeg_extent(data)
     scaled = None if extent is None else _decode_scaled(data, extent, size)
-    return _squash(_decode_whole(data) if scaled is None else scaled, size)
+    image = _decode_whole(data) if scaled is None else scaled
+    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
 def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
@@ -77,15 +78,9 @@ def plain_jpeg_extent(data: bytes) -> tuple[int, int] | None:
             return extent if scans <= _MAX_PLAIN_SCANS else None
         if marker in _FRAMES:
             # Precision, height, width, components; then three bytes a component.
-            if (
-                extent
-                or segment[:1] != b"\x08"
-                or (length, segment[5:6])
-                not in (
-                    (11, b"\x01"),
-                    (17, b"\x03"),
-                )
-            ):
+            precision, components = segment[:1], segment[5:6]
+            is_plain = (length, components) in ((11, b"\x01"), (17, b"\x03"))
+            if extent or precision != b"\x08" or not is_plain:
                 return None
             extent = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
             progressive = marker == _FRAMES[-1]
@@ -113,10 +108,6 @@ def _are_plain_tables(segment: bytes) -> bool:
         segment[65 * n] < 16 and len(steps) == 64 and max(steps) <= _MAX_STEP * sorted(steps)[32]
         for n, steps in enumerate(tables)
     )
-
-
-def _squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX))
 
 
 def _decode_scaled(data: bytes, extent: tuple[int, int], size: int) -> Image.Image | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
 
 from tqdm import tqdm
 
@@ -44,14 +44,30 @@ def judge_shards(
     """
     failed: dict[str, str] = {}
     reports: dict[str, ShardReport] = {}
-    with tqdm(total=len(urls), desc="judging shards", unit="shard", mininterval=1) as bar:
+    publisher = Publisher(cache, None)
+    with (
+        warnings.catch_warnings(),  # here, since threads would undo each other's
+        _quiet_decoders(),
+        tqdm(total=len(urls), desc="judging shards", unit="shard", mininterval=1) as bar,
+    ):
         while urls:
-            urls = _judge(urls, cache, known_only, bar, reports, failed)
+            with closing(_judge(urls, cache, known_only)) as judged:
+                for url, outcome in judged:
+                    bar.update()
+                    if isinstance(outcome, ShardReport):
+                        reports[url] = outcome
+                        publisher.add(outcome)
+                    else:
+                        failed[url] = outcome
+                        if known_only:
+                            break
+            if problem := publisher.flush():
+                raise OSError(problem)
+            urls, publisher.lost = publisher.lost, []
     for url, report in reports.items():
         if report.damage:
             print(f"damaged: {url}: {report.damage}", file=sys.stderr)
-    bad = sum(report.quarantined for report in reports.values())
-    if bad:
+    if bad := sum(report.quarantined for report in reports.values()):
         kept = sum(report.kept for report in reports.values())
         print(
             f"{bad} of {bad + kept} images can't be used and are left out; "
@@ -64,45 +80,25 @@ def judge_shards(
 
 
 def _judge(
-    urls: Sequence[str],
-    cache: ScoreCache,
-    known_only: bool,
-    bar: tqdm,
-    reports: dict[str, ShardReport],
-    failed: dict[str, str],
-) -> list[str]:
-    """Judge shards and publish them; returns those to judge again, see `publish`."""
-    publisher = Publisher(cache, None)
-    threads = min(len(os.sched_getaffinity(0)), _MOST_THREADS)
-    with (
-        warnings.catch_warnings(),  # here, since threads would undo each other's
-        _quiet_decoders(),
-        ThreadPoolExecutor(threads) as pool,
-    ):
+    urls: Sequence[str], cache: ScoreCache, known_only: bool
+) -> Generator[tuple[str, ShardReport | str], None, None]:
+    """Each shard with its report, or why it has none, as threads finish them."""
+    pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS))
+    try:
         running = {
             pool.submit(precompute_shard, url, cache, None, known_only=known_only): url
             for url in urls
         }
         for done in as_completed(running):
-            url = running[done]
             try:
-                report = done.result()
-            except CancelledError:
-                continue
+                outcome: ShardReport | str = done.result()
             except CacheFullError:
-                _cancel(running)
                 raise
             except (UserError, RuntimeError, MemoryError, *storage.UNREACHABLE) as error:
-                failed[url] = storage.reason(error)
-                if known_only:
-                    _cancel(running)
-            else:
-                reports[url] = report
-                publisher.add(report)
-            bar.update()
-    if problem := publisher.flush():
-        raise OSError(problem)
-    return publisher.lost
+                outcome = storage.reason(error)
+            yield running[done], outcome
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -123,9 +119,3 @@ def _quiet_decoders() -> Iterator[None]:
                 os.dup2(kept, 2)
     finally:
         sys.stderr = said
-
-
-def _cancel(running: Iterable[Future]) -> None:
-    """Let running work end, and start no more."""
-    for each in running:
-        each.cancel()

@@ -36,6 +36,7 @@ def test_batches_hold_crops_weights_split_pixels_and_labels(scored):
         for b in range(8):
             assert torch.equal(batch.patches.visible[b], pixels[b, split.visible[b]])
             assert torch.equal(batch.patches.masked[b], pixels[b, split.masked[b]])
+        assert batch.patches.visible.dtype == torch.uint8
 
 
 def test_weights_are_the_scores_to_their_power_times_the_attention(scored):

@@ -187,22 +187,21 @@ def test_a_loader_leaves_no_index_that_a_kill_would_leave(table, tmp_path, monke
     assert len(_rows(loader)) == len(_rows(loader)) > 0
 
 
-@pytest.mark.parametrize("change", ["world size", "batch size", "crops", "shards", "seed", "view"])
-def test_a_state_of_another_set_up_is_refused(table, scored, change):
+@pytest.mark.parametrize(
+    ("changed", "keywords", "shards"),
+    [
+        ({}, {"world_size": 2}, 3),
+        ({}, {"seed": 9}, 3),
+        ({}, {}, 2),
+        ({"batch_size": 3}, {}, 3),
+        ({"crops_per_image": 2}, {}, 3),
+        ({"view": RandomView(flip=0.25)}, {}, 3),
+    ],
+)
+def test_a_state_of_another_set_up_is_refused(table, scored, changed, keywords, shards):
     state = CropLoader(table, SMALL, drop_last=True).state_dict()
-    config, keywords = SMALL, {}
-    if change == "world size":
-        keywords["world_size"] = 2
-    elif change == "batch size":
-        config = dataclasses.replace(SMALL, batch_size=3)
-    elif change == "crops":
-        config = dataclasses.replace(SMALL, crops_per_image=2)
-    elif change == "seed":
-        keywords["seed"] = 9
-    elif change == "view":
-        config = dataclasses.replace(SMALL, view=RandomView(flip=0.25))
-    else:
-        table = load_samples(scored.shards[:2], scored.cache)
+    table = load_samples(scored.shards[:shards], scored.cache)
+    config = dataclasses.replace(SMALL, **changed)
     other = CropLoader(table, config, drop_last=True, **keywords)
     with pytest.raises(UserError, match="belongs to other shards"):
         other.load_state_dict(state)

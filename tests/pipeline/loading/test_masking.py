@@ -40,16 +40,6 @@ def test_scores_are_the_area_means_of_each_crops_own_map(crops, maps):
         torch.testing.assert_close(scores[n], expected.flatten(), atol=0.03, rtol=0.03)
 
 
-def test_a_batch_leaves_with_the_pixels_of_its_split(crops, maps):
-    weights = crop_scores(maps, crops, GRID)
-    batch = split_crops(crops, weights, SIZES, JoinConfig(0.5, 0.25))
-    patches = patchify(crops.images, PATCH)
-    for pixels, index in ((batch.visible, batch.split.visible), (batch.masked, batch.split.masked)):
-        expected = torch.stack([patches[b, index[b]] for b in range(8)])
-        assert torch.equal(pixels, expected)
-    assert batch.visible.dtype == torch.uint8
-
-
 def test_heavy_patches_are_masked_and_light_ones_seen(crops, maps):
     weights = crop_scores(maps, crops, GRID)
     generator = torch.Generator().manual_seed(0)

@@ -3,23 +3,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from random import Random
 
 import hostile
 import numpy as np
 import pytest
 import torch
-from hostile import (
-    exif,
-    hide_exif,
-    marked,
-    png_extent,
-    riff,
-    segment,
-    webp_chunks,
-    with_segments,
-    xmp,
-)
+from hostile import exif, hide_exif, png_extent, riff, segment, webp_chunks, with_segments, xmp
 from launch import program_file
 from PIL import Image
 from samples import encode, photo, score, write_tar
@@ -35,21 +26,17 @@ from famt.pipeline.scoring.decode import BadImage, decode, plain_jpeg_extent
 
 def test_images_are_decoded_upright():
     picture = photo(3, 40, 60)
-    turned = encode(
-        np.rot90(picture), quality=95, exif=b"Exif\0\0" + exif(6)
-    )  # a viewer turns it right
+    turned = encode(np.rot90(picture), quality=95, exif=b"Exif\0\0" + exif(6))
     difference = decode(turned, 20).astype(int) - decode(encode(picture, quality=95), 20)
     assert np.abs(difference).mean() < 3
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_each_format_decodes(kind):
-    assert decode(encode(photo(0), kind), 16).shape == (16, 16, 3)
-
-
-@pytest.mark.parametrize("mode", ["L", "CMYK"])
-def test_grey_and_cmyk_become_rgb(mode):
-    data = encode(Image.fromarray(photo(0)).convert(mode))
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGB"), ("WEBP", "RGB")],
+)
+def test_each_format_becomes_rgb(kind, mode):
+    data = encode(Image.fromarray(photo(0)).convert(mode), kind)
     assert decode(data, 16).shape == (16, 16, 3)
 
 
@@ -119,15 +106,11 @@ def test_sides_end_where_those_of_jpegs_do():
 @pytest.mark.parametrize("turned", range(1, 9))
 def test_a_webp_whose_exif_only_the_decoder_finds_is_refused_unless_upright(turned, how):
     """With 5 to 8 it decodes to another shape than DALI makes room for, which ends the epoch."""
-    webp = riff(webp_chunks(Random(0)))
     whole = riff([*webp_chunks(Random(0)), (b"EXIF", exif(turned))])
     assert decode(whole, 16).shape == (16, 16, 3)
-    data = hide_exif(webp, exif(turned), how)
-    if turned == 1:
-        assert decode(data, 16).shape == (16, 16, 3)
-    else:
-        with pytest.raises(BadImage, match="EXIF orientation"):
-            decode(data, 16)
+    refused = pytest.raises(BadImage, match="EXIF orientation")
+    with nullcontext() if turned == 1 else refused:
+        decode(hide_exif(riff(webp_chunks(Random(0))), exif(turned), how), 16)
 
 
 def test_what_decodes_to_another_extent_than_its_headers_announce_is_refused(monkeypatch):
@@ -210,12 +193,7 @@ def test_maps_lie_as_the_loaders_pixels_whatever_the_metadata(tmp_path, cache):
     score([path], cache, spec)
     table = load_samples([str(path)], cache)
     config = LoaderConfig(
-        16,
-        image_size=spec.size,
-        view=WholeView(),
-        interpolation="bilinear",
-        shuffle_buffer=0,
-        threads=1,
+        16, image_size=spec.size, view=WholeView(), interpolation="bilinear", shuffle_buffer=0
     )
     files = dict(members)
     seen = set()
@@ -225,21 +203,8 @@ def test_maps_lie_as_the_loaders_pixels_whatever_the_metadata(tmp_path, cache):
             ours = decode(files[f"{key}.jpg"], spec.size).astype(int)
             assert np.abs(ours - pixels.numpy()).mean() < 6, key
             seen.add(key.partition("-")[0])
-    assert seen == set(KINDS) - {
-        "jpeg_lossless_grey",
-        "jpeg_two_exif",
-        "png_animated",
-        "png_bad_crc",
-        "png_two_exif",
-    }
-
-
-def test_metadata_that_turns_an_image_for_some_readers_only_is_refused():
-    jpeg = encode(marked(Random(0)))
-    first, second = (segment(0xE1, b"Exif\0\0" + exif(turned)) for turned in (6, 3))
-    decode(with_segments(jpeg, first), 16)
-    with pytest.raises(BadImage, match="EXIF orientation"):
-        decode(with_segments(jpeg, first, second), 16)
+    refused = {"jpeg_lossless_grey", "jpeg_two_exif", "png_animated", "png_bad_crc", "png_two_exif"}
+    assert seen == set(KINDS) - refused
 
 
 def test_threads_decode_side_by_side():

@@ -96,14 +96,6 @@ def test_no_flipped_byte_is_believed(path, samples, maps):
     assert refused > 60
 
 
-def _cut_short(path):
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def _emptied(path):
-    path.write_bytes(b"")
-
-
 def _without_a_chunk(path):
     whole = path.rename(path.with_name("whole"))
     with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as copy:
@@ -112,7 +104,14 @@ def _without_a_chunk(path):
                 copy.writestr(name, source.read(name))
 
 
-@pytest.mark.parametrize("damage", [_cut_short, _emptied, _without_a_chunk])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+        lambda path: path.write_bytes(b""),
+        _without_a_chunk,
+    ],
+)
 def test_damage_is_named_with_the_remedy(path, samples, damage):
     damage(path)
     with pytest.raises(GenerationError, match=r"generation-00000007\.zip is damaged.*Remove it"):
