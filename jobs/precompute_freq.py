@@ -41,7 +41,7 @@ from famt.pipeline.caching.validity import look_up
 from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import ShardReport, precompute_shard
-from famt.pipeline.scoring.publish import Publisher
+from famt.pipeline.scoring.publish import score_and_publish
 from famt.pipeline.sharding.patterns import expand_shards
 from famt.pipeline.sharding.shards import passed_over_line
 from famt.pipeline.storage import each_at_once
@@ -84,26 +84,23 @@ def _run_once(args: PrecomputeFreq) -> int:
     started = time.monotonic()
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
-    publisher = Publisher(cache, args.spec)
     with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
         bar.set_postfix_str("starting workers")
-        while todo:
-            for url, outcome in score_shards(todo, cache, args.spec, args.workers, args.retry_bad):
-                if isinstance(outcome, ShardReport):
-                    reports.append(outcome)
-                    publisher.add(outcome)
-                else:
-                    failed[url] = outcome
-                    bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
-                rate = sum(report.decoded for report in reports) / (time.monotonic() - started)
-                bad = sum(report.quarantined for report in reports)
-                bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
-                bar.update()
-            problem = publisher.flush()
-            todo, publisher.lost = publisher.lost, []
-    for report in publisher.waiting:
-        failed[report.url] = problem
-        print(f"failed: {report.url}: {problem}", file=sys.stderr)
+        for url, outcome in score_and_publish(
+            todo,
+            lambda urls: score_shards(urls, cache, args.spec, args.workers, args.retry_bad),
+            cache,
+            args.spec,
+        ):
+            if isinstance(outcome, ShardReport):
+                reports.append(outcome)
+            else:
+                failed[url] = outcome
+                bar.write(f"failed: {url}: {outcome}", file=sys.stderr)
+            rate = sum(report.decoded for report in reports) / (time.monotonic() - started)
+            bad = sum(report.quarantined for report in reports)
+            bar.set_postfix_str(f"{rate:.0f} images/s, {bad} quarantined", refresh=False)
+            bar.update()
     return _report(args, urls, reports, failed, cache, time.monotonic() - started)
 
 

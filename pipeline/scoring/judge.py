@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 from tqdm import tqdm
 
@@ -19,15 +19,13 @@ from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheFullError, UserError
 from famt.pipeline.scoring.precompute import ShardReport, precompute_shard
-from famt.pipeline.scoring.publish import Publisher
+from famt.pipeline.scoring.publish import score_and_publish
 from famt.pipeline.sharding.shards import passed_over_line
 
 _MOST_THREADS = 16  # each holds a tar
 
 
-def judge_shards(
-    urls: Sequence[str], cache: ScoreCache, *, known_only: bool = False
-) -> dict[str, str]:
+def judge_shards(urls: list[str], cache: ScoreCache, *, known_only: bool = False) -> dict[str, str]:
     """Record shards as they are now in the cache, with a progress bar.
 
     Args:
@@ -36,34 +34,29 @@ def judge_shards(
             in the cache.
 
     Returns:
-        reason by URL, for shards that could not be read, are no tars, or are not in the cache.
+        reason by URL, for shards that could not be read or recorded, are no tars, or are not in the
+        cache.
 
     Raises:
-        OSError: the cache can't be written.
         CacheFullError: no room is left in the cache.
     """
     failed: dict[str, str] = {}
     reports: dict[str, ShardReport] = {}
-    publisher = Publisher(cache, None)
     with (
         warnings.catch_warnings(),  # here, since threads would undo each other's
         _quiet_decoders(),
         tqdm(total=len(urls), desc="judging shards", unit="shard", mininterval=1) as bar,
     ):
-        while urls:
-            with closing(_judge(urls, cache, known_only)) as judged:
-                for url, outcome in judged:
-                    bar.update()
-                    if isinstance(outcome, ShardReport):
-                        reports[url] = outcome
-                        publisher.add(outcome)
-                    else:
-                        failed[url] = outcome
-                        if known_only:
-                            break
-            if problem := publisher.flush():
-                raise OSError(problem)
-            urls, publisher.lost = publisher.lost, []
+        for url, outcome in score_and_publish(
+            urls, lambda urls: _judge(urls, cache, known_only), cache, None
+        ):
+            bar.update()
+            if isinstance(outcome, ShardReport):
+                reports[url] = outcome
+            else:
+                failed[url] = outcome
+                if known_only:
+                    break
     for url, report in reports.items():
         if report.damage:
             print(f"damaged: {url}: {report.damage}", file=sys.stderr)
@@ -80,8 +73,8 @@ def judge_shards(
 
 
 def _judge(
-    urls: Sequence[str], cache: ScoreCache, known_only: bool
-) -> Generator[tuple[str, ShardReport | str], None, None]:
+    urls: list[str], cache: ScoreCache, known_only: bool
+) -> Iterator[tuple[str, ShardReport | str]]:
     """Each shard with its report, or why it has none, as threads finish them."""
     pool = ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _MOST_THREADS))
     try:

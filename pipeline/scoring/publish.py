@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import compress
 
 from famt.pipeline import storage
@@ -16,14 +16,13 @@ from famt.pipeline.storage import each_at_once
 _INTERVAL = 10.0  # seconds; a killed process loses at most the records of this long
 
 
-def publish(reports: Iterable[ShardReport], cache: ScoreCache, spec: ScoreSpec | None) -> list[str]:
+def publish(reports: Sequence[ShardReport], cache: ScoreCache, spec: ScoreSpec | None) -> list[str]:
     """Record shards whose table, and whose maps of `spec`, are in the cache.
 
     Returns:
         URLs of shards whose entry a collection (`famt cache gc`) deleted before it was recorded:
         score these again.
     """
-    reports = list(reports)
     cache.manifests.publish(
         {each.url: ShardRecord(each.version, each.shard_id) for each in reports}
     )
@@ -34,43 +33,48 @@ def publish(reports: Iterable[ShardReport], cache: ScoreCache, spec: ScoreSpec |
     return [each.url for each in compress(reports, each_at_once(lost, reports))]
 
 
-class Publisher:
-    """Publishes reports every ten seconds, as they come in.
+def score_and_publish(
+    urls: list[str],
+    score: Callable[[list[str]], Iterable[tuple[str, ShardReport | str]]],
+    cache: ScoreCache,
+    spec: ScoreSpec | None,
+) -> Iterator[tuple[str, ShardReport | str]]:
+    """Score shards and record them every ten seconds, as they are done.
 
-    Attributes:
-        waiting: reports not published yet.
-        lost: URLs of shards to score again; see `publish`.
+    Args:
+        score: yields the URL of each shard with its report, or with the reason why it has none.
+
+    Yields:
+        the same, and at the end the reason for each shard that was scored but not recorded.
+
+    Raises:
+        CacheFullError: no room is left in the cache.
     """
+    waiting: list[ShardReport] = []
+    lost: list[str] = []
 
-    def __init__(self, cache: ScoreCache, spec: ScoreSpec | None) -> None:
-        self._cache, self._spec = cache, spec
-        self._published = time.monotonic()
-        self.waiting: list[ShardReport] = []
-        self.lost: list[str] = []
-
-    def add(self, report: ShardReport) -> None:
-        """Publish a report within the next ten seconds, or at `flush`.
-
-        Raises:
-            CacheFullError: no room is left in the cache.
-        """
-        self.waiting.append(report)
-        if time.monotonic() - self._published > _INTERVAL:
-            self.flush()
-            self._published = time.monotonic()
-
-    def flush(self) -> str:
-        """Publish all reports now; returns "", or why they still wait.
-
-        Raises:
-            CacheFullError: no room is left in the cache.
-        """
+    def flush() -> str:
+        """Record all that waits; returns "", or why it still waits."""
         try:
-            self.lost += publish(self.waiting, self._cache, self._spec)
+            lost.extend(publish(waiting, cache, spec))
         except storage.UNREACHABLE as error:
             reason = storage.reason(error)
             return (
                 f"scored, but not in the manifest: {reason}; run it again, nothing is scored twice"
             )
-        self.waiting.clear()
+        waiting.clear()
         return ""
+
+    problem, published = "", time.monotonic()
+    while urls:
+        for url, outcome in score(urls):
+            if isinstance(outcome, ShardReport):
+                waiting.append(outcome)
+            if time.monotonic() - published > _INTERVAL:
+                flush()
+                published = time.monotonic()
+            yield url, outcome
+        problem = flush()
+        urls, lost = lost, []
+    for report in waiting:
+        yield report.url, problem
