@@ -14,7 +14,6 @@ def find_plugin(group: str, name: str, builtin: Iterable[str], asked: str) -> En
 
     Args:
         group: such as `famt.scores`.
-        name: of the entry point.
         builtin: names of this project's own; a package can't replace them.
         asked: the option that asked for it; starts the error message.
 

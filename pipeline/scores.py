@@ -75,11 +75,7 @@ class ScoreSpec(Checked):
         return self.grid * self.pixels_per_cell
 
     def describe(self) -> dict[str, object]:
-        """The spec as plain data, to be kept as JSON.
-
-        Raises:
-            UserError: no such kind is installed.
-        """
+        """The spec as plain data, to be kept as JSON."""
         builtin = self.kind in PIXEL_KINDS
         code = _CODE_VERSION if builtin else _version(_pixel_plugin(self.kind))
         plain: dict[str, object] = json.loads(json.dumps(dataclasses.asdict(self)))
@@ -104,7 +100,7 @@ class ScoreSpec(Checked):
         """`[B, size, size, 3]` uint8 -> `[B, grid, grid]` float32, mean 1 an image.
 
         Raises:
-            UserError: no such kind is installed, or another package's score is invalid.
+            UserError: another package's score is invalid.
         """
         import torch
 
@@ -133,10 +129,6 @@ class ModelScoreSpec:
     precision: Literal["bf16", "fp32"] = "fp32"
     """bf16 computes under autocast"""
 
-    def __post_init__(self) -> None:
-        if not 1 <= self.grid <= self.image_size:
-            raise ValueError(f"a grid of {self.grid} cells on images of {self.image_size} px")
-
     def describe(self) -> dict[str, object]:
         """The spec as plain data, to be kept as JSON.
 
@@ -162,22 +154,14 @@ def encoder_digest(weights: Mapping[str, Tensor]) -> str:
 
 
 def check_model_kinds(kinds: Iterable[str]) -> None:
-    """Refuse kinds of model score that are not installed.
-
-    Raises:
-        UserError: names the first one, and all there are.
-    """
+    """Refuse kinds of model score that are not installed; the UserError names all there are."""
     for kind in kinds:
         if kind not in MODEL_KINDS:
             model_plugin(kind)
 
 
 def model_plugin(kind: str) -> EntryPoint:
-    """The model score of that kind that an installed package adds.
-
-    Raises:
-        UserError: no package does.
-    """
+    """The model score of that kind that an installed package adds, or a UserError."""
     return find_plugin("famt.model_scores", kind, MODEL_KINDS, f"no score of kind {kind!r}")
 
 

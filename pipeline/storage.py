@@ -91,11 +91,7 @@ def open_store(url: str, *, create: bool = False) -> ObjectStore:
 
 
 def version(url: str) -> Version:
-    """Size and stamp of the file at a normalised `url`.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Size and stamp of the file at a normalised `url`; FileNotFoundError if there is none."""
     if not is_remote(url):
         info = os.stat(url)
         return Version(info.st_size, f"{info.st_mtime_ns}-{info.st_ctime_ns}")
@@ -104,11 +100,7 @@ def version(url: str) -> Version:
 
 
 def versions(urls: Sequence[str]) -> dict[str, Version]:
-    """Sizes and stamps of those files at normalised URLs that exist.
-
-    Raises:
-        OSError: a store or disk is out of reach.
-    """
+    """Sizes and stamps of those files at normalised URLs that exist."""
     folders: defaultdict[str, list[str]] = defaultdict(list)
     for url in urls:
         folders[split_url(url)[0]].append(url)
@@ -173,11 +165,7 @@ def list_names(folder: str) -> set[str]:
 
 
 def read(url: str) -> bytes:
-    """All bytes of the file at a normalised `url`.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """All bytes of the file at a normalised `url`; FileNotFoundError if there is none."""
     if not is_remote(url):
         return Path(url).read_bytes()
     folder, name = split_url(url)

@@ -50,8 +50,8 @@ def record(key: str, value: str) -> bytes:
 
 def _put_in(chance: Random, samples: Labelled, evil: bytes) -> bytes:
     """A tar with something between two of its samples."""
-    parts = [tar_bytes(members([sample])) for sample in samples]
-    bodies = [part[: _end(part)] for part in parts]
+    tars = [tar_bytes(members([sample])) for sample in samples]
+    bodies = [tar[: _end(tar)] for tar in tars]
     bodies.insert(chance.randrange(len(bodies) + 1), evil)
     return b"".join(bodies) + bytes(10240)
 
@@ -83,22 +83,21 @@ def _flip_in_a_header(chance: Random, samples: Labelled) -> bytes:
     return bytes(whole)
 
 
-def _negative_size(chance: Random, samples: Labelled) -> bytes:
-    size = -chance.choice((1, 512, 1024, 10240, 1 << 40))
+def _odd_size(chance: Random, samples: Labelled, size: int) -> bytes:
     if chance.random() < 0.5:
-        evil = header(b"evil.jpg", (b"\xff" + size.to_bytes(11, "big", signed=True)))
+        number = size.to_bytes(11, "big", signed=True)
+        evil = header(b"evil.jpg", (b"\xff" if size < 0 else b"\x80") + number)
     else:
         evil = extension(record("size", str(size))) + header(b"evil.jpg", b"%011o" % 512)
     return _put_in(chance, samples, evil)
+
+
+def _negative_size(chance: Random, samples: Labelled) -> bytes:
+    return _odd_size(chance, samples, -chance.choice((1, 512, 1024, 10240, 1 << 40)))
 
 
 def _huge_size(chance: Random, samples: Labelled) -> bytes:
-    size = chance.choice((1 << 33, 1 << 62, 1 << 63, 1 << 80))
-    if chance.random() < 0.5:
-        evil = header(b"evil.jpg", b"\x80" + size.to_bytes(11, "big"))
-    else:
-        evil = extension(record("size", str(size))) + header(b"evil.jpg", b"%011o" % 512)
-    return _put_in(chance, samples, evil)
+    return _odd_size(chance, samples, chance.choice((1 << 33, 1 << 62, 1 << 63, 1 << 80)))
 
 
 def _chained_extensions(chance: Random, samples: Labelled) -> bytes:
@@ -133,8 +132,8 @@ def _sparse(chance: Random, samples: Labelled) -> bytes:
 def _links(chance: Random, samples: Labelled) -> bytes:
     kind = chance.choice((b"1", b"2"))
     key, image, _ = samples[0]
-    evil = tar_bytes([("linked.jpg", image)])[:-10240].rstrip(b"\0")
-    evil += bytes(-len(evil) % 512)
+    tar = tar_bytes([("linked.jpg", image)])
+    evil = tar[: _end(tar)]
     evil += header(b"linked.cls", b"%011o" % 0, kind, f"{key}.cls".encode())
     return _put_in(chance, samples, evil)
 

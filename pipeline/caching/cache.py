@@ -176,11 +176,7 @@ class ScoreCache:
             return None
 
     def read_table(self, shard_id: str) -> ShardTable:
-        """The table of a shard.
-
-        Raises:
-            CacheError: there is none, or it is damaged.
-        """
+        """The table of a shard; a CacheError if there is none, or it is damaged."""
         return _table(self._group(shard_id, TABLE))
 
     def read_samples(self, shard_id: str) -> NDArray[np.int64]:
@@ -188,16 +184,11 @@ class ScoreCache:
         return self._group(shard_id, TABLE).numbers("samples", np.int64, 3)
 
     def read_maps(self, shard_id: str, spec: ScoreSpec) -> NDArray[np.float16]:
-        """The maps `[n, G, G]` of a shard, in the order of its table.
-
-        Raises:
-            CacheError: none of this spec are stored, or they are damaged.
-        """
+        """The maps `[n, G, G]` of a shard, a row a sample; errors as of `read_table`."""
         return self._group(shard_id, spec.id).numbers("maps", np.float16, spec.grid, spec.grid)
 
     def stored_spec(self, shard_id: str, spec_id: str) -> ScoreSpec | None:
-        """The spec of stored maps, or None if code of another version wrote them; errors as of
-        `read_maps`."""
+        """The spec of stored maps, or None if code of another version wrote them."""
         return ScoreSpec.from_description(self._group(shard_id, spec_id).attributes["spec"])
 
     def _group(self, shard_id: str, name: str) -> Group:

@@ -1,9 +1,6 @@
 """The objects of a score cache: their names, checksums, and every call to the store.
 
-    shards/<shard id>/table.zip            the contents of a shard
-    shards/<shard id>/<spec id>.zip        its maps of one score
-    datasets/<folder>-<hash>/<version>.json
-
+See `famt.pipeline.caching.cache` for the names.
 An object appears under its name whole or not at all. It ends in a checksum: BLAKE3 of the cache's
 format, the object's path and its bytes. So truncation, a flipped bit or a swapped object is
 detected. Files with other names are foreign, and nothing in this project deletes them.
@@ -62,11 +59,7 @@ def is_spec_id(name: str) -> bool:
 
 
 class CacheStore:
-    """Objects below the folder or object-store URL `url`; `create` makes a local folder.
-
-    Raises:
-        FileNotFoundError: no such local folder, without `create`.
-    """
+    """Objects below a folder or object-store URL; arguments and errors as of `open_store`."""
 
     def __init__(self, url: str, *, create: bool = False) -> None:
         self.url = storage.normalise_url(url)
@@ -82,11 +75,7 @@ class CacheStore:
         return json.loads(self._get(path))
 
     def put_json(self, path: str, content: dict[str, Any]) -> None:
-        """Put a new JSON object; errors as of `put`.
-
-        Raises:
-            AlreadyExistsError: it exists.
-        """
+        """Put a new JSON object; errors as of `put`, and AlreadyExistsError."""
         data = json.dumps({**content, "checksum": _BLANK}, indent=1).encode()
         self.put(path, _sealed(path, data), "create")
 
@@ -108,11 +97,7 @@ class CacheStore:
         return data
 
     def get(self, path: str) -> bytes:
-        """All bytes of an object, unchecked.
-
-        Raises:
-            FileNotFoundError: there is none.
-        """
+        """All bytes of an object, unchecked; FileNotFoundError if there is none."""
         if storage.is_remote(self.url):
             return bytes(obstore.get(self._store, path).bytes())
         return Path(self.url, path).read_bytes()  # a third of obstore's time
@@ -157,11 +142,7 @@ class CacheStore:
                     yield Stored(meta["path"], meta["size"], meta["last_modified"])
 
     def refuse_foreign(self) -> None:
-        """Make sure that the root's folders hold no foreign files.
-
-        Raises:
-            CacheError: names the first one.
-        """
+        """Raise a CacheError that names the first foreign file in the root's folders."""
         for folder, pattern in _CHILDREN.items():
             for name in self._names(folder):
                 if re.fullmatch(pattern, name) is None:
@@ -172,11 +153,7 @@ class CacheStore:
                     )
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete objects; for `gc`, and for old versions of a manifest.
-
-        Raises:
-            ValueError: not a name of a cache's object.
-        """
+        """Delete objects, for `gc` and for old versions of a manifest; refuses foreign names."""
         paths = list(paths)
         for path in paths:
             if _OBJECT.fullmatch(path) is None:

@@ -42,11 +42,7 @@ class Manifests:
         self._store = store
 
     def read(self, folder: str) -> dict[str, ShardRecord]:
-        """Records of the shards in a folder, by file name.
-
-        Raises:
-            CacheError: the manifest is damaged.
-        """
+        """Records of the shards in a folder, by file name; a CacheError if they are damaged."""
         return self._newest(_prefix(folder)).records
 
     def publish(self, records: Mapping[str, ShardRecord]) -> None:
@@ -82,11 +78,7 @@ class Manifests:
         return _prefix(folder)
 
     def folders(self) -> dict[str, dict[str, ShardRecord]]:
-        """Records of every known folder of shards, by file name.
-
-        Raises:
-            CacheError: a manifest is damaged.
-        """
+        """Records of every known folder of shards; errors as of `read`."""
         found = {}
         for prefix in {each.path.rpartition("/")[0] for each in self._store.below("datasets")}:
             manifest = self._newest(prefix)

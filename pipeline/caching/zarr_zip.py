@@ -29,8 +29,7 @@ def pack(attributes: dict[str, Any], arrays: Mapping[str, NDArray], comment: byt
     """A zarr group as the bytes of a zip; equal arguments give equal bytes.
 
     Args:
-        attributes: of the group.
-        arrays: its arrays by name, of numbers or `StringDType`.
+        arrays: by name, of numbers or `StringDType`.
         comment: the last bytes of the zip.
     """
     objects: dict[str, Buffer] = {}

@@ -84,10 +84,8 @@ def famt_loader(
         encoder: a timm ViT in training. Weights are multiplied by its rolling attention: an eighth
             of each batch is scored at half size.
         attention: crops `[B, S, S, 3]` uint8 -> `[B, N]`, >= 0, to multiply weights by instead.
-        epochs: passes over the shards.
         rank, world_size: this process among those that share an epoch.
         device: of the batches; "cuda" decodes there.
-        seed: of shuffle, crops and draws.
 
     Yields:
         full batches, equally many on every rank.

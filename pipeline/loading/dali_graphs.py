@@ -40,8 +40,7 @@ def build_pipeline(
     """A pipeline over consecutive rows of a table, with its index read.
 
     Args:
-        graph: `crop_graph` or `whole_image_graph`.
-        options: further ones of `nvidia.dali.pipeline_def`.
+        graph: `crop_graph` or `whole_image_graph`; takes further `options` of `pipeline_def`.
     """
     on_gpu = device.type == "cuda"
     with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:

@@ -126,7 +126,6 @@ def load_samples(
 
     Args:
         patterns: of shards; see `expand_shards`.
-        cache: of their tables.
         spec: a score that the caller will load. A shard without it is an error. A tar that was
             copied or touched is hashed; nothing is judged. None judges unknown shards.
 

@@ -92,8 +92,6 @@ class CropLoader:
     decodes every sample of its share exactly once, and the last batch may be smaller.
 
     Args:
-        table: samples; their index is written to a temporary folder.
-        config: how to read and cut.
         drop_last: True for training, False for evaluation.
         rank, world_size: this process among those that share the epoch.
         device: where crops end up; "cuda" decodes there.
@@ -183,11 +181,8 @@ class CropLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue with the very next batch, in a loader that was not read from yet.
-
-        Raises:
-            UserError: the state is of another set-up.
-        """
+        """Continue with the very next batch, in a loader that was not read from yet; a UserError if
+        the state is of another set-up."""
         if state["setup"] != self._setup:
             raise UserError(
                 "the loader's state belongs to other shards, another batch size, view, seed "

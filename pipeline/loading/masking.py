@@ -58,7 +58,6 @@ def crop_scores(maps: Tensor, crops: CropBatch, grid: int) -> Tensor:
 
     Args:
         maps: `[R, G, G]` float on the CPU, a row an image.
-        crops: with their rows and views.
         grid: patches a side of a crop.
 
     Returns:
@@ -80,10 +79,8 @@ def split_crops(
     """Sample masked, thrown and visible patches by weight, and gather the pixels needed.
 
     Args:
-        crops: images and their views.
         weights: `[B, N]` of their patches; see `famt.sampling.patch_weights`.
         sizes: of crops, patches and units.
-        config: how to draw.
         generator: of the draws, on the crops' device.
         progress: share of the run's steps done, in [0, 1].
     """

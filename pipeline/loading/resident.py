@@ -36,10 +36,8 @@ class ResidentLoader(CropLoader):
     filter sees beyond the crop. Images take 3 bytes a pixel, padded to the largest: 0.5 GB for
     40,000 of 64 x 64 px.
 
-    Args: as of `CropLoader`.
-
-    Raises:
-        UserError: as of `CropLoader`, or the images take more than half of the free memory.
+    Arguments and errors are those of `CropLoader`, and a UserError if the images take more than
+    half of the free memory.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -87,11 +85,7 @@ class ResidentLoader(CropLoader):
         return images, extents.to(self.device)
 
     def _grown(self, images: Tensor, height: int, width: int) -> Tensor:
-        """Pad the images by so many px.
-
-        Raises:
-            UserError: too little memory.
-        """
+        """The images padded by so many px, or a UserError if memory has no room for them."""
         count, _, high, wide = images.shape
         needed = count * (high + height) * (wide + width) * 3
         free = (

@@ -47,7 +47,6 @@ def stage_shards(
     """Fetch the shards of `samples` that this machine reads and lacks.
 
     Args:
-        samples: to be read.
         cache: has the sizes of the shards.
         folder: on a local disk; made if it does not exist. None to read shards where they are.
         parts: rows that the ranks of this machine read; all if left out.

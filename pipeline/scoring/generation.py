@@ -88,15 +88,11 @@ def generation_path(folder: Path, step: int) -> Path:
 def write_generation(
     path: Path, run: str, data: str, maps: Mapping[ModelScoreSpec, NDArray[np.float16]]
 ) -> None:
-    """Write a generation: other processes see all of it or nothing.
+    """Write a generation at its `generation_path`: other processes see all of it or nothing.
 
     Args:
-        path: see `generation_path`.
         run, data: as of `Generation`.
         maps: `[R, G, G]`, finite, by spec.
-
-    Raises:
-        OSError: it could not be written.
     """
     specs = {spec.kind: spec.describe() for spec in maps}
     attributes = {"run": run, "step": step_of(path), "data": data, "specs": specs}
@@ -124,11 +120,7 @@ def write_generation(
 
 
 def open_generation(path: Path) -> Generation:
-    """Read a generation's attributes.
-
-    Raises:
-        GenerationError: no such file, or it is damaged.
-    """
+    """Read a generation's attributes; a GenerationError if there is none, or it is damaged."""
     if not _NAME.fullmatch(path.name):
         raise GenerationError(
             f"{path} is no generation: give the path of a generation-<step>.zip, in a run's folder "
@@ -147,11 +139,7 @@ def generations(folder: Path) -> list[Path]:
 
 
 def newest_generation(path: Path) -> Generation:
-    """The generation at a path: of the file, or the newest in a folder.
-
-    Raises:
-        GenerationError: there is none, or it is damaged.
-    """
+    """The generation of a file, or the newest in a folder; errors as of `open_generation`."""
     found = generations(path)
     return open_generation(found[-1] if found else path)
 

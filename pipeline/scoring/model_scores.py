@@ -24,17 +24,16 @@ from famt.pipeline.options import LoaderConfig, WholeView
 from famt.pipeline.scores import ModelScoreSpec, checked_maps, model_plugin
 
 # Functions of the last block's attention [B, H, N+1, N+1] and patch tokens [B, N, C].
-_OF_ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {
-    "attention": attention_scores,  # FAMT's formula
-    "cls_attention": cls_attention,  # AMT's formula
-}
-_OF_BOTH: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "attention": lambda attention, _: attention_scores(attention),  # FAMT's formula
+    "cls_attention": lambda attention, _: cls_attention(attention),  # AMT's formula
     "token_frequency": lambda _, tokens: token_frequency(tokens),
     # The paper's weight.
     "frequency_attention": lambda attention, tokens: (
         token_frequency(tokens) * attention_scores(attention)
     ),
 }
+_OF_TOKENS = {"token_frequency", "frequency_attention"}
 
 
 def model_scores(
@@ -44,7 +43,6 @@ def model_scores(
 
     Args:
         kinds: of `MODEL_KINDS`, or of other packages.
-        encoder: a timm `VisionTransformer` with a class token.
         images: `[B, 3, S, S]` float, normalised.
 
     Returns:
@@ -54,29 +52,23 @@ def model_scores(
         UserError: no such kind is installed, or the encoder has no class token.
     """
     require_class_token(kinds, encoder)
-    scores: dict[str, Tensor] = {}
+    attention = tokens = torch.empty(0)  # of kinds that read neither
     with torch.no_grad():
-        if any(kind in _OF_BOTH for kind in kinds):
+        if not _OF_TOKENS.isdisjoint(kinds):
             attention, tokens = last_block(encoder, images)
-        elif any(kind in _OF_ATTENTION for kind in kinds):
+        elif not _SCORES.keys().isdisjoint(kinds):
             attention = last_attention(encoder, images)
-        for kind in kinds:
-            if kind in _OF_BOTH:
-                scores[kind] = _OF_BOTH[kind](attention, tokens)
-            elif kind in _OF_ATTENTION:
-                scores[kind] = _OF_ATTENTION[kind](attention)
-            else:
-                scores[kind] = model_plugin(kind).load()(encoder, images)
-    return scores
+        return {
+            kind: _SCORES[kind](attention, tokens)
+            if kind in _SCORES
+            else model_plugin(kind).load()(encoder, images)
+            for kind in kinds
+        }
 
 
 def require_class_token(kinds: Sequence[str], encoder: VisionTransformer) -> None:
-    """Check that an encoder has what the scores of this package are read from.
-
-    Raises:
-        UserError: it has no class token.
-    """
-    ours = [kind for kind in kinds if kind in _OF_ATTENTION or kind in _OF_BOTH]
+    """Refuse an encoder without a class token, which the scores of this package need."""
+    ours = [kind for kind in kinds if kind in _SCORES]
     if ours and not encoder.has_class_token:
         raise UserError(
             f"{', '.join(ours)}: scores of a model need its class token, and this one has none; "
@@ -90,7 +82,6 @@ def score_crops(
     """Score the patches of crops by a model.
 
     Args:
-        kind, encoder: as for `model_scores`.
         images: `[B, S, S, 3]` uint8.
         size: side to which crops are shrunk first, px; None leaves them.
 
@@ -110,7 +101,7 @@ def model_maps(
 
     Args:
         specs: equal but for their kinds.
-        encoder, images: as for `model_scores`.
+        images: `[B, 3, S, S]` float, normalised.
 
     Raises:
         UserError: no such kind is installed, or a score is not finite and >= 0.

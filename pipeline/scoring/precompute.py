@@ -110,11 +110,7 @@ def precompute_shard(
 
 
 def _newest_entry(cache: ScoreCache, content: str) -> tuple[str, str]:
-    """The id of the entry by a tar's newest judgement, and the id for the next judgement.
-
-    Raises:
-        UserError: it was judged too often.
-    """
+    """The id of the entry by a tar's newest judgement, and the id for the next judgement."""
     newest, *later = judgement_ids(content)
     for shard_id in later:
         if not cache.has(shard_id):
@@ -138,7 +134,6 @@ def score_shard(
     """Decide which images of a tar in memory enter training, and score these.
 
     Args:
-        data: the bytes of the tar.
         spec: which score; None for none.
         name: of the tar, for errors.
         known: an earlier table of the same bytes; its samples alone are decoded.

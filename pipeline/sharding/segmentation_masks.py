@@ -22,10 +22,9 @@ _MODES = ("1", "L", "P", "I", "I;16")
 
 
 def read_masks(table: SampleTable) -> list[bytes]:
-    """The PNG of every sample's mask, in the order of rows; each tar is read once, whole.
+    """The PNG of every sample's mask, in the order of rows; a UserError names one without.
 
-    Raises:
-        UserError: names a sample without a mask.
+    Each tar is read once, whole.
     """
 
     def of_shard(number: int) -> list[bytes]:
@@ -67,9 +66,6 @@ def crop_masks(masks: Iterable[bytes], windows: Tensor, flips: Tensor, size: int
     Args:
         masks: PNG of each crop's image.
         windows, flips: as of `famt.pipeline.loading.loader.CropBatch`.
-
-    Raises:
-        UserError: see `decode_mask`.
     """
     views = zip(masks, windows, flips.tolist(), strict=True)
     return torch.stack(

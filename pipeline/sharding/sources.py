@@ -76,7 +76,7 @@ def open_source(
         source: a folder, `cifar10` or another of torchvision's, or "digits".
         split: "train" for the training half of a torchvision data set, else its test half.
         download_to: torchvision's folder; what is missing is downloaded to it.
-        labels: table of the classes of a folder's images; see `famt.pipeline.sharding.labels`.
+        labels: table of the classes of a folder's images; see `read_labels`.
 
     Raises:
         FileNotFoundError: no such folder or file, no images in it, or an image without its mask.
@@ -119,9 +119,6 @@ def _files(folder: Path, labels: Path | None = None) -> tuple[list[Path], dict[s
     """Image files below a folder, relative to it and sorted, and numbers of others by ending.
 
     Hidden files and the table of labels are left out.
-
-    Raises:
-        FileNotFoundError: no image.
     """
     images, others = [], Counter[str]()
     table = labels and labels.resolve()

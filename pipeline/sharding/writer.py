@@ -57,10 +57,8 @@ def write_shards(
     the score cache recognises them. An image that can't be read is skipped and reported.
 
     Args:
-        items: images to write.
         out: local folder or object-store URL; made if it does not exist.
         split: prefix of the shards' names.
-        samples_per_shard: the last shard may hold fewer.
         on_sample: called after each item.
 
     Raises:
@@ -113,11 +111,7 @@ def safe_key(name: str) -> str:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """An image of at most 8 bits a channel; 16-bit grey is scaled by its full range, 65535.
-
-    Raises:
-        UserError: pixels of other kinds, or 16-bit ones that would be almost black.
-    """
+    """An image of at most 8 bits a channel; 16-bit grey is scaled by its full range, 65535."""
     if not image.mode.startswith(("I", "F")):
         return image
     if not image.mode.startswith("I;16"):

@@ -148,9 +148,3 @@ def test_a_spec_refuses_what_can_score_no_image(options, reason):
     with pytest.raises(UserError, match=reason):
         ScoreSpec(**options)
     assert ScoreSpec.from_description({**ScoreSpec().describe(), **options}) is None
-
-
-def test_a_model_score_needs_a_cell_and_a_pixel_for_it():
-    for grid, size in ((0, 32), (8, 4)):
-        with pytest.raises(ValueError, match="cells on images"):
-            ModelScoreSpec("attention", grid, size, "0" * 32)

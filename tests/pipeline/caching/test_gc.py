@@ -59,19 +59,15 @@ def _collect_from(layout):
     assert list(collect(layout.cache)) == []
 
 
-@settings(max_examples=8)
-@given(st.integers(0, 2**32))
-def test_nothing_needed_is_lost_and_nothing_foreign_is_touched(seed):
-    with tempfile.TemporaryDirectory() as root:
-        _collect_from(make(Path(root), seed))
+@pytest.mark.parametrize("layouts", [8, pytest.param(300, marks=pytest.mark.slow)])
+def test_nothing_needed_is_lost_and_nothing_foreign_is_touched(layouts):
+    @settings(max_examples=layouts)
+    @given(st.integers(0, 2**64))
+    def collect_from_any(seed):
+        with tempfile.TemporaryDirectory() as root:
+            _collect_from(make(Path(root), seed))
 
-
-@pytest.mark.slow
-@settings(max_examples=300)
-@given(st.integers(0, 2**64))
-def test_nothing_needed_is_lost_in_any_of_many_layouts(seed):
-    with tempfile.TemporaryDirectory() as root:
-        _collect_from(make(Path(root), seed))
+    collect_from_any()
 
 
 def test_nothing_goes_while_what_names_it_is_damaged(cache):

@@ -1,5 +1,6 @@
 import dataclasses
 import tempfile
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
+from famt.pipeline.loading.resident import crop_loader
 from famt.pipeline.options import CentreView, LoaderConfig, RandomView, WholeView
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.sharding.shards import list_shard
@@ -41,16 +43,11 @@ def _table_of(tmp_path, members):
     return load_samples([str(path)], cache)
 
 
-def test_an_unshuffled_epoch_is_every_sample_once_in_order(table):
+def test_an_unshuffled_epoch_is_every_sample_once_in_order_and_a_row_shows_its_image(table):
     config = dataclasses.replace(SMALL, shuffle_buffer=0, view=WholeView())
     loader = CropLoader(table, config, drop_last=False)
-    assert _rows(loader) == list(range(26))
-    assert _rows(loader) == list(range(26))
-
-
-def test_a_row_shows_its_own_image(table):
-    config = dataclasses.replace(SMALL, shuffle_buffer=0, view=WholeView())
-    for crops in CropLoader(table, config, drop_last=False):
+    assert _rows(loader) == _rows(loader) == list(range(26))
+    for crops in loader:
         for image, row in zip(crops.images, crops.rows.tolist(), strict=True):
             whole = Image.fromarray(photo(row)).resize((32, 32), Image.Resampling.BICUBIC)
             assert np.abs(image.numpy().astype(int) - np.array(whole)).mean() < 6
@@ -66,8 +63,7 @@ def test_ranks_together_see_every_sample_once_an_epoch(table, world_size, batch_
         for rank in range(world_size)
     ]
     for _ in range(3):
-        rows = [row for loader in loaders for row in _rows(loader)]
-        assert sorted(rows) == list(range(26))
+        assert sorted(chain.from_iterable(map(_rows, loaders))) == list(range(26))
 
 
 def test_a_rank_needs_no_tars_but_those_of_its_share(table, scored):
@@ -110,22 +106,18 @@ def test_full_batches_leave_a_counted_remainder(table, world_size):
     assert seen == set(range(26))  # no sample is in the remainder for ever
 
 
-def test_ranks_draw_their_own_crops(table):
-    windows = [
-        next(iter(CropLoader(table, SMALL, drop_last=True, rank=rank, world_size=2))).windows
-        for rank in range(2)
-    ]
-    assert not torch.equal(*windows)
-
-
 def test_epochs_are_shuffled_anew_and_seeds_repeat(table):
-    first = CropLoader(table, SMALL, drop_last=False, seed=1)
-    again = CropLoader(table, SMALL, drop_last=False, seed=1)
-    other = CropLoader(table, SMALL, drop_last=False, seed=2)
-    one, two = _rows(first), _rows(first)
-    assert one != two
+    first, again, other = (
+        CropLoader(table, SMALL, drop_last=False, seed=seed) for seed in (1, 1, 2)
+    )
+    one = _rows(first)
     assert one == _rows(again)
-    assert one != _rows(other)
+    assert one not in (_rows(first), _rows(other))
+
+
+def test_ranks_draw_their_own_crops(table):
+    loaders = [CropLoader(table, SMALL, drop_last=True, rank=n, world_size=2) for n in range(2)]
+    assert not torch.equal(*(next(iter(each)).windows for each in loaders))
 
 
 def test_several_crops_of_one_decode_follow_one_another(table):
@@ -158,21 +150,17 @@ def test_an_epoch_with_several_crops_decodes_every_image_once(table):
 
 
 @pytest.mark.parametrize("steps", [1, 5, 6, 9])
-@pytest.mark.parametrize("crops_per_image", [1, 2])
-def test_a_state_goes_on_with_the_very_next_batch(table, steps, crops_per_image):
-    config = dataclasses.replace(SMALL, crops_per_image=crops_per_image)
-    loader = CropLoader(table, config, drop_last=True, seed=3)
-
-    def stream(source):
-        while True:
-            yield from source
-
-    batches = stream(loader)
+@pytest.mark.parametrize(
+    "options", [{}, {"crops_per_image": 2}, {"resident": True}], ids=["one crop", "two", "held"]
+)
+def test_a_state_goes_on_with_the_very_next_batch(table, steps, options):
+    config = dataclasses.replace(SMALL, **options)
+    loader, again = (crop_loader(table, config, drop_last=True, seed=3) for _ in range(2))
+    # Epoch after epoch, without end.
+    batches, resumed = (chain.from_iterable(repeat(each)) for each in (loader, again))
     for _ in range(steps):
         next(batches)
-    again = CropLoader(table, config, drop_last=True, seed=3)
     again.load_state_dict(loader.state_dict())
-    resumed = stream(again)
     for _ in range(10):
         expected, actual = next(batches), next(resumed)
         for name in ("images", "rows", "windows", "flips"):
@@ -195,6 +183,7 @@ def test_a_loader_leaves_no_index_that_a_kill_would_leave(table, tmp_path, monke
         ({}, {}, 2),
         ({"batch_size": 3}, {}, 3),
         ({"crops_per_image": 2}, {}, 3),
+        ({"resident": True}, {}, 3),
         ({"view": RandomView(flip=0.25)}, {}, 3),
     ],
 )
@@ -264,10 +253,8 @@ def test_crops_are_torchvisions_of_the_same_windows(tmp_path, crops_per_image):
     table = _table_of(tmp_path, members)
     config = dataclasses.replace(SMALL, image_size=64, crops_per_image=crops_per_image)
     for interpolation in ("bicubic", "bilinear"):
-        loader = CropLoader(
-            table, dataclasses.replace(config, interpolation=interpolation), drop_last=True
-        )
-        for crops in loader:
+        options = dataclasses.replace(config, interpolation=interpolation)
+        for crops in CropLoader(table, options, drop_last=True):
             for image, row, window, flip in zip(
                 crops.images, crops.rows.tolist(), crops.windows, crops.flips, strict=True
             ):

@@ -16,19 +16,23 @@ SIZES = ModelConfig(width=24, depth=2, heads=3, image_size=GRID * PATCH, patch_s
 
 
 @pytest.fixture
-def maps(scored):
-    return load_maps(load_samples(scored.shards, scored.cache), scored.cache, scored.spec)
+def table(scored):
+    return load_samples(scored.shards, scored.cache)
 
 
 @pytest.fixture
-def crops(scored):
-    table = load_samples(scored.shards, scored.cache)
+def crops(table):
     config = LoaderConfig(batch_size=8, image_size=GRID * PATCH, shuffle_buffer=16, threads=1)
     return next(iter(CropLoader(table, config, drop_last=True)))
 
 
-def test_scores_are_the_area_means_of_each_crops_own_map(crops, maps):
-    scores = crop_scores(maps, crops, GRID)
+@pytest.fixture
+def weights(scored, table, crops):
+    return crop_scores(load_maps(table, scored.cache, scored.spec), crops, GRID)
+
+
+def test_scores_are_the_area_means_of_each_crops_own_map(scored, table, crops, weights):
+    maps = load_maps(table, scored.cache, scored.spec)
     side = 420
     for n, row in enumerate(crops.rows.tolist()):
         top, left, height, width = crops.windows[n].tolist()
@@ -37,11 +41,10 @@ def test_scores_are_the_area_means_of_each_crops_own_map(crops, maps):
         dense = maps[row].float()[y][:, x]
         expected = dense.view(GRID, side // GRID, GRID, -1).mean((1, 3))
         expected = expected.flip(1) if crops.flips[n] else expected
-        torch.testing.assert_close(scores[n], expected.flatten(), atol=0.03, rtol=0.03)
+        torch.testing.assert_close(weights[n], expected.flatten(), atol=0.03, rtol=0.03)
 
 
-def test_heavy_patches_are_masked_and_light_ones_seen(crops, maps):
-    weights = crop_scores(maps, crops, GRID)
+def test_heavy_patches_are_masked_and_light_ones_seen(crops, weights):
     generator = torch.Generator().manual_seed(0)
     masked = visible = 0.0
     for _ in range(50):
@@ -51,8 +54,7 @@ def test_heavy_patches_are_masked_and_light_ones_seen(crops, maps):
     assert masked > 1.2 * visible
 
 
-def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, maps):
-    weights = crop_scores(maps, crops, GRID)
+def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, weights):
     config = JoinConfig(predicted_share=0.5, predicted="spread", loss_exponent=1.0)
     batch = split_crops(crops, weights, SIZES, config, torch.Generator().manual_seed(0))
     patches = patchify(crops.images, PATCH)
@@ -65,8 +67,7 @@ def test_pixels_are_gathered_and_weighed_for_predicted_patches_alone(crops, maps
         torch.testing.assert_close(batch.loss_weights[b], expected)
 
 
-def test_a_batch_is_cut_into_equal_parts(crops, maps):
-    weights = crop_scores(maps, crops, GRID)
+def test_a_batch_is_cut_into_equal_parts(crops, weights):
     config = JoinConfig(predicted_share=0.5, loss_exponent=1.0)
     whole = split_crops(crops, weights, SIZES, config)
     parts = whole.chunk(4)
@@ -77,7 +78,7 @@ def test_a_batch_is_cut_into_equal_parts(crops, maps):
         assert torch.equal(torch.cat([getattr(part.split, name) for part in parts]), value)
 
 
-def test_weights_count_more_as_the_run_goes_on(crops, maps):
+def test_weights_count_more_as_the_run_goes_on(crops):
     weights = torch.zeros(8, GRID**2)
     weights[:, :22] = 1.0
     config, shares = JoinConfig(blend=(0.0, 1.0)), []
@@ -101,8 +102,7 @@ def test_units_are_masked_whole_by_their_mean_weight(crops):
     assert torch.equal(batch.masked, gather_patches(crops.images, batch.split.masked, 4))
 
 
-def test_low_passed_pixels_are_predicted_and_whole_ones_seen(crops, maps):
-    weights = crop_scores(maps, crops, GRID)
+def test_low_passed_pixels_are_predicted_and_whole_ones_seen(crops, weights):
     sizes = dataclasses.replace(SIZES, low_pass=6.0)
     batch, plain = (
         split_crops(crops, weights, each, JoinConfig(), torch.Generator().manual_seed(0))

@@ -48,25 +48,6 @@ def test_each_rank_holds_its_share_alone(table, rank):
     assert len(held._images) == len(held.rows) == 13
 
 
-def test_it_goes_on_from_its_state_with_the_very_next_batch(table):
-    held = resident_loader(table)
-    it = iter(held)
-    next(it)
-    state = held.state_dict()
-    expected = next(it)
-    other = resident_loader(table)
-    other.load_state_dict(state)
-    again = next(iter(other))
-    assert torch.equal(again.images, expected.images)
-    assert torch.equal(again.windows, expected.windows)
-
-
-def test_the_state_of_a_loader_that_decodes_is_refused(table):
-    decoded = CropLoader(table, CONFIG, drop_last=True)
-    with pytest.raises(UserError, match="another batch size, view, seed"):
-        resident_loader(table).load_state_dict(decoded.state_dict())
-
-
 def test_images_that_memory_has_no_room_for_are_refused_with_the_remedy(table, monkeypatch):
     monkeypatch.setattr(resident, "_ROOM", 1e-9)
     with pytest.raises(UserError, match=r"--resident: 26 images .* leave it out"):

@@ -94,19 +94,14 @@ def _damaged(chance: Random, each: int) -> dict[str, list[bytes]]:
     """Files whose bytes are damaged, `each` of a mutation for JPEG, an eighth of it for others."""
     photos = _photos()
     others = {kind: [picture(chance, kind) for _ in range(3)] for kind in ("PNG", "WEBP")}
-    made = {
-        f"JPEG {mutate.__name__.lstrip('_')}": [
-            mutate(chance.choice(photos), chance.choice(photos), chance) for _ in range(each)
+    return {
+        f"{kind} {mutate.__name__.lstrip('_')}": [
+            mutate(chance.choice(files), chance.choice(files), chance)
+            for _ in range(each if kind == "JPEG" else -(-each // 8))
         ]
+        for kind, files in {"JPEG": photos, **others}.items()
         for mutate in MUTATIONS
     }
-    for kind, files in others.items():
-        for mutate in MUTATIONS:
-            made[f"{kind} {mutate.__name__.lstrip('_')}"] = [
-                mutate(chance.choice(files), chance.choice(files), chance)
-                for _ in range(-(-each // 8))
-            ]
-    return made
 
 
 def _images(seed: int, each: int) -> dict[str, list[bytes]]:
@@ -120,10 +115,7 @@ def _images(seed: int, each: int) -> dict[str, list[bytes]]:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("each", [4, pytest.param(91, marks=pytest.mark.slow)])
 def test_images_that_are_kept_decode_in_dali_and_have_their_maps_on_their_crops(
-    tmp_path,
-    cache,
-    seed,
-    each,
+    tmp_path, cache, seed, each
 ):
     made = _images(seed, each)
     files = {f"{kind} {n}": data for kind, many in made.items() for n, data in enumerate(many)}

@@ -1,15 +1,16 @@
 import multiprocessing
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import pytest
+from hostile import chunk
 from samples import encode, photo, photo_members, tar_bytes
 
+from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.caching.validity import look_up
+from famt.pipeline.errors import CacheFullError
 from famt.pipeline.scoring.judge import judge_shards
 from famt.pipeline.scoring.precompute import precompute_shard
 
@@ -73,9 +74,7 @@ def test_what_can_not_be_read_is_told_and_the_others_are_done(tmp_path, cache, c
 def test_what_libraries_say_of_an_odd_image_is_not_shown_and_the_rest_is(tmp_path, cache, capfd):
     """An iCCP chunk that is too short: libpng warns, and the image is kept."""
     whole = encode(photo(0), "PNG")
-    profile = b"iCCPx\0\0"
-    chunk = struct.pack(">I", 3) + profile + struct.pack(">I", zlib.crc32(profile))
-    odd = whole[:33] + chunk + whole[33:]
+    odd = whole[:33] + chunk(b"iCCP", b"x\0\0") + whole[33:]
     (tmp_path / "0.tar").write_bytes(tar_bytes([("a.png", odd), ("b.png", b"garbage")]))
     assert judge_shards([str(tmp_path / "0.tar")], cache) == {}
     program = """
@@ -91,6 +90,23 @@ print(judge_shards([sys.argv[1]], ScoreCache(sys.argv[2], create=True)))
         assert "libpng" not in said
         assert "judging shards: 100%" in said
         assert "1 of 2 images can't be used" in said
+
+
+@pytest.mark.parametrize("number", [28, 122])  # ENOSPC, EDQUOT
+def test_no_room_and_no_quota_end_all_work_at_once(tmp_path, cache, spec, monkeypatch, number):
+    urls = _tars(tmp_path, 40)
+    puts = []
+
+    def refuse(store, path, data, **options):
+        puts.append(path)
+        raise storage.BaseError(f"Unable to copy data to file: no more (os error {number})")
+
+    monkeypatch.setattr(storage.obstore, "put", refuse)
+    with pytest.raises(CacheFullError, match=rf"score cache {cache.url} is full .* gc --cache"):
+        precompute_shard(urls[0], cache, spec)
+    with pytest.raises(CacheFullError, match="is full"):
+        judge_shards(urls, cache)
+    assert len(puts) < 20
 
 
 def _index(urls, url):

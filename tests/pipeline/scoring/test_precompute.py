@@ -111,10 +111,7 @@ def _keep(*keys):
 
 
 def test_another_verdict_gives_a_shard_another_entry_that_all_scores_then_go_by(
-    tmp_path,
-    cache,
-    spec,
-    monkeypatch,
+    tmp_path, cache, spec, monkeypatch
 ):
     path = write_tar(tmp_path / "a.tar", photo_members(4))
     ids = []
