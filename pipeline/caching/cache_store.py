@@ -35,10 +35,11 @@ _FORMAT = 5  # up to 4 an entry was a folder of many objects
 _SPEC_ID = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*-[0-9a-f]{12}"
 # Folders of the root, and names of their children.
 _CHILDREN = {"shards": r"[0-9a-f]{32}", "datasets": r"[A-Za-z0-9_-]+-[0-9a-f]{12}"}
-_OBJECT = re.compile(
+_NAME = (
     rf"shards/{_CHILDREN['shards']}/({TABLE}|{_SPEC_ID})\.zip"
-    rf"|datasets/{_CHILDREN['datasets']}/\d{{8}}\.json"
+    rf"|datasets/{_CHILDREN['datasets']}/[0-9]{{8}}\.json"
 )
+_OBJECT, _STAGING = re.compile(_NAME), re.compile(rf"({_NAME})#[0-9]+")
 _DIGITS = 32  # of a checksum
 _BLANK = "0" * _DIGITS
 _AFTER_JSON = len('"\n}')  # follows the checksum in JSON; a zip ends with the checksum
@@ -153,10 +154,11 @@ class CacheStore:
                     )
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete objects, for `gc` and for old versions of a manifest; refuses foreign names."""
+        """Delete objects or staging files, for `gc` and for old versions of a manifest; a
+        ValueError, and nothing deleted, if a name is foreign."""
         paths = list(paths)
         for path in paths:
-            if _OBJECT.fullmatch(path) is None:
+            if not (_OBJECT.fullmatch(path) or _STAGING.fullmatch(path)):
                 raise ValueError(f"{path} is no object of a score cache: not deleted")
         if storage.is_remote(self.url):
             obstore.delete(self._store, paths)
@@ -169,16 +171,11 @@ class CacheStore:
         # An object store has none.
         for file in [] if storage.is_remote(self.url) else Path(self.url).glob("*/*/*#*"):
             path = file.relative_to(self.url).as_posix()
-            final, _, number = path.rpartition("#")
-            if number.isdecimal() and _OBJECT.fullmatch(final) and not file.is_symlink():
+            if _STAGING.fullmatch(path) and not file.is_symlink():
                 with contextlib.suppress(FileNotFoundError):  # its writer has just renamed it
                     info = file.stat()
                     modified = datetime.fromtimestamp(info.st_mtime, UTC)
                     yield Stored(path, info.st_size, modified)
-
-    def delete_staging(self, file: Stored) -> None:
-        """Delete one of `staging_files`."""
-        Path(self.url, file.path).unlink(missing_ok=True)
 
     def _names(self, folder: str) -> list[str]:
         """All names right in a folder of the root; none if there is no such folder."""

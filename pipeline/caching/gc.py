@@ -80,7 +80,7 @@ def collect(
         if file.modified <= abandoned:
             yield Removed(file.path, "a staging file", file.bytes)
             if not dry_run:
-                cache.store.delete_staging(file)
+                cache.store.delete([file.path])
     unreachable = {} if out_of_reach is None else out_of_reach
     gone: dict[str, dict[str, ShardRecord]] = {}
     for folder, records in sorted(cache.manifests.folders().items()):

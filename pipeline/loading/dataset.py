@@ -201,10 +201,9 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
 def _score_command(patterns: list[str], cache: ScoreCache, spec: ScoreSpec, *flags: str) -> str:
     command = ["famt score", *flags, "--shards", *(f"'{each}'" for each in patterns)]
     command.append(f"--cache {cache.url}")
-    default = ScoreSpec()
     for field in dataclasses.fields(ScoreSpec):
         value = getattr(spec, field.name)
-        if value != getattr(default, field.name):
+        if value != field.default:
             text = " ".join(map(str, value)) if isinstance(value, tuple) else value
             command.append(f"--spec.{field.name.replace('_', '-')} {text}")
     return " ".join(command)

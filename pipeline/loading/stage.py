@@ -18,6 +18,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,9 +84,7 @@ def stage_shards(
         disable=not show or not lacking,
     )
     with bar:
-        # Wait last for the tars that other ranks are fetching.
-        busy = _fetch_all(lacking, bar.update, wait=False)
-        _fetch_all(busy, bar.update, wait=True)
+        _fetch_all(lacking, bar.update)
     paths = [*samples.paths]
     for shard, each in wanted.items():
         paths[shard] = str(each.path)
@@ -177,14 +176,13 @@ def _open_locked(path: Path, *, wait: bool) -> BinaryIO | None:
         file.close()
 
 
-def _fetch_all(
-    staged: Sequence[_Staged], progress: Callable[[int], object], *, wait: bool
-) -> list[_Staged]:
-    """Fetch in threads; returns those that other processes are fetching."""
+def _fetch_all(staged: Sequence[_Staged], progress: Callable[[int], object]) -> None:
+    """Fetch in threads, last of all what other processes are fetching."""
     pool = ThreadPoolExecutor(_SIDE_BY_SIDE)
     try:
-        done = pool.map(lambda each: each.fetch(progress, wait=wait), staged)
-        return [each for each, fetched in zip(staged, done, strict=True) if not fetched]
+        for wait in (False, True):
+            done = pool.map(partial(_Staged.fetch, progress=progress, wait=wait), staged)
+            staged = [each for each, fetched in zip(staged, done, strict=True) if not fetched]
     finally:
         pool.shutdown(cancel_futures=True)
 

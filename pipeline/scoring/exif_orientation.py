@@ -93,8 +93,8 @@ def _is_well_formed(block: bytes) -> bool:
     if end > len(block):
         return False
     tags = []
-    for at in range(start + 2, end, 12):
-        tag, kind, values, offset = struct.unpack(order + "HHLL", block[at : at + 12])
+    entries = struct.iter_unpack(order + "HHLL", block[start + 2 : end])
+    for tag, kind, values, offset in entries:
         size = _KIND_BYTES.get(kind, len(block)) * values
         # A pointer to another directory has 4 bytes, but is an offset all the same.
         if (size > 4 or tag == 0x8769) and offset + (size if size > 4 else 2) > len(block):

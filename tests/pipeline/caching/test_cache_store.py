@@ -143,6 +143,5 @@ def test_staging_files_are_those_of_names_that_the_cache_gives(store):
     _lay(store, [*OWN, *own, "a.tar#1", f"shards/{ID}/a#1", f"shards/{ID}/table.zip#1x"])
     found = list(store.staging_files())
     assert sorted(each.path for each in found) == sorted(own)
-    for each in found:
-        store.delete_staging(each)
+    store.delete(each.path for each in found)
     assert list(store.staging_files()) == []

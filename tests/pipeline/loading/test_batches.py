@@ -8,7 +8,6 @@ from famt.patches import patchify
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loading.batches import famt_loader
-from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.options import JoinConfig, LoaderConfig
 from famt.pipeline.scores import ModelScoreSpec
 from famt.pipeline.scoring.generation import GenerationError, generation_path, write_generation
@@ -105,8 +104,7 @@ def test_a_model_in_training_is_looked_at_in_turns(scored):
     assert ahead[-3:].min() > 0.7
 
 
-def test_the_newest_generation_weighs_each_epoch_or_the_one_that_is_named(scored, tmp_path):
-    table = load_samples(scored.shards, scored.cache)
+def test_the_newest_generation_weighs_each_epoch_or_the_one_that_is_named(scored, table, tmp_path):
     for step in (3, 7):
         _write(tmp_path, table, step)
     sources = (tmp_path, generation_path(tmp_path, 3))

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from samples import photo_members, tar_bytes, write_tar
+from samples import photo_members, score, tar_bytes, write_tar
 
 from famt.pipeline import storage
 from famt.pipeline.errors import CacheError
@@ -13,8 +13,7 @@ from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.scores import ScoreSpec
 
 
-def test_rows_follow_the_shards_and_their_samples(scored):
-    table = load_samples(scored.shards, scored.cache)
+def test_rows_follow_the_shards_and_their_samples(scored, table):
     assert len(table) == 26
     assert table.first_row == [0, 10, 17, 26]
     assert table.labels.tolist() == [n % 3 for n in range(26)]
@@ -31,8 +30,7 @@ def test_rows_follow_the_shards_and_their_samples(scored):
     ("rows", "counts"),
     [(range(26), [10, 7, 9]), (range(10, 17), [0, 7, 0]), (range(9, 19), [1, 7, 2])],
 )
-def test_indices_are_of_some_rows_and_carry_their_numbers(scored, tmp_path, rows, counts):
-    table = load_samples(scored.shards, scored.cache)
+def test_indices_are_of_some_rows_and_carry_their_numbers(scored, table, tmp_path, rows, counts):
     shards = table.write_indices(tmp_path, rows)
     assert shards == [shard for shard, count in enumerate(counts) if count]
     lines = [(tmp_path / f"{shard}.idx").read_text().split("\n") for shard in shards]
@@ -116,8 +114,6 @@ def test_a_spec_that_was_never_computed_is_named(scored):
 
 
 def test_shards_of_nothing_but_bad_images_are_an_error(scored, tmp_path, spec):
-    from samples import score
-
     path = write_tar(tmp_path / "bad.tar", [("a.jpg", b"x")])
     score([path], scored.cache, spec)
     with pytest.raises(CacheError, match="quarantined"):

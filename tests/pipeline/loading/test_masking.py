@@ -5,7 +5,7 @@ import torch
 
 from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, patchify
-from famt.pipeline.loading.dataset import load_maps, load_samples
+from famt.pipeline.loading.dataset import load_maps
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.loading.masking import crop_scores, split_crops
 from famt.pipeline.options import JoinConfig, LoaderConfig
@@ -13,11 +13,6 @@ from famt.targets import low_pass
 
 GRID, PATCH = 7, 8
 SIZES = ModelConfig(width=24, depth=2, heads=3, image_size=GRID * PATCH, patch_size=PATCH)
-
-
-@pytest.fixture
-def table(scored):
-    return load_samples(scored.shards, scored.cache)
 
 
 @pytest.fixture

@@ -5,18 +5,12 @@ import torch
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading import resident
-from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.loading.resident import ResidentLoader
 from famt.pipeline.options import LoaderConfig
 
 CONFIG = LoaderConfig(batch_size=8, image_size=48, shuffle_buffer=16, threads=1)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture
-def table(scored):
-    return load_samples(scored.shards, scored.cache, scored.spec)
 
 
 def resident_loader(table, config=CONFIG, **options):

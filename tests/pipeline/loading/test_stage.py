@@ -24,31 +24,25 @@ from famt.pipeline.sharding.shards import content_id
 KILLS = int(os.environ.get("FAMT_STAGE_KILLS", "20"))
 
 
-def _samples(scored):
-    return load_samples(scored.shards, scored.cache)
-
-
-def test_staged_tars_are_the_shards_and_feed_the_loader(scored, tmp_path):
-    samples = _samples(scored)
-    staged = stage_shards(samples, scored.cache, tmp_path / "fast" / "disk", show=True)
-    assert (staged.urls, staged.digest) == (samples.urls, samples.digest)
-    for path, url, shard_id in zip(staged.paths, samples.urls, samples.shard_ids, strict=True):
+def test_staged_tars_are_the_shards_and_feed_the_loader(scored, table, tmp_path):
+    staged = stage_shards(table, scored.cache, tmp_path / "fast" / "disk", show=True)
+    assert (staged.urls, staged.digest) == (table.urls, table.digest)
+    for path, url, shard_id in zip(staged.paths, table.urls, table.shard_ids, strict=True):
         assert Path(path).read_bytes() == Path(url).read_bytes()
         assert Path(path).name == f"{shard_id}.tar"
     assert len(os.listdir(tmp_path / "fast" / "disk")) == 3
     config = LoaderConfig(4, image_size=32, shuffle_buffer=8, threads=1)
     here, there = (
         [crops.images for crops in CropLoader(each, config, drop_last=True, seed=1)]
-        for each in (staged, samples)
+        for each in (staged, table)
     )
     assert all((a == b).all() for a, b in zip(here, there, strict=True))
 
 
-def test_what_is_there_is_not_read_again_whoever_put_it(scored, tmp_path):
-    samples = _samples(scored)
-    first = stage_shards(samples, scored.cache, tmp_path / "disk").paths
+def test_what_is_there_is_not_read_again_whoever_put_it(scored, table, tmp_path):
+    first = stage_shards(table, scored.cache, tmp_path / "disk").paths
     times = [Path(path).stat().st_mtime_ns for path in first]
-    assert stage_shards(samples, scored.cache, tmp_path / "disk").paths == first
+    assert stage_shards(table, scored.cache, tmp_path / "disk").paths == first
     renamed = tmp_path / "renamed"
     shutil.copytree(scored.folder, renamed)
     os.rename(renamed / "train-000000.tar", renamed / "other.tar")
@@ -58,32 +52,31 @@ def test_what_is_there_is_not_read_again_whoever_put_it(scored, tmp_path):
 
 
 @pytest.mark.parametrize("left", ["a piece", "zeros", "too much", "all"])
-def test_what_a_killed_run_left_is_gone_on_with_if_it_is_sound(scored, tmp_path, left):
-    samples, disk = _samples(scored), tmp_path / "disk"
+def test_what_a_killed_run_left_is_gone_on_with_if_it_is_sound(scored, table, tmp_path, left):
+    disk = tmp_path / "disk"
     disk.mkdir()
-    data = Path(samples.urls[1]).read_bytes()
+    data = Path(table.urls[1]).read_bytes()
     piece = {
         "a piece": data[:5000],
         "zeros": bytes(5000),
         "too much": data + b"more",
         "all": data,
     }[left]
-    (disk / f"{samples.shard_ids[1]}.tar.part").write_bytes(piece)
-    paths = stage_shards(samples, scored.cache, disk).paths
+    (disk / f"{table.shard_ids[1]}.tar.part").write_bytes(piece)
+    paths = stage_shards(table, scored.cache, disk).paths
     assert Path(paths[1]).read_bytes() == data
-    assert sorted(os.listdir(disk)) == sorted(f"{each}.tar" for each in samples.shard_ids)
+    assert sorted(os.listdir(disk)) == sorted(f"{each}.tar" for each in table.shard_ids)
 
 
-def test_a_machine_fetches_the_tars_that_its_ranks_read(scored, tmp_path):
-    samples = _samples(scored)  # 10, 7 and 9 rows
-    own = [own_share(26, rank, 4) for rank in (2, 3)]
-    staged = stage_shards(samples, scored.cache, tmp_path / "disk", own)
-    assert staged.paths[0] == samples.urls[0]
+def test_a_machine_fetches_the_tars_that_its_ranks_read(scored, table, tmp_path):
+    own = [own_share(26, rank, 4) for rank in (2, 3)]  # of 10, 7 and 9 rows
+    staged = stage_shards(table, scored.cache, tmp_path / "disk", own)
+    assert staged.paths[0] == table.urls[0]
     assert sorted(os.listdir(tmp_path / "disk")) == sorted(
-        f"{each}.tar" for each in samples.shard_ids[1:]
+        f"{each}.tar" for each in table.shard_ids[1:]
     )
-    Path(samples.urls[1]).unlink()
-    Path(samples.urls[2]).unlink()
+    Path(table.urls[1]).unlink()
+    Path(table.urls[2]).unlink()
     config = LoaderConfig(4, image_size=32, threads=1)
     rows = [
         row
@@ -94,31 +87,28 @@ def test_a_machine_fetches_the_tars_that_its_ranks_read(scored, tmp_path):
     assert sorted(rows) == list(range(13, 26))
 
 
-def test_a_tar_of_another_size_under_a_staged_name_is_not_used(scored, tmp_path):
-    samples = _samples(scored)
-    paths = stage_shards(samples, scored.cache, tmp_path).paths
+def test_a_tar_of_another_size_under_a_staged_name_is_not_used(scored, table, tmp_path):
+    paths = stage_shards(table, scored.cache, tmp_path).paths
     Path(paths[0]).write_bytes(b"cut")
-    stage_shards(samples, scored.cache, tmp_path)
-    assert Path(paths[0]).read_bytes() == Path(samples.urls[0]).read_bytes()
+    stage_shards(table, scored.cache, tmp_path)
+    assert Path(paths[0]).read_bytes() == Path(table.urls[0]).read_bytes()
 
 
-def test_other_bytes_than_those_that_were_scored_are_refused_by_name(scored, tmp_path):
-    samples = _samples(scored)
-    data = bytearray(Path(samples.urls[2]).read_bytes())
+def test_other_bytes_than_those_that_were_scored_are_refused_by_name(scored, table, tmp_path):
+    data = bytearray(Path(table.urls[2]).read_bytes())
     data[700] ^= 1
-    Path(samples.urls[2]).write_bytes(data)
+    Path(table.urls[2]).write_bytes(data)
     with pytest.raises(CacheError, match=r"train-000002.tar: its bytes are not those that were"):
-        stage_shards(samples, scored.cache, tmp_path / "disk")
-    assert f"{samples.shard_ids[2]}.tar" not in os.listdir(tmp_path / "disk")
+        stage_shards(table, scored.cache, tmp_path / "disk")
+    assert f"{table.shard_ids[2]}.tar" not in os.listdir(tmp_path / "disk")
     assert not list((tmp_path / "disk").glob("*.part"))
 
 
-def test_a_disk_that_is_too_small_is_refused_with_the_sizes(scored, tmp_path, monkeypatch):
-    samples = _samples(scored)
+def test_a_disk_that_is_too_small_is_refused_with_the_sizes(scored, table, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(stage.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"3 tars .* need 0\.\d GB, and 0\.0 GB are free"):
-        stage_shards(samples, scored.cache, tmp_path / "disk")
+        stage_shards(table, scored.cache, tmp_path / "disk")
     assert not os.listdir(tmp_path / "disk")
 
 
@@ -155,14 +145,14 @@ def test_staging_killed_at_random_goes_on_and_never_names_a_half(on_s3, tmp_path
     cache, shards = on_s3
     disk = tmp_path / "disk"
     disk.mkdir()
-    samples = load_samples(shards, cache)
+    table = load_samples(shards, cache)
     rng = random.Random(0)
     total = sum(record.version.size for record in cache.manifests.lookup(shards).values())
     whole: dict[str, tuple[int, int]] = {}
     parts: dict[str, int] = {}
     halves = rounds = 0
     for _ in range(KILLS):
-        both = [staging.start(samples, cache, disk) for _ in range(2)]  # two ranks of a machine
+        both = [staging.start(table, cache, disk) for _ in range(2)]  # two ranks of a machine
         wanted = rng.uniform(_bytes(disk), total)
         while _bytes(disk) < wanted and any(each.is_alive() for each in both):
             time.sleep(0.001)
@@ -187,11 +177,11 @@ def test_staging_killed_at_random_goes_on_and_never_names_a_half(on_s3, tmp_path
             whole, parts, rounds = {}, {}, rounds + 1
     print(f"{KILLS} kills, {halves} of them in the midst of a tar; all were whole {rounds} times")
     assert halves
-    both = [staging.start(samples, cache, disk) for _ in range(2)]
+    both = [staging.start(table, cache, disk) for _ in range(2)]
     for each in both:
         each.join(120)
         assert each.exitcode == 0
-    assert sorted(os.listdir(disk)) == sorted(f"{each}.tar" for each in samples.shard_ids)
+    assert sorted(os.listdir(disk)) == sorted(f"{each}.tar" for each in table.shard_ids)
     for path in disk.iterdir():
         assert content_id(path.read_bytes()) == path.stem
         now = path.stat().st_ino, path.stat().st_mtime_ns

@@ -18,38 +18,33 @@ KINDS = ["attention", "token_frequency"]
 
 
 @pytest.fixture
-def samples(scored):
-    return load_samples(scored.shards, scored.cache)
-
-
-@pytest.fixture
-def maps(samples):
+def maps(table):
     generator = np.random.default_rng(0)
     return {
-        ModelScoreSpec(kind, 8, 32, "e"): generator.random((len(samples), 8, 8)).astype(np.float16)
+        ModelScoreSpec(kind, 8, 32, "e"): generator.random((len(table), 8, 8)).astype(np.float16)
         for kind in KINDS
     }
 
 
 @pytest.fixture
-def path(samples, maps, tmp_path):
+def path(table, maps, tmp_path):
     path = generation_path(tmp_path / "refresh", 7)
-    write_generation(path, "run-a", samples.digest, maps)
+    write_generation(path, "run-a", table.digest, maps)
     return path
 
 
-def test_what_was_written_is_read(path, samples, maps):
+def test_what_was_written_is_read(path, table, maps):
     generation = open_generation(path)
     assert (generation.run, generation.step) == ("run-a", 7)
-    read = generation.maps(samples, KINDS, 8)
+    read = generation.maps(table, KINDS, 8)
     for spec, each in maps.items():
         assert torch.equal(read[spec.kind], torch.from_numpy(each))
-    assert list(generation.maps(samples, KINDS[:1], 8)) == KINDS[:1]
+    assert list(generation.maps(table, KINDS[:1], 8)) == KINDS[:1]
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_a_path_names_a_generation_or_the_folder_of_the_newest(path, samples, maps):
-    write_generation(generation_path(path.parent, 12), "run-a", samples.digest, maps)
+def test_a_path_names_a_generation_or_the_folder_of_the_newest(path, table, maps):
+    write_generation(generation_path(path.parent, 12), "run-a", table.digest, maps)
     assert newest_generation(path.parent).step == 12
     assert newest_generation(path).step == 7
 
@@ -63,9 +58,9 @@ def test_a_path_names_a_generation_or_the_folder_of_the_newest(path, samples, ma
     ],
 )
 def test_other_images_kinds_and_grids_are_refused(path, scored, kinds, grid, shards, why):
-    samples = load_samples(scored.shards[:shards], scored.cache)
+    table = load_samples(scored.shards[:shards], scored.cache)
     with pytest.raises(GenerationError, match=rf"generation-00000007\.zip {why}.*famt refresh"):
-        open_generation(path).maps(samples, kinds, grid)
+        open_generation(path).maps(table, kinds, grid)
 
 
 @pytest.mark.parametrize("name", ["generation-00000008.zip", "generation-8.zip", "other.zip", ""])
@@ -74,13 +69,13 @@ def test_a_path_without_a_generation_is_named_with_a_remedy(path, name):
         newest_generation(path.parent / name if name else path.parent / "none")
 
 
-def _read(path, samples):
-    return open_generation(path).maps(samples, KINDS, 8)
+def _read(path, table):
+    return open_generation(path).maps(table, KINDS, 8)
 
 
-def test_no_flipped_byte_is_believed(path, samples, maps):
+def test_no_flipped_byte_is_believed(path, table, maps):
     whole = path.read_bytes()
-    expected = _read(path, samples)
+    expected = _read(path, table)
     chance = np.random.default_rng(0)
     refused = 0
     for at in chance.choice(len(whole), 100, replace=False):
@@ -88,7 +83,7 @@ def test_no_flipped_byte_is_believed(path, samples, maps):
             whole[:at] + bytes([whole[at] ^ (1 << chance.integers(8))]) + whole[at + 1 :]
         )
         try:
-            read = _read(path, samples)
+            read = _read(path, table)
         except GenerationError:
             refused += 1
         else:  # a time of writing, say
@@ -112,10 +107,10 @@ def _without_a_chunk(path):
         _without_a_chunk,
     ],
 )
-def test_damage_is_named_with_the_remedy(path, samples, damage):
+def test_damage_is_named_with_the_remedy(path, table, damage):
     damage(path)
     with pytest.raises(GenerationError, match=r"generation-00000007\.zip is damaged.*Remove it"):
-        _read(path, samples)
+        _read(path, table)
 
 
 def test_a_name_that_is_not_the_generations_own_is_damage(path):
@@ -125,7 +120,7 @@ def test_a_name_that_is_not_the_generations_own_is_damage(path):
 
 
 def test_a_write_that_fails_leaves_nothing_and_the_next_removes_what_a_kill_left(
-    path, samples, maps, monkeypatch
+    path, table, maps, monkeypatch
 ):
     left = path.with_name("generation-00000005.zip.0a.part")
     left.write_bytes(b"half")
@@ -138,6 +133,6 @@ def test_a_write_that_fails_leaves_nothing_and_the_next_removes_what_a_kill_left
     monkeypatch.setattr("os.fsync", full)
     whole = path.read_bytes()
     with pytest.raises(OSError, match="no space left"):
-        write_generation(path, "run-b", samples.digest, maps)
+        write_generation(path, "run-b", table.digest, maps)
     assert path.read_bytes() == whole
     assert {each.name for each in path.parent.iterdir()} == {path.name, newer.name}
