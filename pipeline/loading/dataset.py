@@ -70,11 +70,6 @@ class SampleTable:
         shard = int(np.searchsorted(self.first_row, row, side="right")) - 1
         return f"{self.urls[shard]}:{self.keys(shard)[row - self.first_row[shard]]}"
 
-    def offsets(self, shard: int) -> list[int]:
-        """Offsets in the tar of a shard's images, by its number, in the order of rows."""
-        first, end = self.first_row[shard : shard + 2]
-        return self._places[first:end, 0].tolist()
-
     def left_out(self) -> list[str]:
         """`<url>:<key>: <reason>` of every quarantined image."""
         tables = each_at_once(self._cache.read_table, self.shard_ids)

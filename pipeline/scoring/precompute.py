@@ -21,7 +21,6 @@ from famt.pipeline.scoring.decode import BadImage, decode
 from famt.pipeline.sharding.shards import (
     Rejected,
     Sample,
-    ShardListing,
     content_id,
     count_endings,
     judgement_ids,
@@ -142,8 +141,37 @@ def score_shard(
         UserError: `data` is no tar or holds no image, or a sample of `known` no longer decodes.
         MemoryError: too little memory for one of the images.
     """
-    listing = _list(data, name) if known is None else _as_listing(known)
-    kept, rejected = [], [*listing.rejected]
+    if known is not None:
+        rows = zip(known.key, known.samples.tolist(), strict=True)
+        _, refused, maps = _score(data, [Sample(key, *row) for key, row in rows], spec)
+        if refused:
+            raise UserError(
+                f"{name}: {refused[0].key} was kept before and does not decode now "
+                f"({refused[0].reason}); judge the shard again with `famt score --retry-bad`"
+            )
+        return ShardScores(known, maps)
+    listing = list_shard(data)
+    if not listing.samples and not listing.rejected:
+        others = f"; it holds {count_endings(listing.passed_over)}" * bool(listing.passed_over)
+        raise UserError(f"{name}: no image in it ({listing.damage or 'the tar is whole'}{others})")
+    kept, refused, maps = _score(data, listing.samples, spec)
+    table = ShardTable(
+        key=[sample.key for sample in kept],
+        samples=np.array([(s.offset, s.size, s.label) for s in kept], np.int64).reshape(-1, 3),
+        rejected=sorted([*listing.rejected, *refused], key=lambda bad: bad.key),
+        bytes=len(data),
+        damage=listing.damage,
+        passed_over=listing.passed_over,
+    )
+    return ShardScores(table, maps)
+
+
+def _score(
+    data: bytes, samples: list[Sample], spec: ScoreSpec | None
+) -> tuple[list[Sample], list[Rejected], NDArray[np.float16]]:
+    """The samples of a tar that decode, those that do not, and the maps of the first."""
+    kept: list[Sample] = []
+    refused: list[Rejected] = []
     maps: list[torch.Tensor] = []
     batch: list[NDArray[np.uint8]] = []
 
@@ -154,17 +182,12 @@ def score_shard(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd metadata that does no harm
-        for sample in listing.samples:
+        for sample in samples:
             image = data[sample.offset : sample.offset + sample.size]
             try:
                 batch.append(decode(image, spec.size if spec else 1))
             except BadImage as error:
-                if known is not None:
-                    raise UserError(
-                        f"{name}: {sample.key} was kept before and does not decode now ({error}); "
-                        "judge the shard again with `famt score --retry-bad`"
-                    ) from error
-                rejected.append(Rejected(sample.key, str(error)))
+                refused.append(Rejected(sample.key, str(error)))
                 continue
             kept.append(sample)
             if len(batch) == _BATCH:
@@ -172,26 +195,4 @@ def score_shard(
     score_batch()
     grid = spec.grid if spec else 1
     stacked = torch.cat(maps) if maps else torch.empty(0, grid, grid)
-    table = known or ShardTable(
-        key=[sample.key for sample in kept],
-        samples=np.array([(s.offset, s.size, s.label) for s in kept], np.int64).reshape(-1, 3),
-        rejected=sorted(rejected, key=lambda bad: bad.key),
-        bytes=len(data),
-        damage=listing.damage,
-        passed_over=listing.passed_over,
-    )
-    return ShardScores(table, stacked.to(torch.float16).numpy())
-
-
-def _list(data: bytes, name: str) -> ShardListing:
-    listing = list_shard(data)
-    if not listing.samples and not listing.rejected:
-        others = f"; it holds {count_endings(listing.passed_over)}" * bool(listing.passed_over)
-        raise UserError(f"{name}: no image in it ({listing.damage or 'the tar is whole'}{others})")
-    return listing
-
-
-def _as_listing(table: ShardTable) -> ShardListing:
-    rows = zip(table.key, table.samples.tolist(), strict=True)
-    samples = [Sample(key, *row) for key, row in rows]
-    return ShardListing(samples, table.rejected, table.damage, table.passed_over)
+    return kept, refused, stacked.to(torch.float16).numpy()

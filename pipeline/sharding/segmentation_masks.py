@@ -29,14 +29,14 @@ def read_masks(table: SampleTable) -> list[bytes]:
 
     def of_shard(number: int) -> list[bytes]:
         data = storage.read(table.paths[number])
-        places = {sample.offset: sample.mask for sample in list_shard(data).samples}
+        places = {sample.key: sample.mask for sample in list_shard(data).samples}
         masks = []
-        for row, offset in enumerate(table.offsets(number), table.first_row[number]):
-            place = places.get(offset)
+        for key in table.keys(number):
+            place = places.get(key)
             if place is None:
                 raise UserError(
-                    f"{table.key(row)} has no mask; segmentation needs a <key>.mask.png beside "
-                    "every image"
+                    f"{table.urls[number]}:{key} has no mask; segmentation needs a <key>.mask.png "
+                    "beside every image"
                 )
             masks.append(data[place[0] : sum(place)])
         return masks
