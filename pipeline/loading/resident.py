@@ -60,12 +60,7 @@ class ResidentLoader(CropLoader):
         extents = torch.zeros(len(self.rows), 2, dtype=torch.int64)
         images = torch.zeros(len(self.rows), 3, 0, 0, dtype=torch.uint8, device=self.device)
         pipeline = build_pipeline(
-            whole_image_graph,
-            self._table,
-            self.rows,
-            self.config,
-            self.device,
-            batch_size=_BATCH,
+            whole_image_graph, self._table, self.rows, self.config, self.device, batch_size=_BATCH
         )
         with tqdm(total=len(self.rows), desc="decoding once", unit="img") as bar:
             while bar.n < len(self.rows):
@@ -76,18 +71,17 @@ class ResidentLoader(CropLoader):
                     raise
                 place = rows_of(source) - self.rows.start
                 part = from_dlpack(decoded.as_tensor()).permute(0, 3, 1, 2)
-                height, width = (part.shape[n] - images.shape[n] for n in (2, 3))
-                if height > 0 or width > 0:
-                    images = self._grown(images, max(height, 0), max(width, 0))
+                height, width = (max(part.shape[n], images.shape[n]) for n in (2, 3))
+                if (height, width) != images.shape[2:]:
+                    images = self._grown(images, height, width)
                 images[send(place, self.device), :, : part.shape[2], : part.shape[3]] = part
                 extents[place] = torch.from_numpy(extent.as_array()).long()
                 bar.update(min(_BATCH, len(self.rows) - bar.n))
         return images, extents.to(self.device)
 
     def _grown(self, images: Tensor, height: int, width: int) -> Tensor:
-        """The images padded by so many px, or a UserError if memory has no room for them."""
-        count, _, high, wide = images.shape
-        needed = count * (high + height) * (wide + width) * 3
+        """The images padded to that size, or a UserError if memory has no room for them."""
+        needed = len(images) * height * width * 3
         free = (
             torch.cuda.mem_get_info(self.device)[0]
             if self.device.type == "cuda"
@@ -95,8 +89,8 @@ class ResidentLoader(CropLoader):
         )
         if needed > _ROOM * free:
             raise UserError(
-                f"--resident: {count} images of up to {wide + width} x {high + height} px take "
+                f"--resident: {len(images)} images of up to {width} x {height} px take "
                 f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {self.device}; leave "
                 "it out to decode images each time"
             )
-        return pad(images, (0, width, 0, height))
+        return pad(images, (0, width - images.shape[3], 0, height - images.shape[2]))
