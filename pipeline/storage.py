@@ -6,7 +6,6 @@ Object stores take their settings from the environment, as obstore and DALI both
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from collections import defaultdict
@@ -209,6 +208,5 @@ def each_at_once(work: Callable[[_A], _B], items: Sequence[_A]) -> list[_B]:
     """Results of `work` on each item, in order, by 32 threads: for calls that wait for a store."""
     parts = [items[number::_THREADS] for number in range(_THREADS)]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda part: [work(item) for item in part], parts)
-        rows = itertools.chain(*itertools.zip_longest(*found))
-        return list(itertools.islice(rows, len(items)))
+        found = list(pool.map(lambda part: [work(item) for item in part], parts))
+    return [found[number % _THREADS][number // _THREADS] for number in range(len(items))]
