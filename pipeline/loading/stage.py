@@ -151,9 +151,9 @@ class _Staged:
                     digest.update(received)
                     part.write(received)
                     progress(len(received))
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{self.url}: no such file") from None
             except BaseError as error:
-                if isinstance(error, FileNotFoundError):
-                    raise FileNotFoundError(f"{self.url}: no such file") from None
                 raise OSError(f"{self.url} can't be read: {storage.reason(error)}") from error
             part.flush()
         return self.shard_id in judgement_ids(digest.hexdigest(length=16))
