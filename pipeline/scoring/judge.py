@@ -45,7 +45,7 @@ def judge_shards(urls: list[str], cache: ScoreCache, *, known_only: bool = False
     with (
         warnings.catch_warnings(),  # here, since threads would undo each other's
         _quiet_decoders(),
-        tqdm(total=len(urls), desc="judging shards", unit="shard", mininterval=1) as bar,
+        tqdm(total=len(urls), desc="checking shards", unit="shard", mininterval=1) as bar,
     ):
         for url, outcome in score_and_publish(
             urls, lambda urls: _judge(urls, cache, known_only), cache, None

@@ -94,7 +94,7 @@ def write_shards(
                 extension, data, alpha = _encode(item.load(), encoding)
                 mask = {MASK_EXTENSION: item.mask()} if item.mask else {}
             except (OSError, ValueError, UserError, Image.DecompressionBombError) as error:
-                skipped.append((item.name, f"{type(error).__name__}: {error}"))
+                skipped.append((item.name, storage.reason(error)))
             else:
                 key = f"{number:08d}-{safe_key(item.name)}"
                 label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}

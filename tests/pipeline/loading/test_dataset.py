@@ -91,7 +91,7 @@ def test_shards_that_nobody_scored_are_judged_on_first_use(scored, spec, capsys)
     (scored.folder / "new.tar").write_bytes(tar_bytes(members))
     assert len(load_samples([str(scored.folder)], scored.cache)) == 29
     said = capsys.readouterr().err
-    assert "judging shards" in said
+    assert "checking shards" in said
     assert "1 of 4 images can't be used" in said
     assert "passed over in the shards: 1 .json; images are files of" in said
     assert len(load_samples([str(scored.folder)], scored.cache)) == 29

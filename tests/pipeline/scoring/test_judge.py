@@ -88,7 +88,7 @@ print(judge_shards([sys.argv[1]], ScoreCache(sys.argv[2], create=True)))
     assert done.stdout == "{}\n"
     for said in (capfd.readouterr().err, done.stderr):
         assert "libpng" not in said
-        assert "judging shards: 100%" in said
+        assert "checking shards: 100%" in said
         assert "1 of 2 images can't be used" in said
 
 
