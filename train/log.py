@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from famt.train.run_folder import BusyError, own_folder, written_whole
+from famt.train.run_log import read_lines
 from famt.train.timing import Clock
 from famt.train.trackers import Board, TensorBoard, Tracked, open_tracker
 
@@ -48,14 +49,13 @@ class Log:
         name: str,
         tracked: Tracked | None = None,
     ) -> None:
-        self._path = folder / "log.jsonl"
+        self._folder, path = folder, folder / "log.jsonl"
         self._images_per_step = images_per_step
         self._clock = clock
-        if self._path.exists():
-            lines = self._path.read_text(errors="replace").splitlines()
-            kept = [line for line in lines if _step_of(line) <= step]
-            with written_whole(self._path) as file:
-                file.write("".join(f"{line}\n" for line in kept).encode())
+        if path.exists():
+            kept = (line for line in read_lines(folder)[0] if line["step"] <= step)
+            with written_whole(path) as file:
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in kept)
         # Entries at this very step stay valid: evaluations, the last loss.
         self._boards: list[Board] = [TensorBoard(folder, purge_step=step + 1)]
         if tracked:
@@ -93,7 +93,7 @@ class Log:
         shares = {f"time/{name}": spent / seconds for name, spent in stages.items()}
         everything = {**scalars, "images_per_second": rate, **shares}
         self._draw(everything, step)
-        self._write({"step": step, "epoch": epoch, **everything})
+        _append(self._folder, {"step": step, "epoch": epoch, **everything})
         self._bar.set_postfix_str(
             f"loss {scalars['loss']:.4f}, {rate:.0f} images/s, "
             f"{shares.get('time/data_wait', 0):.0%} waiting for data"
@@ -102,7 +102,7 @@ class Log:
 
     def event(self, step: int, name: str, *, tell: bool = False, **details: object) -> None:
         """Log an event, such as a checkpoint; with `tell`, print it too."""
-        self._write({"step": step, "event": name, **details})
+        write_event(self._folder, step, name, **details)
         if tell:
             text = ", ".join(f"{key} {value}" for key, value in details.items())
             tqdm.write(f"step {step}: {name}: {text}", file=sys.stderr)
@@ -110,7 +110,7 @@ class Log:
     def found(self, step: int, evaluator: str, values: dict[str, float], **data: int | str) -> None:
         """Log the result of an evaluation during training, and its data."""
         self._draw({f"{evaluator}/{name}": value for name, value in values.items()}, step)
-        self._write({"step": step, "event": "evaluation", "evaluator": evaluator, **data, **values})
+        write_event(self._folder, step, "evaluation", evaluator=evaluator, **data, **values)
 
     def picture(self, step: int, picture: Image.Image) -> None:
         """Log a picture of a few crops."""
@@ -131,9 +131,6 @@ class Log:
         for board in self._boards:
             board.scalars(values, step)
 
-    def _write(self, line: dict[str, object]) -> None:
-        _append(self._path, line)
-
 
 def _duration(seconds: float) -> str:
     """The two largest units of a time: 3 h 20 min."""
@@ -147,8 +144,8 @@ def _duration(seconds: float) -> str:
 
 
 def write_event(folder: Path, step: int, name: str, **details: object) -> None:
-    """Log an event before the run's `Log` is open."""
-    _append(folder / "log.jsonl", {"step": step, "event": name, **details})
+    """Add an event to the log of a run."""
+    _append(folder, {"step": step, "event": name, **details})
 
 
 def rounded(line: Mapping[str, object]) -> dict[str, object]:
@@ -193,7 +190,8 @@ def evaluation_table(line: Mapping[str, object]) -> str:
 _ABOUT = {"evaluate", "checkpoint", "weights", "step"}
 
 
-def _append(path: Path, line: dict[str, object]) -> None:
+def _append(folder: Path, line: dict[str, object]) -> None:
+    path = folder / "log.jsonl"
     try:
         with open(path, "ab+") as file:
             if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
@@ -237,29 +235,11 @@ def log_evaluation(
     board = TensorBoard(folder, filename_suffix=".evaluation")
     board.scalars(numbers, step)
     board.close()
-    if tracked := _tracked(folder):
+    starts = [line for line in read_lines(folder)[0] if line.get("event") == "start"]
+    asked = starts[-1]["options"] if starts else {}
+    if asked.get("track", "tensorboard") != "tensorboard":
+        tracked = Tracked(asked["track"], starts[-1]["run"], asked)
         with suppress(BusyError), own_folder(folder):
             for each in open_tracker(folder, tracked):
                 each.scalars(numbers, step)
                 each.close()
-
-
-def _tracked(folder: Path) -> Tracked | None:
-    """A run as its tracker beside TensorBoard knows it, by the latest start in its log."""
-    for line in reversed((folder / "log.jsonl").read_text(errors="replace").splitlines()):
-        try:
-            found = json.loads(line)
-        except ValueError:  # cut off by a kill
-            continue
-        if found.get("event") == "start":
-            options = found["options"]
-            tracker = options.get("track", "tensorboard")
-            return Tracked(tracker, found["run"], options) if tracker != "tensorboard" else None
-    return None
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line cut off by a kill
-        return float("inf")

@@ -68,38 +68,105 @@ class Found:
     basis: Basis
 
 
-@dataclass(frozen=True)
+@dataclass
 class History:
     """A run, read from its log.
 
     Attributes:
         folder: of the run.
+        corrupt: number of unreadable lines in the log, which are skipped.
         options: of its last start, `section.option` -> value.
-        points: at least one, in order.
+        points: log points, in order.
         found: results of evaluations, in the order they were logged.
-        stages: stage -> share of the training time; the sum is at most 1.
         total_steps: of the whole run.
         finished: whether all steps are done and the last checkpoint is written.
         images: images per epoch, without the last, incomplete batch.
         data: digest of the training images, if the log has it.
-        corrupt: number of unreadable lines in the log, which are skipped.
     """
 
     folder: Path
-    options: dict[str, Any]
-    points: list[Point]
-    found: list[Found]
-    stages: dict[str, float]
-    total_steps: int
-    finished: bool
-    images: int
-    data: str | None
-    corrupt: int
+    corrupt: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+    points: list[Point] = field(default_factory=list)
+    found: list[Found] = field(default_factory=list)
+    total_steps: int = 0
+    finished: bool = False
+    images: int = 0
+    data: str | None = None
+    _batch: int = 0
+    _steps_per_epoch: int = 1
+    _from_step: int = 0  # where epoch 0 starts
+    _spent: dict[str, float] = field(default_factory=dict)  # seconds by stage
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Stage -> share of the training time; the sum is at most 1."""
+        seconds = max(self.points[-1].seconds, 1e-9)
+        stages = {name: each / seconds for name, each in self._spent.items()}
+        return {**stages, NO_STAGE: max(0.0, 1 - sum(stages.values()))}
 
     def seconds(self, step: int) -> float:
         """Training time up to the last log point at or before a step; 0 before the first."""
         before = bisect_right([point.step for point in self.points], step)
         return self.points[before - 1].seconds if before else 0.0
+
+    def take(self, line: dict[str, Any]) -> None:
+        """Take the next line of the log.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: the line is garbled.
+        """
+        event = line.get("event")
+        if event == "start":
+            self._begin(line)
+        elif event == "evaluation":
+            self.found.append(self._found(line))
+        elif event is None:
+            self._advance(line)
+        self.finished |= event == "finished"
+
+    def _begin(self, line: dict[str, Any]) -> None:
+        batch, an_epoch, total = (
+            int(line[each]) for each in ("effective_batch", "steps_per_epoch", "total_steps")
+        )
+        options = flat(line["options"])
+        # The schedule starts at step 0, or where an elastic restart laid it out again.
+        self._from_step = total - options["epochs"] * an_epoch
+        self._batch, self._steps_per_epoch, self.total_steps = batch, an_epoch, total
+        self.options, self.data = options, line.get("data")
+        crops = [value for name, value in options.items() if name.endswith("crops_per_image")]
+        self.images = an_epoch * batch // (crops[0] if crops else 1)
+
+    def _advance(self, line: dict[str, Any]) -> None:
+        step, last = line["step"], self.points[-1] if self.points else Point(0, 0.0, 0.0, 0.0)
+        images = (step - last.step) * self._batch
+        seconds = images / max(line["images_per_second"], 1e-9)
+        loss = float(line["loss"])
+        spent = {
+            name.removeprefix("time/"): float(share) * seconds
+            for name, share in line.items()
+            if name.startswith("time/")
+        }
+        self.points.append(Point(step, self._epoch(step), last.seconds + seconds, loss))
+        for stage, each in spent.items():
+            self._spent[stage] = self._spent.get(stage, 0.0) + each
+
+    def _epoch(self, step: int) -> float:
+        return (step - self._from_step) / self._steps_per_epoch
+
+    def _found(self, line: dict[str, Any]) -> Found:
+        about = {"time", "step", "event", "evaluator", "weights", "options"}
+        values = {name: value for name, value in line.items() if name not in about}
+        options, evaluator = line.get("options", {}), line["evaluator"]
+        basis = self._watched(line) if evaluator == "monitor" else _tested(line, options)
+        weights = line.get("weights", "trained")
+        step = line["step"]
+        return Found(step, self._epoch(step), evaluator, weights, values, options, basis)
+
+    def _watched(self, line: dict[str, Any]) -> Basis:
+        """Images of the monitor; old logs only have their patterns."""
+        shards = " ".join(self.options.get("monitor") or [])
+        return Basis(line.get("data", shards), f"{line.get('images', 'the')} images of {shards}")
 
 
 def read(folder: Path) -> History:
@@ -145,28 +212,17 @@ def parse(folder: Path, lines: Iterable[dict[str, Any]], corrupt: int = 0) -> Hi
     Raises:
         UserError: they have no start of a run, or no log point.
     """
-    reader = _Reader()
+    history = History(folder, corrupt)
     for line in lines:
         try:
-            reader.take(line)
+            history.take(line)
         except (ValueError, KeyError, TypeError, AttributeError):  # garbled, but still JSON
-            corrupt += 1
-    if not reader.options:
+            history.corrupt += 1
+    if not history.options:
         raise UserError(f"{folder}: the log has no start of a run")
-    if not reader.points:
+    if not history.points:
         raise UserError(f"{folder}: the run has not reached its first log point")
-    return History(
-        folder=folder,
-        options=reader.options,
-        points=reader.points,
-        found=reader.found,
-        stages=reader.stages(),
-        total_steps=reader.total_steps,
-        finished=reader.finished,
-        images=reader.images,
-        data=reader.data,
-        corrupt=corrupt,
-    )
+    return history
 
 
 def pictures(folder: Path, most: int) -> list[tuple[int, Image.Image]]:
@@ -180,85 +236,6 @@ def pictures(folder: Path, most: int) -> list[tuple[int, Image.Image]]:
     if len(steps) > most:
         steps = [steps[round(n * (len(steps) - 1) / max(most - 1, 1))] for n in range(most)]
     return [(step, Image.open(io.BytesIO(drawn[step])).convert("RGB")) for step in steps]
-
-
-class _Reader:
-    """Accumulates the lines of a log, over all starts of a run."""
-
-    def __init__(self) -> None:
-        self.options: dict[str, Any] = {}  # these are of the last start
-        self.data: str | None = None
-        self.total_steps = 0
-        self._batch, self._steps_per_epoch = 0, 1
-        self.images = 0
-        self._from_step = 0  # where epoch 0 starts
-        self.points: list[Point] = []
-        self.found: list[Found] = []
-        self.finished = False
-        self._spent: dict[str, float] = {}  # seconds by stage
-        self._seconds, self._step = 0.0, 0
-
-    def take(self, line: dict[str, Any]) -> None:
-        """Take the next line.
-
-        Raises:
-            ValueError, KeyError, TypeError, AttributeError: the line is garbled.
-        """
-        step, event = line["step"], line.get("event")
-        if event == "start":
-            self._begin(line)
-        elif event == "evaluation":
-            self.found.append(self._found(line, step))
-        elif event is None:
-            self._advance(line, step)
-        self.finished |= event == "finished"
-
-    def stages(self) -> dict[str, float]:
-        """Stage -> share of the time."""
-        stages = {name: each / max(self._seconds, 1e-9) for name, each in self._spent.items()}
-        return {**stages, NO_STAGE: max(0.0, 1 - sum(stages.values()))}
-
-    def _begin(self, line: dict[str, Any]) -> None:
-        batch, an_epoch, total = (
-            int(line[each]) for each in ("effective_batch", "steps_per_epoch", "total_steps")
-        )
-        options = flat(line["options"])
-        # The schedule starts at step 0, or where an elastic restart laid it out again.
-        self._from_step = total - options["epochs"] * an_epoch
-        self._batch, self._steps_per_epoch, self.total_steps = batch, an_epoch, total
-        self.options, self.data = options, line.get("data")
-        crops = [value for name, value in options.items() if name.endswith("crops_per_image")]
-        self.images = an_epoch * batch // (crops[0] if crops else 1)
-
-    def _advance(self, line: dict[str, Any], step: int) -> None:
-        images = (step - self._step) * self._batch
-        seconds = images / max(line["images_per_second"], 1e-9)
-        loss = float(line["loss"])
-        spent = {
-            name.removeprefix("time/"): float(share) * seconds
-            for name, share in line.items()
-            if name.startswith("time/")
-        }
-        self._step, self._seconds = step, self._seconds + seconds
-        self.points.append(Point(step, self._epoch(step), self._seconds, loss))
-        for stage, each in spent.items():
-            self._spent[stage] = self._spent.get(stage, 0.0) + each
-
-    def _epoch(self, step: int) -> float:
-        return (step - self._from_step) / self._steps_per_epoch
-
-    def _found(self, line: dict[str, Any], step: int) -> Found:
-        about = {"time", "step", "event", "evaluator", "weights", "options"}
-        values = {name: value for name, value in line.items() if name not in about}
-        options, evaluator = line.get("options", {}), line["evaluator"]
-        basis = self._watched(line) if evaluator == "monitor" else _tested(line, options)
-        weights = line.get("weights", "trained")
-        return Found(step, self._epoch(step), evaluator, weights, values, options, basis)
-
-    def _watched(self, line: dict[str, Any]) -> Basis:
-        """Images of the monitor; old logs only have their patterns."""
-        shards = " ".join(self.options.get("monitor") or [])
-        return Basis(line.get("data", shards), f"{line.get('images', 'the')} images of {shards}")
 
 
 def _tested(line: dict[str, Any], options: dict[str, Any]) -> Basis:
