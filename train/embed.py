@@ -13,13 +13,11 @@ images in each. Features are written as they are computed; --out appears once it
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -38,8 +36,12 @@ from famt.train.distributed import join_ranks
 from famt.train.evaluate.features import Images, open_images, pool
 from famt.train.initial import build_initial_encoder
 from famt.train.program_options import Embed
+from famt.train.run_folder import appearing
 
 _ROW_GROUP = 4096  # images per row group, which are in memory at once
+
+Batch = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""class tokens and means of patches, `[K, C]` each"""
 
 
 def main(args: Embed) -> None:
@@ -61,9 +63,10 @@ def main(args: Embed) -> None:
     with join_ranks(args.device) as ranks:
         images = open_images(args, encoder, "shards", ranks)
         table, images = images.table, replace(images, name="features")
-        with _open(args.out, table, encoder.embed_dim) as writer:
-            for first, cls, mean in _features(encoder.to(ranks.device).eval(), images):
-                writer.write(first, cls, mean)
+        write = _write_parquet if args.out.suffix == ".parquet" else _write_arrays
+        with appearing(args.out) as path:
+            features = _features(encoder.to(ranks.device).eval(), images)
+            write(path, table, encoder.embed_dim, features)
     print(
         f"{args.out}: {counted(len(table), 'image')} of {counted(len(table.urls), 'shard')}, "
         f"{encoder.embed_dim} values each; left out, as they can't be decoded: "
@@ -71,10 +74,8 @@ def main(args: Embed) -> None:
     )
 
 
-def _features(
-    encoder: VisionTransformer, images: Images
-) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
-    """First row, class tokens and patch means `[K, C]` of each batch, in row order."""
+def _features(encoder: VisionTransformer, images: Images) -> Iterator[Batch]:
+    """Features of all images, in row order."""
     next_row = 0
     with torch.inference_mode():
         for crops in images.crops():
@@ -82,99 +83,65 @@ def _features(
                 raise RuntimeError(f"images came out of order after row {next_row}")
             tokens = encoder.forward_features(normalise_images(crops.images)).float()
             cls, mean = pool(encoder, tokens)
-            yield next_row, cls.cpu().numpy(), mean.cpu().numpy()
+            yield cls.cpu().numpy(), mean.cpu().numpy()
             next_row += len(crops.rows)
 
 
-class _Writer(Protocol):
-    """Takes batches of rows, in order."""
-
-    def write(self, first: int, cls: NDArray[np.float32], mean: NDArray[np.float32]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-@contextmanager
-def _open(out: Path, table: SampleTable, width: int) -> Iterator[_Writer]:
-    """A writer to `out`, which appears once it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
-    kind = _Parquet if out.suffix == ".parquet" else _Npy
-    writer: _Writer = kind(partial, table, width)
-    try:
-        yield writer
-    finally:
-        writer.close()
-    partial.rename(out)
-
-
-class _Parquet:
-    def __init__(self, path: Path, table: SampleTable, width: int) -> None:
-        self._table, self._width = table, width
-        features = pa.list_(pa.float32(), width)
-        self._schema = pa.schema(
-            {
-                "shard": pa.string(),
-                "key": pa.string(),
-                "label": pa.int64(),
-                "cls": features,
-                "mean": features,
-            }
-        )
-        self._file = pq.ParquetWriter(path, self._schema, use_dictionary=["shard"])
-        self._names = _names(table)
-        self._rows = 0
-        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32]]] = []
-
-    def write(self, first: int, cls: NDArray[np.float32], mean: NDArray[np.float32]) -> None:
-        self._waiting.append((cls, mean))
-        if sum(len(part) for part, _ in self._waiting) >= _ROW_GROUP:
-            self._flush()
-
-    def close(self) -> None:
-        self._flush()
-        self._file.close()
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        cls, mean = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting.clear()
-        names = [next(self._names) for _ in range(len(cls))]
-        labels = self._table.labels[self._rows : self._rows + len(cls)].numpy()
-        self._rows += len(cls)
-        columns = [
-            pa.array([shard for shard, _ in names]),
-            pa.array([key for _, key in names]),
-            pa.array(labels, mask=labels < 0),
-            *(
-                pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), self._width)
-                for part in (cls, mean)
-            ),
-        ]
-        self._file.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+def _write_parquet(path: Path, table: SampleTable, width: int, batches: Iterable[Batch]) -> None:
+    features = pa.list_(pa.float32(), width)
+    schema = pa.schema(
+        {
+            "shard": pa.string(),
+            "key": pa.string(),
+            "label": pa.int64(),
+            "cls": features,
+            "mean": features,
+        }
+    )
+    names, row = _names(table), 0
+    with pq.ParquetWriter(path, schema, use_dictionary=["shard"]) as file:
+        for group in _row_groups(batches):
+            count = len(group[0])
+            shards, keys = zip(*itertools.islice(names, count), strict=True)
+            labels = table.labels[row : row + count].numpy()
+            row += count
+            columns = [
+                pa.array(shards),
+                pa.array(keys),
+                pa.array(labels, mask=labels < 0),
+                *(pa.FixedSizeListArray.from_arrays(part.ravel(), width) for part in group),
+            ]
+            file.write_table(pa.Table.from_arrays(columns, schema=schema))
 
 
-class _Npy:
-    def __init__(self, path: Path, table: SampleTable, width: int) -> None:
-        path.mkdir()
-        shape = (len(table), width)
-        self._arrays = [
-            np.lib.format.open_memmap(path / name, "w+", np.float32, shape)
-            for name in ("cls.npy", "mean.npy")
-        ]
-        np.save(path / "labels.npy", table.labels.numpy())
-        with open(path / "keys.txt", "w") as file:
-            file.writelines(f"{shard}:{key}\n" for shard, key in _names(table))
+def _row_groups(batches: Iterable[Batch]) -> Iterator[list[NDArray[np.float32]]]:
+    """Batches joined to groups of at least `_ROW_GROUP` rows, the last one of what is left."""
+    waiting: list[Batch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(len(cls) for cls, _ in waiting) >= _ROW_GROUP:
+            yield [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
+            waiting.clear()
+    if waiting:
+        yield [np.concatenate(parts) for parts in zip(*waiting, strict=True)]
 
-    def write(self, first: int, cls: NDArray[np.float32], mean: NDArray[np.float32]) -> None:
-        for array, part in zip(self._arrays, (cls, mean), strict=True):
-            array[first : first + len(part)] = part
 
-    def close(self) -> None:
-        for array in self._arrays:
-            array.flush()
+def _write_arrays(path: Path, table: SampleTable, width: int, batches: Iterable[Batch]) -> None:
+    path.mkdir()
+    arrays = [
+        np.lib.format.open_memmap(path / name, "w+", np.float32, (len(table), width))
+        for name in ("cls.npy", "mean.npy")
+    ]
+    np.save(path / "labels.npy", table.labels.numpy())
+    with open(path / "keys.txt", "w") as file:
+        file.writelines(f"{shard}:{key}\n" for shard, key in _names(table))
+    row = 0
+    for batch in batches:
+        for array, part in zip(arrays, batch, strict=True):
+            array[row : row + len(part)] = part
+        row += len(batch[0])
+    for array in arrays:
+        array.flush()
 
 
 def _names(table: SampleTable) -> Iterator[tuple[str, str]]:

@@ -19,8 +19,6 @@ is exported.
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.command_line import parsed, run_program
 from famt.train.program_options import Export
+from famt.train.run_folder import appearing
 
 
 def main(args: Export) -> list[str]:
@@ -59,31 +58,38 @@ def main(args: Export) -> list[str]:
     model = checkpoint.load_model(args.checkpoint, ema=args.ema)
     if model.config.timm and args.to != "timm":
         raise UserError(f"{model.config.timm} is an architecture of timm's; export it --to timm")
-    reason = None
-    if model.unofficial:
-        reason = f"{args.to} has no {model.unofficial}"
-    elif args.ema:
-        reason = "only the encoder is averaged"
+    left_out = ""
     if args.to == "timm":
         files, lines = _timm(model.encoder, model.config, args.out)
     else:
-        weights = encoder_state(model) if reason else official_state(model)
+        reason = "only the encoder is averaged" if args.ema else ""
+        if model.unofficial:
+            reason = f"{args.to} has no {model.unofficial}"
         layout = _mae if args.to == "mae" else _transformers
+        weights = encoder_state(model) if reason else official_state(model)
         files, lines = layout(model.config, weights, args.out)
-    left_out = ""
-    if reason and args.to != "timm":
-        names = [name.split(".")[0] for name in model.state_dict()]
-        left = ", ".join(dict.fromkeys(name for name in names if name != "encoder"))
-        left_out = f"left out: everything but the encoder ({left}), because {reason}"
-    elif args.to != "timm" and model.config.low_pass is not None:
-        left_out = f"left out: low-passed targets, which the loss in {args.to} does not have"
+        if reason:
+            names = dict.fromkeys(name.split(".")[0] for name in model.state_dict())
+            left = ", ".join(name for name in names if name != "encoder")
+            left_out = f"left out: everything but the encoder ({left}), because {reason}"
+        elif model.config.low_pass is not None:
+            left_out = f"left out: low-passed targets, which the loss in {args.to} does not have"
     _finish(args, files, lines, left_out)
     return lines
 
 
 def _finish(args: Export, files: Mapping[str, Any], lines: list[str], left_out: str = "") -> None:
     """Write the folder, and print what loads it."""
-    _write(args.out, files)
+    with appearing(args.out) as folder:
+        folder.mkdir()
+        for name, content in files.items():
+            if name.endswith(".safetensors"):
+                whole = {key: value.contiguous().clone() for key, value in content.items()}
+                safetensors.torch.save_file(whole, folder / name, metadata={"format": "pt"})
+            elif name.endswith(".pth"):
+                torch.save(content, folder / name)
+            else:
+                (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     size = sum(path.stat().st_size for path in args.out.iterdir())
     print(f"{args.checkpoint}: written to {args.out}, {size / 1e6:.1f} MB")
     if left_out:
@@ -222,26 +228,6 @@ def _transformers(
 
 def _spelled(arguments: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-
-
-def _write(out: Path, files: Mapping[str, Any]) -> None:
-    """Write a folder that appears once it is complete."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        for name, content in files.items():
-            if name.endswith(".safetensors"):
-                whole = {key: value.contiguous().clone() for key, value in content.items()}
-                safetensors.torch.save_file(whole, partial / name, metadata={"format": "pt"})
-            elif name.endswith(".pth"):
-                torch.save(content, partial / name)
-            else:
-                (partial / name).write_text(json.dumps(content, indent=2) + "\n")
-        partial.chmod(0o755)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The folder of a run: a lock that keeps others out, and files that are never seen half written."""
+"""The folder of a run: a lock that keeps others out, and files never seen half written."""
 
 from __future__ import annotations
 
@@ -43,6 +43,16 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             f"{path}: could not be written, the old content stays; {room / 1e6:.0f} MB were free "
             f"({reason(error)})"
         ) from error
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A path for a file or folder that gets the name `out` once it is complete."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.part")
+    shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+    yield partial
+    partial.rename(out)
 
 
 @contextmanager
