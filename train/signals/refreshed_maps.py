@@ -7,34 +7,46 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from tqdm import tqdm
 
 from famt.pipeline import storage
+from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.loader import CropBatch
+from famt.pipeline.loading.masking import crop_scores
+from famt.pipeline.scores import check_model_kinds
 from famt.pipeline.scoring.generation import GenerationError, generations, open_generation, step_of
 from famt.pipeline.wording import counted
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint
 from famt.train.config import Pretrain
-from famt.train.distributed import Ranks
+from famt.train.distributed import SEEN_WITHIN, Ranks
 from famt.train.encoder_snapshot import Encoder, save_encoder
 from famt.train.log import Log
-from famt.train.signals.follower import Follower
 from famt.train.signals.refresh_folder import Epochs, RefreshFolder
-from famt.train.signals.shared_maps import SharedMaps
 from famt.train.stop import Stop
 
 _POLL = 0.2  # seconds
+_PATIENCE = 60.0  # seconds that a job may take to start
 
 
 class RefreshedMaps:
-    """Maps of the generation in use, replaced by a newer one between epochs.
+    """Maps of the generation in use, replaced as a whole by a newer one between epochs.
 
     The run and the job exchange encoders and generations through a folder; see
-    `famt.train.signals.refresh_folder`. All ranks call the same methods.
+    `famt.train.signals.refresh_folder`. All ranks call the same methods; those of a machine share
+    the maps.
+
+    Attributes:
+        current: step of the generation in use; None before the first.
+        grid: cells a side of the maps.
+
+    Raises:
+        UserError: no such kind of score, or a run that waits for a refresh job sees none.
+        GenerationError: the one to use is missing, damaged or of other images.
     """
 
     def __init__(
@@ -47,12 +59,20 @@ class RefreshedMaps:
     ) -> None:
         self._run, self._config, self._samples = run, config, samples
         self._encoder, self._ranks, self._kinds = encoder, ranks, config.refreshed_kinds
-        self._maps = SharedMaps(samples, self._kinds, config.sizes.grid, ranks)
+        check_model_kinds(self._kinds)
+        self.current: int | None = None
+        self.grid = config.sizes.grid
+        shape = (len(samples), self.grid, self.grid)
+        self._maps = {
+            kind: ranks.share(lambda: torch.ones(shape, dtype=torch.float16))
+            for kind in self._kinds
+        }
+        self._leads = ranks.leads()
         self._folder = RefreshFolder(config.out)
         self._begun = -1
         self._pinned = config.refresh.pin
         if self._pinned:
-            self._maps.take_up(self._pinned)
+            self._load(self._pinned)
             return
         self._epochs: Epochs = ranks.from_main(lambda: Epochs(self._folder, run))
         if ranks.is_main:
@@ -61,17 +81,12 @@ class RefreshedMaps:
                 self._folder.remove_encoders()
                 for path in generations(self._folder.path):
                     path.unlink()
-        needed = config.refresh.wait and bool(config.refreshes)
-        self._job: Follower = ranks.from_main(lambda: Follower(config.out, needed=needed))
-
-    @property
-    def current(self) -> int | None:
-        """Step of the generation in use; None before the first."""
-        return self._maps.step
+        self._job = f"famt refresh --follow {config.out}"
+        self._is_followed = ranks.from_main(self._find_job)
 
     def read(self, kind: str, crops: CropBatch) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
-        return self._maps.read(kind, crops)
+        return None if self.current is None else crop_scores(self._maps[kind], crops, self.grid)
 
     def begin_epoch(self, epoch: int, step: int, stop: Stop, log: Log | None) -> bool:
         """Write the encoder if a generation is due, and take up a new generation.
@@ -110,7 +125,11 @@ class RefreshedMaps:
         self._begun = epoch
         self._ranks.from_main(lambda: self._record(epoch, step))
         if log:
-            self._job.report(step, log)
+            self._report_job(step, log)
+            for each in self._folder.encoders():
+                if reason := self._folder.why_failed(each):
+                    self._folder.failure(each).unlink(missing_ok=True)
+                    log.event(step, "refresh failed", tell=True, reason=reason)
         return True
 
     def restore(self, step: int) -> None:
@@ -119,10 +138,8 @@ class RefreshedMaps:
         Raises:
             GenerationError: it is missing or damaged.
         """
-        if self._pinned:
-            return
-        if self.current != step:
-            self._maps.take_up(self._folder.generation(step), self._run)
+        if not self._pinned and self.current != step:
+            self._load(self._folder.generation(step), self._run)
 
     def restart(self, epoch: int) -> None:
         """Start an epoch with the newest generation, whatever the run took up before."""
@@ -140,12 +157,12 @@ class RefreshedMaps:
         if self._pinned:
             return f"from {self._pinned}"
         due = self._config.refreshes
-        alone = due and not self._job.is_there
+        alone = due and not self._is_followed
         meanwhile = "waits for it" if self._config.refresh.wait else "goes on meanwhile"
         return (
             f"recomputed every {counted(due.step, 'epoch')}, {counted(len(due), 'time')}, by a "
             f"job that follows this run, which {meanwhile}"
-            + (f"; none does: start `{self._job.command}`" if alone else "")
+            + (f"; none does: start `{self._job}`" if alone else "")
         )
 
     def close(self, *, finished: bool) -> None:
@@ -157,11 +174,32 @@ class RefreshedMaps:
         if not self._pinned and self._config.refreshes:
             used, due = len(self._epochs.generations_since(0)), len(self._config.refreshes)
             late = "none was ready in time: train for more epochs, or give --refresh.wait"
-            why = late if self._job.is_there else "no job followed the run to its end"
+            why = late if self._is_followed else "no job followed the run to its end"
             tqdm.write(
                 f"generations of refreshed maps used: {used} of {due}{'' if used else f'; {why}'}",
                 file=sys.stderr,
             )
+
+    def _find_job(self) -> bool:
+        """Whether a job follows the run; one that the run needs may take a minute to start."""
+        needed = self._config.refresh.wait and bool(self._config.refreshes)
+        if needed and not self._folder.is_followed():
+            print(f"waiting for a refresh job: start `{self._job}`", file=sys.stderr, flush=True)
+        until = time.monotonic() + _PATIENCE
+        while needed and not self._folder.is_followed():
+            if time.monotonic() > until:
+                raise UserError(
+                    f"--refresh.wait: no refresh job follows {self._config.out}. `famt pretrain` "
+                    f"starts one; otherwise start `{self._job}` first"
+                )
+            time.sleep(_POLL)
+        return self._folder.is_followed()
+
+    def _report_job(self, step: int, log: Log) -> None:
+        """Log, once, that the job ended."""
+        if self._is_followed and not self._folder.is_followed():
+            self._is_followed = False
+            log.event(step, "refresh job ended", tell=True, to_start_one=self._job)
 
     def _await(self, step: int, stop: Stop, log: Log | None) -> bool:
         """Wait for the generation of a step; False if any rank is asked to stop instead."""
@@ -177,7 +215,7 @@ class RefreshedMaps:
             if is_there:
                 return True
             if log:
-                self._job.report_end(step, log)
+                self._report_job(step, log)
             time.sleep(_POLL)
 
     def _take_up(self, wanted: int | None, epoch: int, step: int, log: Log | None) -> None:
@@ -185,7 +223,7 @@ class RefreshedMaps:
         if wanted in (None, self.current):
             return
         started = time.perf_counter()
-        self._maps.take_up(self._folder.generation(wanted), self._run)
+        self._load(self._folder.generation(wanted), self._run)
         if log:
             log.event(
                 step,
@@ -197,6 +235,36 @@ class RefreshedMaps:
                 age_steps=step - wanted,
                 pause_ms=1000 * (time.perf_counter() - started),
             )
+
+    def _load(self, path: Path, run: str | None = None) -> None:
+        """Replace the maps by those of a generation.
+
+        Args:
+            path: its file.
+            run: id that it must have; None takes any.
+
+        Raises:
+            GenerationError, OSError: a machine can't read it; on all ranks, and the maps stay.
+        """
+        maps, problem = {}, None
+        if self._leads:
+            until = time.monotonic() + (0 if self._ranks.is_main else SEEN_WITHIN)
+            while not path.exists() and time.monotonic() < until:
+                time.sleep(_POLL)
+            try:
+                generation = open_generation(path)
+                if run not in (None, generation.run):
+                    raise GenerationError(f"{path} is of {generation.run}, not of {run}; remove it")
+                maps = generation.maps(self._samples, self._kinds, self.grid)
+            except (GenerationError, OSError) as error:
+                problem = error
+        for each in self._ranks.gather(problem):
+            if each:
+                raise each
+        for kind, new in maps.items():
+            self._maps[kind].copy_(new)
+        self._ranks.gather(None)  # nobody reads before all have written
+        self.current = step_of(path)
 
     def _record(self, epoch: int, step: int) -> None:
         self._epochs.write(epoch, step, self.current)

@@ -31,7 +31,7 @@ from famt.train.distributed import join_ranks
 from famt.train.encoder_snapshot import load_encoder
 from famt.train.log import Log
 from famt.train.pretrain import Run, main
-from famt.train.signals import follower
+from famt.train.signals import refreshed_maps
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from famt.train.signals.refresh_folder import RefreshFolder
 from famt.train.signals.refreshed_maps import RefreshedMaps
@@ -308,7 +308,7 @@ def test_a_run_that_does_not_wait_says_why_the_job_failed_and_goes_on(config, sc
 
 
 def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeypatch, capfd):
-    monkeypatch.setattr(follower, "_PATIENCE", 0.5)
+    monkeypatch.setattr(refreshed_maps, "_PATIENCE", 0.5)
     with pytest.raises(UserError, match=r"`famt pretrain` starts one; .*--follow"):
         main(dataclasses.replace(config, refresh=WAITING))
     assert not log_events(config.out, "start")
@@ -318,7 +318,7 @@ def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeyp
 def test_a_job_may_come_up_after_the_run_that_needs_it(config, scored, folder, capfd, monkeypatch):
     job = folder.followed()
     clock = Mock(monotonic=time.monotonic, sleep=lambda _: job.__enter__())
-    monkeypatch.setattr(follower, "time", clock)
+    monkeypatch.setattr(refreshed_maps, "time", clock)
     maps = _maps(dataclasses.replace(config, refresh=WAITING), scored)
     assert "waiting for a refresh job" in capfd.readouterr().err
     assert "none does" not in maps.describe()
