@@ -29,7 +29,7 @@ from famt.train.signals.attention import Live
 from famt.train.signals.banked import Banked
 from famt.train.signals.cached import Cached
 from famt.train.signals.config import AttentionConfig
-from famt.train.signals.patch_weights import build_signal, weigh_crops
+from famt.train.signals.patch_weights import weigh_crops
 from famt.train.signals.signal import Context, Signal
 
 
@@ -96,7 +96,7 @@ def _signals(run: Checkpoint, options: Pretrain, context: Context) -> list[Signa
             elif slot.is_cached:
                 signal = Cached(slot, context)
         elif not slot.is_off:
-            signal = build_signal(slot, context)
+            signal = slot.build(context)
             if isinstance(signal, Banked) and isinstance(slot, AttentionConfig) and not own:
                 signal = Live(slot, context)
             elif state:

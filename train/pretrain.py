@@ -44,7 +44,7 @@ from famt.train.loop import Training
 from famt.train.optimisation import Optimisation
 from famt.train.picture import picture_of_crops
 from famt.train.run_folder import own_folder
-from famt.train.signals.patch_weights import Weighed, build_signals, weigh_crops
+from famt.train.signals.patch_weights import Weighed, weigh_crops
 from famt.train.signals.refresh_folder import RefreshFolder
 from famt.train.signals.refreshed_maps import RefreshedMaps, lost_generations
 from famt.train.signals.signal import Context, Signal, Step
@@ -111,7 +111,9 @@ class Run(Training[PatchBatch]):
             bf16=config.precision == "bf16",
             refreshed=refreshed,
         )
-        self.signals: list[Signal] = build_signals(config, self.context)
+        self.signals: list[Signal] = [
+            slot.build(self.context) for slot in config.slots.values() if not slot.is_off
+        ]
         self.optimisation = Optimisation(
             config.optimiser,
             self.model,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import is_dataclass
-from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -44,14 +43,9 @@ class SideStream:
             self._context = torch.cuda.stream(self._stream)
             self._context.__enter__()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._context is not None:
-            self._context.__exit__(kind, error, trace)
+            self._context.__exit__(*error)
             self._context = None
 
     def hand_over(self, batch: Batch) -> Batch:

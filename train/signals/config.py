@@ -52,6 +52,12 @@ class Slot:
             found = find_plugin("famt.signals", self.source, [OFF, *self.sources], asked).load()
         return cast("Callable[[Any, Context], Signal]", found)
 
+    def build(self, context: Context) -> Signal:
+        """The signal of a slot that is not off; raises as `signal`."""
+        signal = self.signal(self, context)
+        signal.name = self.name
+        return signal
+
     @property
     def is_cached(self) -> bool:
         """Whether the source reads the pixel score from the cache."""

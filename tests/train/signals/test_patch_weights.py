@@ -9,7 +9,11 @@ from famt.pipeline.errors import UserError
 from famt.train.distributed import join_ranks
 from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
-from famt.train.signals.patch_weights import read_signals, weigh
+from famt.train.signals.patch_weights import weigh_crops
+
+
+def _weigh(run, crops):
+    return weigh_crops(run.config, run.signals, crops, epoch=0, step=0, progress=0.0)
 
 
 def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
@@ -22,7 +26,7 @@ def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
         run = Run(config, ranks)
         crops = next(iter(run.loader))
         frequency, attention = (each.read(crops, 0) for each in run.signals)
-        found = weigh(read_signals(run.signals, crops, 0), crops, 8)
+        found = _weigh(run, crops).weights
     for b in range(8):
         for n in range(64):
             relative = frequency[b, n] / frequency[b].mean(), attention[b, n] / attention[b].mean()
@@ -33,8 +37,8 @@ def test_the_weight_is_the_product_of_relative_signals_to_their_powers(config):
 def test_without_signals_weights_are_uniform(config):
     with join_ranks("cpu") as ranks:
         run = Run(dataclasses.replace(config, frequency=FrequencyConfig("off")), ranks)
-        crops = next(iter(run.loader))
-        assert torch.equal(weigh({}, crops, 8), torch.ones(8, 64))
+        run.signals = []
+        assert torch.equal(_weigh(run, next(iter(run.loader))).weights, torch.ones(8, 64))
 
 
 def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(config):
@@ -42,7 +46,7 @@ def test_a_signal_that_has_nothing_to_say_yet_leaves_the_weights_to_the_others(c
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
-        assert list(read_signals(run.signals, crops, 0)) == ["attention"]
+        assert list(_weigh(run, crops).scores) == ["attention"]
         assert run.prepare(crops, 0).split.masked.shape == (8, 28)
         run.signals = run.signals[:1]
         assert run.prepare(crops, 0).split.masked.shape == (8, 48)  # a plain MAE's
@@ -72,7 +76,7 @@ def test_a_packages_own_signal_weighs_patches(config, monkeypatch):
     with join_ranks("cpu") as ranks:
         run = Run(config, ranks)
         crops = next(iter(run.loader))
-        (scores, exponent) = read_signals(run.signals, crops, 0)["frequency"]
+        (scores, exponent) = _weigh(run, crops).scores["frequency"]
         assert exponent == 1.0
         assert run.signals[0].scalars()["frequency_crops_read"] == 8
         cells = scores.view(8, 8, 8)
