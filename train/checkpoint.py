@@ -8,7 +8,7 @@ import re
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -53,10 +53,6 @@ class Elastic(Component, Protocol):
     """A component that can resume with changed options, at the start of an epoch."""
 
     def restart(self, state: dict[str, Any], epoch: int) -> None: ...
-
-
-class DamagedError(UserError):
-    """A file that was damaged after it was written."""
 
 
 class FormatError(UserError):
@@ -109,23 +105,6 @@ class Checkpoint:
         others = ("model", "optimisation")
         return {name: state for name, state in self.components.items() if name not in others}
 
-    def restore(
-        self, components: Mapping[str, Component], own: Mapping[str, Component], rank: int
-    ) -> None:
-        """Load the run's components and this rank's own, to resume with the very next batch."""
-        for name, component in components.items():
-            component.load_state_dict(self.components[name])
-        for name, component in own.items():
-            component.load_state_dict(self.ranks[rank][name])
-
-    def restart(self, components: Mapping[str, Component]) -> None:
-        """Load components to resume from the start of an epoch, with other options or data."""
-        for name, component in components.items():
-            if isinstance(component, Elastic):
-                component.restart(self.components[name], self.epoch)
-            else:
-                component.load_state_dict(self.components[name])
-
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `<folder>/checkpoint-<step>.pt` atomically, then remove all but the last `keep`.
@@ -150,8 +129,8 @@ def load(path: Path) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is none.
-        UserError: the file is damaged (`DamagedError`), of another format (`FormatError`), or no
-            checkpoint of this program.
+        UserError: the file is damaged, of another format (`FormatError`), or no checkpoint of this
+            program.
     """
     if path.is_dir():
         if not (found := latest(path)):
@@ -164,8 +143,7 @@ def load(path: Path) -> Checkpoint:
     except (TypeError, ValueError, UserError) as error:
         earlier = [each for each in files(path.parent) if each < path]
         remedy = f"; remove it to resume from {earlier[-1].name}" if earlier else ""
-        kind = DamagedError if isinstance(error, DamagedError) else UserError
-        raise kind(f"{path} is not a whole checkpoint of this program{remedy}") from error
+        raise UserError(f"{path} is not a whole checkpoint of this program{remedy}") from error
 
 
 def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
@@ -237,7 +215,7 @@ def read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if damage := damage_of(path):
-        raise DamagedError(f"{path} is damaged: {damage}")
+        raise UserError(f"{path} is damaged: {damage}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, TypeError, EOFError, LookupError, UnpicklingError) as error:
@@ -364,7 +342,7 @@ def _choose(folder: Path) -> Path | None:
             return path
         damaged.append(path)
     if damaged:
-        raise DamagedError(
+        raise UserError(
             f"{damaged[0]} is damaged, and no earlier checkpoint is whole; remove it to start again"
         )
     return None

@@ -93,16 +93,10 @@ class Ranks:
         Raises:
             Exception: what `make` raised, on every rank.
         """
-        made: Shared | Exception | None = None
-        if self.is_main:
-            try:
-                made = make()
-            except Exception as error:  # the other ranks are waiting
-                made = error
-        made = self.gather(made)[0]
+        made: Shared | Exception = self.gather(_outcome(make) if self.is_main else None)[0]
         if isinstance(made, Exception):
             raise made
-        return made  # type: ignore[return-value]
+        return made
 
     def share(self, make: Callable[[], Shared]) -> Shared:
         """Call `make` once per machine, and share the result's tensors between its ranks.
@@ -115,13 +109,7 @@ class Ranks:
         """
         if self.world_size == 1:
             return make()
-        leads = self.leads()
-        made: str | Exception | None = None
-        if leads:
-            try:
-                made = _write_shared(make())
-            except Exception as error:  # the other ranks are waiting
-                made = error
+        made = _outcome(lambda: _write_shared(make())) if self.leads() else None
         paths = self.gather((self.node, made))
         try:
             for _, each in paths:
@@ -135,6 +123,14 @@ class Ranks:
         finally:
             if isinstance(made, str):
                 os.unlink(made)
+
+
+def _outcome(make: Callable[[], Shared]) -> Shared | Exception:
+    """The result of a call, or its error: the other ranks are waiting for either."""
+    try:
+        return make()
+    except Exception as error:
+        return error
 
 
 def _write_shared(value: object) -> str:

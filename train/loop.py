@@ -22,7 +22,7 @@ from famt.pipeline.loading.loader import CropBatch, CropLoader
 from famt.pipeline.loading.resident import crop_loader
 from famt.pipeline.wording import counted
 from famt.train import checkpoint
-from famt.train.checkpoint import Checkpoint, Component, resume
+from famt.train.checkpoint import Checkpoint, Component, Elastic, resume
 from famt.train.config import TrainingOptions
 from famt.train.distributed import Ranks
 from famt.train.log import Log
@@ -104,11 +104,17 @@ class Training(ABC, Generic[Batch]):
 
     def restore(self) -> None:
         """Load the checkpoint to resume from, if there is one, into the finished components."""
-        if self.resumed and self.exact:
-            self.resumed.restore(self.components(), self.own_components(), self.ranks.rank)
-        elif self.resumed:
-            self.resumed.restart(self.components())
-        self.resumed = None  # free its copy of the weights
+        resumed, self.resumed = self.resumed, None  # so that its copy of the weights is freed
+        if not resumed:
+            return
+        for name, component in self.components().items():
+            if isinstance(component, Elastic) and not self.exact:
+                component.restart(resumed.components[name], resumed.epoch)
+            else:
+                component.load_state_dict(resumed.components[name])
+        own = self.own_components() if self.exact else {}
+        for name, component in own.items():
+            component.load_state_dict(resumed.ranks[self.ranks.rank][name])
 
     @property
     def step(self) -> int:

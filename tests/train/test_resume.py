@@ -185,7 +185,7 @@ def test_damaged_checkpoints_are_set_aside_unless_nothing_is_left(options, capsy
         (3, "checkpoint-00000005.damaged"),
     ]
     paths[0].write_bytes(b"")
-    with pytest.raises(checkpoint.DamagedError, match="no earlier checkpoint is whole"):
+    with pytest.raises(UserError, match="no earlier checkpoint is whole"):
         _resume(options)
 
 
