@@ -1,4 +1,4 @@
-"""The options of `famt export`, `embed`, `figures`, `report` and `recipes`."""
+"""The options of `famt export`, `embed`, `figures` and `report`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge
 
 from famt.pipeline.options import Checked, RandomView, Seed
+from famt.train.evaluate.evaluation import EncoderOptions
 
 
 @dataclass(frozen=True)
@@ -27,31 +28,14 @@ class Export:
     is not averaged"""
 
 
-@dataclass(frozen=True)
-class Embed(Checked):
+@dataclass(frozen=True, kw_only=True)
+class Embed(EncoderOptions):
     """Which images to embed, and with what."""
 
-    checkpoint: str
-    """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
-    cache: str
-    """score cache; shards it does not know yet are added"""
     shards: list[str]
     """tars, folders of tars, wildcards or brace patterns (quoted)"""
     out: Path
     """<name>.parquet, or a folder for .npy files; must not exist"""
-    stage: Path | None = None
-    """folder on a fast local disk to copy the shards to first; copies of earlier runs are reused"""
-    ema: bool = False
-    """use the averaged weights of a run with --optimiser.ema-decay"""
-    centre: Annotated[float | None, Gt(0), Le(1)] = None
-    """side of the central crop, as a share of the image's shorter side; if not given, 0.875,
-    or 1 for models of up to 64 px"""
-    batch_size: Annotated[int, Ge(1)] = 256
-    """images per batch"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where to compute; auto takes a GPU if there is one"""
-    threads: Annotated[int | None, Ge(1)] = None
-    """CPU threads that decode; all cores if not given"""
 
 
 @dataclass(frozen=True)
@@ -81,11 +65,3 @@ class Report:
     """folders of runs"""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
     """HTML page to write"""
-
-
-@dataclass(frozen=True)
-class Recipes:
-    """Which recipe to show."""
-
-    name: Annotated[str | None, tyro.conf.Positional] = None
-    """a recipe, or the path of your own file; if not given, all are listed"""

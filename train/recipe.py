@@ -17,9 +17,11 @@ import shlex
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from famt.pipeline.errors import UserError
-from famt.train.program_options import Recipes
 
 DEFAULT = "famt"
 """The recipe of a run without --recipe."""
@@ -46,6 +48,14 @@ class Recipe:
     commands: str
     cost: str
     result: str
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """Which recipe to show."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """a recipe, or the path of your own file; if not given, all are listed"""
 
 
 def main(args: Recipes) -> None:

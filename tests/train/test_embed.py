@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from samples import score, tar_bytes
+from samples import photo_members, score, tar_bytes
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import load_samples
@@ -16,18 +16,8 @@ from famt.train.program_options import Embed
 
 
 def _embed(run, scored, out, **options):
-    main(
-        Embed(
-            checkpoint=str(run),
-            cache=scored.cache.url,
-            shards=scored.shards,
-            out=out,
-            batch_size=4,
-            device="cpu",
-            threads=1,
-            **options,
-        )
-    )
+    known = {"shards": scored.shards, "batch_size": 4, "device": "cpu", "threads": 1}
+    main(Embed(checkpoint=str(run), cache=scored.cache.url, out=out, **(known | options)))
 
 
 @pytest.fixture
@@ -81,23 +71,12 @@ def test_a_folder_of_arrays_holds_the_same(tiny_run, scored, tmp_path, expected)
 def test_images_without_a_class_are_welcome(tiny_run, scored, tmp_path):
     """And one that can't be decoded is left out, its neighbours keep their keys."""
     path = tmp_path / "shards" / "mixed.tar"
-    from samples import photo_members
-
     members = [each for each in photo_members(4) if not each[0].endswith(".cls")]
     members[1] = ("img0001.jpg", b"no image")
     members.append(("img0003.cls", b"8"))
     path.write_bytes(tar_bytes(members))
     score([path], scored.cache, scored.spec)
-    main(
-        Embed(
-            str(tiny_run),
-            scored.cache.url,
-            [str(path)],
-            tmp_path / "f.parquet",
-            device="cpu",
-            threads=1,
-        )
-    )
+    _embed(tiny_run, scored, tmp_path / "f.parquet", shards=[str(path)])
     table = pq.read_table(tmp_path / "f.parquet")
     assert table["key"].to_pylist() == ["img0000", "img0002", "img0003"]
     assert table["label"].to_pylist() == [None, None, 8]

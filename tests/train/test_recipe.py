@@ -14,7 +14,7 @@ from famt.train import recipe
 from famt.train.command_line import parse, run_program
 from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
-from famt.train.program_options import Export, Recipes
+from famt.train.program_options import Export
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 ON = ["--shards", "a", "--cache", "c", "--out", "o"]
@@ -244,7 +244,7 @@ def test_options_differ_where_a_run_has_other_than_the_defaults_and_new_ones_do_
 
 
 def test_recipes_are_listed_and_shown(capsys):
-    recipe.main(Recipes())
+    recipe.main(recipe.Recipes())
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == recipe.names()
-    recipe.main(Recipes("uniform"))
+    recipe.main(recipe.Recipes("uniform"))
     assert tomllib.loads(capsys.readouterr().out)["about"] == recipe.load("uniform").about

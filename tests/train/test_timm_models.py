@@ -148,4 +148,9 @@ def test_without_a_class_token_the_mean_goes_out_and_attention_is_refused(
         features = checkpoint.load_model(run).encoder.forward_features(pixels)
         found = eval(line, {"timm": timm}).eval()(pixels)
     torch.testing.assert_close(found, features.mean(1), rtol=0, atol=1e-5)
-    embed(Embed(str(run), scored.cache.url, scored.shards, tmp_path / "f", device="cpu", threads=1))
+    embed(
+        Embed(
+            checkpoint=str(run), cache=scored.cache.url, shards=scored.shards, out=tmp_path / "f",
+            device="cpu", threads=1,
+        )
+    )  # fmt: skip

@@ -19,24 +19,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Evaluation(Checked):
-    """What every evaluation needs."""
+class EncoderOptions(Checked):
+    """Which encoder to read images with, and how."""
 
     checkpoint: Annotated[str, APART]
     """run, checkpoint, or any other encoder that --init takes (see docs/export.md)"""
     cache: Annotated[str, FREE, PLACE]
     """score cache; shards it does not know yet are added"""
-    train: Annotated[list[str], FREE, PLACE]
-    """shards to learn from"""
-    val: Annotated[list[str], FREE, PLACE]
-    """shards to test on"""
     stage: Annotated[Path | None, FREE, PLACE] = None
     """folder on a fast local disk; each machine copies the shards there first and reuses what
     earlier runs copied"""
     ema: Annotated[bool, APART] = False
     """use the averaged weights of the encoder, of a run with --optimiser.ema-decay"""
-    untrained: Annotated[bool, APART] = False
-    """use the same encoder with fresh random weights: the floor to beat"""
     centre: Annotated[float | None, Gt(0), Le(1)] = None
     """side of the central crop, as a share of the image's shorter side; if not given, 0.875,
     or 1 for models of up to 64 px"""
@@ -46,6 +40,18 @@ class Evaluation(Checked):
     """where to compute; auto takes a GPU if there is one"""
     threads: Annotated[int | None, Ge(1), FREE] = None
     """CPU threads that decode; the rank's share of the cores if not given"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(EncoderOptions):
+    """What every evaluation needs."""
+
+    train: Annotated[list[str], FREE, PLACE]
+    """shards to learn from"""
+    val: Annotated[list[str], FREE, PLACE]
+    """shards to test on"""
+    untrained: Annotated[bool, APART] = False
+    """use the same encoder with fresh random weights: the floor to beat"""
     seed: Seed = 0
     """seed of all random draws"""
     json: Annotated[bool, FREE] = False

@@ -19,8 +19,7 @@ from famt.pipeline.loading.loader import CropBatch, CropLoader
 from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import CentreView, LoaderConfig, View
 from famt.train.distributed import Ranks
-from famt.train.evaluate.evaluation import Evaluation
-from famt.train.program_options import Embed
+from famt.train.evaluate.evaluation import EncoderOptions
 from famt.train.stop import Stop
 
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
@@ -181,7 +180,7 @@ def pool(encoder: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def open_images(
-    options: Evaluation | Embed, encoder: VisionTransformer, name: str, ranks: Ranks
+    options: EncoderOptions, encoder: VisionTransformer, name: str, ranks: Ranks
 ) -> Images:
     """The images of an option's shards, such as --train's (`name`), at the encoder's size."""
     size = encoder.patch_embed.img_size[0]

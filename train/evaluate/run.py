@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -11,11 +13,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 from famt.mae import MaskedAutoencoder
 from famt.models import ModelConfig
+from famt.pipeline import storage
+from famt.pipeline.errors import UserError
+from famt.pipeline.sharding.dataset_json import NAME, described
+from famt.pipeline.wording import counted
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
-from famt.train.evaluate.check_splits import check_pair
 from famt.train.evaluate.evaluation import Evaluation
-from famt.train.evaluate.features import Value, open_images
+from famt.train.evaluate.features import Images, Value, open_images
 from famt.train.initial import build_initial_encoder
 from famt.train.log import evaluation_table, log_evaluation, rounded
 
@@ -31,8 +36,11 @@ def run(options: Evaluation) -> dict[str, Value]:
     """
     name = options.evaluator()
     torch.manual_seed(options.seed)
-    options = dataclasses.replace(options, checkpoint=_latest(options.checkpoint))
-    encoder, of_run = open_encoder(options), _run_of(options.checkpoint)
+    source = Path(options.checkpoint)
+    if source.is_dir() and (last := checkpoint.latest(source)):  # the run may go on training
+        source, options = last, dataclasses.replace(options, checkpoint=str(last))
+    of_run = source.is_file() and checkpoint.is_checkpoint(source)
+    encoder = open_encoder(options)
     with join_ranks(options.device) as ranks:
         encoder = encoder.to(ranks.device)
         train, val = (open_images(options, encoder, each, ranks) for each in ("train", "val"))
@@ -43,7 +51,7 @@ def run(options: Evaluation) -> dict[str, Value]:
     about: dict[str, Value] = {"evaluate": name, "checkpoint": options.checkpoint}
     about["weights"] = options.weights
     if of_run:
-        about["step"] = of_run[1]
+        about["step"] = checkpoint.step_of(source)
     values: dict[str, Value] = {}
     for images in (train, val):
         values |= {f"{images.name}_images": len(images), f"{images.name}_data": images.table.digest}
@@ -51,7 +59,8 @@ def run(options: Evaluation) -> dict[str, Value]:
     line = rounded(about | values)
     print(json.dumps(line) if options.json else evaluation_table(line))
     if of_run:
-        log_evaluation(*of_run, name, options.weights, values, options.conditions())
+        step, conditions = checkpoint.step_of(source), options.conditions()
+        log_evaluation(source.parent, step, name, options.weights, values, conditions)
     return found
 
 
@@ -63,14 +72,39 @@ def open_encoder(options: Evaluation) -> VisionTransformer:
     return encoder
 
 
-def _latest(source: str) -> str:
-    """A run's last checkpoint, as the run may go on training; any other source unchanged."""
-    path = Path(source)
-    return str((checkpoint.latest(path) if path.is_dir() else None) or source)
+def check_pair(train: Images, val: Images) -> None:
+    """Refuse sets whose results would mean nothing, and warn of images that are left out.
+
+    Raises:
+        UserError: the sets share images, or a class has different names in them.
+    """
+    learned = dict(zip(train.table.shard_ids, train.table.urls, strict=True))
+    for shard_id, url in zip(val.table.shard_ids, val.table.urls, strict=True):
+        if shard_id in learned:
+            raise UserError(
+                f"{learned[shard_id]} of --train and {url} of --val hold the same images; test on "
+                "images that nothing was learned from"
+            )
+    _compare_names(train, val)
+    for images in (train, val):
+        left_out = images.table.left_out() if images.ranks.is_main else []
+        if left_out:
+            print(
+                f"warning: {counted(len(left_out), 'image')} of --{images.name} left out, "
+                f"{left_out[0]} the first",
+                file=sys.stderr,
+            )
 
 
-def _run_of(source: str) -> tuple[Path, int] | None:
-    """Run folder and step of one of our checkpoints; None for any other source."""
-    path = Path(source)
-    is_ours = path.is_file() and checkpoint.is_checkpoint(path)
-    return (path.parent, checkpoint.load(path).step) if is_ours else None
+def _compare_names(train: Images, val: Images) -> None:
+    """Refuse class numbers that stand for different names in different folders of shards."""
+    folders = dict.fromkeys(storage.split_url(url)[0] for url in train.table.urls + val.table.urls)
+    known = {each: about["classes"] for each in folders if (about := described(each))}
+    first = next(iter(known), "")
+    for folder, classes in known.items():
+        for number, names in enumerate(zip_longest(known[first], classes)):
+            if len({*names} - {None}) > 1:
+                raise UserError(
+                    f"class {number} is {names[0]!r} in {first}/{NAME} and {names[1]!r} in "
+                    f"{folder}/{NAME}; make both sets of shards again, with the same classes"
+                )

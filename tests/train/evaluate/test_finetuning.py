@@ -108,8 +108,8 @@ def test_a_fine_tuned_run_is_exported_with_its_head_and_embedded(make, tmp_path,
         export(Export(make().out, "hf", tmp_path / "hf"))
     embed(
         Embed(
-            str(make().out), scored.cache.url, make().val, tmp_path / "features", device="cpu",
-            threads=1,
+            checkpoint=str(make().out), cache=scored.cache.url, shards=make().val,
+            out=tmp_path / "features", device="cpu", threads=1,
         )
     )  # fmt: skip
     name = "mean.npy" if pooling == "mean" else "cls.npy"
