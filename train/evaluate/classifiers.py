@@ -8,18 +8,27 @@ training set, then tested. The test images choose nothing.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from famt.pipeline.errors import UserError
 from famt.train.evaluate.evaluators.probe import Pooling, Probe
-from famt.train.evaluate.features import Features, Value, class_count, standard_error, top1
+from famt.train.evaluate.features import (
+    Features,
+    Images,
+    Results,
+    class_count,
+    require_labels,
+    standard_error,
+    top1,
+)
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,18 @@ class Setting:
     penalty: float
 
 
+def probe(encoder: VisionTransformer, train: Images, val: Images, options: Probe) -> Results:
+    """Top-1 accuracy of the classifier chosen by held-out images, and of the best of each pooling,
+    with standard errors and the settings chosen."""
+    require_labels(train, val)
+    keep = "attentive" in options.poolings
+    known, asked = (each.features(encoder, tokens=keep) for each in (train, val))
+    return score(known, asked, options, encoder.blocks[-1].attn.num_heads, train.device)
+
+
 def score(
     train: Features, val: Features, options: Probe, heads: int, device: torch.device
-) -> Iterator[tuple[str, Value]]:
+) -> Results:
     """The measures of a probe; attentive pooling has `heads`."""
     classes = class_count(train.labels, val.labels)
     chosen = choose(train, options, classes, heads, device)

@@ -5,17 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
 from famt.pipeline.options import FREE, PLACE, Checked, Seed, notes_of
 from famt.train.config import APART, Device
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
-    from famt.train.evaluate.features import Images, Results
 
 
 @dataclass(frozen=True)
@@ -57,15 +52,11 @@ class Evaluation(EncoderOptions):
     json: Annotated[bool, FREE] = False
     """print one JSON line instead of a table"""
 
+    measured_by: ClassVar[str]
+    """`module:function` in this package: takes an encoder, training images, test images and these
+    options, and yields each value with its name"""
     metrics: ClassVar[dict[str, str]] = {}
     """title in tables and reports -> name of a measured value, in [0, 1]"""
-
-    def measure(self, encoder: VisionTransformer, train: Images, val: Images) -> Results:
-        """Evaluate an encoder; yields each value with its name.
-
-        Command lines are parsed before torch is imported, so its imports belong here.
-        """
-        raise NotImplementedError
 
     def conditions(self) -> dict[str, Any]:
         """What the result depends on besides the encoder, as plain data: the shards, and the

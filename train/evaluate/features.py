@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,8 @@ from famt.train.stop import Stop
 _MOST_CLASSES = 100_000  # ImageNet-21k has 21,841; a classifier has a row for each
 
 Value = float | int | str
-Results = Iterable[tuple[str, Value]]
+Results = Iterator[tuple[str, Value]]
+"""what an evaluator yields: values by name"""
 
 
 @dataclass(frozen=True)

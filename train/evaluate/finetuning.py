@@ -27,7 +27,7 @@ from famt.train.evaluate.discriminant import discriminants
 from famt.train.evaluate.evaluators.finetune import Finetune, Mixing
 from famt.train.evaluate.features import (
     Images,
-    Value,
+    Results,
     class_count,
     require_labels,
     standard_error,
@@ -39,9 +39,7 @@ from famt.train.run_folder import own_folder
 from famt.train.stop import Stop
 
 
-def finetune(
-    encoder: VisionTransformer, train: Images, val: Images, options: Finetune
-) -> Iterator[tuple[str, Value]]:
+def finetune(encoder: VisionTransformer, train: Images, val: Images, options: Finetune) -> Results:
     """Top-1 accuracy after the last epoch, also of the averaged weights if they are kept.
 
     Yields nothing if the run was asked to stop; the same command resumes it.

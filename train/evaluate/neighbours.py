@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.train.evaluate.features import class_count
+from famt.train.evaluate.evaluators.knn import Knn
+from famt.train.evaluate.features import (
+    Images,
+    Results,
+    class_count,
+    require_labels,
+    standard_error,
+    top1,
+)
 
 _QUERIES, _KEYS = 4096, 65536  # images per block of similarities: 1 GB
+
+
+def classify(encoder: VisionTransformer, train: Images, val: Images, options: Knn) -> Results:
+    """Top-1 accuracy by the class token, and by the mean of the patch tokens."""
+    require_labels(train, val)
+    known, asked = train.features(encoder), val.features(encoder)
+    for pooling in ("cls", "mean"):
+        predicted = predict(
+            getattr(known, pooling).to(train.device),
+            known.labels.to(train.device),
+            getattr(asked, pooling).to(train.device),
+            k=options.k,
+            temperature=options.temperature,
+        )
+        share = top1(predicted.cpu(), asked.labels)
+        yield f"top1_{pooling}", share
+        yield f"stderr_{pooling}", standard_error(share, len(val))
 
 
 def predict(

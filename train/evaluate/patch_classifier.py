@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +17,10 @@ from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.options import WholeView
 from famt.pipeline.sharding.segmentation_masks import IGNORED, crop_masks, decode_mask, read_masks
 from famt.train.evaluate.evaluators.segment import Segment
-from famt.train.evaluate.features import Images, Value, warn_of_unlearned
+from famt.train.evaluate.features import Images, Results, warn_of_unlearned
 
 
-def segment(
-    encoder: VisionTransformer, train: Images, val: Images, options: Segment
-) -> Iterator[tuple[str, Value]]:
+def segment(encoder: VisionTransformer, train: Images, val: Images, options: Segment) -> Results:
     """Mean intersection over union (IoU), and the share of correct pixels.
 
     Tests use whole images, squashed to the encoder's square. Classes that occur neither in masks

@@ -7,6 +7,7 @@ import json
 import sys
 from itertools import zip_longest
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -35,6 +36,7 @@ def run(options: Evaluation) -> dict[str, Value]:
         CacheError: see `famt.pipeline.loading.dataset.load_samples`.
     """
     name = options.evaluator()
+    measure = resolve_name(f"famt.train.evaluate.{options.measured_by}")
     torch.manual_seed(options.seed)
     source = Path(options.checkpoint)
     if source.is_dir() and (last := checkpoint.latest(source)):  # the run may go on training
@@ -45,7 +47,7 @@ def run(options: Evaluation) -> dict[str, Value]:
         encoder = encoder.to(ranks.device)
         train, val = (open_images(options, encoder, each, ranks) for each in ("train", "val"))
         check_pair(train, val)
-        found = dict(options.measure(encoder, train, val))
+        found = dict(measure(encoder, train, val, options))
     if not found or not ranks.is_main:
         return found
     about: dict[str, Value] = {"evaluate": name, "checkpoint": options.checkpoint}

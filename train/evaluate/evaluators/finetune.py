@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -11,12 +11,6 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.options import ELASTIC, FREE, LoaderConfig, RandomView
 from famt.train.config import OptimiserConfig, TrainingOptions
 from famt.train.evaluate.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
-    from famt.train.evaluate.features import Images, Results
-
 
 _LONG_RUN = 50
 """epochs from which a run is augmented as MAE's are; MAE fine-tunes for 50 or 100"""
@@ -101,6 +95,8 @@ class Finetune(TrainingOptions, Evaluation):
     val_epochs: Annotated[int, Ge(1), FREE] = 1
     """epochs between tests on --val; the last epoch is always tested"""
 
+    measured_by: ClassVar = "finetuning:finetune"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         mixing = self.mixing.resolved(self.epochs)
@@ -112,9 +108,3 @@ class Finetune(TrainingOptions, Evaluation):
     def loader(self, image_size: int) -> LoaderConfig:
         """What a loader of crops of `image_size` px needs to know."""
         return replace(super().loader(image_size), view=self.view.resolved(self.epochs))
-
-    def measure(self, encoder: VisionTransformer, train: Images, val: Images) -> Results:
-        """Top-1 accuracy after the last epoch, also of the averaged weights if they are kept."""
-        from famt.train.evaluate.finetuning import finetune
-
-        return finetune(encoder, train, val, self)

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le, MinLen
 
 from famt.train.evaluate.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
-    from famt.train.evaluate.features import Images, Results
-
 
 Pooling = Literal["cls", "mean", "attentive"]
 
@@ -40,20 +34,9 @@ class Probe(Evaluation):
     hold_out: Annotated[float, Gt(0), Le(0.5)] = 0.1
     """share of the training images held out to choose learning rate, penalty and pooling"""
 
+    measured_by: ClassVar = "classifiers:probe"
     metrics: ClassVar = {
         "Probe, class token": "top1_cls",
         "Probe, mean of patches": "top1_mean",
         "Probe, attentive pooling": "top1_attentive",
     }
-
-    def measure(self, encoder: VisionTransformer, train: Images, val: Images) -> Results:
-        """Top-1 accuracy of the classifier chosen by held-out images, and of the best of each
-        pooling, with standard errors and the settings chosen."""
-        from famt.train.evaluate.classifiers import score
-        from famt.train.evaluate.features import require_labels
-
-        require_labels(train, val)
-        keep = "attentive" in self.poolings
-        known, asked = (each.features(encoder, tokens=keep) for each in (train, val))
-        heads = encoder.blocks[-1].attn.num_heads
-        return score(known, asked, self, heads, train.device)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Gt
 
 from famt.pipeline.options import RandomView
 from famt.train.evaluate.evaluation import Evaluation
-
-if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
-
-    from famt.train.evaluate.features import Images, Results
 
 
 @dataclass(frozen=True)
@@ -31,10 +26,5 @@ class Segment(Evaluation):
     view: RandomView = field(default_factory=lambda: RandomView(area=(0.25, 1.0)))
     """crops to learn from; tests use whole images"""
 
+    measured_by: ClassVar = "patch_classifier:segment"
     metrics: ClassVar = {"Segmentation, mean IoU": "miou"}
-
-    def measure(self, encoder: VisionTransformer, train: Images, val: Images) -> Results:
-        """Mean intersection over union (IoU), and the share of correct pixels."""
-        from famt.train.evaluate.patch_classifier import segment
-
-        return segment(encoder, train, val, self)
