@@ -50,11 +50,10 @@ from famt.pipeline.scoring.generation import generation_path, write_generation
 from famt.pipeline.sharding.patterns import expand_shards
 from famt.pipeline.wording import counted
 from famt.train.command_line import is_users, parsed, run_program
-from famt.train.encoder_snapshot import Encoder, load_encoder
 from famt.train.initial import build_initial_encoder
 from famt.train.run_folder import written_whole
 from famt.train.signals.config import FrequencyConfig
-from famt.train.signals.refresh_folder import RefreshFolder
+from famt.train.signals.refresh_folder import Encoder, RefreshFolder, load_encoder
 
 _POLL = 2.0  # seconds
 _RETRY = 60.0  # seconds

@@ -24,7 +24,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.scores import ModelScoreSpec
 from famt.pipeline.scoring.model_scores import score_images
-from famt.train.encoder_snapshot import Encoder
+from famt.train.signals.refresh_folder import Encoder
 
 GPU_SHARE = 0.25
 """share of a GPU that an actor takes beside a training"""

@@ -24,8 +24,7 @@ from famt.pipeline.scores import ModelScoreSpec, ScoreSpec
 from famt.pipeline.scoring.generation import generation_path, open_generation
 from famt.pipeline.scoring.model_scores import score_images
 from famt.train import checkpoint
-from famt.train.encoder_snapshot import Encoder, save_encoder
-from famt.train.signals.refresh_folder import RefreshFolder
+from famt.train.signals.refresh_folder import Encoder, RefreshFolder
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +136,7 @@ def test_a_refresh_comes_to_its_end_on_the_nodes_that_are_left(nodes, shards, tm
         kinds=["token_frequency"],
         urls=shards,
     )
-    save_encoder(tmp_path / "encoder.pt", encoder)
+    checkpoint.write(tmp_path / "encoder.pt", encoder)
     node = nodes.add_node(num_cpus=3)
     command = [
         sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "encoder.pt"),

@@ -25,8 +25,7 @@ from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.scoring.generation import generation_path, generations, open_generation
 from famt.train import checkpoint
 from famt.train.checkpoint import CLASSIFIER, Checkpoint
-from famt.train.encoder_snapshot import Encoder, save_encoder
-from famt.train.signals.refresh_folder import RefreshFolder
+from famt.train.signals.refresh_folder import Encoder, RefreshFolder
 
 
 def _train(scored, out, *more):
@@ -249,7 +248,7 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
     scored, tmp_path, monkeypatch, replaced
 ):
     folder = RefreshFolder(tmp_path)
-    save_encoder(folder.encoder(7), _encoder(scored, "run-dead"))
+    folder.save(_encoder(scored, "run-dead"))
 
     def score_all(samples, encoder, cache, maps, args, over):
         assert not over()
@@ -257,7 +256,7 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
             each[:] = 1
         folder.encoder(7).unlink()
         if replaced:
-            save_encoder(folder.encoder(7), _encoder(scored, "run-new"))
+            folder.save(_encoder(scored, "run-new"))
         return {}
 
     monkeypatch.setattr(refresh_scores, "_score_all", score_all)
@@ -267,7 +266,7 @@ def test_nothing_is_written_of_an_encoder_that_is_gone_meanwhile(
 
 
 def test_a_generation_is_never_overwritten(scored, tmp_path):
-    save_encoder(tmp_path / "encoder.pt", _encoder(scored, "run-a"))
+    checkpoint.write(tmp_path / "encoder.pt", _encoder(scored, "run-a"))
     generation_path(tmp_path, 7).touch()
     with pytest.raises(UserError, match=r"generation-00000007\.zip exists already; give another"):
         refresh(RefreshScores(checkpoint=tmp_path / "encoder.pt", out=tmp_path))

@@ -14,9 +14,9 @@ from famt.train import checkpoint
 from famt.train.command_line import parse
 from famt.train.config import OptimiserConfig, Pretrain
 from famt.train.distributed import join_ranks
-from famt.train.encoder_snapshot import load_encoder
 from famt.train.pretrain import Run, main
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.signals.refresh_folder import load_encoder
 
 OFF = {"frequency": FrequencyConfig("off"), "attention": AttentionConfig("off")}
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from famt.device_copies import Fetched
 from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.scoring.memory_bank import MapBank
-from famt.train.signals.signal import Context, Signal
+from famt.train.signals.config import HardnessConfig
+from famt.train.signals.signal import Context, Signal, Step
 
 
 class Banked(Signal):
@@ -76,3 +77,22 @@ class Banked(Signal):
             views, scores, step, known = self._unwritten
             self._unwritten = None
             self.bank.write(views, scores.get(), step, None if known is None else known.get())
+
+
+class Errors(Banked):
+    """Maps of the predicted patches' errors, as ranks within the crop divided by their number.
+
+    Errors shrink during training, ranks do not, so values of different steps compare. After Wang et
+    al., "Hard Patches Mining for Masked Image Modeling", CVPR 2023, where a second network predicts
+    the errors.
+    """
+
+    def __init__(self, slot: HardnessConfig, context: Context) -> None:
+        super().__init__(slot.exponent, context)
+
+    def learn(self, step: Step) -> None:
+        ranks = step.errors.argsort(dim=1, stable=True).argsort(1).float() + 1
+        self.write_at(step.views, step.split.predicted, ranks / ranks.shape[1], step.number)
+
+    def describe(self) -> str:
+        return f"reconstruction errors by rank, to the power {self.exponent:g}"

@@ -129,7 +129,7 @@ class HardnessConfig(Slot):
 
     name: ClassVar = "hardness"
     sources: ClassVar = {
-        "errors": "hardness:Errors",
+        "errors": "banked:Errors",
     }
 
     source: str = "off"

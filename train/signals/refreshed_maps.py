@@ -24,9 +24,8 @@ from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint
 from famt.train.config import Pretrain
 from famt.train.distributed import SEEN_WITHIN, Ranks
-from famt.train.encoder_snapshot import Encoder, save_encoder
 from famt.train.log import Log
-from famt.train.signals.refresh_folder import Epochs, RefreshFolder
+from famt.train.signals.refresh_folder import Encoder, Epochs, RefreshFolder
 from famt.train.stop import Stop
 
 _POLL = 0.2  # seconds
@@ -295,7 +294,7 @@ class RefreshedMaps:
             kinds=self._kinds,
             urls=self._samples.urls,
         )
-        save_encoder(path, encoder)
+        self._folder.save(encoder)
         if log:
             log.event(step, "refresh due", tell=True, encoder=path)
 

@@ -28,12 +28,11 @@ from famt.pipeline.scoring.generation import (
 from famt.pipeline.scoring.model_scores import score_images
 from famt.train import checkpoint
 from famt.train.distributed import join_ranks
-from famt.train.encoder_snapshot import load_encoder
 from famt.train.log import Log
 from famt.train.pretrain import Run, main
 from famt.train.signals import refreshed_maps
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
-from famt.train.signals.refresh_folder import RefreshFolder
+from famt.train.signals.refresh_folder import RefreshFolder, load_encoder
 from famt.train.signals.refreshed_maps import RefreshedMaps
 from famt.train.stop import Stop
 from famt.train.timing import Clock
