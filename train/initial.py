@@ -24,13 +24,14 @@ import safetensors.torch
 import timm
 import torch
 from safetensors import SafetensorError
+from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from famt.export import from_transformers, is_decoder
 from famt.initial import Fit, encoder_sizes, load_encoder_weights, load_weights
 from famt.masked import MaskedModel
-from famt.models import MODELS, ModelConfig, PatchConfig, timm_model
+from famt.models import MODELS, ModelConfig, timm_model
 from famt.pipeline.errors import UserError
 from famt.pipeline.storage import reason
 from famt.train import checkpoint
@@ -84,43 +85,37 @@ def build_initial_encoder(
     initial = _from_run(Path(source), ema=True) if ema else read_initial(source)
     try:
         sizes = encoder_sizes(initial.weights)
-        patches = PatchConfig(
-            image_size=image_size or sizes.image_size, patch_size=sizes.patch_size
-        )
-        model = (
-            timm_model(initial.timm, patches.image_size, patches.patch_size)
-            if initial.timm
-            else None
-        )
+        size, patch_size = image_size or sizes.image_size, sizes.patch_size
+        if initial.timm:
+            model = timm_model(initial.timm, size, patch_size)
+        else:
+            model = ModelConfig(
+                width=sizes.width,
+                depth=sizes.depth,
+                heads=_heads(initial, sizes.width, sizes.depth),
+                image_size=size,
+                patch_size=patch_size,
+            )
     except ValueError as error:
         raise UserError(f"{source}: {error}") from None
-    if model:
-        return _filled(initial, model.encoder())
-    known = {(each.width, each.depth): each.heads for each in MODELS.values()}
-    heads = initial.heads or known.get((sizes.width, sizes.depth))
-    if heads is None:
-        raise UserError(
-            f"{source} does not say how many attention heads its width of {sizes.width} is split "
-            "into; give a folder with its config.json"
-        )
-    encoder = ModelConfig(
-        width=sizes.width,
-        depth=sizes.depth,
-        heads=heads,
-        image_size=patches.image_size,
-        patch_size=patches.patch_size,
-    ).encoder()
-    return _filled(initial, encoder)
-
-
-def _filled(initial: Initial, encoder: VisionTransformer) -> VisionTransformer:
-    """Load a source's weights into an encoder; returns it in eval mode."""
+    encoder = model.encoder()
     # Don't report that the decoder is not used.
     weights = {name: each for name, each in initial.weights.items() if not is_decoder(name)}
     fit = _load(initial, encoder, lambda: load_encoder_weights(encoder, weights))
     if fit.resized or fit.missing or fit.left_out:
         print(f"{initial.source}\n{fit.describe()}", file=sys.stderr)
     return encoder.eval()
+
+
+def _heads(initial: Initial, width: int, depth: int) -> int:
+    known = {(each.width, each.depth): each.heads for each in MODELS.values()}
+    heads = initial.heads or known.get((width, depth))
+    if heads is None:
+        raise UserError(
+            f"{initial.source} does not say how many attention heads its width of {width} is "
+            "split into; give a folder with its config.json"
+        )
+    return heads
 
 
 def read_initial(source: str) -> Initial:
@@ -139,7 +134,8 @@ def read_initial(source: str) -> Initial:
         return _from_file(path)
     if checkpoint.latest(path):
         return _from_run(path)
-    config = _json(path / "config.json") if (path / "config.json").is_file() else {}
+    described = path / "config.json"
+    config = json.loads(described.read_text()) if described.is_file() else {}
     if "architecture" in config:
         return _from_timm(source, f"local-dir:{path}")
     if "model_type" in config:
@@ -205,7 +201,7 @@ def _from_transformers(path: Path, config: Mapping[str, Any]) -> Initial:
         )
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        files = sorted(set(_json(index)["weight_map"].values()))
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         files = [
             name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).is_file()
@@ -230,16 +226,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _tensors(content: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a file's content, without the wrappings of training scripts."""
+    """The weights in a file's content, without the wrappings of training scripts and compilers."""
     for key in ("model", "state_dict"):
         content = content.get(key, content)
     weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    for wrapper in ("module.", "_orig_mod."):
-        if all(name.startswith(wrapper) for name in weights):
-            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
-    return weights
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
+    return clean_state_dict(weights)
