@@ -1,10 +1,12 @@
 """The smallest run that trains."""
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
-from samples import photo_members, score, tar_bytes
+from samples import RANKS, photo_members, score, tar_bytes
 
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
@@ -31,6 +33,24 @@ def config(scored, tmp_path: Path) -> Pretrain:
         threads=1,
         log_steps=1,
     )
+
+
+@pytest.fixture
+def begin(config: Pretrain) -> Callable[..., pretrain.Run]:
+    """Makes that run, or one with other options, and trains nothing."""
+    return lambda **options: pretrain.Run(dataclasses.replace(config, **options), RANKS)
+
+
+@pytest.fixture
+def train(config: Pretrain) -> Callable[..., Path]:
+    """Trains that run, or one with other options; returns its folder."""
+
+    def train(**options: object) -> Path:
+        changed = dataclasses.replace(config, **options)
+        pretrain.main(changed)
+        return changed.out
+
+    return train
 
 
 def _train_tiny(folder: Path, decoder: Literal["self", "cross"]) -> Path:

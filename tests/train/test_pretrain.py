@@ -7,26 +7,33 @@ import torch
 from runs import equal, log_lines, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from famt.jobs.options import RefreshScores
+from famt.jobs.refresh_scores import follow
 from famt.models import MODELS
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import JoinConfig
 from famt.train import checkpoint
 from famt.train.command_line import parse
 from famt.train.config import OptimiserConfig, Pretrain
-from famt.train.distributed import join_ranks
-from famt.train.pretrain import Run, main
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 from famt.train.signals.refresh_folder import load_encoder
 
 OFF = {"frequency": FrequencyConfig("off"), "attention": AttentionConfig("off")}
+EVERY_STEP = {"checkpoint_minutes": 0.0, "keep_checkpoints": 9}
 
 
-def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
-    config = dataclasses.replace(config, epochs=12)
-    main(config)
-    assert checkpoint.load(config.out).step == 36
-    events = EventAccumulator(str(config.out)).Reload()
-    losses = [event.value for event in events.Scalars("loss")]
+def _parse(*options):
+    return parse([*options, "--shards", "a", "--cache", "c", "--out", "o"], None)
+
+
+def _losses(out):
+    return [event.value for event in EventAccumulator(str(out)).Reload().Scalars("loss")]
+
+
+def test_a_run_learns_and_leaves_checkpoint_and_curves(train, capsys):
+    out = train(epochs=12)
+    assert checkpoint.load(out).step == 36
+    events, losses = EventAccumulator(str(out)).Reload(), _losses(out)
     assert len(losses) == 36
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
     stages = {"data_wait", "signals", "join", "forward", "backward", "update"}
@@ -40,41 +47,37 @@ def test_a_run_learns_and_leaves_checkpoint_and_curves(config, capsys):
     assert "2 skipped each epoch" in plan
 
 
-def test_without_signals_options_of_weights_are_told_to_have_no_effect(config, capsys):
+def test_without_signals_options_of_weights_are_told_to_have_no_effect(train, capsys):
     join = JoinConfig(throw_ratio=0.3, visible="uniform", loss_exponent=1.0)
-    main(dataclasses.replace(config, **OFF, join=join, epochs=1))
+    out = train(**OFF, join=join, epochs=1)
     (told,) = [line for line in capsys.readouterr().out.splitlines() if "no effect" in line]
     for option in ("--join.visible", "--join.loss-exponent", "--spec.grid"):
         assert option in told
     assert "throw-ratio" not in told
     # Nor has a job that follows the run anything to wait for.
-    from famt.jobs.options import RefreshScores
-    from famt.jobs.refresh_scores import follow
-
-    assert follow(config.out, RefreshScores(follow=config.out)) == 0
+    assert follow(out, RefreshScores(follow=out)) == 0
 
 
 @pytest.mark.parametrize("attention", ["off", "live", "rolling"])
-def test_the_same_seed_gives_the_same_weights(config, tmp_path, attention):
-    config = dataclasses.replace(config, attention=AttentionConfig(attention))
-    main(config)
-    main(dataclasses.replace(config, out=tmp_path / "again"))
-    main(dataclasses.replace(config, out=tmp_path / "other", seed=1))
-    assert equal(weights(config.out), weights(tmp_path / "again"))
-    assert not equal(weights(config.out), weights(tmp_path / "other"))
+def test_the_same_seed_gives_the_same_weights(train, tmp_path, attention):
+    slot = AttentionConfig(attention)
+    first, again, other = (
+        weights(train(attention=slot, out=tmp_path / name, seed=seed))
+        for name, seed in (("first", 0), ("again", 0), ("other", 1))
+    )
+    assert equal(first, again)
+    assert not equal(first, other)
 
 
-def test_a_run_reads_its_tars_from_where_they_are_staged(config, scored, tmp_path):
-    config = dataclasses.replace(config, epochs=1, stage=tmp_path / "disk", monitor=scored.shards)
-    main(config)
+def test_a_run_reads_its_tars_from_where_they_are_staged(train, scored, tmp_path):
+    out = train(epochs=1, stage=tmp_path / "disk", monitor=scored.shards)
     assert len(list((tmp_path / "disk").glob("*.tar"))) == 3
-    main(dataclasses.replace(config, out=tmp_path / "unstaged", stage=None))
-    assert equal(weights(config.out), weights(tmp_path / "unstaged"))
+    unstaged = train(epochs=1, out=tmp_path / "unstaged", monitor=scored.shards)
+    assert equal(weights(out), weights(unstaged))
 
 
-def test_the_log_has_a_line_a_log_point_and_one_an_event(config):
-    main(dataclasses.replace(config, log_steps=2, checkpoint_minutes=0.0))
-    lines = log_lines(config.out)
+def test_the_log_has_a_line_a_log_point_and_one_an_event(train):
+    lines = log_lines(train(log_steps=2, checkpoint_minutes=0.0))
     assert [line["step"] for line in lines if "loss" in line] == [2, 4, 6, 8, 9]
     assert [line["epoch"] for line in lines if "loss" in line] == [0, 1, 1, 2, 2]
     assert [line["event"] for line in lines if "event" in line] == [
@@ -88,30 +91,23 @@ def test_the_log_has_a_line_a_log_point_and_one_an_event(config):
             assert 0 < sum(shares) <= 1.001
 
 
-def test_plain_epochs_are_those_of_a_plain_mae(config, tmp_path):
-    mae = parse(["--recipe=mae", "--shards", "a", "--cache", "c", "--out", "o"], None)
-    plain = dataclasses.replace(config, out=tmp_path / "mae", join=mae.join, epochs=2, **OFF)
-    main(dataclasses.replace(plain, checkpoint_minutes=0.0, keep_checkpoints=9))
-    late = dataclasses.replace(config, plain_epochs=1, epochs=2)
-    main(dataclasses.replace(late, checkpoint_minutes=0.0, keep_checkpoints=9))
-
-    def weights(folder, step):
-        return checkpoint.load(folder / f"checkpoint-{step:08d}.pt").model
-
-    assert equal(weights(plain.out, 3), weights(config.out, 3))
-    assert not equal(weights(plain.out, 6), weights(config.out, 6))
-    assert (
-        checkpoint.load(config.out).signals["attention"]["refreshed"] >= 0
-    ).sum() == 3  # of one epoch
+def test_plain_epochs_are_those_of_a_plain_mae(train, tmp_path):
+    mae = _parse("--recipe=mae")
+    plain = train(out=tmp_path / "mae", join=mae.join, epochs=2, **OFF, **EVERY_STEP)
+    late = train(plain_epochs=1, epochs=2, **EVERY_STEP)
+    for step, same in ((3, True), (6, False)):
+        name = f"checkpoint-{step:08d}.pt"
+        assert equal(weights(plain / name), weights(late / name)) == same
+    written = checkpoint.load(late).signals["attention"]["refreshed"] >= 0
+    assert written.sum() == 3  # of one epoch
 
 
 @pytest.mark.slow
-def test_a_compiled_model_trains_as_the_same_model(config, tmp_path):
-    config = dataclasses.replace(config, epochs=1, optimiser=OptimiserConfig(1e-3))
-    main(config)
-    main(dataclasses.replace(config, out=tmp_path / "compiled", compile=True))
-    for name, value in weights(tmp_path / "compiled").items():
-        torch.testing.assert_close(value, weights(config.out)[name], atol=1e-4, rtol=1e-3)
+def test_a_compiled_model_trains_as_the_same_model(train, tmp_path):
+    options = {"epochs": 1, "optimiser": OptimiserConfig(1e-3)}
+    expected = weights(train(**options))
+    found = weights(train(out=tmp_path / "compiled", compile=True, **options))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -127,40 +123,32 @@ def test_options_that_make_no_sense_are_refused_by_name(config, options, message
         dataclasses.replace(config, **options)
 
 
-def test_live_attention_changes_the_masks_and_leaves_the_gradients_alone(config):
-    with join_ranks("cpu") as ranks:
-        run = Run(dataclasses.replace(config, attention=AttentionConfig("live")), ranks)
-        crops = next(iter(run.loader))
-        run.prepare(crops, 0)
-        assert run.model.training
-        assert all(p.grad is None for p in run.model.parameters())
+def test_live_attention_leaves_the_gradients_alone(begin):
+    run = begin(attention=AttentionConfig("live"))
+    run.prepare(next(iter(run.loader)), 0)
+    assert run.model.training
+    assert all(p.grad is None for p in run.model.parameters())
 
 
-def test_plain_mae_needs_no_score_maps(config, scored, tmp_path):
-    arguments = ["--recipe", "mae", "--shards", *scored.shards, "--cache", "c", "--out", "o"]
-    parsed = parse(arguments, None)
-    assert parsed.join == JoinConfig(0.75, 0.0)
-    assert (parsed.frequency.source, parsed.attention.source) == ("off", "off")
-    config = dataclasses.replace(
-        config, join=parsed.join, cache=str(tmp_path / "unscored"), epochs=1, **OFF
-    )
-    main(config)
-    assert checkpoint.load(config.out).signals == {}
+def test_plain_mae_needs_no_score_maps(train, tmp_path):
+    join = _parse("--recipe=mae").join
+    out = train(join=join, cache=str(tmp_path / "unscored"), epochs=1, **OFF)
+    assert checkpoint.load(out).signals == {}
 
 
-def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(config):
+def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(train):
     sizes = {"image_size": 24, "patch_size": 8, "decoder": "cross", "decoder_depth": 1}
-    main(dataclasses.replace(config, epochs=1, **sizes))
-    model = checkpoint.load_model(config.out)
+    out = train(epochs=1, **sizes)
+    model = checkpoint.load_model(out)
     assert (model.config.grid, model.config.width, len(model.decoder_blocks)) == (3, 96, 1)
-    assert checkpoint.load(config.out).method == "mae"
-    assert load_encoder(config.out).build().patch_embed.grid_size == (3, 3)
+    assert checkpoint.load(out).method == "mae"
+    assert load_encoder(out).build().patch_embed.grid_size == (3, 3)
 
 
 def test_a_size_on_the_command_line_overrides_the_models():
-    base = ["--recipe=mae", "--shards=a", "--cache=c", "--out=o", "--model=vit_small"]
-    assert parse(base, None).sizes == MODELS["vit_small"]
-    given = parse([*base, "--image-size", "96", "--patch-size", "8"], None).sizes
+    base = "--recipe=mae", "--model=vit_small"
+    assert _parse(*base).sizes == MODELS["vit_small"]
+    given = _parse(*base, "--image-size", "96", "--patch-size", "8").sizes
     assert (given.grid, given.width, given.depth) == (12, 384, 12)
     with pytest.raises(UserError, match="96 is no multiple of patch size 7"):
         Pretrain(shards=[], cache="c", out=Path("o"), image_size=96, patch_size=7)
@@ -173,86 +161,72 @@ def test_a_size_on_the_command_line_overrides_the_models():
         ("simmim", "36 masked (36 predicted) + 0 thrown + 28 visible, in squares of 2 x 2"),
     ],
 )
-def test_simmim_learns_and_is_drawn(config, recipe, patches, capsys):
-    told = parse(["--recipe", recipe, "--shards", "a", "--cache", "c", "--out", "o"], None)
+def test_simmim_learns_and_is_drawn(train, recipe, patches, capsys):
+    told = _parse("--recipe", recipe)
     names = ("method", "join", "frequency", "attention")
     options = {name: getattr(told, name) for name in names}
-    main(dataclasses.replace(config, epochs=8, low_pass=8.0, fused=(1, 3), **options))
+    out = train(epochs=8, low_pass=8.0, fused=(1, 3), **options)
     assert f"64 = {patches}" in capsys.readouterr().out
-    losses = [event.value for event in EventAccumulator(str(config.out)).Reload().Scalars("loss")]
+    losses = _losses(out)
     assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
-    assert checkpoint.load(config.out).method == "simmim"
-    model = checkpoint.load_model(config.out)
+    assert checkpoint.load(out).method == "simmim"
+    model = checkpoint.load_model(out)
     assert (model.config.unit, model.config.low_pass, model.config.fused) == (2, 8.0, (1, 3))
 
 
-def test_before_its_weights_a_method_masks_as_its_paper(config):
+def test_before_its_weights_a_method_masks_as_its_paper(begin):
     for method, masked in (("mae", 48), ("simmim", 36)):
-        with join_ranks("cpu") as ranks:
-            run = Run(dataclasses.replace(config, method=method, plain_epochs=1), ranks)
-            split = run.prepare(next(iter(run.loader)), 0).split
+        run = begin(method=method, plain_epochs=1)
+        split = run.prepare(next(iter(run.loader)), 0).split
         assert (split.masked.shape[1], split.thrown.shape[1]) == (masked, 0)
 
 
-def test_weights_count_more_as_the_run_goes_on(config):
-    with join_ranks("cpu") as ranks:
-        join = JoinConfig(blend=(0.0, 1.0))
-        run = Run(
-            dataclasses.replace(
-                config,
-                attention=AttentionConfig("live"),
-                join=join,
-                frequency=FrequencyConfig("off"),
-            ),
-            ranks,
-        )
-        crops, total_steps = next(iter(run.loader)), run.optimisation.total_steps
-        heavy = torch.zeros(8, 64)
-        heavy[:, :28] = 1.0
-        run.signals[0].read = lambda crops, step: heavy
-        shares = [
-            heavy.gather(1, run.prepare(crops, step).split.masked).mean().item()
-            for step in (0, total_steps // 2, total_steps)
-        ]
+def test_weights_count_more_as_the_run_goes_on(begin):
+    run = begin(
+        attention=AttentionConfig("live"),
+        frequency=FrequencyConfig("off"),
+        join=JoinConfig(blend=(0.0, 1.0)),
+    )
+    crops, total_steps = next(iter(run.loader)), run.optimisation.total_steps
+    heavy = torch.zeros(8, 64)
+    heavy[:, :28] = 1.0
+    run.signals[0].read = lambda crops, step: heavy
+    shares = [
+        heavy.gather(1, run.prepare(crops, step).split.masked).mean().item()
+        for step in (0, total_steps // 2, total_steps)
+    ]
     assert shares[0] == pytest.approx(28 / 64, abs=0.12)
     assert shares[0] < shares[1] < shares[2] == 1.0
 
 
-def test_bf16_trains(config):
-    main(dataclasses.replace(config, precision="bf16", epochs=1))
-    assert all(torch.isfinite(value).all() for value in weights(config.out).values())
+@pytest.mark.parametrize(
+    ("device", "attention"),
+    [("cpu", "rolling"), pytest.param("cuda", "live", marks=pytest.mark.gpu)],
+)
+def test_bf16_trains(train, device, attention):
+    out = train(precision="bf16", device=device, attention=AttentionConfig(attention), epochs=1)
+    assert all(torch.isfinite(value).all() for value in weights(out).values())
 
 
-@pytest.mark.gpu
-def test_a_gpu_trains_under_bf16_with_live_attention(config):
-    config = dataclasses.replace(
-        config, device="cuda", precision="bf16", attention=AttentionConfig("live")
-    )
-    main(config)
-    assert all(torch.isfinite(value).all() for value in weights(config.out).values())
-
-
-def test_a_run_begins_with_the_weights_of_another(config, tiny_run, tmp_path, monkeypatch):
+def test_a_run_begins_with_the_weights_of_another(config, train, begin, tiny_run, monkeypatch):
     """Positions are interpolated; a resumed run does not read the source any more."""
-    source = tmp_path / "source"
-    shutil.copytree(tiny_run, source)
-    monkeypatch.chdir(tmp_path)
-    config = dataclasses.replace(config, init="source", image_size=64, patch_size=8, epochs=1)
-    with join_ranks("cpu") as ranks:
-        run = Run(config, ranks)
-        theirs = checkpoint.load_model(tiny_run)
-        for name, value in theirs.state_dict().items():
-            if "pos_embed" not in name:
-                assert torch.equal(run.model.state_dict()[name], value), name
-        assert run.model.encoder.pos_embed.shape == (1, 65, 96)
-        assert "pos_embed (6 x 6 patches to 8 x 8)" in run.plan()
-    main(config)
-    shutil.rmtree(source)
-    main(config)
+    shutil.copytree(tiny_run, config.out.parent / "source")
+    monkeypatch.chdir(config.out.parent)
+    options = {"init": "source", "image_size": 64, "patch_size": 8, "epochs": 1}
+    run = begin(**options)
+    theirs = checkpoint.load_model(tiny_run)
+    for name, value in theirs.state_dict().items():
+        if "pos_embed" not in name:
+            assert torch.equal(run.model.state_dict()[name], value), name
+    assert run.model.encoder.pos_embed.shape == (1, 65, 96)
+    assert "pos_embed (6 x 6 patches to 8 x 8)" in run.plan()
+    train(**options)
+    shutil.rmtree("source")
+    train(**options)
     with pytest.raises(UserError, match=r"other options \(init: "):
-        main(dataclasses.replace(config, init=None))
+        train(**options | {"init": None})
 
 
-def test_weights_of_another_width_to_begin_with_are_refused(config, tiny_run):
+def test_weights_of_another_width_to_begin_with_are_refused(train, tiny_run):
     with pytest.raises(UserError, match="has width 96 and depth 6, and this model's has width 192"):
-        main(dataclasses.replace(config, model="vit_micro", init=str(tiny_run)))
+        train(model="vit_micro", init=str(tiny_run))
