@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 from samples import RANKS, photo_members, score, tar_bytes
+from timm.models.vision_transformer import VisionTransformer
 
+from famt.mae import MaskedAutoencoder
+from famt.models import MODELS
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
 from famt.train import pretrain
@@ -33,6 +37,13 @@ def config(scored, tmp_path: Path) -> Pretrain:
         threads=1,
         log_steps=1,
     )
+
+
+@pytest.fixture
+def encoder() -> VisionTransformer:
+    """An untrained one."""
+    torch.manual_seed(0)
+    return MaskedAutoencoder(MODELS["vit_nano"]).encoder
 
 
 @pytest.fixture

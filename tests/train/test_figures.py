@@ -11,10 +11,7 @@ from famt.pipeline.loading.masking import crop_scores
 from famt.pipeline.options import JoinConfig, LoaderConfig, RandomView
 from famt.train import checkpoint, picture
 from famt.train.config import Pretrain
-from famt.train.distributed import join_ranks
 from famt.train.figures import main
-from famt.train.pretrain import Run
-from famt.train.pretrain import main as pretrain
 from famt.train.program_options import Figures
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
@@ -58,14 +55,10 @@ def _same(shown, expected):
     np.testing.assert_allclose(shown, expected.view(-1, 8, 8), rtol=1e-5)
 
 
-def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_path):
-    pretrain(dataclasses.replace(config, epochs=1))
-    out = main(
-        Figures(
-            checkpoint=tmp_path / "run", cache=scored.cache.url, shards=scored.shards,
-            out=tmp_path / "new" / "picture.png", images=3,
-        )
-    )  # fmt: skip
+def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, train, scored):
+    train(epochs=1)
+    new = config.out / "new" / "picture.png"
+    out = main(dataclasses.replace(_figures(config, scored), out=new))
     drawing = np.array(Image.open(out).convert("RGB"))
     height, width, _ = drawing.shape
     assert 1.7 < width / height < 2.1  # 6 columns by 3 rows
@@ -75,11 +68,9 @@ def test_a_picture_has_a_row_an_image_and_a_column_a_stage(config, scored, tmp_p
 
 
 def test_a_refreshed_signal_without_a_generation_is_drawn_as_the_plain_run_it_is(
-    config, scored, drawn
+    config, train, scored, drawn
 ):
-    pretrain(
-        dataclasses.replace(config, epochs=1, frequency=FrequencyConfig("refreshed"), attention=OFF)
-    )
+    train(epochs=1, frequency=FrequencyConfig("refreshed"), attention=OFF)
     main(_figures(config, scored))
     assert "frequency" not in drawn
     _same(drawn["weights"], torch.ones(3, 64))
@@ -88,10 +79,9 @@ def test_a_refreshed_signal_without_a_generation_is_drawn_as_the_plain_run_it_is
 
 
 def test_a_cached_score_is_drawn_until_there_is_a_generation_then_the_encoders(
-    config, scored, drawn
+    config, train, scored, drawn
 ):
-    slot = FrequencyConfig("cached-then-refreshed")
-    pretrain(dataclasses.replace(config, epochs=1, frequency=slot, attention=OFF))
+    train(epochs=1, frequency=FrequencyConfig("cached-then-refreshed"), attention=OFF)
     main(_figures(config, scored))
     _same(drawn["frequency"], crop_scores(_maps(scored), _crops(scored), 8))
     state = checkpoint.load(config.out)
@@ -102,10 +92,9 @@ def test_a_cached_score_is_drawn_until_there_is_a_generation_then_the_encoders(
     assert not np.allclose(drawn["frequency"], before)
 
 
-def test_the_runs_own_images_are_drawn_by_what_its_banks_hold(config, scored, drawn, tmp_path):
+def test_the_runs_own_images_are_drawn_by_what_its_banks_hold(config, train, scored, drawn):
     signals = {"attention": AttentionConfig("rolling"), "hardness": HardnessConfig("errors")}
-    config = dataclasses.replace(config, epochs=2, frequency=FrequencyConfig("off"), **signals)
-    pretrain(config)
+    train(epochs=2, frequency=FrequencyConfig("off"), **signals)
     main(_figures(config, scored))
     crops = _crops(scored)
     for name in signals:
@@ -116,9 +105,8 @@ def test_the_runs_own_images_are_drawn_by_what_its_banks_hold(config, scored, dr
     _same(drawn["hardness"], torch.ones(3, 64))
 
 
-def test_weights_are_blended_as_at_that_step(config, scored, drawn):
-    config = dataclasses.replace(
-        config,
+def test_weights_are_blended_as_at_that_step(config, train, scored, drawn):
+    train(
         epochs=2,
         frequency=FrequencyConfig("cached", cached_exponent=1.0),
         attention=OFF,
@@ -126,7 +114,6 @@ def test_weights_are_blended_as_at_that_step(config, scored, drawn):
         checkpoint_minutes=0.0,
         keep_checkpoints=9,
     )
-    pretrain(config)
     scores = crop_scores(_maps(scored), _crops(scored), 8)
     relative = scores / scores.mean(1, keepdim=True)
     for step, blend in ((1, 1 / 6), (3, 0.5), (6, 1.0)):
@@ -136,13 +123,10 @@ def test_weights_are_blended_as_at_that_step(config, scored, drawn):
         _same(drawn["weights"] / drawn["weights"].mean((1, 2), keepdims=True), expected)
 
 
-def test_a_runs_own_picture_is_drawn_by_the_weights_of_its_step(config, drawn):
-    config = dataclasses.replace(
-        config, frequency=FrequencyConfig("cached"), attention=OFF, join=JoinConfig(blend=(0.0, 1))
-    )
-    with join_ranks("cpu") as ranks:
-        run = Run(config, ranks)
-        run.picture(next(iter(run.loader)), 0)
+def test_a_runs_own_picture_is_drawn_by_the_weights_of_its_step(begin, drawn):
+    join = JoinConfig(blend=(0.0, 1.0))
+    run = begin(frequency=FrequencyConfig("cached"), attention=OFF, join=join)
+    run.picture(next(iter(run.loader)), 0)
     _same(drawn["weights"], torch.ones(8, 64))
 
 

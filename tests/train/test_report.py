@@ -62,6 +62,16 @@ def runs(tmp_path_factory):
     ]
 
 
+def write_page(runs: list[Path], folder: Path) -> str:
+    """The text of a page about runs."""
+    return report.main(Report(runs, folder / "page.html")).read_text()
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    return write_page(runs, tmp_path_factory.mktemp("page"))
+
+
 def cells(page: str, section: str) -> list[list[str]]:
     """The text of a section's table."""
     table = page.partition(f'<section id="{section}">')[2].partition("</table>")[0]
@@ -79,9 +89,8 @@ def charts(page: str) -> list[dict]:
     return [json.loads(unescape(each)) for each in re.findall(r'data-figure="(.*?)"', page)]
 
 
-def test_seeds_are_one_row_with_mean_and_standard_error(runs, tmp_path):
-    report.main(Report(runs, tmp_path / "page.html"))
-    header, *rows, mae_floor, famt_floor = cells((tmp_path / "page.html").read_text(), "table")
+def test_seeds_are_one_row_with_mean_and_standard_error(page):
+    header, *rows, mae_floor, famt_floor = cells(page, "table")
     assert header[:3] == ["runs", "seeds", "epochs"]
     assert [row[:3] for row in rows] == [["mae", "2", "6"], ["<famt>", "2", "6"]]
     probe = header.index("Probe, class token (test, %)")
@@ -101,15 +110,15 @@ def test_a_headline_says_what_on_what_reached_what_in_what_time(runs, tmp_path):
         ([unfinished], r"mae-0</strong> \(vit_nano\) on 80 images of a.tar: Probe.* 50\.0 %.*; "
          r"6 epochs in \S+ s, not finished, 6 epochs are planned\."),
     ):  # fmt: skip
-        report.main(Report(folders, tmp_path / "page.html"))
-        assert re.search(expected, unescape((tmp_path / "page.html").read_text()))
+        assert re.search(expected, unescape(write_page(folders, tmp_path)))
 
 
-def test_of_a_single_run_model_recipe_and_changed_options_are_listed(tiny_run, tmp_path):
-    report.main(Report([tiny_run], tmp_path / "page.html"))
-    _, *rows = cells((tmp_path / "page.html").read_text(), "options")
+def test_of_a_single_run_losses_model_recipe_and_changed_options_are_shown(tiny_run, tmp_path):
+    page = write_page([tiny_run], tmp_path)
+    _, *rows = cells(page, "options")
     assert {row[0] for row in rows} >= {"--model", "--recipe", "--epochs"}
     assert "--join.mask-ratio" not in {row[0] for row in rows}  # as by default
+    assert [each["y"] for each in charts(page)] == ["loss", "loss"]  # it was not evaluated
 
 
 def test_what_fewer_runs_tell_or_seeds_that_come_twice_are_no_three_seeds(tmp_path):
@@ -117,20 +126,18 @@ def test_what_fewer_runs_tell_or_seeds_that_come_twice_are_no_three_seeds(tmp_pa
     log = runs[0] / "log.jsonl"
     lines = [line for line in log.read_text().splitlines() if '"probe"' not in line]
     log.write_text("".join(f"{line}\n" for line in lines))
-    report.main(Report(runs, tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
+    page = write_page(runs, tmp_path)
     header, row, _ = cells(page, "table")
     assert row[1] == "2"
     assert row[header.index("Probe, class token (test, %)")] == "50.0 ± 0.0 (of 2)"
     assert "Fewer than three seeds" in page
 
 
-def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
-    report.main(Report(runs, tmp_path / "page.html"))
-    drawn = charts((tmp_path / "page.html").read_text())
+def test_every_metric_is_drawn_against_epochs_and_against_cost(page):
+    drawn = charts(page)
     assert [each["y"] for each in drawn] == ["loss"] * 2 + ["correct, %"] * 4
     assert {each["x"] for each in drawn[::2]} == {"epochs"}
-    assert 'title="forward: ' in (tmp_path / "page.html").read_text()
+    assert 'title="forward: ' in page
     assert all("training time" in each["x"] for each in drawn[1::2])
     losses, knn = drawn[0]["data"], drawn[2]["data"]
     assert losses[-1]["name"] == "&lt;famt>, seed 1"  # Plotly reads tags
@@ -140,21 +147,11 @@ def test_every_metric_is_drawn_against_epochs_and_against_cost(runs, tmp_path):
     assert knn[0]["error_y"]["array"][-1] == pytest.approx(0.5)
 
 
-def test_only_what_differs_between_options_is_listed(runs, tmp_path):
-    report.main(Report(runs, tmp_path / "page.html"))
-    _, *rows = cells((tmp_path / "page.html").read_text(), "options")
-    assert rows == [["--model", "mae", "<famt>"]]
+def test_only_what_differs_between_options_is_listed(page):
+    assert cells(page, "options")[1:] == [["--model", "mae", "<famt>"]]
 
 
-def test_a_run_without_pictures_and_evaluations_has_a_page_too(tiny_run, tmp_path):
-    report.main(Report([tiny_run], tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
-    assert [each["y"] for each in charts(page)] == ["loss", "loss"]
-
-
-def test_a_page_needs_nothing_but_itself_and_stays_small(runs, tmp_path):
-    report.main(Report(runs, tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
+def test_a_page_needs_nothing_but_itself_and_stays_small(page):
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert len(page) < 3e6
 
@@ -175,8 +172,7 @@ def test_a_column_is_a_metric_on_a_data_set(tmp_path):
     evaluate(runs[1], 0.1, "a/val.tar", 1000, "abc", k=1)
     evaluate(runs[1], 0.7, "old.tar", 10)
     evaluate(runs[1], 0.8, "old.tar", 20)
-    report.main(Report(runs, tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
+    page = write_page(runs, tmp_path)
     header, row, _ = cells(page, "table")
     figures = {n: row[header.index(f"k-NN, class token (test {n}, %)")] for n in range(1, 6)}
     assert figures == {
@@ -195,8 +191,7 @@ def test_a_column_is_a_metric_on_a_data_set(tmp_path):
 
 def test_looks_of_the_monitor_at_other_images_are_another_column(tmp_path):
     runs = [made_up_run(tmp_path / f"run-{n}", n, 0.5, monitor=[f"{n}.tar"]) for n in range(2)]
-    report.main(Report(runs, tmp_path / "page.html"))
-    header, row, _ = cells((tmp_path / "page.html").read_text(), "table")
+    header, row, _ = cells(write_page(runs, tmp_path), "table")
     assert row[header.index("k-NN, class token (monitor 2, %)")] == "50.0 (of 1)"
 
 
@@ -206,21 +201,19 @@ def test_runs_that_differ_in_what_nothing_depends_on_are_one_row(tmp_path):
         for n, (stage, on) in enumerate([(None, "gpu"), ("/disk", "cpu")])
     ]
     others = made_up_run(tmp_path / "others", 0, 0.5, data="abc")
-    report.main(Report([*runs, others], tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
+    page = write_page([*runs, others], tmp_path)
     assert [row[:2] for row in cells(page, "table")[1:3]] == [["run", "2"], ["others", "1"]]
     assert cells(page, "options")[1:] == [["images trained on (digest)", "–", "abc"]]
 
 
 def test_a_folder_that_is_no_run_is_named_and_takes_no_other_along(runs, tmp_path, capsys):
     with pytest.raises(UserError, match=f"{tmp_path} is not a run"):
-        report.main(Report([tmp_path], tmp_path / "page.html"))
+        write_page([tmp_path], tmp_path)
     assert not (tmp_path / "page.html").exists()
     broken = made_up_run(tmp_path / "broken", 0, 0.5)
     with open(broken / "log.jsonl", "a") as log:
         log.write('{"step": 3, "lo\n{"step": 4, "loss": "x"}\n[]\n')
-    report.main(Report([*runs, tmp_path, broken], tmp_path / "page.html"))
-    page = (tmp_path / "page.html").read_text()
+    page = write_page([*runs, tmp_path, broken], tmp_path)
     rows = [row[0] for row in cells(page, "table")[1:]]
     page = unescape(page)
     assert [each for each in rows if "untrained" not in each] == ["mae", "<famt>", "broken"]
@@ -234,19 +227,18 @@ def test_a_folder_that_is_no_run_is_named_and_takes_no_other_along(runs, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_browser_draws_every_chart_and_picture_without_an_error(runs, tmp_path):
+def test_a_browser_draws_every_chart_and_picture_without_an_error(page, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if not chromium:
         pytest.skip("no Chromium is installed")
-    report.main(Report(runs, tmp_path / "page.html"))
-    page = tmp_path / "page.html"
-    page.write_text(page.read_text() + _CHECK)
+    path = tmp_path / "page.html"
+    path.write_text(page + _CHECK)
     done = subprocess.run(
         [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic",
          "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
          "--virtual-time-budget=20000", "--window-size=1400,1000", "--enable-logging=stderr",
-         "--dump-dom", page.as_uri()],
+         "--dump-dom", path.as_uri()],
         capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     seen = json.loads(unescape(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1]))

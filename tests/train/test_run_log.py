@@ -34,32 +34,27 @@ def test_a_real_run_tells_its_options_losses_and_pictures(tiny_run):
     assert [step for step, _ in run_log.pictures(tiny_run, 6)] == [0]
 
 
-def test_pauses_cost_nothing(tmp_path):
-    lines = start(), point(20), start(20, 2), point(40), {"step": 40, "event": "finished"}
-    run = run_log.read(write(tmp_path, *lines))
+def test_pauses_cost_nothing_and_a_run_is_finished_by_its_last_checkpoint(tmp_path):
+    lines = start(), point(20), start(20, 2), point(40)
+    assert not run_log.read(write(tmp_path, *lines)).finished  # before its last checkpoint
+    run = run_log.read(write(tmp_path, *lines, {"step": 40, "event": "finished"}))
     assert [each.seconds for each in run.points] == [40, 80]  # 20 steps of 8 images at 4 a second
     assert [run.seconds(step) for step in (0, 20, 30, 40)] == [0, 40, 40, 80]
     assert run.finished
 
 
-def test_a_run_without_its_last_checkpoint_is_not_finished(tmp_path):
-    assert not run_log.read(write(tmp_path, start(), point(40))).finished
-
-
-def test_epochs_count_on_when_an_elastic_resume_changes_their_length(tmp_path):
-    lines = start(), point(10), start(20, 2, steps_per_epoch=5, total=30), point(25)
-    assert [each.epoch for each in run_log.read(write(tmp_path, *lines)).points] == [1, 3]
-
-
-def test_an_elastic_restart_begins_its_epoch_anew_also_where_epochs_stay_as_long(tmp_path):
-    # At step 18, in epoch 1, the run goes back to the epoch's beginning: 8 steps more in all.
-    lines = start(), point(10), start(18, 1, total=48), point(28), point(48)
-    assert [each.epoch for each in run_log.read(write(tmp_path, *lines)).points] == [1, 2, 4]
-
-
-def test_a_resume_within_an_epoch_does_not_move_it(tmp_path):
-    lines = start(), point(10), start(15, 1), point(20)
-    assert [each.epoch for each in run_log.read(write(tmp_path, *lines)).points] == [1, 2]
+@pytest.mark.parametrize(
+    ("lines", "epochs"),
+    [
+        ([point(10), start(15, 1), point(20)], [1, 2]),  # a resume within an epoch
+        ([point(10), start(20, 2, steps_per_epoch=5, total=30), point(25)], [1, 3]),
+        # At step 18, in epoch 1, a restart goes back to the epoch's beginning: 8 steps more in all.
+        ([point(10), start(18, 1, total=48), point(28), point(48)], [1, 2, 4]),
+    ],
+)
+def test_epochs_count_on_over_resumes_and_elastic_restarts(tmp_path, lines, epochs):
+    run = run_log.read(write(tmp_path, start(), *lines))
+    assert [each.epoch for each in run.points] == epochs
 
 
 def test_stages_are_weighed_by_the_time_that_they_were_measured_over(tmp_path):

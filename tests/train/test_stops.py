@@ -13,50 +13,53 @@ from runs import equal, log_events, log_points, weights
 
 from famt.pipeline.errors import UserError
 from famt.train import checkpoint
-from famt.train.distributed import join_ranks
-from famt.train.pretrain import Run, main
+from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig
 
+EVERY_STEP = {"checkpoint_minutes": 0.0, "keep_checkpoints": 99}
 
-def test_a_resumed_run_leaves_one_story_in_its_log(config):
-    main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
-    for path in sorted(config.out.glob("checkpoint-*.pt"))[4:]:
+
+def _go_back(out, count):
+    """Remove a run's checkpoints but the first ones."""
+    for path in checkpoint.files(out)[count:]:
         path.unlink()
-    with open(config.out / "log.jsonl", "a") as file:
+
+
+def test_a_resumed_run_leaves_one_story_in_its_log(train):
+    out = train(**EVERY_STEP)
+    _go_back(out, 4)
+    with open(out / "log.jsonl", "a") as file:
         file.write('{"step": 1, "cut o')
-    main(config)
-    assert [line["step"] for line in log_points(config.out)] == list(range(1, 10))
+    train()
+    assert [line["step"] for line in log_points(out)] == list(range(1, 10))
 
 
 @pytest.mark.parametrize(("batch_size", "steps_an_epoch"), [(4, 4), (17, 1)])
-def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(config, batch_size, steps_an_epoch):
-    main(dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9))
-    for path in sorted(config.out.glob("checkpoint-*.pt"))[5:]:
-        path.unlink()  # the last is in the middle of the second epoch
-    fewer = dataclasses.replace(config, shards=config.shards[:2], batch_size=batch_size)
+def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(
+    config, begin, train, batch_size, steps_an_epoch
+):
+    out = train(**EVERY_STEP)
+    _go_back(out, 5)  # to the middle of the second epoch
+    fewer = {"shards": config.shards[:2], "batch_size": batch_size}
     with pytest.raises(UserError, match=rf"batch_size: 8 -> {batch_size}; data: .* or --elastic"):
-        main(fewer)
-    before = weights(config.out)
-    with join_ranks("cpu") as ranks:
-        run = Run(dataclasses.replace(fewer, elastic=True), ranks)
-        assert (run.step, run.loader.epoch) == (5, 1)
-        assert run.last_step == 5 + 2 * steps_an_epoch  # 17 images
-        assert equal(run.model.state_dict(), before)
-    main(dataclasses.replace(fewer, elastic=True))
-    last = checkpoint.load(config.out)
+        train(**fewer)
+    before = weights(out)
+    run = begin(**fewer, elastic=True)
+    assert (run.step, run.loader.epoch) == (5, 1)
+    assert run.last_step == 5 + 2 * steps_an_epoch  # 17 images
+    assert equal(run.model.state_dict(), before)
+    train(**fewer, elastic=True)
+    last = checkpoint.load(out)
     assert (last.step, last.epoch) == (run.last_step, 3)
     assert not equal(last.model, before)
-    main(fewer)  # which is now exactly the run that the folder holds
-    assert checkpoint.load(config.out).step == run.last_step
-    steps = [line["step"] for line in log_points(config.out)]
-    assert steps == list(range(1, run.last_step + 1))
+    train(**fewer)  # which is now exactly the run that the folder holds
+    assert checkpoint.load(out).step == run.last_step
+    assert [line["step"] for line in log_points(out)] == list(range(1, run.last_step + 1))
 
 
-def test_garbage_in_the_log_stops_no_run(config):
-    config.out.mkdir(exist_ok=True)
+def test_garbage_in_the_log_stops_no_run(config, train):
     (config.out / "log.jsonl").write_bytes(b'\xff{"step": null}\n{"step": null}\n[1]\n')
-    main(dataclasses.replace(config, epochs=1))
-    assert [line["step"] for line in log_points(config.out)] == [1, 2, 3]
+    assert [line["step"] for line in log_points(train(epochs=1))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -64,16 +67,15 @@ def test_garbage_in_the_log_stops_no_run(config):
 )
 @pytest.mark.parametrize("step", [0, 4, 5])  # of 9: the first, one in an epoch, the last of one
 def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
-    config, tmp_path, monkeypatch, capsys, attention, crops_per_image, step
+    train, tmp_path, monkeypatch, capsys, attention, crops_per_image, step
 ):
-    config = dataclasses.replace(
-        config,
-        attention=AttentionConfig(attention, every=2, image_size=16),
-        crops_per_image=crops_per_image,
-        log_steps=20,
-    )
-    main(config)
-    stopped = dataclasses.replace(config, out=tmp_path / "stopped")
+    options = {
+        "attention": AttentionConfig(attention, every=2, image_size=16),
+        "crops_per_image": crops_per_image,
+        "log_steps": 20,
+    }
+    whole = train(**options)
+    options["out"] = tmp_path / "stopped"
     original = Run.forward_backward
 
     def interrupted(run, batch):
@@ -82,24 +84,22 @@ def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
         return original(run, batch)
 
     monkeypatch.setattr(Run, "forward_backward", interrupted)
-    main(stopped)
+    stopped = train(**options)
     monkeypatch.undo()
     assert "stopping after this step" in capsys.readouterr().out
-    assert checkpoint.load(stopped.out).step == step + 1
-    main(stopped)
-    assert equal(weights(stopped.out), weights(config.out))
+    assert checkpoint.load(stopped).step == step + 1
+    train(**options)
+    assert equal(weights(stopped), weights(whole))
 
 
-def test_a_finished_run_is_left_alone(config):
-    main(config)
-    before = checkpoint.latest(config.out).stat()
-    main(config)
-    after = checkpoint.latest(config.out).stat()
+def test_a_finished_run_is_left_alone(train):
+    before, after = (checkpoint.latest(train()).stat() for _ in range(2))
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config, monkeypatch):
-    config = dataclasses.replace(config, log_steps=4)
+def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(
+    config, train, monkeypatch
+):
     original, batches = Run.forward_backward, []
 
     def poisoned(run, batch):
@@ -110,41 +110,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_its_own_samples(config
 
     monkeypatch.setattr(Run, "forward_backward", poisoned)
     with pytest.raises(FloatingPointError, match="at step 2; the samples are in"):
-        main(config)
+        train(log_steps=4)
     (record,) = config.out.glob("nan-rank0-step00000002.txt")
     assert record.read_text().splitlines() == batches[1]
     assert all(".tar:img" in name for name in batches[1])
     assert checkpoint.latest(config.out) is None
 
 
-def _with(config, **options):
-    return dataclasses.replace(config, optimiser=dataclasses.replace(config.optimiser, **options))
-
-
-def test_a_run_that_ran_away_goes_on_as_its_message_says(config):
-    config = dataclasses.replace(config, checkpoint_minutes=0.0, keep_checkpoints=9)
-    with pytest.raises(FloatingPointError) as stopped:
-        main(_with(config, base_learning_rate=1e30))
-    for remedy in (
-        "a lower --optimiser.base-learning-rate and --elastic",
-        "remove that checkpoint",
-    ):
-        assert remedy in str(stopped.value)
-    *_, before, last = sorted(config.out.glob("checkpoint-*.pt"))
+def test_a_run_that_ran_away_goes_on_as_its_message_says(config, begin, train):
+    remedies = "a lower --optimiser.base-learning-rate and --elastic.* remove that checkpoint"
+    with pytest.raises(FloatingPointError, match=remedies):
+        train(
+            **EVERY_STEP, optimiser=dataclasses.replace(config.optimiser, base_learning_rate=1e30)
+        )
+    *_, before, last = checkpoint.files(config.out)
     last.unlink()  # it holds the weights that ran away
-    lower = dataclasses.replace(
-        _with(config, base_learning_rate=0.04, weight_decay=0.3), elastic=True
-    )
-    with join_ranks("cpu") as ranks:
-        run = Run(lower, ranks)
-        assert run.step == checkpoint.load(before).step
-        assert {group["weight_decay"] for group in run.optimisation.optimizer.param_groups} == {
-            0.0,
-            0.3,
-        }
-        run.optimisation.schedule.step_update(run.optimisation.warmup_steps)
-        assert run.optimisation.optimizer.param_groups[0]["lr"] == pytest.approx(0.04 * 8 / 256)
-    main(lower)
+    optimiser = dataclasses.replace(config.optimiser, base_learning_rate=0.04, weight_decay=0.3)
+    run = begin(optimiser=optimiser, elastic=True)
+    groups = run.optimisation.optimizer.param_groups
+    assert run.step == checkpoint.load(before).step
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    run.optimisation.schedule.step_update(run.optimisation.warmup_steps)
+    assert groups[0]["lr"] == pytest.approx(0.04 * 8 / 256)
+    train(optimiser=optimiser, elastic=True)
     assert checkpoint.load(config.out).epoch == config.epochs
 
 
@@ -211,8 +199,7 @@ def test_two_machines_with_rolling_attention_resume_to_the_bit(config):
 
     run()
     whole = checkpoint.load(config.out)
-    for path in sorted(config.out.glob("checkpoint-*.pt"))[4:]:
-        path.unlink()  # what is left ends in the middle of the second epoch
+    _go_back(config.out, 4)  # to the middle of the second epoch
     run()
     resumed = checkpoint.load(config.out)
     assert resumed.step == whole.step == 18

@@ -10,7 +10,7 @@ from famt.train.pretrain import main as pretrain
 
 
 @pytest.fixture
-def run(scored, tmp_path) -> Pretrain:
+def trained(scored, tmp_path) -> Pretrain:
     """One epoch on 26 labelled images."""
     config = Pretrain(
         shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run", model="vit_nano",

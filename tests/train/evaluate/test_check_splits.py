@@ -9,10 +9,7 @@ from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.evaluate.evaluators.knn import Knn
 from famt.train.evaluate.run import run
 
-
-@pytest.fixture(autouse=True)
-def trained(request):
-    request.getfixturevalue("run")
+pytestmark = pytest.mark.usefixtures("trained")
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_the_share_that_is_held_out_is_the_one_that_was_asked_for(share):
     assert len(kept) == 1000 - len(held_out)
 
 
-def test_a_run_is_probed(run, options):
+def test_a_run_is_probed(trained, options):
     values = evaluate(options(Probe, steps=5, epochs=1))
     assert values["pooling"] in ("cls", "mean", "attentive")
     assert values["top1"] == values[f"top1_{values['pooling']}"]

@@ -1,4 +1,3 @@
-import copy
 import math
 from pathlib import Path
 
@@ -8,8 +7,6 @@ import torch
 from PIL import Image
 from samples import RANKS, photo
 
-from famt.mae import MaskedAutoencoder
-from famt.models import MODELS
 from famt.patches import normalise_images
 from famt.pipeline.errors import UserError
 from famt.train.evaluate.evaluation import Evaluation
@@ -17,14 +14,14 @@ from famt.train.evaluate.features import open_images, require_labels, standard_e
 
 
 @pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    return MaskedAutoencoder(MODELS["vit_nano"]).encoder.eval()
+def images(encoder, options):
+    """The nine to test on."""
+    return open_images(options(Evaluation), encoder.eval(), "val", RANKS)
 
 
 def test_features_are_those_of_each_images_centre(scored, encoder, options):
     evaluation = options(Evaluation, train=scored.shards)
-    images = open_images(evaluation, encoder, "train", RANKS)
+    images = open_images(evaluation, encoder.eval(), "train", RANKS)
     features = images.features(encoder, tokens=True)
     assert features.cls.shape == features.mean.shape == (26, 96)
     assert features.tokens.shape == (26, 64, 96)
@@ -49,8 +46,7 @@ def test_features_are_those_of_each_images_centre(scored, encoder, options):
         )
 
 
-def test_patch_tokens_are_kept_only_where_they_are_asked_for(encoder, options):
-    images = open_images(options(Evaluation), encoder, "val", RANKS)
+def test_patch_tokens_are_kept_only_where_they_are_asked_for(encoder, images):
     features = images.features(encoder)
     assert features.tokens is None
     taken = features.take(torch.tensor([4, 0]))
@@ -66,16 +62,14 @@ def test_evaluated_shards_are_read_from_where_they_are_staged(scored, encoder, o
     assert images.features(encoder).cls.isfinite().all()
 
 
-def test_a_class_of_a_number_that_no_classifier_can_have_is_named(encoder, options):
-    images = open_images(options(Evaluation), encoder, "val", RANKS)
+def test_a_class_of_a_number_that_no_classifier_can_have_is_named(images):
     images.table.labels[4] = 2_000_000_000
     with pytest.raises(UserError, match=r"\.tar:.* has class 2000000000; classes must"):
         require_labels(images)
 
 
 @pytest.mark.parametrize("label", [0, 5])
-def test_images_of_one_class_are_nothing_to_tell_apart(encoder, options, label):
-    images = open_images(options(Evaluation), encoder, "val", RANKS)
+def test_images_of_one_class_are_nothing_to_tell_apart(images, label):
     images.table.labels[:] = label
     with pytest.raises(
         UserError, match=rf"\.tar:.* and all other training samples have class {label}"
@@ -83,12 +77,10 @@ def test_images_of_one_class_are_nothing_to_tell_apart(encoder, options, label):
         require_labels(images)
 
 
-def test_features_that_are_no_numbers_are_an_error_that_names_an_image(encoder, options):
-    images = open_images(options(Evaluation), encoder, "val", RANKS)
-    broken = copy.deepcopy(encoder)
-    torch.nn.init.constant_(broken.norm.weight, torch.nan)
+def test_features_that_are_no_numbers_are_an_error_that_names_an_image(encoder, images):
+    torch.nn.init.constant_(encoder.norm.weight, torch.nan)
     with pytest.raises(FloatingPointError, match=r"features of 9 images, .*\.tar:.* earlier"):
-        images.features(broken)
+        images.features(encoder)
 
 
 def test_accuracy_and_its_standard_error():

@@ -9,7 +9,6 @@ from runs import equal, log_events, log_points, weights
 from samples import RANKS, photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
@@ -36,12 +35,6 @@ def log(tmp_path):
 @pytest.fixture
 def monitor(scored):
     return Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, RANKS)
-
-
-@pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    return MaskedAutoencoder(SIZES).encoder
 
 
 def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path, capsys):

@@ -77,13 +77,13 @@ def test_a_crop_of_no_class_at_all_teaches_nothing(masked, options):
     assert all(torch.isfinite(each).all() for each in head.parameters())
 
 
-def test_a_run_is_tested_on_masks(run, masked, options):
+def test_a_run_is_tested_on_masks(trained, masked, options):
     values = evaluate(options(Segment, train=[masked[0]], val=[masked[1]], steps=2, epochs=1))
     assert values.keys() == {"classes", "miou", "pixel_accuracy"}
 
 
 def test_masks_of_one_class_or_of_none_that_was_learned_are_refused(
-    run, scored, masked, options, tmp_path
+    trained, scored, masked, options, tmp_path
 ):
     plain = {}
     for kind in (0, 7):

@@ -11,8 +11,7 @@ from famt.train.evaluate.run import run
 from famt.train.pretrain import main as pretrain
 
 
-def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
-    config = request.getfixturevalue("run")
+def test_what_was_found_is_printed_logged_and_drawn(trained, options, capsys):
     capsys.readouterr()
     values = run(options(Knn, json=True))
     printed = json.loads(capsys.readouterr().out)
@@ -20,37 +19,34 @@ def test_what_was_found_is_printed_logged_and_drawn(request, options, capsys):
     assert printed["evaluate"] == "knn"
     assert (printed["step"], printed["weights"]) == (3, "trained")
     assert (printed["train_images"], printed["val_images"]) == (17, 9)
-    (logged,) = log_events(config.out, "evaluation")
+    (logged,) = log_events(trained.out, "evaluation")
     assert logged["evaluator"] == "knn"
     asked = options(Knn)
     assert logged["options"] == {"train": asked.train, "val": asked.val, "batch_size": 8}
     assert logged["top1_mean"] == pytest.approx(values["top1_mean"], rel=1e-5)
-    events = EventAccumulator(str(config.out)).Reload()
+    events = EventAccumulator(str(trained.out)).Reload()
     (drawn,) = events.Scalars("knn/top1_mean")
     assert (drawn.step, drawn.value) == (3, pytest.approx(values["top1_mean"]))
 
 
-def test_the_untrained_floor_is_told_apart(request, options):
-    config = request.getfixturevalue("run")
+def test_the_untrained_floor_is_told_apart(trained, options):
     untrained = run(options(Knn)) and run(options(Knn, untrained=True))
-    evaluations = log_events(config.out, "evaluation")
+    evaluations = log_events(trained.out, "evaluation")
     assert [line["weights"] for line in evaluations] == ["trained", "untrained"]
     assert run(options(Knn, untrained=True)) == untrained
-    curves = EventAccumulator(str(config.out)).Reload().Tags()["scalars"]
+    curves = EventAccumulator(str(trained.out)).Reload().Tags()["scalars"]
     assert {"knn/top1_cls", "knn_untrained/top1_cls"} <= set(curves)
 
 
-def test_an_encoder_that_is_from_no_run_is_evaluated_too(request, options, tmp_path, capsys):
-    config = request.getfixturevalue("run")
+def test_an_encoder_that_is_from_no_run_is_evaluated_too(trained, options, tmp_path, capsys):
     of_run = run(options(Knn))
-    torch.save(load_model(config.out).encoder.state_dict(), tmp_path / "elsewhere.pth")
+    torch.save(load_model(trained.out).encoder.state_dict(), tmp_path / "elsewhere.pth")
     elsewhere = options(Knn, checkpoint=str(tmp_path / "elsewhere.pth"), json=True)
     assert run(elsewhere) == of_run
     assert "step" not in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_a_resumed_run_keeps_what_was_found_of_it(request, options):
-    config = request.getfixturevalue("run")
-    run(options(Knn, checkpoint=str(config.out / "checkpoint-00000003.pt")))
-    pretrain(config)
-    assert len(log_events(config.out, "evaluation")) == 1
+def test_a_resumed_run_keeps_what_was_found_of_it(trained, options):
+    run(options(Knn, checkpoint=str(trained.out / "checkpoint-00000003.pt")))
+    pretrain(trained)
+    assert len(log_events(trained.out, "evaluation")) == 1

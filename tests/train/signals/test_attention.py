@@ -1,27 +1,17 @@
 import dataclasses
 
-import pytest
 import torch
-from samples import Rows, context
+from samples import RANKS, Rows, context
 
 from famt.attention import attention_scores, last_attention, last_block
 from famt.frequency import token_frequency
 from famt.geometry import crop_maps
-from famt.mae import MaskedAutoencoder
-from famt.models import MODELS
 from famt.patches import normalise_images
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropBatch, CropLoader
 from famt.pipeline.options import LoaderConfig, RandomView, WholeView
-from famt.train.distributed import join_ranks
 from famt.train.signals.attention import Live, Rolling
 from famt.train.signals.config import AttentionConfig
-
-
-@pytest.fixture
-def encoder():
-    torch.manual_seed(0)
-    return MaskedAutoencoder(MODELS["vit_nano"]).encoder
 
 
 def _loader(scored, view, batch_size=8):
@@ -34,15 +24,13 @@ def _relative(scores):
     return scores / scores.mean(1, keepdim=True)
 
 
-def _live(encoder, **options):
-    with join_ranks("cpu") as ranks:
-        return Live(AttentionConfig("live"), context(encoder, Rows(26), ranks, **options))
+def _live(encoder, kind="attention", **options):
+    return Live(AttentionConfig(kind=kind), context(encoder, Rows(26), RANKS, **options))
 
 
 def _rolling(encoder, rows, every, **options):
-    with join_ranks("cpu") as ranks:
-        slot = AttentionConfig(every=every, **({"image_size": 32} | options))
-        return Rolling(slot, context(encoder, Rows(rows), ranks))
+    slot = AttentionConfig(every=every, **({"image_size": 32} | options))
+    return Rolling(slot, context(encoder, Rows(rows), RANKS))
 
 
 def test_live_scores_are_those_of_the_last_attention(encoder, scored):
@@ -55,10 +43,9 @@ def test_live_scores_are_those_of_the_last_attention(encoder, scored):
 
 def test_any_score_of_a_model_can_be_live(encoder, scored):
     crops = next(iter(_loader(scored, RandomView())))
-    with join_ranks("cpu") as ranks:
-        live = Live(AttentionConfig(kind="token_frequency"), context(encoder, Rows(26), ranks))
     tokens = last_block(encoder, normalise_images(crops.images))[1]
-    torch.testing.assert_close(live.read(crops, 0), token_frequency(tokens))
+    found = _live(encoder, "token_frequency").read(crops, 0)
+    torch.testing.assert_close(found, token_frequency(tokens))
 
 
 def test_smaller_crops_give_a_map_of_the_same_patches(encoder, scored):

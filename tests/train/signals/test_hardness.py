@@ -1,38 +1,31 @@
-import dataclasses
-
 import pytest
 import torch
 
 from famt.patches import normalise
 from famt.pipeline.options import JoinConfig
-from famt.train.distributed import join_ranks
-from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, HardnessConfig
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_a_step_writes_the_ranks_of_its_errors_at_the_cells_of_the_masked_patches(config, share):
-    config = dataclasses.replace(
-        config,
+def test_a_step_writes_the_ranks_of_its_errors_at_the_cells_of_the_masked_patches(begin, share):
+    run = begin(
         frequency=FrequencyConfig("off"),
         attention=AttentionConfig("off"),
         hardness=HardnessConfig("errors"),
         join=JoinConfig(predicted_share=share),
         accumulate=2,
     )
-    with join_ranks("cpu") as ranks:
-        run = Run(config, ranks)
-        (signal,) = run.signals
-        written = []
-        signal.bank.write = lambda *what: written.append(what)
-        batch = run.prepare(next(iter(run.loader)), 0)
-        run.forward_backward(batch)
-        signal.synchronise()
-        ((views, scores, step, known),) = written
-        assert torch.equal(views.rows, batch.views.rows)
-        assert step == 0
-        with torch.no_grad():
-            predicted = run.model.predict(normalise(batch.visible), batch.split)
+    (signal,) = run.signals
+    written = []
+    signal.bank.write = lambda *what: written.append(what)
+    batch = run.prepare(next(iter(run.loader)), 0)
+    run.forward_backward(batch)
+    signal.synchronise()
+    ((views, scores, step, known),) = written
+    assert torch.equal(views.rows, batch.views.rows)
+    assert step == 0
+    with torch.no_grad():
+        predicted = run.model.predict(normalise(batch.visible), batch.split)
     for b in range(8):
         errors = {}
         for place, patch in enumerate(batch.split.predicted[b].tolist()):

@@ -1,6 +1,5 @@
 """The packages of docs/ that bring a method of the literature: found by their entry points."""
 
-import dataclasses
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -15,8 +14,6 @@ from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
 from famt.pipeline.scoring.model_scores import model_scores
-from famt.train.distributed import join_ranks
-from famt.train.pretrain import Run, main
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -63,25 +60,23 @@ def test_patches_that_are_all_alike_are_equally_salient(salience):
     torch.testing.assert_close(found["token_salience"], torch.ones(1, 64))
 
 
-def test_a_run_masks_by_token_salience(salience, config):
+def test_a_run_masks_by_token_salience(salience, train):
     attention = AttentionConfig("live", kind="token_salience")
-    main(dataclasses.replace(config, frequency=FrequencyConfig("off"), attention=attention))
-    losses = [point["loss"] for point in log_points(config.out) if "loss" in point]
+    out = train(frequency=FrequencyConfig("off"), attention=attention)
+    losses = [point["loss"] for point in log_points(out)]
     assert len(losses) == 9
     assert np.isfinite(losses).all()
 
 
-def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, config):
+def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, begin, train):
     groups = _installed("green_noise", monkeypatch)
     monkeypatch.setattr("famt.pipeline.plugins._installed", lambda group: groups[group])
-    frequency, attention = FrequencyConfig("green-noise"), AttentionConfig("off")
-    config = dataclasses.replace(config, frequency=frequency, attention=attention)
-    with join_ranks("cpu") as ranks:
-        run = Run(config, ranks)
-        crops = next(iter(run.loader))
-        (signal,) = run.signals
-        maps = torch.stack([signal.read(crops, step).log().view(8, 8, 8) for step in range(99)])
-        torch.testing.assert_close(signal.read(crops, 3).log().view(8, 8, 8), maps[3])
+    slots = {"frequency": FrequencyConfig("green-noise"), "attention": AttentionConfig("off")}
+    run = begin(**slots)
+    crops = next(iter(run.loader))
+    (signal,) = run.signals
+    maps = torch.stack([signal.read(crops, step).log().view(8, 8, 8) for step in range(99)])
+    torch.testing.assert_close(signal.read(crops, 3).log().view(8, 8, 8), maps[3])
     assert torch.corrcoef(maps.flatten(1)[:2])[0, 1].abs() < 0.5
 
     def across(distance):
@@ -90,5 +85,4 @@ def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, co
 
     assert across(1) > 0.05  # neighbours go together
     assert across(3) < -0.02  # and apart from the next group
-    main(config)
-    assert len([point for point in log_points(config.out) if "loss" in point]) == 9
+    assert len(log_points(train(**slots))) == 9

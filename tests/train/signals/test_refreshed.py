@@ -10,7 +10,7 @@ import pytest
 import torch
 from launch import until
 from runs import log_events, log_points
-from samples import photo_members, tar_bytes
+from samples import RANKS, photo_members, tar_bytes
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
@@ -27,9 +27,7 @@ from famt.pipeline.scoring.generation import (
 )
 from famt.pipeline.scoring.model_scores import score_images
 from famt.train import checkpoint
-from famt.train.distributed import join_ranks
 from famt.train.log import Log
-from famt.train.pretrain import Run, main
 from famt.train.signals import refreshed_maps
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from famt.train.signals.refresh_folder import RefreshFolder, load_encoder
@@ -88,9 +86,8 @@ def refresh(scored, folder, tmp_path):
 def _maps(config, scored, run="run-a"):
     torch.manual_seed(0)
     encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
-    with join_ranks("cpu") as ranks:
-        samples = load_samples(scored.shards, scored.cache)
-        return RefreshedMaps(run, config, samples, encoder, ranks)
+    samples = load_samples(scored.shards, scored.cache)
+    return RefreshedMaps(run, config, samples, encoder, RANKS)
 
 
 def _begin(maps, *epochs, log=None):
@@ -215,9 +212,8 @@ def test_a_pinned_generation_serves_another_run(config, scored, refresh, tmp_pat
         _maps(nonsense, scored)
 
 
-def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config, folder, capfd):
-    main(dataclasses.replace(config, epochs=3))
-    state = checkpoint.load(config.out)
+def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config, train, folder, capfd):
+    state = checkpoint.load(train(epochs=3))
     assert (state.step, state.signals) == (9, {"frequency": {"generation": None}})
     assert folder.finished.exists()
     plan, told = capfd.readouterr()
@@ -242,33 +238,29 @@ def test_a_finished_run_tells_once_how_many_generations_it_used(
     assert told in errors
 
 
-def test_the_pixel_score_weighs_until_there_is_a_generation(config, scored, refresh):
-    config = dataclasses.replace(
-        config,
+def test_the_pixel_score_weighs_until_there_is_a_generation(begin, scored, refresh):
+    run = begin(
         frequency=FrequencyConfig("cached-then-refreshed", kind=KIND),
         attention=AttentionConfig("refreshed"),
         plain_epochs=0,
     )
-    with join_ranks("cpu") as ranks:
-        run = Run(config, ranks)
-        frequency, attention = run.signals
-        crops = next(iter(run.loader))
-        pixels = load_maps(run.samples, scored.cache, scored.spec)
-        torch.testing.assert_close(frequency.read(crops, 0), crop_scores(pixels, crops, 8))
-        assert frequency.exponent == 0.25
-        assert attention.read(crops, 0) is None
-        run.optimisation.step = 6
-        run.begin_epoch(2, Stop())
-        made = open_generation(refresh(6))  # one pass of the encoder makes the maps of both
-        run.begin_epoch(3, Stop())
-        for signal in run.signals:
-            maps = made.maps(run.samples, [signal._kind], 8)[signal._kind]
-            torch.testing.assert_close(signal.read(crops, 0), crop_scores(maps, crops, 8))
-        assert frequency.exponent == 1.0
+    frequency, attention = run.signals
+    crops = next(iter(run.loader))
+    pixels = load_maps(run.samples, scored.cache, scored.spec)
+    torch.testing.assert_close(frequency.read(crops, 0), crop_scores(pixels, crops, 8))
+    assert frequency.exponent == 0.25
+    assert attention.read(crops, 0) is None
+    run.optimisation.step = 6
+    run.begin_epoch(2, Stop())
+    made = open_generation(refresh(6))  # one pass of the encoder makes the maps of both
+    run.begin_epoch(3, Stop())
+    for signal in run.signals:
+        maps = made.maps(run.samples, [signal._kind], 8)[signal._kind]
+        torch.testing.assert_close(signal.read(crops, 0), crop_scores(maps, crops, 8))
+    assert frequency.exponent == 1.0
 
 
-def test_a_run_that_waits_for_a_generation_can_be_stopped(config, folder):
-    config = dataclasses.replace(config, refresh=WAITING, epochs=3, log_steps=4)
+def test_a_run_that_waits_for_a_generation_can_be_stopped(config, begin, folder):
     stop = Stop()
 
     def ask():
@@ -276,8 +268,8 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config, folder):
         stop.asked = True
 
     _meanwhile(ask)
-    with folder.followed(), join_ranks("cpu") as ranks:
-        Run(config, ranks).train(stop)
+    with folder.followed():
+        begin(refresh=WAITING, epochs=3, log_steps=4).train(stop)
     state = checkpoint.load(config.out)
     assert (state.step, state.epoch) == (3, 1)
     assert state.signals == {"frequency": {"generation": None}}
@@ -286,7 +278,7 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config, folder):
     assert not folder.finished.exists()
 
 
-def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(config, folder):
+def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(train, folder):
     def fail():
         until(folder.encoder(3).exists)
         folder.failure(3).write_text("no room on the cluster\n")
@@ -294,7 +286,7 @@ def test_a_run_that_waits_ends_with_the_reason_when_the_job_fails(config, folder
     _meanwhile(fail)
     reason = "the generation of step 3 could not be made: no room on the cluster"
     with folder.followed(), pytest.raises(OSError, match=reason):
-        main(dataclasses.replace(config, refresh=WAITING))
+        train(refresh=WAITING)
 
 
 def test_a_run_that_does_not_wait_says_why_the_job_failed_and_goes_on(config, scored, folder, log):
@@ -306,10 +298,10 @@ def test_a_run_that_does_not_wait_says_why_the_job_failed_and_goes_on(config, sc
     assert event["reason"] == "no room on the cluster"
 
 
-def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, monkeypatch, capfd):
+def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, train, monkeypatch, capfd):
     monkeypatch.setattr(refreshed_maps, "_PATIENCE", 0.5)
     with pytest.raises(UserError, match=r"`famt pretrain` starts one; .*--follow"):
-        main(dataclasses.replace(config, refresh=WAITING))
+        train(refresh=WAITING)
     assert not log_events(config.out, "start")
     assert f"start `famt refresh --follow {config.out}`" in capfd.readouterr().err
 
@@ -350,8 +342,9 @@ def test_a_run_begun_anew_forgets_what_an_attempt_without_checkpoint_left(
 
 
 @pytest.mark.parametrize("lose", [lambda path: path.unlink(), _damage])
-def test_a_run_whose_generations_are_lost_goes_on_only_if_elastic(config, folder, refresh, lose):
-    config = dataclasses.replace(config, refresh=WAITING, epochs=4)
+def test_a_run_whose_generations_are_lost_goes_on_only_if_elastic(
+    config, begin, train, folder, refresh, lose
+):
     stop = Stop()
 
     def refresh_once_and_stop():
@@ -361,16 +354,15 @@ def test_a_run_whose_generations_are_lost_goes_on_only_if_elastic(config, folder
         stop.asked = True
 
     _meanwhile(refresh_once_and_stop)
-    with folder.followed(), join_ranks("cpu") as ranks:
-        Run(config, ranks).train(stop)
+    with folder.followed():
+        begin(refresh=WAITING, epochs=4).train(stop)
     left = checkpoint.load(config.out)
     assert (left.step, left.signals) == (9, {"frequency": {"generation": 3}})
 
     lose(folder.generation(3))
-    config = dataclasses.replace(config, refresh=RefreshConfig(every=2))
     with pytest.raises(UserError, match=r"without .*generation-00000003\.zip; --elastic resumes"):
-        main(config)
-    main(dataclasses.replace(config, elastic=True))
+        train(epochs=4)
+    train(epochs=4, elastic=True)
     assert checkpoint.load(config.out).step == 12
     assert _steps(folder) == []
 

@@ -1,26 +1,20 @@
-import dataclasses
-
 import pytest
 import torch
 
 from famt.patches import normalise
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import JoinConfig
-from famt.train.distributed import join_ranks
-from famt.train.pretrain import Run
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
+
+SEEN = {"frequency": FrequencyConfig("off"), "attention": AttentionConfig("seen")}
 
 
 @pytest.fixture
-def run(config):
-    config = dataclasses.replace(
-        config, frequency=FrequencyConfig("off"), attention=AttentionConfig("seen"), accumulate=2
-    )
-    with join_ranks("cpu") as ranks:
-        run = Run(config, ranks)
-        for block in run.model.encoder.blocks:  # away from the flat attention of a fresh model
-            block.attn.qkv.weight.data *= 3
-        yield run
+def run(begin):
+    run = begin(**SEEN, accumulate=2)
+    for block in run.model.encoder.blocks:  # away from the flat attention of a fresh model
+        block.attn.qkv.weight.data *= 3
+    return run
 
 
 def _attention(run, batch):
@@ -75,25 +69,13 @@ def test_weights_come_from_what_was_seen_and_gradients_are_left_alone(run):
     assert torch.equal(run.model.encoder.blocks[-1].attn.qkv.weight.grad, gradient)
 
 
-def test_a_method_whose_encoder_sees_more_is_refused(config):
-    simmim = dataclasses.replace(
-        config,
-        method="simmim",
-        frequency=FrequencyConfig("off"),
-        attention=AttentionConfig("seen"),
-        join=JoinConfig(mask_ratio=0.6, throw_ratio=0.0),
-    )
-    with join_ranks("cpu") as ranks:
-        run = Run(simmim, ranks)
-        batch = run.prepare(next(iter(run.loader)), 0)
-        with pytest.raises(UserError, match=r"--attention\.source seen: .* use rolling"):
-            run.forward_backward(batch)
+def test_a_method_whose_encoder_sees_more_is_refused(begin):
+    run = begin(**SEEN, method="simmim", join=JoinConfig(mask_ratio=0.6, throw_ratio=0.0))
+    batch = run.prepare(next(iter(run.loader)), 0)
+    with pytest.raises(UserError, match=r"--attention\.source seen: .* use rolling"):
+        run.forward_backward(batch)
 
 
-def test_scores_that_need_all_patches_are_refused(config):
-    slot = AttentionConfig("seen", kind="token_frequency")
-    with (
-        join_ranks("cpu") as ranks,
-        pytest.raises(UserError, match=r"--attention\.kind token_frequency"),
-    ):
-        Run(dataclasses.replace(config, attention=slot), ranks)
+def test_scores_that_need_all_patches_are_refused(begin):
+    with pytest.raises(UserError, match=r"--attention\.kind token_frequency"):
+        begin(attention=AttentionConfig("seen", kind="token_frequency"))
