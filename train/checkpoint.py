@@ -147,11 +147,8 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_model(path: Path, *, ema: bool = False) -> MaskedModel:
-    """The model of a pre-training checkpoint or run, in eval mode.
-
-    Args:
-        ema: take the encoder's averaged weights.
-    """
+    """The model of a pre-training checkpoint or run, in eval mode; `ema` takes the encoder's
+    averaged weights."""
     checkpoint = load_pretrained(path)
     model = METHODS[checkpoint.method](ModelConfig(**checkpoint.sizes))
     model.load_state_dict(checkpoint.model)
@@ -174,11 +171,8 @@ def is_finetuned(source: str | Path) -> bool:
 
 
 def load_classifier(path: Path, *, ema: bool = False) -> VisionTransformer:
-    """Encoder and head of a fine-tuning checkpoint or run, in eval mode.
-
-    Args:
-        ema: take the averaged weights.
-    """
+    """Encoder and head of a fine-tuning checkpoint or run, in eval mode; `ema` takes the
+    averaged weights."""
     checkpoint = load(path)
     weights = _averaged(checkpoint, path) if ema else checkpoint.model
     mean = "fc_norm.weight" in weights

@@ -262,11 +262,8 @@ def _first_failure(
 def data_parallel(
     model: nn.Module, ranks: Ranks, *, compile: bool = False
 ) -> tuple[nn.Module, Callable[[], AbstractContextManager]]:
-    """A model whose gradients are averaged over the ranks, and a context without averaging.
-
-    Args:
-        compile: also compile it, by `torch.compile`.
-    """
+    """A model, compiled if asked for, whose gradients are averaged over the ranks, and a context
+    without averaging."""
     trained = model
     no_sync: Callable[[], AbstractContextManager] = contextlib.nullcontext
     if ranks.world_size > 1:

@@ -164,11 +164,7 @@ _SHARES = ("top1", "held_out_top1", "miou", "iou", "pixel_accuracy")
 
 
 def evaluation_table(line: Mapping[str, object]) -> str:
-    """The result of an evaluation as text: shares in percent, with binomial standard errors.
-
-    Args:
-        line: the result as `--json` prints it.
-    """
+    """A result as `--json` prints it, as text: shares in percent, with binomial standard errors."""
     rows = []
     for name, value in line.items():
         kind = next((each for each in _SHARES if name.startswith(each)), None)

@@ -27,11 +27,8 @@ from famt.train.signals.patch_weights import Weighed
 
 @torch.no_grad()
 def picture_of_crops(model: MaskedModel, weighed: Weighed, seed: int = 0) -> Image.Image:
-    """Draw crops, one row each; without an attention signal, the model's attention is shown.
-
-    Args:
-        seed: of the draw of the patches.
-    """
+    """A picture of crops, one row each, whose patches are drawn by `seed`; without an attention
+    signal, the model's attention is shown."""
     grid, patch_size = model.config.grid, model.config.patch_size
     crops, blend = weighed.crops, weighed.join.blend_at(weighed.progress)
     weights = blended_weights(weighed.weights, blend)

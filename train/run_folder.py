@@ -21,10 +21,8 @@ class BusyError(UserError):
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """Write a file atomically: others see the old content, or the new one, complete and on disk.
-
-    Args:
-        path: of the file; while it is written, `<path>.partial`.
+    """Write a file atomically, as `<path>.partial`: others see the old content, or the new one,
+    complete and on disk.
 
     Raises:
         OSError: writing failed, for example on a full disk; the old content stays.

@@ -56,11 +56,7 @@ def require(tracker: str) -> None:
 
 
 def open_tracker(folder: Path, tracked: Tracked) -> list[Board]:
-    """The tracker of a run beside TensorBoard, if it has one.
-
-    Args:
-        folder: of the run.
-    """
+    """The tracker beside TensorBoard of the run in a folder, if it has one."""
     kinds: dict[str, Callable[[Path, Tracked], Board]] = {"wandb": WandB, "mlflow": MLflow}
     kind = kinds.get(tracked.tracker)
     return [Tolerant(tracked.tracker, lambda: kind(folder, tracked))] if kind else []
@@ -139,43 +135,33 @@ class MLflow:
 
 
 class Tolerant:
-    """A tracker that is dropped, with a warning, at its first failure; training goes on.
-
-    Args:
-        name: of the tracker.
-        open_board: connects to it.
-    """
+    """The tracker `name`, dropped with a warning at its first failure; training goes on."""
 
     def __init__(self, name: str, open_board: Callable[[], Board]) -> None:
         self._name = name
-        self._board: Board | None = None
-        try:
-            self._board = open_board()
-        except Exception as error:
-            self._warn(error)
+        self._board: Board | None = self._try(open_board)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._try(lambda board: board.scalars(values, step))
+        if self._board:
+            self._try(self._board.scalars, values, step)
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
-        self._try(lambda board: board.picture(name, picture, step))
+        if self._board:
+            self._try(self._board.picture, name, picture, step)
 
     def close(self) -> None:
-        self._try(lambda board: board.close())
+        if self._board:
+            self._try(self._board.close)
 
-    def _try(self, call: Callable[[Board], None]) -> None:
-        if self._board is None:
-            return
+    def _try(self, call: Callable[..., Any], *arguments: object) -> Any:
         try:
-            call(self._board)
+            return call(*arguments)
         except Exception as error:
             self._board = None
-            self._warn(error)
-
-    def _warn(self, error: Exception) -> None:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        print(
-            f"warning: {self._name} failed and gets nothing more of this run until it is resumed; "
-            f"TensorBoard goes on ({reason})",
-            file=sys.stderr,
-        )
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(
+                f"warning: {self._name} failed and gets nothing more of this run until it is "
+                f"resumed; TensorBoard goes on ({reason})",
+                file=sys.stderr,
+            )
+            return None
