@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from famt.pipeline.options import FREE, annotated
-from famt.train.config import Pretrain
+from famt.train.config import REQUIRED, Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
 from famt.train.evaluate.evaluators.finetune import Finetune
 from famt.train.run_log import Basis, Found, History, Point
@@ -165,10 +165,8 @@ def percent(values: Sequence[float]) -> str:
 
 def default_options() -> tuple[Pretrain, Finetune]:
     """Both kinds of training, with default options."""
-    return (
-        Pretrain(shards=[], cache="", out=Path()),
-        Finetune(checkpoint="", cache="", train=[], val=[], out=Path()),
-    )
+    tuned = Finetune(checkpoint="", cache="", train=[], val=[], out=Path())
+    return Pretrain(**REQUIRED), tuned
 
 
 def _bases(groups: Sequence[Group], evaluator: str) -> dict[str, Basis]:

@@ -68,14 +68,13 @@ def draw(columns: dict[str, NDArray]) -> Image.Image:
 def _show_split(patches: Tensor, split: PatchSplit) -> Tensor:
     shown = patches.clone()
     side = round((patches.shape[-1] / 3) ** 0.5)
-    line = torch.arange(side)
-    cross = torch.zeros(side, side, dtype=torch.bool, device=patches.device)
-    cross[line, line] = cross[line, side - 1 - line] = True
+    line = torch.eye(side, dtype=torch.bool, device=patches.device)
+    cross = line | line.flip(0)
     struck = torch.where(cross[..., None], 230, 160).expand(side, side, 3).flatten().to(torch.uint8)
     dark = (patches.float() * 0.2).to(torch.uint8)
-    for row in range(len(patches)):
-        shown[row, split.masked[row]] = dark[row, split.masked[row]]
-        shown[row, split.thrown[row]] = struck
+    index = torch.arange(len(patches), device=patches.device)[:, None]
+    shown[index, split.masked] = dark[index, split.masked]
+    shown[index, split.thrown] = struck
     return shown
 
 

@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-import torch
 from launch import finish, launch, program_file
 from runs import log_events
+from samples import RANKS
 
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import ELASTIC, FREE, Checked, Since, annotated
 from famt.train import checkpoint
 from famt.train.checkpoint import Checkpoint, resume
 from famt.train.config import Pretrain
-from famt.train.distributed import Ranks
 from famt.train.evaluate.evaluators.finetune import Finetune
 from famt.train.pretrain import main
 from famt.train.run_folder import BusyError, own_folder
 
-RANKS = Ranks(0, 1, "a", torch.device("cpu"))
 CIRCUMSTANCES = {"device": "cpu", "world_size": 1, "data": "photos"}
 
 

@@ -20,7 +20,6 @@ from famt.train.evaluate.evaluators.finetune import Finetune
 from famt.train.evaluate.run import run as evaluate
 from famt.train.export import main as export
 from famt.train.initial import build_initial_encoder, load_initial
-from famt.train.pretrain import main as pretrain
 from famt.train.program_options import Embed, Export
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 
@@ -83,20 +82,12 @@ def test_a_mistyped_name_lists_those_that_are_known():
 
 
 @pytest.fixture
-def trained(scored, tmp_path):
+def trained(train):
     """One epoch of an architecture of timm's; gives the folder of the run."""
-
-    def train(name, size, **options):
-        config = Pretrain(
-            shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run",
-            model=f"timm:{name}", image_size=size, decoder_width=32, decoder_depth=1,
-            decoder_heads=2, epochs=1, batch_size=8, spec=scored.spec, device="cpu", threads=1,
-            join=JoinConfig(mask_ratio=0.5, throw_ratio=0.25), picture_epochs=0, **options,
-        )  # fmt: skip
-        pretrain(config)
-        return config.out
-
-    return train
+    return lambda name, size, **options: train(
+        model=f"timm:{name}", image_size=size, decoder_width=32, decoder_depth=1, decoder_heads=2,
+        epochs=1, join=JoinConfig(mask_ratio=0.5, throw_ratio=0.25), picture_epochs=0, **options,
+    )  # fmt: skip
 
 
 def test_registers_and_scaled_layers_are_trained_and_go_back_to_timm(

@@ -1,5 +1,6 @@
 """A trained encoder, and evaluations of it that take no time."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -10,14 +11,11 @@ from famt.train.pretrain import main as pretrain
 
 
 @pytest.fixture
-def trained(scored, tmp_path) -> Pretrain:
+def trained(config) -> Pretrain:
     """One epoch on 26 labelled images."""
-    config = Pretrain(
-        shards=scored.shards, cache=scored.cache.url, out=tmp_path / "run", model="vit_nano",
-        epochs=1, batch_size=8, spec=scored.spec, device="cpu", threads=1,
-    )  # fmt: skip
-    pretrain(config)
-    return config
+    short = dataclasses.replace(config, epochs=1)
+    pretrain(short)
+    return short
 
 
 @pytest.fixture
