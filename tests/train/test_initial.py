@@ -192,14 +192,12 @@ def test_weights_of_every_released_shape_load(name, tmp_path):
         "patch_embed.proj.bias": torch.randn(width),
         **_blocks("blocks", width, depth),
         **_norm("norm", width),
-        "decoder_embed.weight": torch.randn(512, width),
-        "decoder_embed.bias": torch.randn(512),
+        **_linear("decoder_embed", 512, width),
         "mask_token": torch.randn(1, 1, 512),
         "decoder_pos_embed": torch.randn(1, 1 + (224 // patch) ** 2, 512),
         **_blocks("decoder_blocks", 512, 8),
         **_norm("decoder_norm", 512),
-        "decoder_pred.weight": torch.randn(3 * patch**2, 512),
-        "decoder_pred.bias": torch.randn(3 * patch**2),
+        **_linear("decoder_pred", 3 * patch**2, 512),
     }
     torch.save({"model": weights}, tmp_path / f"{name}.pth")
     model = MaskedAutoencoder(MODELS[name])
@@ -215,17 +213,16 @@ def _norm(name, width):
     return {f"{name}.weight": torch.randn(width), f"{name}.bias": torch.randn(width)}
 
 
+def _linear(name, out, into):
+    return {f"{name}.weight": torch.randn(out, into), f"{name}.bias": torch.randn(out)}
+
+
 def _blocks(stack, width, depth):
     weights = {}
-    for number in range(depth):
-        block = f"{stack}.{number}"
+    for block in (f"{stack}.{number}" for number in range(depth)):
         weights |= _norm(f"{block}.norm1", width) | _norm(f"{block}.norm2", width)
-        for name, out, into in (
-            ("attn.qkv", 3 * width, width),
-            ("attn.proj", width, width),
-            ("mlp.fc1", 4 * width, width),
-            ("mlp.fc2", width, 4 * width),
-        ):
-            weights[f"{block}.{name}.weight"] = torch.randn(out, into)
-            weights[f"{block}.{name}.bias"] = torch.randn(out)
+        weights |= _linear(f"{block}.attn.qkv", 3 * width, width)
+        weights |= _linear(f"{block}.attn.proj", width, width)
+        weights |= _linear(f"{block}.mlp.fc1", 4 * width, width)
+        weights |= _linear(f"{block}.mlp.fc2", width, 4 * width)
     return weights

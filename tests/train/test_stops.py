@@ -25,15 +25,6 @@ def _go_back(out, count):
         path.unlink()
 
 
-def test_a_resumed_run_leaves_one_story_in_its_log(train):
-    out = train(**EVERY_STEP)
-    _go_back(out, 4)
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 1, "cut o')
-    train()
-    assert [line["step"] for line in log_points(out)] == list(range(1, 10))
-
-
 @pytest.mark.parametrize(("batch_size", "steps_an_epoch"), [(4, 4), (17, 1)])
 def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(
     config, begin, train, batch_size, steps_an_epoch
@@ -58,16 +49,21 @@ def test_an_elastic_run_goes_on_from_the_beginning_of_its_epoch(
 
 
 def test_garbage_in_the_log_stops_no_run(config, train):
-    (config.out / "log.jsonl").write_bytes(b'\xff{"step": null}\n{"step": null}\n[1]\n')
+    (config.out / "log.jsonl").write_bytes(
+        b'\xff{"step": null}\n{"step": null}\n[1]\n{"step": 1, "cut o'
+    )
     assert [line["step"] for line in log_points(train(epochs=1))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     ("attention", "crops_per_image"), [("rolling", 1), ("rolling", 2), ("live", 1), ("off", 1)]
 )
-@pytest.mark.parametrize("step", [0, 4, 5])  # of 9: the first, one in an epoch, the last of one
+# Of 9 steps: the first, one in an epoch, the last of one.
+@pytest.mark.parametrize(
+    ("step", "asked"), [(0, signal.SIGTERM), (4, signal.SIGINT), (5, signal.SIGUSR1)]
+)
 def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
-    train, tmp_path, monkeypatch, capsys, attention, crops_per_image, step
+    train, tmp_path, monkeypatch, capsys, attention, crops_per_image, step, asked
 ):
     options = {
         "attention": AttentionConfig(attention, every=2, image_size=16),
@@ -80,13 +76,15 @@ def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
 
     def interrupted(run, batch):
         if run.step == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), asked)
         return original(run, batch)
 
     monkeypatch.setattr(Run, "forward_backward", interrupted)
     stopped = train(**options)
     monkeypatch.undo()
-    assert "stopping after this step" in capsys.readouterr().out
+    told = "stopping after this step" in capsys.readouterr().out
+    assert told == (asked == signal.SIGINT)
+    assert log_events(stopped, "stopped by a signal")
     assert checkpoint.load(stopped).step == step + 1
     train(**options)
     assert equal(weights(stopped), weights(whole))
@@ -191,23 +189,6 @@ def test_kill_9_at_random_moments_only_pauses_a_run(config, tmp_path, world_size
 
 
 @pytest.mark.slow
-def test_two_machines_with_rolling_attention_resume_to_the_bit(config):
-    command = _command(config, "--keep-checkpoints", "99", "--attention.every", "2")
-
-    def run():
-        finish(launch(command[1], *command[2:], "--out", str(config.out), machines=["a", "b"]))
-
-    run()
-    whole = checkpoint.load(config.out)
-    _go_back(config.out, 4)  # to the middle of the second epoch
-    run()
-    resumed = checkpoint.load(config.out)
-    assert resumed.step == whole.step == 18
-    assert equal(resumed.model, whole.model)
-    assert torch.equal(resumed.signals["attention"]["maps"], whole.signals["attention"]["maps"])
-
-
-@pytest.mark.slow
 def test_ranks_leave_a_look_of_the_monitor_together(config):
     options = ["--monitor", *config.shards, "--monitor-epochs", "1", "--log-steps", "2"]
     command = _command(config, *options)
@@ -228,40 +209,19 @@ def test_ranks_leave_a_look_of_the_monitor_together(config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_makes_a_run_checkpoint_and_leave_with_0(config, tmp_path, asked):
-    whole = [sys.executable, *_command(config, "--out", str(tmp_path / "whole"))]
-    subprocess.run(whole, check=True, capture_output=True)
-    stopped, out = [], tmp_path / "stopped"
-    for checkpoints in ("999", "999", None):
-        options = ["--checkpoint-minutes", checkpoints] if checkpoints else []
-        command = [sys.executable, *_command(config, "--out", str(out), *options)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        known = len(log_points(out))
-        while checkpoints and process.poll() is None and len(log_points(out)) < known + 3:
-            time.sleep(0.01)
-        if checkpoints:
-            process.send_signal(asked)
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
-        stopped.append(checkpoint.load(out).step)
-    assert 3 <= stopped[0] < stopped[1] < stopped[2]
-    assert "stopped by a signal" in (out / "log.jsonl").read_text()
-    assert equal(weights(tmp_path / "whole"), weights(out))
-
-
-@pytest.mark.slow
-def test_ranks_stop_after_the_same_step_and_go_on_to_the_bit(config, tmp_path):
+@pytest.mark.parametrize("machines", [["a", "a"], ["a", "b"]])
+def test_ranks_stop_after_the_same_step_and_go_on_to_the_bit(config, tmp_path, machines):
     command = _command(config, "--log-steps", "1000", "--epochs", "40", "--attention.every", "2")
-    stopped = ["--out", str(tmp_path / "stopped")]
-    ranks = launch(program_file("stop_at_a_step"), "1", "7", *command[1:], *stopped,
-                   machines=["a", "a"])  # fmt: skip
-    finish(ranks)
-    assert checkpoint.load(tmp_path / "stopped").step == 8
-    for out in ("stopped", "whole"):
-        finish(launch(command[1], *command[2:], "--out", str(tmp_path / out), machines=["a", "a"]))
-    assert checkpoint.load(tmp_path / "whole").step == 120
-    assert equal(weights(tmp_path / "stopped"), weights(tmp_path / "whole"))
+    stopped, whole = ([*command, "--out", str(tmp_path / name)] for name in ("stopped", "whole"))
+    stop = [program_file("stop_at_a_step"), "1", "7", *stopped[1:]]
+    finish(launch(*stop, machines=machines))
+    assert checkpoint.load(tmp_path / "stopped").step == 8  # in the middle of the third epoch
+    for each in (stopped, whole):
+        finish(launch(*each[1:], machines=machines))
+    one, other = (checkpoint.load(tmp_path / name) for name in ("stopped", "whole"))
+    assert one.step == other.step == 120
+    assert equal(one.model, other.model)
+    assert torch.equal(one.signals["attention"]["maps"], other.signals["attention"]["maps"])
 
 
 @pytest.mark.slow
