@@ -12,7 +12,6 @@ share a table row and a colour, with mean and standard error. k-NN and probe nee
 from __future__ import annotations
 
 import base64
-import dataclasses
 import gzip
 import io
 import itertools
@@ -264,8 +263,7 @@ def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 def _changed(run: History) -> list[tuple[str, list[str]]]:
     """Model and recipe of a run, and its options that differ from the defaults."""
-    kind = default_options()["checkpoint" in run.options]
-    defaults = flat(json.loads(json.dumps(dataclasses.asdict(kind), default=str)))
+    defaults = flat(default_options()["checkpoint" in run.options].describe())
     named = [name for name in ("model", "recipe") if name in run.options]
     changed = [
         name
