@@ -124,11 +124,7 @@ class Run(Training[PatchBatch]):
             steps_per_epoch=self.loader.steps_per_epoch,
             effective_batch=config.batch_size * ranks.world_size,
         )
-        self.monitor = (
-            Monitor(config.monitor, cache, self.sizes, config.threads, ranks, config.stage)
-            if config.monitor and ranks.is_main
-            else None
-        )
+        self.monitor = Monitor(config, cache, ranks) if config.monitor and ranks.is_main else None
         self.restore()
         self.parallel_model, self._no_sync = data_parallel(
             self.model, ranks, compile=config.compile

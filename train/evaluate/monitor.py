@@ -5,16 +5,15 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from tqdm import tqdm
 
-from famt.models import ModelConfig
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.stage import stage_shards
+from famt.train.config import Pretrain
 from famt.train.distributed import Ranks
 from famt.train.evaluate.classifiers import Setting, fit, part
 from famt.train.evaluate.evaluators.probe import Probe
@@ -42,40 +41,30 @@ class Monitor:
     it does not change what is learned.
 
     Args:
-        shards: labelled; a fifth of each class is tested.
+        config: its `monitor` names labelled shards, a fifth of each class of which is tested.
         cache: score cache that knows the shards.
-        sizes: of the model.
-        threads: CPU threads that decode; None takes this rank's share of the cores.
         ranks: the main rank.
-        stage: folder to copy the shards to; see `famt.pipeline.loading.stage`.
 
     Raises:
         UserError: images without a class, or too few.
         CacheError: see `famt.pipeline.loading.dataset.load_samples`.
     """
 
-    def __init__(
-        self,
-        shards: list[str],
-        cache: ScoreCache,
-        sizes: ModelConfig,
-        threads: int | None,
-        ranks: Ranks,
-        stage: Path | None = None,
-    ) -> None:
+    def __init__(self, config: Pretrain, cache: ScoreCache, ranks: Ranks) -> None:
+        size = config.sizes.image_size
         self._images = Images(
-            table=stage_shards(load_samples(shards, cache), cache, stage),
+            table=stage_shards(load_samples(config.monitor, cache), cache, config.stage),
             name="",
-            image_size=sizes.image_size,
-            centre=default_centre(sizes.image_size),
+            image_size=size,
+            centre=default_centre(size),
             batch_size=64,
-            threads=threads,
+            threads=config.threads,
             ranks=ranks,
         )
         require_labels(self._images)
         self._known, self._tested = part(self._images.table.labels, _TESTED, seed=0)
         with torch.random.fork_rng([]):  # its random weights are never used
-            self._encoder = sizes.encoder().to(ranks.device).eval()
+            self._encoder = config.sizes.encoder().to(ranks.device).eval()
 
     def look(self, encoder: VisionTransformer, step: int, log: Log, stop: Stop) -> bool:
         """Evaluate the encoder; False if the run was asked to stop meanwhile.

@@ -9,8 +9,6 @@ from runs import equal, log_events, log_points, weights
 from samples import RANKS, photo_members, score, tar_bytes
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from famt.models import MODELS
-from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.evaluate.evaluation import Evaluation
@@ -22,8 +20,6 @@ from famt.train.pretrain import main as pretrain
 from famt.train.stop import Stop
 from famt.train.timing import Clock
 
-SIZES = MODELS["vit_nano"]
-
 
 @pytest.fixture
 def log(tmp_path):
@@ -33,8 +29,14 @@ def log(tmp_path):
 
 
 @pytest.fixture
-def monitor(scored):
-    return Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, RANKS)
+def watched(config, scored):
+    """Options of a run that is monitored after each epoch."""
+    return dataclasses.replace(config, monitor=scored.shards, monitor_epochs=1)
+
+
+@pytest.fixture
+def monitor(watched, scored):
+    return Monitor(watched, scored.cache, RANKS)
 
 
 def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options, tmp_path, capsys):
@@ -66,10 +68,9 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
     assert f" / {100 * line['knn_mean']:.1f} % ± " in told
 
 
-def test_nothing_is_drawn_from_the_generator_of_the_training(scored, encoder, log):
+def test_nothing_is_drawn_from_the_generator_of_the_training(watched, scored, encoder, log):
     before = torch.get_rng_state()
-    monitor = Monitor(scored.shards, ScoreCache(scored.cache.url), SIZES, 1, RANKS)
-    assert monitor.look(encoder, 1, log, Stop())
+    assert Monitor(watched, scored.cache, RANKS).look(encoder, 1, log, Stop())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -80,22 +81,18 @@ def test_a_look_that_fails_is_told_and_training_goes_on(monitor, encoder, log, t
     assert line["reason"]
 
 
-def test_images_without_a_class_are_refused_at_once(scored, tmp_path):
+def test_images_without_a_class_are_refused_at_once(config, scored, tmp_path):
     path = tmp_path / "unlabelled.tar"
     path.write_bytes(tar_bytes([m for m in photo_members(3) if m[0].endswith("jpg")]))
     score([path], scored.cache, scored.spec)
     with pytest.raises(UserError, match=r"unlabelled\.tar:img0000 and 2 more samples"):
-        Monitor([str(path)], scored.cache, SIZES, 1, RANKS)
+        Monitor(dataclasses.replace(config, monitor=[str(path)]), scored.cache, RANKS)
 
 
-def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, scored, tmp_path):
-    watched = dataclasses.replace(
-        config, out=tmp_path / "watched", monitor=scored.shards, monitor_epochs=1
-    )
-    pretrain(config)
+def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(train, watched, tmp_path):
+    alone = train(out=tmp_path / "alone")
     pretrain(watched)
-    one, other = (checkpoint.load(each.out) for each in (config, watched))
-    assert equal(one.model, other.model)
+    assert equal(weights(alone), weights(watched.out))
     assert [line["step"] for line in log_events(watched.out, "evaluation")] == [3, 6, 9]
     pretrain(watched)  # it is over, and needs no look
 
@@ -104,10 +101,8 @@ def test_a_monitored_run_ends_with_the_same_weights_and_tells_more(config, score
     ("step", "asked"),
     [*product([3, 6, 9], ["in features", ""]), (6, "in k-NN")],
 )
-def test_neither_a_stop_nor_a_kill_costs_a_look(config, scored, tmp_path, monkeypatch, step, asked):
-    config = dataclasses.replace(
-        config, monitor=scored.shards, monitor_epochs=1, log_steps=2, checkpoint_minutes=0.0
-    )
+def test_neither_a_stop_nor_a_kill_costs_a_look(watched, tmp_path, monkeypatch, step, asked):
+    config = dataclasses.replace(watched, log_steps=2, checkpoint_minutes=0.0)
     whole = dataclasses.replace(config, out=tmp_path / "whole")
     pretrain(whole)
     crops, looks, batches, searches = Images.crops, [], [], []
