@@ -292,8 +292,8 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     @property
     def refreshed_kinds(self) -> list[str]:
         """Kinds of model scores that the refresh job computes during the run, without repeats."""
-        slots = (self.frequency, self.attention)
-        return list(dict.fromkeys(each.kind for each in slots if each.is_refreshed))
+        kinds = (each.kind for each in self.slots.values() if each.is_refreshed)
+        return list(dict.fromkeys(kinds))
 
     @property
     def refreshes(self) -> range:

@@ -13,8 +13,10 @@ from samples import photo
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.patches import normalise_images
+from famt.pipeline.scores import ModelScoreSpec
+from famt.pipeline.scoring.generation import write_generation
 from famt.pipeline.scoring.model_scores import model_scores
-from famt.train.signals.config import AttentionConfig, FrequencyConfig
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 
 DOCS = Path(__file__).parents[3] / "docs"
 
@@ -86,3 +88,33 @@ def test_green_noise_weighs_groups_of_patches_anew_at_every_step(monkeypatch, be
     assert across(1) > 0.05  # neighbours go together
     assert across(3) < -0.02  # and apart from the next group
     assert len(log_points(train(**slots))) == 9
+
+
+def test_controls_of_the_paper_read_the_maps_corner_and_another_images_map(
+    monkeypatch, begin, tmp_path
+):
+    groups = _installed("paper_controls", monkeypatch)
+    monkeypatch.setattr("famt.pipeline.plugins._installed", lambda group: groups[group])
+    samples = begin().samples
+    own = np.arange(2, len(samples) + 2, dtype=np.float16)[:, None, None]
+    corner = np.ones((len(samples), 8, 8), np.float16)
+    corner[:, :3, :3] = own
+    maps = {"attention": corner, "token_frequency": np.broadcast_to(own, corner.shape)}
+    path = tmp_path / "generation-00000003.zip"
+    specs = {ModelScoreSpec(kind, 8, 32, "any"): each for kind, each in maps.items()}
+    write_generation(path, "another-run", samples.digest, specs)
+    run = begin(
+        frequency=FrequencyConfig("refreshed-top-left", kind="attention"),
+        attention=AttentionConfig("refreshed-of-others", kind="token_frequency"),
+        refresh=RefreshConfig(pin=path),
+    )
+    seen = {}
+    for crops in run.loader:
+        top_left, of_others = (signal.read(crops, 0) for signal in run.signals)
+        expected = torch.from_numpy(own[crops.rows, 0].astype(np.float32)).expand(-1, 64)
+        torch.testing.assert_close(top_left, expected)
+        for row, values in zip(crops.rows.tolist(), of_others, strict=True):
+            torch.testing.assert_close(values, values[:1].expand(64))
+            seen[row] = round(values[0].item()) - 2
+    assert all(row != other for row, other in seen.items())
+    assert len({*seen.values()}) == len(seen) == 24
