@@ -10,9 +10,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from famt.fusion import BlockFusion
 from famt.models import ModelConfig
 from famt.sampling import PatchSplit
+
+
+class BlockFusion(nn.Module):
+    """Learned average of the outputs of some blocks and the last one, for the decoder.
+
+    So the last block need not carry every detail. Liu et al., "Improving Pixel-based MIM by
+    Reducing Wasted Modeling Capability" (MFF), ICCV 2023 (arXiv 2308.00261): each shallow block has
+    its own linear layer; the weights are learned, under a softmax. The exported encoder has none of
+    this.
+
+    Args:
+        width: of tokens.
+        blocks: numbers of the shallow blocks, from 0, rising, without the last.
+    """
+
+    def __init__(self, width: int, blocks: tuple[int, ...]) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.projections = nn.ModuleList(nn.Linear(width, width) for _ in blocks)
+        self.weights = nn.Parameter(torch.ones(len(blocks) + 1))
+
+    def forward(self, blocks: Iterable[Callable[[Tensor], Tensor]], tokens: Tensor) -> Tensor:
+        """Run all `blocks` on tokens `[B, T, width]`; returns the average, of the same shape."""
+        projections, shallow = dict(zip(self.blocks, self.projections, strict=True)), []
+        for number, block in enumerate(blocks):
+            tokens = block(tokens)
+            if number in projections:
+                shallow.append(projections[number](tokens))
+        weights = self.weights.softmax(0)
+        return sum(weight * each for weight, each in zip(weights, [*shallow, tokens], strict=True))  # type: ignore[return-value]
 
 
 class MaskedModel(nn.Module):
