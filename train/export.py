@@ -29,7 +29,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from famt.export import encoder_state, is_decoder, official_state, to_transformers
+from famt.export import is_decoder, official_state, to_transformers
 from famt.models import ModelConfig
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD
 from famt.pipeline.errors import UserError
@@ -66,7 +66,7 @@ def main(args: Export) -> list[str]:
         if model.unofficial:
             reason = f"{args.to} has no {model.unofficial}"
         layout = _mae if args.to == "mae" else _transformers
-        weights = encoder_state(model) if reason else official_state(model)
+        weights = model.encoder.state_dict() if reason else official_state(model)
         files, lines = layout(model.config, weights, args.out)
         if reason:
             names = dict.fromkeys(name.split(".")[0] for name in model.state_dict())

@@ -4,37 +4,23 @@ import dataclasses
 
 import pytest
 import torch
-from samples import split_pixels
+from samples import TINY
 
-from famt.export import encoder_state, official_state
+from famt.export import official_state
 from famt.methods import METHODS
-from famt.models import ModelConfig
-from famt.sampling import sample_patches
 
-PLAIN = ModelConfig(
-    image_size=32, patch_size=8, width=24, depth=5, heads=3,
-    decoder_width=16, decoder_depth=1, decoder_heads=2,
-)  # fmt: skip
-
-
-@pytest.fixture
-def batch():
-    images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
-    split = sample_patches(torch.ones(3, 16), 0.45, 0.40)
-    visible, masked = split_pixels(images, split, 8)
-    return visible, masked, split
+PLAIN = dataclasses.replace(TINY, depth=5)
 
 
 @torch.no_grad()
-def test_the_decoder_is_given_the_weighted_mean_of_projected_blocks(batch):
-    visible, _, split = batch
+def test_the_decoder_is_given_the_weighted_mean_of_projected_blocks():
     torch.manual_seed(0)
     model = METHODS["mae"](dataclasses.replace(PLAIN, fused=(0, 2)))
     model.fusion.weights.copy_(torch.tensor([0.3, -1.0, 2.0]))
     outputs = []
     for block in model.encoder.blocks:
         block.register_forward_hook(lambda _module, _inputs, out: outputs.append(out))
-    latent = model.encode(visible, split.visible)
+    latent = model.encode(torch.randn(3, 3, 192), torch.rand(3, 16).argsort(1)[:, :3])
     assert len(outputs) == 5
     state = model.state_dict()
     total, expected = 0.0, 0.0
@@ -49,16 +35,6 @@ def test_the_decoder_is_given_the_weighted_mean_of_projected_blocks(batch):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_loss_reaches_every_part_of_a_fused_model(method, batch):
-    torch.manual_seed(0)
-    model = METHODS[method](dataclasses.replace(PLAIN, fused=(0, 1, 3)))
-    model(*batch)[0].backward()
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad.abs().max() > 0, name
-
-
-@pytest.mark.parametrize("method", METHODS)
 def test_fusion_adds_its_own_keys_alone_and_none_when_it_is_off(method):
     off = METHODS[method](PLAIN)
     on = METHODS[method](dataclasses.replace(PLAIN, fused=(1,)))
@@ -66,7 +42,7 @@ def test_fusion_adds_its_own_keys_alone_and_none_when_it_is_off(method):
     assert added == {
         "fusion.weights", "fusion.projections.0.weight", "fusion.projections.0.bias"
     }  # fmt: skip
-    assert encoder_state(on).keys() == encoder_state(off).keys()
+    assert on.encoder.state_dict().keys() == off.encoder.state_dict().keys()
     with pytest.raises(ValueError, match=r"fused blocks|SimMIM head"):
         official_state(on)
 

@@ -8,7 +8,7 @@ import torch
 from samples import TINY
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
-from famt.export import encoder_state, official_state
+from famt.export import official_state
 from famt.initial import EncoderSizes, encoder_sizes, load_encoder_weights, load_weights
 from famt.mae import MaskedAutoencoder
 from famt.simmim import SimMIM
@@ -68,7 +68,7 @@ def test_positions_are_interpolated_to_another_image_size_as_timm_does(model):
 
 def test_the_patch_projection_is_resampled_to_another_patch_size_as_timm_does(model):
     target = _fresh(patch_size=4, image_size=16)
-    fit = load_encoder_weights(target.encoder, encoder_state(model))
+    fit = load_encoder_weights(target.encoder, model.encoder.state_dict())
     expected = resample_patch_embed(model.encoder.patch_embed.proj.weight, [4, 4])
     assert torch.equal(target.encoder.patch_embed.proj.weight, expected)
     assert fit.resized == {"patch_embed.proj.weight": "patches of 8 px to 4"}
@@ -82,7 +82,7 @@ def test_a_decoder_of_another_kind_or_size_is_left_out_whole_and_named(model):
         assert _same(target.encoder, model.encoder)
         for name, value in target.state_dict().items():
             assert name.startswith("encoder.") or torch.equal(value, before[name]), name
-        theirs = {name for name in official_state(model) if name not in encoder_state(model)}
+        theirs = {name for name in official_state(model) if name not in model.encoder.state_dict()}
         assert set(fit.left_out) == theirs
         assert "missing   mask_token, decoder_pos_embed" in fit.describe()
         assert "decoder_blocks.0-1 (24 tensors)" in fit.describe()
@@ -101,7 +101,7 @@ def test_simmim_takes_an_encoder_from_anywhere_and_its_head_from_its_like(model)
 
 def test_an_encoder_alone_leaves_the_decoder_as_it_was(model):
     target = _fresh()
-    fit = load_weights(target, encoder_state(model))
+    fit = load_weights(target, model.encoder.state_dict())
     assert _same(target.encoder, model.encoder)
     assert not fit.left_out
     assert {name.split(".")[0] for name in fit.missing} == {
@@ -111,7 +111,7 @@ def test_an_encoder_alone_leaves_the_decoder_as_it_was(model):
 
 
 def test_a_classifiers_head_and_pooled_norm_are_left_out_by_name(model):
-    weights = encoder_state(model)
+    weights = model.encoder.state_dict()
     weights |= {"head.weight": torch.ones(10, 24), "head.bias": torch.ones(10)}
     weights["fc_norm.weight"] = weights.pop("norm.weight")
     target = _fresh()
@@ -123,7 +123,7 @@ def test_a_classifiers_head_and_pooled_norm_are_left_out_by_name(model):
 
 
 def test_positions_without_one_for_the_class_token_get_zeros(model):
-    weights = encoder_state(model)
+    weights = model.encoder.state_dict()
     weights["pos_embed"] = weights["pos_embed"][:, 1:]
     target = _fresh()
     load_encoder_weights(target.encoder, weights)
@@ -145,7 +145,7 @@ def test_blocks_of_another_kind_are_an_error_not_a_loss(model):
 
 
 def test_a_tensor_of_another_shape_or_one_that_is_gone_is_an_error(model):
-    weights = encoder_state(model)
+    weights = model.encoder.state_dict()
     narrow = {**weights, "blocks.0.mlp.fc1.weight": torch.ones(48, 24)}
     with pytest.raises(ValueError, match=r"fc1\.weight is \[48, 24\], and here \[96, 24\]"):
         load_encoder_weights(_fresh().encoder, narrow)
@@ -157,7 +157,7 @@ def test_a_tensor_of_another_shape_or_one_that_is_gone_is_an_error(model):
 
 
 def test_sizes_are_read_off_the_shapes(model):
-    assert encoder_sizes(encoder_state(model)) == EncoderSizes(24, 2, 8, 32)
+    assert encoder_sizes(model.encoder.state_dict()) == EncoderSizes(24, 2, 8, 32)
     large = {
         "patch_embed.proj.weight": torch.empty(1024, 3, 16, 16),
         "pos_embed": torch.empty(1, 1 + math.prod((14, 14)), 1024),

@@ -14,7 +14,7 @@ import transformers
 from launch import program_file
 from samples import TINY
 
-from famt.export import encoder_state, official_state
+from famt.export import official_state
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
 from famt.pipeline.errors import UserError
@@ -57,7 +57,7 @@ def test_an_mae_checkpoint_with_its_command_line_beside_the_weights(model, tmp_p
 
 @pytest.mark.parametrize("wrapper", ["", "module."])
 def test_bare_files_of_weights(model, tmp_path, wrapper):
-    state = {wrapper + name: value for name, value in encoder_state(model).items()}
+    state = {wrapper + name: value for name, value in model.encoder.state_dict().items()}
     torch.save(state, tmp_path / "w.bin")
     safetensors.torch.save_file(state, tmp_path / "w.safetensors")
     for name in ("w.bin", "w.safetensors"):
@@ -122,7 +122,7 @@ def test_a_model_that_timm_cannot_load_is_an_error(model):
 
 
 def test_errors_name_the_source_and_both_sizes(model, tmp_path):
-    torch.save(encoder_state(model), tmp_path / "w.pth")
+    torch.save(model.encoder.state_dict(), tmp_path / "w.pth")
     wide = MaskedAutoencoder(dataclasses.replace(TINY, width=48))
     with pytest.raises(UserError, match=r"w\.pth: its encoder has width 24 and depth 2, and this"):
         load_initial(wide, str(tmp_path / "w.pth"))
@@ -155,7 +155,7 @@ def test_an_encoder_is_built_in_the_sizes_of_its_source(model, images, tmp_path)
     assert encoder.blocks[0].attn.num_heads == 3
     larger = build_initial_encoder(str(tmp_path / "hf"), image_size=64)
     assert larger.forward_features(torch.randn(1, 3, 64, 64)).shape == (1, 65, 24)
-    torch.save(encoder_state(model), tmp_path / "w.pth")
+    torch.save(model.encoder.state_dict(), tmp_path / "w.pth")
     with pytest.raises(UserError, match="does not say how many attention heads"):
         build_initial_encoder(str(tmp_path / "w.pth"))
     base = MODELS["vit_tiny"].encoder()
