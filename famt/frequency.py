@@ -195,22 +195,17 @@ def _hypercomplex_fourier(colour: Tensor, scales: tuple[float, ...]) -> Tensor:
     # Positions in shares of the side: the "frequencies" of a spectrum.
     fy, fx = (torch.fft.fftfreq(length, device=colour.device) for length in extent)
     radius2 = fy[:, None] ** 2 + fx**2
-    chosen, least = (
-        colour.new_zeros(len(colour), 1, *extent),
-        colour.new_full((len(colour),), math.inf),
-    )
+    candidates = []
     for scale in scales:
         window = torch.exp(-radius2 / (2 * _blur_edge(scale) ** 2))
         smooth = torch.fft.rfft2(cepstrum * window).real
         waves = torch.fft.irfft2(spectrum * (smooth.exp() / amplitude), s=extent)
-        saliency = waves.square().sum(1, keepdim=True)
-        if len(scales) == 1:
-            return saliency
-        criterion = _spread(_gaussian_band(saliency, 0.0, _blur_edge(_SALIENCY_BLUR)).squeeze(1))
-        better = criterion < least
-        least = torch.where(better, criterion, least)
-        chosen = torch.where(better[:, None, None, None], saliency, chosen)
-    return chosen
+        candidates.append(waves.square().sum(1, keepdim=True))
+    if len(scales) == 1:
+        return candidates[0]
+    blurred = (_gaussian_band(each, 0.0, _blur_edge(_SALIENCY_BLUR)) for each in candidates)
+    best = torch.stack([_spread(each.squeeze(1)) for each in blurred]).argmin(0)
+    return torch.stack(candidates)[best, torch.arange(len(colour), device=colour.device)]
 
 
 def _spread(saliency: Tensor) -> Tensor:

@@ -30,14 +30,7 @@ def crop_maps(maps: Tensor, windows: Tensor, flips: Tensor, grid: int) -> Tensor
     Raises:
         ValueError: shapes that do not fit one another.
     """
-    batch = maps.shape[0]
-    if maps.ndim != 3 or windows.shape != (batch, 4) or flips.shape != (batch,):
-        raise ValueError(
-            "expected maps [B, G, G], windows [B, 4] and flips [B], got "
-            f"{list(maps.shape)}, {list(windows.shape)} and {list(flips.shape)}"
-        )
-    if maps.dtype not in (torch.float32, torch.float64):
-        maps = maps.float()
+    maps = _checked(windows, flips, maps)
     windows = windows.to(maps.dtype)
     rows = overlap(windows[:, 0], windows[:, 2], grid, maps.shape[1])
     columns = overlap(windows[:, 1], windows[:, 3], grid, maps.shape[2])
@@ -66,20 +59,7 @@ def paste_maps(
     Raises:
         ValueError: shapes that do not fit one another.
     """
-    batch = maps.shape[0]
-    if (
-        maps.ndim != 3
-        or crops.ndim != 3
-        or len(crops) != batch
-        or windows.shape != (batch, 4)
-        or flips.shape != (batch,)
-    ):
-        raise ValueError(
-            "expected maps [B, G, G], crops [B, n, n], windows [B, 4] and flips [B], got "
-            f"{list(maps.shape)}, {list(crops.shape)}, {list(windows.shape)}, {list(flips.shape)}"
-        )
-    if maps.dtype not in (torch.float32, torch.float64):
-        maps = maps.float()
+    maps = _checked(windows, flips, maps, crops)
     crops, windows = crops.to(maps.dtype), windows.to(maps.dtype)
     upright = torch.where(flips[:, None, None], crops.flip(-1), crops)
     rows = _shared(windows[:, 0], windows[:, 2], crops.shape[1], maps.shape[1]).transpose(1, 2)
@@ -133,3 +113,16 @@ def _shared(start: Tensor, length: Tensor, cells: int, map_cells: int) -> Tensor
     low, high = edges[:, :-1, None], edges[:, 1:, None]
     cell = torch.arange(map_cells, device=start.device, dtype=start.dtype)
     return (torch.minimum(high, cell + 1) - torch.maximum(low, cell)).clamp_min(0)
+
+
+def _checked(windows: Tensor, flips: Tensor, *maps: Tensor) -> Tensor:
+    """The first of the maps, as float32 unless it is float64."""
+    batch = len(maps[0])
+    fit = all(each.ndim == 3 and len(each) == batch for each in maps)
+    if not fit or windows.shape != (batch, 4) or flips.shape != (batch,):
+        shapes = [list(each.shape) for each in (*maps, windows, flips)]
+        raise ValueError(
+            "expected maps (and crops) [B, n, n], windows [B, 4] and flips [B], got "
+            f"{', '.join(map(str, shapes))}"
+        )
+    return maps[0] if maps[0].dtype == torch.float64 else maps[0].float()

@@ -95,7 +95,13 @@ def load_encoder_weights(encoder: VisionTransformer, weights: Mapping[str, Tenso
             missing tensors; names both sides.
     """
     own = encoder.state_dict()
-    _check_sizes(encoder_sizes(weights), encoder)
+    there = encoder_sizes(weights)
+    width, depth = encoder.embed_dim, len(encoder.blocks)
+    if (there.width, there.depth) != (width, depth):
+        raise ValueError(
+            f"its encoder has width {there.width} and depth {there.depth}, and this model's has "
+            f"width {width} and depth {depth}"
+        )
     foreign = [name for name in weights if name not in own and _FOREIGN.fullmatch(name)]
     if foreign:
         raise ValueError(
@@ -154,15 +160,6 @@ def load_weights(model: MaskedModel, weights: Mapping[str, Tensor]) -> Fit:
         fit.missing += own
         fit.left_out += given
     return fit
-
-
-def _check_sizes(there: EncoderSizes, encoder: VisionTransformer) -> None:
-    width, depth = encoder.embed_dim, len(encoder.blocks)
-    if (there.width, there.depth) != (width, depth):
-        raise ValueError(
-            f"its encoder has width {there.width} and depth {there.depth}, and this model's has "
-            f"width {width} and depth {depth}"
-        )
 
 
 def _fit_positions(
