@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import timm
 import torch
@@ -87,39 +89,30 @@ def test_last_attention_leaves_the_encoder_as_it_was():
     assert all(parameter.grad is None for parameter in encoder.parameters())
 
 
-def test_smaller_images_are_seen_with_positions_in_between():
-    encoder = MaskedAutoencoder(MODELS["vit_nano"]).encoder
-    images = torch.randn(2, 3, 16, 16)
-    small = timm.models.VisionTransformer(
-        img_size=16, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=0
-    )
-    weights = encoder.state_dict()
-    patches = weights["pos_embed"][0, 1:].T.view(1, 96, 8, 8)
-    resized = torch.nn.functional.interpolate(patches, 4, mode="bicubic", antialias=True)
-    weights["pos_embed"] = torch.cat(
-        [weights["pos_embed"][:, :1], resized.flatten(2).transpose(1, 2)], dim=1
-    )
-    small.load_state_dict(weights)
-    torch.testing.assert_close(last_attention(encoder, images), _plain_attention(small, images))
+def _ours(size):
+    return dataclasses.replace(MODELS["vit_nano"], image_size=size).encoder()
 
 
-@pytest.mark.parametrize("size", [32, 48])
-def test_register_tokens_are_looked_at_by_nobody(size):
-    encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, reg_tokens=4, init_values=1.0)
-    encoder = encoder.eval()
+def _with_registers(size):
+    return timm.create_model("vit_tiny_patch16_224", img_size=size, reg_tokens=4, init_values=1.0)
+
+
+@pytest.mark.parametrize(
+    ("make", "size"), [(_ours, 16), (_with_registers, 32), (_with_registers, 48)]
+)
+def test_at_other_sizes_positions_lie_in_between_and_nobody_looks_at_registers(make, size):
+    torch.manual_seed(0)
+    encoder, other = make(32).eval(), make(size).eval()
     images = torch.randn(2, 3, size, size)
-    larger = timm.create_model(
-        "vit_tiny_patch16_224", img_size=size, reg_tokens=4, init_values=1.0
-    ).eval()
-    weights = encoder.state_dict()
-    grid = size // 16
-    patches = weights["pos_embed"][0, 5:].T.view(1, 192, 2, 2)
+    prefix, weights = encoder.num_prefix_tokens, encoder.state_dict()
+    side, grid = (each.patch_embed.grid_size[0] for each in (encoder, other))
+    patches = weights["pos_embed"][0, prefix:].T.view(1, -1, side, side)
     patches = torch.nn.functional.interpolate(patches, grid, mode="bicubic", antialias=True)
-    prefix = weights["pos_embed"][:, :5]
-    weights["pos_embed"] = torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
-    larger.load_state_dict(weights)
-    whole = _plain_attention(larger, images)
-    kept = [0, *range(5, 5 + grid**2)]
+    own = weights["pos_embed"][:, :prefix]
+    weights["pos_embed"] = torch.cat([own, patches.flatten(2).transpose(1, 2)], dim=1)
+    other.load_state_dict(weights)
+    whole = _plain_attention(other, images)
+    kept = [0, *range(prefix, prefix + grid**2)]
     kept = whole[:, :, kept][..., kept]
     torch.testing.assert_close(last_attention(encoder, images), kept / kept.sum(-1, keepdim=True))
 

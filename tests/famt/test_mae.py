@@ -1,4 +1,6 @@
-"""The masked autoencoder against a naive re-statement of MAE, and what it must not look at."""
+"""The masked autoencoder and its decoders against naive restatements of their papers."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -6,7 +8,6 @@ import torch.nn.functional as F
 from samples import TINY, split_pixels
 
 from famt.mae import MaskedAutoencoder
-from famt.models import ModelConfig
 from famt.patches import gather_patches, normalise, normalise_images
 from famt.sampling import PatchSplit, predict_some, sample_patches
 
@@ -95,35 +96,11 @@ def _naive_mae_loss(state, config, images, visible):
 @pytest.mark.parametrize("normalise_targets", [True, False])
 def test_plain_mae_equals_a_naive_restatement(images, normalise_targets):
     torch.manual_seed(0)
-    config = ModelConfig(
-    image_size=32, patch_size=8, width=24, depth=2, heads=3,
-        decoder_width=16, decoder_depth=2, decoder_heads=2, normalise_targets=normalise_targets,
-    )  # fmt: skip
+    config = dataclasses.replace(TINY, normalise_targets=normalise_targets)
     model = MaskedAutoencoder(config)
     split = _split(0.75, 0.0)
     expected = _naive_mae_loss(model.state_dict(), config, images, split.visible)
     torch.testing.assert_close(_loss(model, images, split), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_thrown_patches_change_nothing_to_the_bit(model, images):
-    split = _split(0.45, 0.40)
-    scrambled = images.clone()
-    side = 4
-    for b, thrown in enumerate(split.thrown.tolist()):
-        for n in thrown:
-            top, left = n // side * 8, n % side * 8
-            scrambled[b, top : top + 8, left : left + 8] = torch.randint(0, 256, (8, 8, 3))
-    assert not torch.equal(images, scrambled)
-    results = []
-    for pixels in (images, scrambled):
-        model.zero_grad()
-        loss = _loss(model, pixels, split)
-        loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        results.append((loss, gradients))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
-    assert len(results[0][1]) == sum(p.requires_grad for p in model.parameters())
 
 
 def test_all_patches_visible_is_the_plain_timm_forward(model, images):
@@ -160,3 +137,94 @@ def test_loss_weights_multiply_each_patchs_error(model, images):
     torch.testing.assert_close(
         model(visible, masked, split, torch.ones_like(weights))[0], model(visible, masked, split)[0]
     )
+
+
+def _any_weights(decoder="cross"):
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(dataclasses.replace(TINY, decoder=decoder))
+    for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def latent():
+    seen = _split(0.45, 0.40).visible.shape[1]
+    return torch.randn(3, 1 + seen, 24, generator=torch.Generator().manual_seed(3))
+
+
+def _one_query(token, seen, state, name):
+    """One masked token `[D]` through one block, beside a list of visible tokens `[D]`."""
+    query = _linear(_layer_norm(token, state, f"{name}.norm1"), state, f"{name}.query")
+    mixed, size = [], TINY.decoder_width // TINY.decoder_heads
+    for head in range(TINY.decoder_heads):
+        part = slice(head * size, (head + 1) * size)
+        total, mean = 0.0, torch.zeros(size)
+        for other in seen:
+            key, value = _linear(other, state, f"{name}.key_value").chunk(2)
+            weight = (query[part] @ key[part] / size**0.5).exp()
+            total, mean = total + weight, mean + weight * value[part]
+        mixed.append(mean / total)
+    token = token + _linear(torch.cat(mixed), state, f"{name}.proj")
+    inner = _linear(_layer_norm(token, state, f"{name}.norm2"), state, f"{name}.mlp.fc1")
+    return token + _linear(F.gelu(inner), state, f"{name}.mlp.fc2")
+
+
+@torch.no_grad()
+def test_the_cross_decoder_equals_a_loop_over_masked_patches(latent):
+    model, split = _any_weights(), _split(0.45, 0.40)
+    state = model.state_dict()
+    position = state["decoder_pos_embed"][0]
+    actual = model.decode(latent, split)
+    for b in range(3):
+        at = [0] + [1 + n for n in split.visible[b].tolist()]
+        seen = [
+            _linear(token, state, "decoder_embed") + position[n]
+            for token, n in zip(latent[b], at, strict=True)
+        ]
+        for m, n in enumerate(split.masked[b].tolist()):
+            token = state["mask_token"][0, 0] + position[1 + n]
+            for block in range(TINY.decoder_depth):
+                token = _one_query(token, seen, state, f"decoder_blocks.{block}")
+            expected = _linear(_layer_norm(token, state, "decoder_norm"), state, "decoder_pred")
+            torch.testing.assert_close(actual[b, m], expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("decoder", "depends"), [("cross", False), ("self", True)])
+def test_only_with_self_does_a_prediction_depend_on_the_other_masked_patches(
+    latent, decoder, depends
+):
+    model, split = _any_weights(decoder), _split(0.45, 0.40)
+    others = torch.cat([split.masked[:, :1], split.thrown], dim=1)
+    alone = model.decode(latent, split)[:, 0]
+    among_others = model.decode(latent, PatchSplit(others, split.masked[:, 1:], split.visible))
+    difference = (alone - among_others[:, 0]).abs().max()
+    assert (difference > 1e-2) if depends else (difference < 1e-5)
+
+
+def test_every_layer_works_on_visible_or_on_masked_tokens_alone(images):
+    model, split, lengths = _any_weights(), _split(0.45, 0.40), set()
+    for module in [*model.encoder.blocks.modules(), *model.decoder_blocks.modules()]:
+        module.register_forward_hook(lambda _module, _inputs, out: lengths.add(out.shape[-2]))
+    _loss(model, images, split)
+    assert lengths == {1 + split.visible.shape[1], split.masked.shape[1]}
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_under_bf16_autocast_loss_and_gradients_are_finite(images, decoder):
+    torch.manual_seed(0)
+    model, split = MaskedAutoencoder(dataclasses.replace(TINY, decoder=decoder)), _split(0.45, 0.4)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = _loss(model, images, split)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, _loss(model, images, split), rtol=0.05, atol=0.0)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_both_decoders_have_the_same_number_of_parameters():
+    """Only who attends to whom differs, so a comparison is fair."""
+    models = (_any_weights(decoder) for decoder in ("self", "cross"))
+    assert len({sum(each.numel() for each in model.parameters()) for model in models}) == 1

@@ -35,14 +35,6 @@ def test_a_split_of_units_becomes_a_partition_into_whole_units(side, unit, seed)
             assert home == [n for n in of_units for _ in range(unit**2)]
 
 
-def test_units_of_one_patch_change_nothing():
-    weights = torch.rand(3, 49)
-    assert torch.equal(unit_weights(weights, 1), weights)
-    split = sample_patches(weights, 0.45, 0.40)
-    expanded = split_of_patches(split, 1)
-    assert all(torch.equal(vars(expanded)[name], value) for name, value in vars(split).items())
-
-
 @pytest.mark.parametrize(("image_size", "masked", "thrown"), [(224, 84, 52), (32, 28, 16)])
 def test_the_published_ratios_in_patches(image_size, masked, thrown):
     """Of 7 x 7 units of 32 px, 21 are masked and 13 thrown; of CIFAR's 4 x 4, 7 and 4."""

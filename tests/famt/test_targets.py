@@ -33,12 +33,3 @@ def test_a_low_pass_is_the_fourier_sum_over_a_circle(size, radius):
         torch.testing.assert_close(
             found[0, :, :, channel], expected.real.float(), atol=1e-4, rtol=0
         )
-
-
-def test_coarse_waves_stay_and_fine_ones_go():
-    x = torch.arange(64) / 64 * 2 * torch.pi
-    coarse, fine = 100 + 50 * torch.sin(3 * x), 40 * torch.cos(20 * x)
-    image = (coarse + fine).expand(64, 64)[None, ..., None].expand(-1, -1, -1, 3)
-    expected = coarse.expand(64, 64)[None, ..., None].expand(-1, -1, -1, 3)
-    torch.testing.assert_close(low_pass(image, 10), expected, atol=1e-3, rtol=0)
-    torch.testing.assert_close(low_pass(image, 64), image, atol=1e-3, rtol=0)
