@@ -2,7 +2,6 @@
 
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+from s3_server import free_port
 
 from famt.train import checkpoint
 
@@ -24,6 +24,18 @@ _TESTS = Path(__file__).parent
 def program_file(name: str) -> str:
     """The path of a program in `tests/programs`."""
     return str(_TESTS / "programs" / f"{name}.py")
+
+
+def run(*command: str, code: int = 0, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run a file, or `-m` and a module, with a Ray of its own; it must end with that exit code.
+
+    Args:
+        options: of `subprocess.run`.
+    """
+    options = {"env": RAY, "capture_output": True, "text": True, "timeout": 600, **options}
+    done = subprocess.run([sys.executable, *command], **options)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def until(condition: Callable[[], object], seconds: float = 120) -> None:
@@ -42,9 +54,7 @@ def launch(
 
     A file may import what helps the tests, as they do.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     # The project first: folders of tests have the names of its packages.
     path = [str(_TESTS.parent), str(_TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
     return [

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import tyro
@@ -18,28 +19,22 @@ from famt.__main__ import COMMANDS
 from famt.jobs.benchmark import BENCHMARKS
 from famt.jobs.cache import Command
 from famt.jobs.gpu_check import GpuCheck
-from famt.jobs.options import Demo, MakeShards, PrecomputeFreq, RayPretrain, RefreshScores, Results
+from famt.jobs.options import RayPretrain
 from famt.train.command_line import parsed
 from famt.train.config import Pretrain
 from famt.train.evaluate.evaluators import EVALUATORS
-from famt.train.program_options import Embed, Export, Figures, Report
 
 ROOT = Path(__file__).parents[1]
 
 # The options of each command of each program.
 PROGRAMS = {
-    "famt.jobs.demo": Demo,
+    **{
+        each.path: resolve_name(f"famt.{each.options}")
+        for word, each in COMMANDS.items()
+        if each.options and word not in ("evaluate", "recipes")
+    },
     "famt.jobs.gpu_check": GpuCheck,
-    "famt.jobs.make_shards": MakeShards,
-    "famt.jobs.precompute_freq": PrecomputeFreq,
-    "famt.jobs.pretrain": RayPretrain,
-    "famt.jobs.refresh_scores": RefreshScores,
-    "famt.jobs.results": Results,
-    "famt.train.embed": Embed,
-    "famt.train.export": Export,
-    "famt.train.figures": Figures,
     "famt.train.pretrain": Pretrain,
-    "famt.train.report": Report,
     **{f"famt.jobs.benchmark {name}": kind for name, kind in BENCHMARKS.items()},
     **{f"famt.jobs.cache {each.__name__.lower()}": each for each in typing.get_args(Command)},
     **{f"famt.train.evaluate {name}": kind for name, kind in EVALUATORS.items()},

@@ -1,14 +1,12 @@
 """`famt pretrain --data`: from a folder of images to an encoder, in one line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from launch import RAY
+from launch import RAY, run
 from PIL import Image
 from runs import log_events
 from samples import photo
@@ -151,30 +149,19 @@ def test_k_nn_is_suggested_before_a_probe_that_takes_seconds(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_folder_becomes_an_encoder_and_the_same_command_goes_on(photos, tmp_path):
-    def run():
-        command = [sys.executable, "-m", "famt", "pretrain", "--data", "photos", "--out", "run"]
+    def start(out, *more, code=0):
+        command = ["-m", "famt", "pretrain", "--data", "photos", "--out", out, *more]
         environment = {**RAY, "PYTHONPATH": str(Path(__file__).parents[2])}
-        return subprocess.run(
-            [*command, "--epochs", "3", "--batch-size", "8", "--spec.kind", "bandpass"],
-            cwd=tmp_path, env=environment, capture_output=True, text=True,
-        )  # fmt: skip
+        return run(*command, code=code, cwd=tmp_path, env=environment)
 
+    options = "--epochs", "3", "--batch-size", "8", "--spec.kind", "bandpass"
     for name in ("train", "jobs", "pipeline"):  # of the user's own
         (tmp_path / f"{name}.py").write_text("raise RuntimeError")
-    first = run()
-    assert first.returncode == 0, first.stderr
+    start("run", *options)
     encoder = timm.create_model(f"local-dir:{tmp_path / 'run' / 'encoder'}", pretrained=True)
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 96)
-    again = run()
-    assert again.returncode == 0, again.stderr
+    start("run", *options)
     assert len(log_events(tmp_path / "run", "finished")) >= 1
     lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert max(json.loads(line)["step"] for line in lines) == 15
-    several = subprocess.run(
-        [sys.executable, "-m", "famt", "pretrain", "--data", "photos", "--out", "other",
-         "--workers", "2"],
-        cwd=tmp_path, env={**RAY, "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert several.returncode == 2
-    assert "famt shards" in several.stderr
+    assert "famt shards" in start("other", "--workers", "2", code=2).stderr

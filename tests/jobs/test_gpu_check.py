@@ -1,21 +1,16 @@
 """All code of the check runs on a CPU too."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from launch import RAY, run
 
 
 @pytest.mark.slow
 def test_every_part_runs_on_a_cpu(tmp_path):
-    command = [
-        sys.executable, "-m", "famt.jobs.gpu_check", "--device", "cpu", "--model", "vit_nano",
-        "--minutes", "60", "--batch-size", "8", "--photos", "24", "--steps", "2", "--rounds", "1",
-        "--no-tests", "--out", str(tmp_path / "gpu.md"),
-    ]  # fmt: skip  # a process of its own, which takes 12 GB
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run(
+        "-m", "famt.jobs.gpu_check", "--device", "cpu", "--model", "vit_nano", "--minutes", "60",
+        "--batch-size", "8", "--photos", "24", "--steps", "2", "--rounds", "1", "--no-tests",
+        "--out", str(tmp_path / "gpu.md"),
+    )  # fmt: skip  # a process of its own, which takes 12 GB
     page = (tmp_path / "gpu.md").read_text()
     assert page.count("passed") == 9
     assert "mean difference 0.000 of 255, worst image 0.000" in page
@@ -23,8 +18,6 @@ def test_every_part_runs_on_a_cpu(tmp_path):
 
 
 def test_without_a_gpu_every_part_is_skipped_with_the_reason(tmp_path):
-    command = [sys.executable, "-m", "famt.jobs.gpu_check", "--out", str(tmp_path / "gpu.md")]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **hidden})
-    assert done.returncode == 0, done.stderr
+    environment = {**RAY, "CUDA_VISIBLE_DEVICES": ""}
+    run("-m", "famt.jobs.gpu_check", "--out", str(tmp_path / "gpu.md"), env=environment)
     assert (tmp_path / "gpu.md").read_text().count("skipped: torch finds no GPU") == 9

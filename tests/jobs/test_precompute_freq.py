@@ -47,48 +47,50 @@ def _config(shards, tmp_path, spec, **options):
     return PrecomputeFreq(**{**where, "json": True, **options})
 
 
-def _summary(capsys):
-    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+@pytest.fixture
+def run(cluster, shards, tmp_path, spec, capsys):
+    """Run a job on the shards; gives its exit code, its summary, and what it says on stderr."""
+
+    def job(**options):
+        code = main(_config(shards, tmp_path, spec, **options))
+        out, err = capsys.readouterr()
+        return code, json.loads(out.strip().splitlines()[-1]), err
+
+    return job
 
 
 def _files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_job_scores_everything_once(cluster, shards, tmp_path, spec, capsys):
-    config = _config(shards, tmp_path, spec, summary=str(tmp_path / "summary.json"))
-    assert main(config) == 0
-    first = _summary(capsys)
-    assert (first["shards"], first["scored_now"]) == (3, 3)
+def test_a_job_scores_everything_once(run, shards, tmp_path, spec, capsys):
+    code, first, _ = run(summary=str(tmp_path / "summary.json"))
+    assert (code, first["shards"], first["scored_now"]) == (0, 3, 3)
     assert (first["kept"], first["quarantined"], first["decoded_now"]) == (15, 0, 15)
     assert json.loads((tmp_path / "summary.json").read_text()) == first
-    cache = ScoreCache(config.cache)
+    cache = ScoreCache(str(tmp_path / "cache"))
     maps = load_maps(load_samples([str(shards)], cache), cache, spec)
     expected = [score_shard(path.read_bytes(), spec).maps for path in sorted(shards.glob("*.tar"))]
     np.testing.assert_array_equal(maps.numpy(), np.concatenate(expected))
     before = _files(tmp_path / "cache")
-    assert main(config) == 0
-    assert _summary(capsys)["scored_now"] == 0
-    assert main(dataclasses.replace(config, json=False)) == 0
+    code, again, _ = run()
+    assert (code, again["scored_now"]) == (0, 0)
+    assert main(_config(shards, tmp_path, spec, json=False)) == 0
     assert capsys.readouterr().out.endswith("nothing to score; 15 can be trained on\n")
     assert _files(tmp_path / "cache") == before
 
 
-def test_files_that_are_no_images_are_counted_and_never_count_as_bad(
-    cluster, shards, tmp_path, spec, capsys
-):
+def test_files_that_are_no_images_are_counted_and_never_count_as_bad(run, shards):
     others = [(f"img{n:04d}.index.cls", b"0") for n in range(15, 18)] + [("a.gif", b"x")]
     (shards / "train-3.tar").write_bytes(tar_bytes([*photo_members(5, 15), *others]))
     for _ in range(2):  # scored, and found in the cache
-        assert main(_config(shards, tmp_path, spec, max_bad=0)) == 0
-        out, err = capsys.readouterr()
-        summary = json.loads(out.strip().splitlines()[-1])
-        assert (summary["kept"], summary["quarantined"]) == (20, 0)
+        code, summary, err = run(max_bad=0)
+        assert (code, summary["kept"], summary["quarantined"]) == (0, 20, 0)
         assert err.count("passed over in the shards: 3 .cls, 1 .gif; images are files of") == 1
 
 
 def test_what_a_collection_took_before_it_was_published_is_made_again(
-    cluster, shards, tmp_path, spec, capsys, monkeypatch
+    run, shards, tmp_path, spec, monkeypatch
 ):
     """An older job left scores that no manifest names; gc comes after this job found them."""
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
@@ -103,62 +105,54 @@ def test_what_a_collection_took_before_it_was_published_is_made_again(
         return publish(reports, cache, spec)
 
     monkeypatch.setattr("famt.pipeline.scoring.publish.publish", collect_first)
-    assert main(_config(shards, tmp_path, spec)) == 0
-    assert len(took) == 3
-    assert _summary(capsys)["decoded_now"] == 15
+    code, summary, _ = run()
+    assert (code, len(took), summary["decoded_now"]) == (0, 3, 15)
     assert _files(tmp_path / "cache").items() >= before.items()
 
 
-def test_only_what_changed_is_scored_again(cluster, shards, tmp_path, spec, capsys):
-    config = _config(shards, tmp_path, spec)
-    main(config)
+def test_only_what_changed_is_scored_again(run, shards, tmp_path):
+    run()
     (shards / "train-1.tar").write_bytes(tar_bytes(photo_members(4, 100)))
     (shards / "copy.tar").write_bytes((shards / "train-0.tar").read_bytes())
-    capsys.readouterr()
-    assert main(config) == 0
-    again = _summary(capsys)
-    assert (again["scored_now"], again["decoded_now"], again["kept"]) == (2, 4, 19)
-    assert len(load_samples([str(shards)], ScoreCache(config.cache))) == 19
+    code, again, _ = run()
+    assert (code, again["scored_now"], again["decoded_now"], again["kept"]) == (0, 2, 4, 19)
+    assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == 19
 
 
-def test_bad_images_are_named_and_too_many_fail_the_job(cluster, shards, tmp_path, spec, capsys):
+def test_bad_images_are_named_and_too_many_fail_the_job(run, shards):
     bad = [("broken.jpg", b"garbage"), *photo_members(9, 50)]
     (shards / "train-9.tar").write_bytes(tar_bytes(bad))
-    assert main(_config(shards, tmp_path, spec, max_bad=0.05)) == 0
-    captured = capsys.readouterr()
-    assert "train-9.tar:broken: it is not a JPEG" in captured.err
-    assert main(_config(shards, tmp_path, spec, max_bad=0.02)) == 1
-    assert "share than --max-bad" in capsys.readouterr().err
+    code, _, err = run(max_bad=0.05)
+    assert code == 0
+    assert "train-9.tar:broken: it is not a JPEG" in err
+    code, _, err = run(max_bad=0.02)
+    assert code == 1
+    assert "share than --max-bad" in err
 
 
-def test_a_tar_that_cannot_be_scored_fails_alone(cluster, shards, tmp_path, spec, capsys):
+def test_a_tar_that_cannot_be_scored_fails_alone(run, shards):
     (shards / "train-8.tar").write_bytes(b"no tar at all" * 100)
-    assert main(_config(shards, tmp_path, spec)) == 1
-    summary = _summary(capsys)
-    assert summary["kept"] == 15
+    code, summary, _ = run()
+    assert (code, summary["kept"]) == (1, 15)
     ((url, reason),) = summary["failed"].items()
     assert url.endswith("train-8.tar")
     assert "no image in it" in reason
 
 
-def test_a_cut_tar_is_reported_by_every_run_and_its_whole_samples_kept(
-    cluster, shards, tmp_path, spec, capsys
-):
+def test_a_cut_tar_is_reported_by_every_run_and_its_whole_samples_kept(run, shards):
     whole = (shards / "train-2.tar").read_bytes()
     (shards / "train-2.tar").write_bytes(whole[: len(whole) // 3])
     for scored_now in (3, 0):
-        assert main(_config(shards, tmp_path, spec, max_bad=1.0)) == 1
-        captured = capsys.readouterr()
-        assert f"damaged: {shards}/train-2.tar: " in captured.err
-        assert "--max-damaged" in captured.err
-        summary = json.loads(captured.out.strip().splitlines()[-1])
-        assert summary["scored_now"] == scored_now
+        code, summary, err = run(max_bad=1.0)
+        assert (code, summary["scored_now"]) == (1, scored_now)
+        assert f"damaged: {shards}/train-2.tar: " in err
+        assert "--max-damaged" in err
         assert list(summary["damaged"]) == [f"{shards}/train-2.tar"]
         assert 10 < summary["kept"] < 15
-    assert main(_config(shards, tmp_path, spec, max_bad=1.0, max_damaged=1)) == 0
+    assert run(max_bad=1.0, max_damaged=1)[0] == 0
 
 
-def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_path, spec, capsys):
+def test_what_was_quarantined_is_judged_again_on_demand(run, shards, tmp_path, spec):
     path = str(shards / "train-0.tar")
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     judged = score_shard(Path(path).read_bytes(), spec)
@@ -170,19 +164,19 @@ def test_what_was_quarantined_is_judged_again_on_demand(cluster, shards, tmp_pat
     )
     shard_id = content_id(Path(path).read_bytes())
     cache.write(shard_id, earlier, spec, judged.maps[1:])
-    assert main(_config(shards, tmp_path, spec)) == 1
-    assert _summary(capsys)["quarantined"] == 1
+    code, summary, _ = run()
+    assert (code, summary["quarantined"]) == (1, 1)
     before = load_samples([str(shards)], cache)
-    assert main(_config(shards, tmp_path, spec, retry_bad=True)) == 0
-    summary = _summary(capsys)
-    assert (summary["kept"], summary["quarantined"], summary["decoded_now"]) == (15, 0, 15)
+    code, summary, _ = run(retry_bad=True)
+    assert (code, summary["kept"], summary["quarantined"]) == (0, 15, 0)
+    assert summary["decoded_now"] == 15
     after = load_samples([str(shards)], cache)
     assert (len(before), len(after)) == (14, 15)
     assert before.digest != after.digest
     assert len(load_maps(after, cache, spec)) == 15
     assert cache.read_table(shard_id).key == earlier.key  # whoever goes by it still can
-    assert main(_config(shards, tmp_path, spec)) == 0
-    assert _summary(capsys)["scored_now"] == 0
+    code, summary, _ = run()
+    assert (code, summary["scored_now"]) == (0, 0)
 
 
 @pytest.mark.parametrize("inside", ["shards", "shards/cache"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from launch import RAY
+from launch import RAY, run
 from runs import equal, log_events
 
 from famt.jobs.options import RayPretrain, RefreshWorkers
@@ -155,23 +155,12 @@ def test_a_refresh_takes_every_other_core_or_one_place_on_each_gpu(monkeypatch):
 
 @pytest.mark.slow
 def test_ray_train_survives_a_killed_worker_with_the_same_weights(scored, tmp_path):
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     # A refresh beside them is taken up when it is there, at another step in each run.
     options = ["--workers", "2", "--frequency.source", "cached"]
-    done = subprocess.run(
-        _command(scored, whole, *options),
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    run(*_command(scored, whole, *options)[1:])
     process = subprocess.Popen(
-        _command(scored, killed, *options),
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
+        _command(scored, killed, *options), env=RAY, stderr=subprocess.PIPE, text=True
     )
     while process.poll() is None and not (killed.exists() and checkpoint.latest(killed)):
         time.sleep(0.02)
@@ -188,10 +177,7 @@ def test_ray_train_survives_a_killed_worker_with_the_same_weights(scored, tmp_pa
 @pytest.mark.slow
 def test_a_mistake_ends_the_run_at_the_first_try_and_its_reason_is_the_last_word(scored, tmp_path):
     command = _command(scored, tmp_path / "run", "--workers", "2", "--batch-size", "400")
-    done = subprocess.run(
-        command, env={**os.environ, "RAY_ADDRESS": "local"}, capture_output=True, text=True
-    )
-    assert done.returncode == 2
+    done = run(*command[1:], code=2)
     assert (done.stdout + done.stderr).count("Started training worker group of size") == 1
     last = done.stderr.rstrip().splitlines()[-1]
     assert last.startswith("error: 26 samples over 2 ranks make no batch of 400")

@@ -1,12 +1,10 @@
 """Maps of a trained encoder before a run has learned anything."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from launch import RAY
+from launch import run
 
 from famt.jobs.options import RefreshScores
 from famt.jobs.refresh_scores import initial_encoder
@@ -45,28 +43,22 @@ def test_what_an_initial_encoder_lacks_is_asked_for(source):
 
 @pytest.mark.slow
 def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "jobs/refresh_scores.py", "--init", str(source),
-         "--shards", *scored.shards, "--cache", scored.cache.url, "--workers", "1",
-         "--out", str(tmp_path / "maps"), "--json"],
-        env=RAY, capture_output=True, text=True, timeout=300,
+    inputs = ["--shards", *scored.shards, "--cache", scored.cache.url, "--init", str(source)]
+    done = run(
+        "jobs/refresh_scores.py", *inputs, "--workers", "1", "--out", str(tmp_path / "maps"),
+        "--json",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert summary["images"] == 26
     (path,) = generations(tmp_path / "maps")
     made = open_generation(path)
     assert made.step == 0
     assert made.specs["token_frequency"]["encoder"] == encoder_digest(torch.load(source))
-    trained = subprocess.run(
-        [sys.executable, "-m", "famt.train.pretrain", "--shards", *scored.shards,
-         "--cache", scored.cache.url, "--out", str(tmp_path / "run"), "--model", "vit_nano",
-         "--frequency.source", "refreshed", "--attention.source", "off",
-         "--refresh.pin", str(path), "--init", str(source), "--epochs", "1",
-         "--batch-size", "8", "--device", "cpu", "--threads", "1"],
-        capture_output=True, text=True, timeout=300,
+    trained = run(
+        "-m", "famt.train.pretrain", *inputs, "--out", str(tmp_path / "run"), "--model", "vit_nano",
+        "--frequency.source", "refreshed", "--attention.source", "off", "--refresh.pin", str(path),
+        "--epochs", "1", "--batch-size", "8", "--device", "cpu", "--threads", "1",
     )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
     assert f"from {path}" in trained.stdout
     assert "starts from" in trained.stdout
 

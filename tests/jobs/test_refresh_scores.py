@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launch import RAY, program_file, until
+from launch import RAY, program_file, run, until
 from runs import equal, log_events, weights
 
 from famt.jobs import refresh_scores
@@ -30,7 +30,7 @@ from famt.train.signals.refresh_folder import Encoder, RefreshFolder
 
 def _train(scored, out, *more):
     return [
-        sys.executable, "-m", "famt.train.pretrain", "--shards", *scored.shards,
+        "-m", "famt.train.pretrain", "--shards", *scored.shards,
         "--cache", scored.cache.url, "--out", str(out), "--model", "vit_nano",
         "--frequency.source", "refreshed", "--frequency.kind", "frequency_attention",
         "--attention.source", "off", "--plain-epochs", "1", "--refresh.every", "2",
@@ -76,21 +76,21 @@ def test_a_run_that_is_killed_as_its_jobs_are_ends_as_one_that_is_not(scored, tm
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     quiet = {"env": RAY, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     options = "--refresh.wait", "--epochs", "8"
-    job, command = _follow(out), _train(scored, out, *options)
-    run = subprocess.Popen(command, **quiet)
+    job, command = _follow(out), [sys.executable, *_train(scored, out, *options)]
+    training = subprocess.Popen(command, **quiet)
     chance = random.Random(0)
     for _ in range(KILLS):
         time.sleep(chance.uniform(5, 20))
         _kill_group(job)
         job = _follow(out)
         time.sleep(chance.uniform(0, 5))
-        run.kill()
-        run.wait()
-        run = subprocess.Popen(command, **quiet)
-    assert run.wait(timeout=600) == 0
+        training.kill()
+        training.wait()
+        training = subprocess.Popen(command, **quiet)
+    assert training.wait(timeout=600) == 0
     job.communicate(timeout=120)
     job = _follow(undisturbed)
-    subprocess.run(_train(scored, undisturbed, *options), check=True, timeout=600, **quiet)
+    run(*_train(scored, undisturbed, *options))
     _, errors = job.communicate(timeout=120)
     assert job.returncode == 0, errors
     epochs = [None, 3, 3, 9, 9, 15, 15, 21]
@@ -114,11 +114,8 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
     follower = _follow(out, "--json")
     options = _train(
         scored, out, "--epochs", "150", "--refresh.every", "20", "--checkpoint-minutes", "9"
-    )[3:]
-    subprocess.run(
-        [sys.executable, program_file("pretrain_at_leisure"), *options],
-        env=RAY, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    )[2:]
+    run(program_file("pretrain_at_leisure"), *options)
     output, errors = follower.communicate(timeout=120)
     assert follower.returncode == 0, errors
     summaries = [json.loads(line) for line in output.splitlines()]
@@ -135,16 +132,9 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
 def test_a_refresh_beside_a_training_that_holds_the_whole_cluster_comes_to_its_end(
     scored, tmp_path
 ):
-    subprocess.run(
-        _train(scored, tmp_path / "run", "--epochs", "2", "--precision", "bf16"),
-        env=RAY, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "tests/programs/refresh_on_a_full_cluster.py", str(tmp_path / "run"),
-         str(tmp_path / "maps")],
-        env=RAY, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    out = tmp_path / "run"
+    run(*_train(scored, out, "--epochs", "2", "--precision", "bf16"))
+    done = run(program_file("refresh_on_a_full_cluster"), str(out), str(tmp_path / "maps"))
     assert "one low-priority actor on CPUs" in done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == {}
     (made,) = generations(tmp_path / "maps")
@@ -153,10 +143,7 @@ def test_a_refresh_beside_a_training_that_holds_the_whole_cluster_comes_to_its_e
 
 @pytest.mark.slow
 def test_a_lost_worker_is_replaced(scored, tmp_path):
-    subprocess.run(
-        _train(scored, tmp_path / "run", "--epochs", "2"),
-        env=RAY, check=True, capture_output=True, timeout=300,
-    )  # fmt: skip
+    run(*_train(scored, tmp_path / "run", "--epochs", "2"))
     job = subprocess.Popen(
         [sys.executable, "jobs/refresh_scores.py", "--checkpoint", str(tmp_path / "run"),
          "--out", str(tmp_path), "--workers", "1", "--batch-size", "1", "--json"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from launch import run
 from samples import photo_members, score, tar_bytes
 
 from famt.jobs import results
@@ -161,9 +162,7 @@ def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, mo
 def test_gpus_that_no_machine_has_are_an_error_at_once(data, tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(GRID.format(out=tmp_path, data=data))
-    command = [sys.executable, "-m", "famt.jobs.results", str(path), "--gpus", "64"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2
+    done = run("-m", "famt.jobs.results", str(path), "--gpus", "64", code=2)
     assert "no machine has --cpus 1 and --gpus 64" in done.stderr
 
 
