@@ -3,15 +3,6 @@
     famt benchmark step --model vit_base
     famt benchmark precompute loader --threads 2 step    # several in one go
 
-    precompute  images/s of scoring on one core, against decoding alone; Ray workers (--shards)
-    loader      crops/s of the loader, against a bare DALI graph and torchvision (--shards)
-    step        time, FLOPs and memory of a training step, against plain MAE
-    attention   time of a step with each signal, against a step without
-    refresh     images/s of refreshing maps, against the bare forward pass; its cost in epochs
-    runs        crops/s of whole training runs by recipe, against MAE
-    quality     how well each kind of score separates objects from background (--photos --masks)
-    scale       time and memory to start a run on many shards
-
 Prints JSON lines: figure, bound, their ratio. Rivals take turns round by round and are compared by
 their medians, so a busy machine slows all of them alike. Without --shards, benchmarks make
 synthetic photos of ImageNet's usual size.
@@ -21,14 +12,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, get_args
 
 import tyro
 
 from famt.__main__ import called
 from famt.jobs.benchmarks.loader import Loader
-from famt.jobs.benchmarks.measure import Report
 from famt.jobs.benchmarks.precompute import Precompute
 from famt.jobs.benchmarks.quality import Quality
 from famt.jobs.benchmarks.refresh import Refresh
@@ -37,25 +26,8 @@ from famt.jobs.benchmarks.scale import Scale
 from famt.jobs.benchmarks.step import Attention, Step
 from famt.train.command_line import run_program
 
-
-class Benchmark(Protocol):
-    """A benchmark and its options."""
-
-    def run(self) -> Iterator[Report]:
-        """Measure; yield the lines one by one."""
-        ...
-
-
-BENCHMARKS: dict[str, Any] = {
-    "precompute": Precompute,
-    "loader": Loader,
-    "step": Step,
-    "attention": Attention,
-    "refresh": Refresh,
-    "runs": Runs,
-    "quality": Quality,
-    "scale": Scale,
-}
+Benchmark = Precompute | Loader | Step | Attention | Refresh | Runs | Quality | Scale
+BENCHMARKS: dict[str, Any] = {each.__name__.lower(): each for each in get_args(Benchmark)}
 
 
 def parse(arguments: list[str]) -> list[Benchmark]:

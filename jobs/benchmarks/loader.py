@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
@@ -25,6 +23,7 @@ from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.models import MODELS
 from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
+from famt.pipeline.loading.dali_graphs import build_pipeline
 from famt.pipeline.loading.dataset import SampleTable, load_maps, load_samples
 from famt.pipeline.loading.limits import own_cores
 from famt.pipeline.loading.loader import CropLoader
@@ -109,20 +108,15 @@ class Loader(Checked):
         return take
 
     def _bare(self, table: SampleTable) -> Take:
-        with tempfile.TemporaryDirectory(prefix="famt-index-") as folder:
-            shards = table.write_indices(Path(folder), range(len(table)))
-            graph = _crop_graph(
-                [table.urls[shard] for shard in shards],
-                [f"{folder}/{shard}.idx" for shard in shards],
-                self._config(),
-                batch_size=self.batch_size,
-                num_threads=self.threads,
-                seed=0,
-                device_id=0 if self.device == "cuda" else None,
-                on_gpu=self.device == "cuda",
-            )
-            graph.build()
-        run: Take = graph.run
+        run: Take = build_pipeline(
+            _crop_graph,
+            table,
+            range(len(table)),
+            self._config(),
+            torch.device(self.device),
+            batch_size=self.batch_size,
+            seed=0,
+        ).run
         return run
 
     def _torchvision(self, urls: list[str]) -> Take:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from annotated_types import Ge
@@ -116,20 +116,14 @@ def _compare(
             }
 
 
-def _attention(*shapes: Any, **_: Any) -> int:
-    query, key, value, *_others = shapes
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _attention_backward(*shapes: Any, **_: Any) -> int:
-    out, query, key, value, *_others = shapes
-    return int(sdpa_backward_flop_count(out, query, key, value))
-
-
 # torch's own counter knows attention on GPUs only.
 _ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda *shapes, **_: sdpa_flop_count(*shapes[:3])
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
 }
 
 

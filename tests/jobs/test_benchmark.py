@@ -1,10 +1,9 @@
 """What a benchmark's figures mean, and that each runs."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from launch import run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from famt.jobs.benchmark import BENCHMARKS, parse
@@ -63,8 +62,7 @@ def test_every_line_holds_a_figure_against_a_bound(scored, name, options, lines)
 def test_the_scale_of_many_shards_is_held_against_its_bounds():
     # In a process of its own: what it tells of memory is that of all the process.
     options = ["--shards", "3", "--images-per-shard", "2000"]
-    command = [sys.executable, "-m", "famt.jobs.benchmark", "scale", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run("-m", "famt.jobs.benchmark", "scale", *options)
     _check([json.loads(line) for line in done.stdout.splitlines()], "scale", 2)
 
 
