@@ -28,7 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -42,10 +42,8 @@ from famt.jobs.benchmarks.refresh import Refresh
 from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.step import Attention, Step
 from famt.jobs.benchmarks.training import BenchmarkOptions, open_run, take_steps
-from famt.models import MODELS
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.loader import CropLoader
-from famt.pipeline.options import Checked
 from famt.train.command_line import parsed, run_program
 from famt.train.pretrain import Run
 
@@ -56,23 +54,17 @@ _MARK = "mark." + "gpu"
 
 
 @dataclass(frozen=True)
-class GpuCheck(Checked):
+class GpuCheck(BenchmarkOptions):
     """What to check."""
 
     out: Path = Path("gpu.md")
     """page of results to write"""
     device: Literal["cuda", "cpu"] = "cuda"
-    """device to check"""
-    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
-    """model size"""
     minutes: Annotated[float, Gt(0)] = 4.0
     """begin no part after this time; the first part takes a minute to start"""
-    shards: list[str] = field(default_factory=list)
-    """tars of photos to train on; a shard of synthetic photos if left out"""
     batch_size: Annotated[int, Ge(2)] = 256
-    """images a step"""
     photos: Annotated[int, Ge(2)] = 1024
-    """photos in the synthetic shard"""
+    precision: Literal["fp32", "bf16"] = "bf16"
     steps: Annotated[int, Ge(1)] = 50
     """training steps to time or watch"""
     rounds: Annotated[int, Ge(1)] = 5
@@ -110,17 +102,14 @@ def main(check: GpuCheck) -> int:
 
 def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
     """The parts, by name: iterators over lines of the page that run the check as they are read."""
-    batch, rounds = check.batch_size, check.rounds
-    options: dict[str, Any] = {
-        "shards": urls, "model": check.model, "batch_size": batch,
-        "precision": "bf16", "device": check.device,
-    }  # fmt: skip
-    images = 4 * check.photos
+    batch, rounds, images = check.batch_size, check.rounds, 4 * check.photos
+    names = (each.name for each in fields(BenchmarkOptions))
+    options: dict[str, Any] = {name: getattr(check, name) for name in names} | {"shards": urls}
     benchmarks: dict[str, Benchmark] = {
         "runs": Runs(steps=check.steps, **options),
         "compiled": Runs(steps=check.steps, options="--compile", **options),
         "step": Step(rounds=rounds, **options),
-        "loader": Loader(urls, rounds, images, batch, device=check.device),
+        "loader": Loader(urls, rounds, images, batch, check.threads, device=check.device),
         "refresh": Refresh(rounds=rounds, scored_at_once=batch, **options),
         "attention": Attention(rounds=rounds, **options),
     }
@@ -168,9 +157,15 @@ def _parity(check: GpuCheck, urls: list[str]) -> Iterator[str]:
 def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
     with _run(check, urls) as run:
         take_steps(run, check.steps)  # compile, allocate: what happens once
-        with warnings.catch_warnings(record=True) as caught, _sync_debug(check.device):
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            take_steps(run, check.steps)
+            on_gpu = check.device == "cuda"
+            set_mode = torch.cuda.set_sync_debug_mode if on_gpu else lambda _: None
+            set_mode("warn")
+            try:
+                take_steps(run, check.steps)
+            finally:
+                set_mode("default")
         waits = Counter(
             f"{Path(each.filename).name}:{each.lineno}"
             for each in caught
@@ -180,30 +175,14 @@ def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
             yield f"the host waited {times} times at {place}"
         if waits:
             raise RuntimeError(f"the hot loop waits for the GPU at {len(waits)} places")
-        yield "the host never waited" if check.device == "cuda" else "no GPU to wait for"
-
-
-@contextmanager
-def _sync_debug(device: str) -> Iterator[None]:
-    """Have torch warn of every operation that makes the host wait for the GPU."""
-    if device == "cpu":
-        yield
-        return
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        yield "the host never waited" if on_gpu else "no GPU to wait for"
 
 
 @contextmanager
 def _run(check: GpuCheck, urls: list[str]) -> Iterator[Run]:
     """A run of recipe `famt` with the cached score."""
-    options = BenchmarkOptions(
-        model=check.model, batch_size=check.batch_size, precision="bf16", device=check.device
-    )
     with measure.scored(urls) as (_, cache):
-        config = options.config(urls, cache.url, "--recipe famt --frequency.source cached")
+        config = check.config(urls, cache.url, "--recipe famt --frequency.source cached")
         with open_run(config) as run:
             yield run
 
