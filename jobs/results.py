@@ -35,8 +35,7 @@ from famt.jobs.cluster import start_ray
 from famt.jobs.costs import StepCost, measured, step_key
 from famt.jobs.grid import Grid, Training, load
 from famt.jobs.options import Results
-from famt.jobs.plots import probes_against_cost
-from famt.jobs.tables import GridResult, RowResult, table
+from famt.jobs.tables import GridResult, RowResult, probes_against_cost, table
 from famt.pipeline.errors import UserError
 from famt.train import report, run_log
 from famt.train.command_line import parsed, run_program

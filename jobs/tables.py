@@ -1,23 +1,27 @@
-"""The results table of a grid, and the file of log lines that reproduces it."""
+"""The results table and picture of a grid, and the file of log lines that reproduces them."""
 
 from __future__ import annotations
 
 import gzip
 import statistics
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from pydantic import BaseModel
 
+from famt.pipeline.wording import counted
 from famt.train import run_log
-from famt.train.comparison import METRICS, last, percent
+from famt.train.comparison import METRICS, last, mean_and_error, percent
 from famt.train.run_log import History
 
 Place = tuple[str, str]
 """evaluator and value, as in logs"""
 
 _NOTHING = "–"  # in a cell
+_PROBE, _VAL = "Probe, ", " (val)"  # around the pooling, in headings
 
 
 class RowResult(BaseModel):
@@ -130,6 +134,37 @@ def whole_costs(result: GridResult) -> dict[str, float]:
         for row in result.rows
         if whole and row.logs and row.cost is not None
     }
+
+
+def probes_against_cost(result: GridResult) -> Figure:
+    """Each row's linear probes on val against the cost of a run, a panel for each pooling.
+
+    Points are means over seeds, with standard errors where there are several. A row without a cost
+    or a probe is left out.
+    """
+    costs = whole_costs(result)
+    places = {
+        name.removeprefix(_PROBE).removesuffix(_VAL): place
+        for name, place in measured_places(result).items()
+        if name.startswith(_PROBE) and name.endswith(_VAL)
+    }
+    figure = Figure(figsize=(3 + 3.5 * len(places), 3.8), layout="constrained")
+    for number, (pooling, place) in enumerate(places.items(), start=1):
+        axes = figure.add_subplot(1, len(places), number)
+        axes.set_title(pooling, fontsize=10)
+        axes.set_xlabel(f"cost of a run, {result.reference} = 1")
+        if number == 1:
+            axes.set_ylabel("linear probe on val, %")
+        for row, marker in zip(result.rows, cycle("os^vD<>Pp*hX"), strict=False):
+            values = values_at(row.runs, place)
+            if row.name in costs and values:
+                mean, error = mean_and_error([100 * each for each in values])
+                label = f"{row.name} ({counted(len(values), 'seed')})"
+                axes.errorbar(costs[row.name], mean, error, fmt=marker, capsize=3, label=label)
+    if figure.axes:
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    return figure
 
 
 def _reached(cost: float, mine: Sequence[History], reference: Sequence[History]) -> str:

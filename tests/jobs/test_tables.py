@@ -1,7 +1,6 @@
 import pytest
 
-from famt.jobs.plots import probes_against_cost
-from famt.jobs.tables import GridResult, RowResult, table
+from famt.jobs.tables import GridResult, RowResult, probes_against_cost, table
 
 
 def log(steps: int, probe: float, held_out: list[float]) -> list[dict]:
