@@ -7,17 +7,14 @@ Of the reads of tars one in `every`, drawn by `seed`, meets the fault: `500`, `5
 """
 
 import http.client
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from random import Random
 
-from s3_server import free_port
+from s3_server import free_port, serving
 
 FAULTS = ("500", "503", "500-body", "503-body", "truncated", "drop", "delay")
 BODY = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>busy</Message></Error>"
@@ -28,20 +25,8 @@ def before(endpoint: str, fault: str, every: int, seed: int) -> Iterator[str]:
     """Put a proxy before a store on loopback; yields its endpoint."""
     port = free_port()
     store = endpoint.rpartition(":")[2]
-    command = [sys.executable, __file__, str(port), store, fault, str(every), str(seed)]
-    proxy = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(100):
-            try:
-                urllib.request.urlopen(f"{url}/moto-api/").close()
-                break
-            except urllib.error.URLError:
-                time.sleep(0.1)
+    with serving([__file__, str(port), store, fault, str(every), str(seed)], port) as url:
         yield url
-    finally:
-        proxy.kill()
-        proxy.wait()
 
 
 def serve(port: int, store: int, fault: str, every: int, seed: int) -> None:

@@ -22,7 +22,14 @@ def serve(port: int) -> Iterator[str]:
 
     Not a thread of this process: DALI holds the interpreter while it waits for S3.
     """
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with serving(["-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def serving(program: list[str], port: int) -> Iterator[str]:
+    """Run a Python program that answers as moto does, and yield its endpoint once it answers."""
+    command = [sys.executable, *program]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     endpoint = f"http://127.0.0.1:{port}"
     try:

@@ -210,22 +210,6 @@ def test_gc_takes_an_empty_bucket_of_that_name_elsewhere_for_no_deletion(
         assert "s3://images holds none" in _gc_keeps_everything(scored.cache, capsys)
 
 
-def test_gc_counts_links_into_a_disk_that_is_not_mounted_as_there(scored, spec, tmp_path):
-    disk, links = tmp_path / "disk", tmp_path / "links"
-    disk.mkdir()
-    links.mkdir()
-    for number, name in enumerate(scored.shards):
-        target = Path(name) if number else disk / "0.tar"
-        if not number:
-            shutil.copy(name, target)
-        (links / f"{number}.tar").symlink_to(target)
-    score(sorted(links.iterdir()), scored.cache, spec)
-    disk.rename(tmp_path / "away")
-    _age(scored.cache)
-    assert main(Gc(scored.cache.url)) == 0
-    assert len(scored.cache.manifests.read(str(links))) == 3
-
-
 def test_gc_looks_for_a_tar_in_the_root_of_the_file_system_there(scored, monkeypatch, tmp_path):
     (record, *_) = scored.cache.manifests.read(str(scored.folder)).values()
     name = next(iter(sorted(os.listdir("/"))))  # any that is there
@@ -234,15 +218,6 @@ def test_gc_looks_for_a_tar_in_the_root_of_the_file_system_there(scored, monkeyp
     _age(scored.cache)
     assert main(Gc(scored.cache.url)) == 0
     assert set(scored.cache.manifests.read("/")) == {name}
-
-
-def test_gc_sees_a_tar_that_is_named_like_a_staging_file(scored, spec):
-    odd = Path(shutil.copy(scored.shards[0], scored.folder / "train.tar#1"))
-    score([odd], scored.cache, spec)
-    _age(scored.cache)
-    assert main(Gc(scored.cache.url)) == 0
-    assert odd.exists()
-    assert len(scored.cache.manifests.read(str(scored.folder))) == 4
 
 
 @pytest.mark.parametrize("inside", ["shards/train", "shards", "datasets"])
@@ -262,30 +237,6 @@ def test_a_cache_among_other_files_is_refused_and_gc_deletes_none(tmp_path, spec
     with pytest.raises(CacheError, match="is no part of a score cache"):
         main(Gc(cache.url))
     assert _everything(cache) == before
-
-
-def test_gc_leaves_what_it_did_not_make_inside_its_own_folders(scored, spec):
-    """Other files in an entry, beside a manifest, in folders of its own and at the root."""
-    cache = Path(scored.cache.url)
-    (shard_id, *_) = load_samples(scored.shards, scored.cache).shard_ids
-    for path in (cache / "datasets").iterdir():
-        shutil.rmtree(path)  # so that all entries go
-    foreign = [
-        cache / name
-        for name in (
-            "notes#12", "mine.tar", f"shards/{shard_id}/mine.tar",
-            f"shards/{shard_id}/photos/1.jpg",
-            f"shards/{shard_id}/mine.zip", f"shards/{shard_id}/mine#3", "datasets#1",
-            f"shards/{shard_id}/photos/table.zip", "packs/mine/zarr.json",
-            "datasets/shards-0123456789ab/mine.json", "my shards/train-0.tar#1",
-        )
-    ]  # fmt: skip
-    for path in foreign:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"mine")
-    _age(scored.cache)
-    assert main(Gc(str(cache))) == 0
-    assert _everything(scored.cache) == {str(path) for path in foreign}
 
 
 def test_show_draws_photos_beside_their_maps(scored, tmp_path):

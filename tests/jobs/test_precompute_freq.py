@@ -2,7 +2,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import boto3
 import numpy as np
 import pytest
 import ray
+from launch import until
 from s3_server import environment, free_port, serve
 from samples import photo_members, tar_bytes
 
@@ -200,21 +200,21 @@ def test_a_watch_does_not_judge_all_images_again_at_each_look(tmp_path, spec):
         _config(tmp_path, tmp_path, spec, watch="1m", retry_bad=True)
 
 
-def _wait_for(images, shards, cache, spec):
+def _wait_for(images, shards, cache):
     """Until that many images are ready for training."""
-    for _ in range(6000):
+
+    def ready():
         try:
-            if len(load_samples(shards, cache)) == images:
-                return
+            return len(load_samples(shards, cache)) == images
         except (CacheError, FileNotFoundError):
-            pass
-        time.sleep(0.1)
-    pytest.fail(f"never saw {images} images")
+            return False
+
+    until(ready, seconds=600)
 
 
 @pytest.mark.slow
 def test_a_watch_takes_up_what_is_new_or_changed_and_training_sees_it_at_its_start(
-    shards, tmp_path, spec
+    shards, tmp_path
 ):
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     command = [
@@ -225,18 +225,18 @@ def test_a_watch_takes_up_what_is_new_or_changed_and_training_sees_it_at_its_sta
     with open(tmp_path / "log", "w") as log:
         job = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
-        _wait_for(15, [str(shards)], cache, spec)
+        _wait_for(15, [str(shards)], cache)
         (shards / "train-new.tar").write_bytes(tar_bytes(photo_members(3, 200)))
-        _wait_for(18, [str(shards)], cache, spec)
+        _wait_for(18, [str(shards)], cache)
         (shards / "train-0.tar").write_bytes(tar_bytes(photo_members(2, 300)))
-        _wait_for(15, [str(shards)], cache, spec)
+        _wait_for(15, [str(shards)], cache)
     finally:
         job.terminate()
         job.wait()
 
 
 @pytest.mark.slow
-def test_a_watch_outlives_an_outage_of_the_store(tmp_path, spec, monkeypatch):
+def test_a_watch_outlives_an_outage_of_the_store(tmp_path, monkeypatch):
     """Shards and cache on S3. The store goes while shards are scored, comes back without a bucket,
     and then with shards."""
     port = free_port()
@@ -255,29 +255,25 @@ def test_a_watch_outlives_an_outage_of_the_store(tmp_path, spec, monkeypatch):
             client.put_object(Bucket="images", Key=f"shards/{number}.tar", Body=body)
 
     def wait_for_line(text, after):
-        for _ in range(6000):
-            assert job.poll() is None, log.read_text()
-            if text in log.read_text()[after:]:
-                return len(log.read_text())
-            time.sleep(0.1)
-        pytest.fail(f"never said {text!r}: {log.read_text()[after:]}")
+        until(lambda: job.poll() is not None or text in log.read_text()[after:], seconds=600)
+        assert job.poll() is None, log.read_text()
+        return len(log.read_text())
 
     log = tmp_path / "log"
     with open(log, "w") as file, serve(port):
         fill(shards=2)
         cache = ScoreCache("s3://images/scores")
         job = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file)
-        _wait_for(10, ["s3://images/shards"], cache, spec)
+        _wait_for(10, ["s3://images/shards"], cache)
         fill(shards=40)
-        while len(list(cache.entries())) < 10:
-            assert job.poll() is None, log.read_text()
+        until(lambda: len(list(cache.entries())) >= 10)
     try:
         end = wait_for_line("error sending request; trying again", len(log.read_text()))
         end = wait_for_line("can't be listed", end)
         with serve(port):
             end = wait_for_line("NoSuchBucket", end)
             fill(shards=3)
-            _wait_for(15, ["s3://images/shards"], cache, spec)
+            _wait_for(15, ["s3://images/shards"], cache)
             wait_for_line("3 shards, 3 scored before", end)
     finally:
         job.terminate()
