@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -184,16 +183,12 @@ def _fit_positions(
 
 def _short(names: Iterable[str]) -> str:
     """Names, those of blocks summed up: `norm.weight, decoder_blocks.0-7 (96 tensors)`."""
-    blocks: Counter[str] = Counter()
-    numbers: dict[str, list[int]] = {}
+    blocks: dict[str, list[int]] = {}
     others = []
     for name in names:
-        match = re.match(r"(\w*blocks)\.(\d+)\.", name)
-        if match:
-            blocks[match[1]] += 1
-            numbers.setdefault(match[1], []).append(int(match[2]))
+        if match := re.match(r"(\w*blocks)\.(\d+)\.", name):
+            blocks.setdefault(match[1], []).append(int(match[2]))
         else:
             others.append(name)
-    for stack, count in blocks.items():
-        others.append(f"{stack}.{min(numbers[stack])}-{max(numbers[stack])} ({count} tensors)")
-    return ", ".join(others)
+    summed = [f"{each}.{min(n)}-{max(n)} ({len(n)} tensors)" for each, n in blocks.items()]
+    return ", ".join(others + summed)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 from famt.jobs import make_shards, precompute_freq
@@ -108,17 +109,10 @@ def suggested(given: RayPretrain, words: list[str]) -> list[str]:
     """
     assert given.data is not None
     folder = _folder(given.out)
-    implied = [
-        "--shards",
-        str(folder / "shards" / "train-*.tar"),
-        "--cache",
-        str(folder / "scores"),
-    ]
+    implied = ["--shards", f"{folder}/shards/train-*.tar", "--cache", f"{folder}/scores"]
     images = look_at(given.data, given.labels)
     if images.can_be_monitored and not given.monitor:
-        implied += ["--monitor", str(folder / "shards" / "val-*.tar")]
-    import torch
-
+        implied += ["--monitor", f"{folder}/shards/val-*.tar"]
     gpu = torch.cuda.is_available() and given.device != "cpu"
     where = torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} CPU cores"
     options, taken = suggest(images, gpu=gpu), {*words}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from famt.jobs.costs import StepCost
 from famt.pipeline.errors import UserError
@@ -28,20 +28,16 @@ Names = Annotated[list[str], Field(min_length=1)]
 _OF_RUNS = tuple(n for n, kind in EVALUATORS.items() if not issubclass(kind, TrainingOptions))
 
 
-class Row(BaseModel):
+class Row(BaseModel, extra="forbid", frozen=True):
     """A recipe of a grid; docs/results-grids.md describes the keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     options: str = ""
     cost: Annotated[float, Field(gt=0)] | None = None
 
 
-class Grid(BaseModel):
+class Grid(BaseModel, extra="forbid", frozen=True):
     """A grid; docs/results-grids.md describes the keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     title: str
     out: Path
