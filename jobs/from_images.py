@@ -178,8 +178,7 @@ def prepare(data: str, labels: Path | None, out: Path, spec: ScoreSpec | None) -
             f"--out, or remove {out} to start over"
         )
     if spec:
-        pattern = str(shards / "train-*.tar")
-        job = PrecomputeFreq([pattern], str(folder / "scores"), spec, max_bad=1.0)
+        job = PrecomputeFreq([f"{shards}/train-*.tar"], f"{folder}/scores", spec, max_bad=1.0)
         if precompute_freq.main(job):
             raise UserError(f"some images of {shards} have no scores, for the reasons above")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
-from samples import photo_members, score, tar_bytes
+from samples import score, write_shards
 
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.scores import ScoreSpec
@@ -39,14 +39,7 @@ def cache(tmp_path: Path) -> ScoreCache:
 @pytest.fixture
 def scored(tmp_path: Path, spec: ScoreSpec, cache: ScoreCache) -> Scored:
     """Three shards of 10, 7 and 9 images, scored."""
-    first = 0
-    shards = []
-    (tmp_path / "shards").mkdir()
-    for number, count in enumerate((10, 7, 9)):
-        path = tmp_path / "shards" / f"train-{number:06d}.tar"
-        path.write_bytes(tar_bytes(photo_members(count, first)))
-        shards.append(path)
-        first += count
+    shards = write_shards(tmp_path / "shards", 10, 7, 9)
     score(shards, cache, spec)
     return Scored(tmp_path / "shards", [str(path) for path in shards], cache, spec)
 

@@ -23,7 +23,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from samples import photo_members, score, tar_bytes
+from samples import score, write_shards
 
 from famt.jobs.tables import GridResult, table
 from famt.pipeline.caching.cache import ScoreCache
@@ -67,9 +67,7 @@ def main() -> None:
     torch.set_num_threads(1)  # sums of several differ in their last bits
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        tars = [folder / f"train-{number}.tar" for number in range(2)]
-        for number, tar in enumerate(tars):
-            tar.write_bytes(tar_bytes(photo_members(32, 32 * number)))
+        tars = write_shards(folder, 32, 32)
         found = chain(_maps(tars, folder / "cache"), _weights(tars, folder), _tables())
         for name, digest in found:
             print(json.dumps({"of": name, "sha256": digest}), flush=True)

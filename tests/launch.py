@@ -32,7 +32,7 @@ def run(*command: str, code: int = 0, **options: object) -> subprocess.Completed
     Args:
         options: of `subprocess.run`.
     """
-    options = {"env": RAY, "capture_output": True, "text": True, "timeout": 600, **options}
+    options = {"env": RAY, "capture_output": True, "text": True, **options}
     done = subprocess.run([sys.executable, *command], **options)
     assert done.returncode == code, done.stderr
     return done

@@ -84,6 +84,16 @@ def photo_members(count: int, first: int = 0, **size: int) -> list[tuple[str, by
     return members
 
 
+def write_shards(folder: Path, *counts: int, **size: int) -> list[Path]:
+    """Shards of so many photos each, all different: `train-000000.tar`, ..."""
+    folder.mkdir(exist_ok=True)
+    firsts = [sum(counts[:number]) for number in range(len(counts))]
+    return [
+        write_tar(folder / f"train-{number:06d}.tar", photo_members(count, first, **size))
+        for number, (count, first) in enumerate(zip(counts, firsts, strict=True))
+    ]
+
+
 def score(urls: list[Path], cache: ScoreCache, spec: ScoreSpec) -> None:
     """What the Ray job does, in this process."""
     publish([precompute_shard(str(url), cache, spec) for url in urls], cache, spec)

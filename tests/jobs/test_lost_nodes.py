@@ -14,7 +14,7 @@ import pytest
 import torch
 from ray_clusters import cluster, lose, processes
 from runs import equal, log_events
-from samples import photo_members, score, tar_bytes
+from samples import score, write_shards
 
 from famt.mae import MaskedAutoencoder
 from famt.models import MODELS
@@ -37,11 +37,7 @@ def nodes():
 @pytest.fixture
 def shards(tmp_path):
     """Six tars of 100 images, which take actors seconds."""
-    (tmp_path / "shards").mkdir()
-    for number in range(6):
-        path = tmp_path / "shards" / f"{number}.tar"
-        path.write_bytes(tar_bytes(photo_members(100, 100 * number)))
-    return [str(path) for path in sorted((tmp_path / "shards").glob("*.tar"))]
+    return [str(path) for path in write_shards(tmp_path / "shards", *[100] * 6)]
 
 
 def _refreshes(node):

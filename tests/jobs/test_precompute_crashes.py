@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from ray_clusters import cluster, lose
-from samples import photo_members, tar_bytes
+from samples import write_shards
 
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
@@ -43,9 +43,7 @@ def one_thread():
 def shards(tmp_path_factory):
     """Photos large enough that a job takes seconds."""
     folder = tmp_path_factory.mktemp("shards")
-    for number in range(12):
-        path = folder / f"train-{number:02d}.tar"
-        path.write_bytes(tar_bytes(photo_members(60, 60 * number, height=600, width=800)))
+    write_shards(folder, *[60] * 12, height=600, width=800)
     return folder
 
 
@@ -125,14 +123,11 @@ def test_a_kill_at_any_moment_only_costs_the_work_in_hand(shards, clean, tmp_pat
 def test_two_jobs_on_one_cache_at_once_lose_nothing(shards, tmp_path, spec):
     """One on all shards, one on some of them and on a folder of its own."""
     other = tmp_path / "other"
-    other.mkdir()
-    for number in range(4):
-        data = tar_bytes(photo_members(30, 1000 + 30 * number))
-        (other / f"{number}.tar").write_bytes(data)
+    write_shards(other, 30, 30, 30, 30)
     commands = [
         _command(shards, tmp_path / "cache"),
-        [*_command(f"{shards}/train-0*.tar", tmp_path / "cache")[:4], str(other),
-         *_command(f"{shards}/train-0*.tar", tmp_path / "cache")[3:]],
+        [*_command(f"{shards}/train-00000*.tar", tmp_path / "cache")[:4], str(other),
+         *_command(f"{shards}/train-00000*.tar", tmp_path / "cache")[3:]],
     ]  # fmt: skip
     jobs = [subprocess.Popen(c, cwd=ROOT, stdout=subprocess.DEVNULL) for c in commands]
     assert [job.wait() for job in jobs] == [0, 0]
@@ -146,7 +141,7 @@ def test_two_jobs_on_one_cache_at_once_lose_nothing(shards, tmp_path, spec):
 
 
 def test_many_writers_of_one_shard_write_one_entry(shards, tmp_path, spec):
-    url = str(shards / "train-00.tar")
+    url = str(shards / "train-000000.tar")
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: precompute_shard(url, ScoreCache(cache.url), spec), range(8)))
@@ -203,7 +198,7 @@ def test_a_read_only_cache_is_a_clear_error(shards, small_disk, spec):
     cache = ScoreCache(str(small_disk / "cache"), create=True)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match=r"could not write [\s\S]*Read-only"):
-        precompute_shard(str(shards / "train-00.tar"), cache, spec)
+        precompute_shard(str(shards / "train-000000.tar"), cache, spec)
     with pytest.raises(UserError, match=rf"{cache.url} is not writable; choose another"):
         main(PrecomputeFreq([str(shards)], cache.url, spec=spec))
 

@@ -11,7 +11,7 @@ import pytest
 import ray
 from launch import until
 from s3_server import environment, free_port, serve
-from samples import photo_members, tar_bytes
+from samples import photo_members, tar_bytes, write_shards
 
 from famt.jobs.options import PrecomputeFreq
 from famt.jobs.precompute_freq import main
@@ -35,10 +35,7 @@ def cluster():
 
 @pytest.fixture
 def shards(tmp_path):
-    (tmp_path / "shards").mkdir()
-    for number in range(3):
-        path = tmp_path / "shards" / f"train-{number}.tar"
-        path.write_bytes(tar_bytes(photo_members(5, 5 * number)))
+    write_shards(tmp_path / "shards", 5, 5, 5)
     return tmp_path / "shards"
 
 
@@ -82,7 +79,7 @@ def test_a_job_scores_everything_once(run, shards, tmp_path, spec, capsys):
 
 def test_files_that_are_no_images_are_counted_and_never_count_as_bad(run, shards):
     others = [(f"img{n:04d}.index.cls", b"0") for n in range(15, 18)] + [("a.gif", b"x")]
-    (shards / "train-3.tar").write_bytes(tar_bytes([*photo_members(5, 15), *others]))
+    (shards / "train-000003.tar").write_bytes(tar_bytes([*photo_members(5, 15), *others]))
     for _ in range(2):  # scored, and found in the cache
         code, summary, err = run(max_bad=0)
         assert (code, summary["kept"], summary["quarantined"]) == (0, 20, 0)
@@ -112,8 +109,8 @@ def test_what_a_collection_took_before_it_was_published_is_made_again(
 
 def test_only_what_changed_is_scored_again(run, shards, tmp_path):
     run()
-    (shards / "train-1.tar").write_bytes(tar_bytes(photo_members(4, 100)))
-    (shards / "copy.tar").write_bytes((shards / "train-0.tar").read_bytes())
+    (shards / "train-000001.tar").write_bytes(tar_bytes(photo_members(4, 100)))
+    (shards / "copy.tar").write_bytes((shards / "train-000000.tar").read_bytes())
     code, again, _ = run()
     assert (code, again["scored_now"], again["decoded_now"], again["kept"]) == (0, 2, 4, 19)
     assert len(load_samples([str(shards)], ScoreCache(str(tmp_path / "cache")))) == 19
@@ -121,39 +118,39 @@ def test_only_what_changed_is_scored_again(run, shards, tmp_path):
 
 def test_bad_images_are_named_and_too_many_fail_the_job(run, shards):
     bad = [("broken.jpg", b"garbage"), *photo_members(9, 50)]
-    (shards / "train-9.tar").write_bytes(tar_bytes(bad))
+    (shards / "train-000009.tar").write_bytes(tar_bytes(bad))
     code, _, err = run(max_bad=0.05)
     assert code == 0
-    assert "train-9.tar:broken: it is not a JPEG" in err
+    assert "train-000009.tar:broken: it is not a JPEG" in err
     code, _, err = run(max_bad=0.02)
     assert code == 1
     assert "share than --max-bad" in err
 
 
 def test_a_tar_that_cannot_be_scored_fails_alone(run, shards):
-    (shards / "train-8.tar").write_bytes(b"no tar at all" * 100)
+    (shards / "train-000008.tar").write_bytes(b"no tar at all" * 100)
     code, summary, _ = run()
     assert (code, summary["kept"]) == (1, 15)
     ((url, reason),) = summary["failed"].items()
-    assert url.endswith("train-8.tar")
+    assert url.endswith("train-000008.tar")
     assert "no image in it" in reason
 
 
 def test_a_cut_tar_is_reported_by_every_run_and_its_whole_samples_kept(run, shards):
-    whole = (shards / "train-2.tar").read_bytes()
-    (shards / "train-2.tar").write_bytes(whole[: len(whole) // 3])
+    whole = (shards / "train-000002.tar").read_bytes()
+    (shards / "train-000002.tar").write_bytes(whole[: len(whole) // 3])
     for scored_now in (3, 0):
         code, summary, err = run(max_bad=1.0)
         assert (code, summary["scored_now"]) == (1, scored_now)
-        assert f"damaged: {shards}/train-2.tar: " in err
+        assert f"damaged: {shards}/train-000002.tar: " in err
         assert "--max-damaged" in err
-        assert list(summary["damaged"]) == [f"{shards}/train-2.tar"]
+        assert list(summary["damaged"]) == [f"{shards}/train-000002.tar"]
         assert 10 < summary["kept"] < 15
     assert run(max_bad=1.0, max_damaged=1)[0] == 0
 
 
 def test_what_was_quarantined_is_judged_again_on_demand(run, shards, tmp_path, spec):
-    path = str(shards / "train-0.tar")
+    path = str(shards / "train-000000.tar")
     cache = ScoreCache(str(tmp_path / "cache"), create=True)
     judged = score_shard(Path(path).read_bytes(), spec)
     earlier = dataclasses.replace(  # as a decoder of other days may have left it
@@ -228,7 +225,7 @@ def test_a_watch_takes_up_what_is_new_or_changed_and_training_sees_it_at_its_sta
         _wait_for(15, [str(shards)], cache)
         (shards / "train-new.tar").write_bytes(tar_bytes(photo_members(3, 200)))
         _wait_for(18, [str(shards)], cache)
-        (shards / "train-0.tar").write_bytes(tar_bytes(photo_members(2, 300)))
+        (shards / "train-000000.tar").write_bytes(tar_bytes(photo_members(2, 300)))
         _wait_for(15, [str(shards)], cache)
     finally:
         job.terminate()

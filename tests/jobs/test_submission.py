@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from ray_clusters import cluster
 from s3_server import free_port
-from samples import photo_members, tar_bytes
+from samples import write_shards
 
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.loading.dataset import load_samples
@@ -47,9 +47,7 @@ def test_scoring_and_training_run_by_ray_job_submit_from_a_checkout_full_of_othe
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.chdir(tmp_path)
     shards = tmp_path / "data"
-    shards.mkdir()
-    for number in range(3):
-        (shards / f"{number}.tar").write_bytes(tar_bytes(photo_members(8, 8 * number)))
+    write_shards(shards, 8, 8, 8)
     inputs = ["--shards", str(shards), "--cache", str(tmp_path / "cache"), "--spec.grid", "7"]
     port = free_port()
 
