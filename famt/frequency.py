@@ -75,22 +75,24 @@ def pixel_frequency(
         )
     check_pixel_score(grid, kind, band)
     images = images.float()
+    if not images.isfinite().all():
+        raise ValueError("images hold NaN or infinite pixels")
     if kind == "spectral_residual":
         return unit_mean(_spectral_residual(images, grid))
     if kind in _SCALES:
-        lab = rgb_to_lab(_finite(images))
+        lab = rgb_to_lab(images)
         flat = lab.amax((2, 3)).sub(lab.amin((2, 3))).amax(1) < _FLAT_LAB  # only rounding noise
         saliency = _hypercomplex_fourier(lab, _SCALES[kind])
         blurred = _band_cells(saliency, 0.0, _blur_edge(_SALIENCY_BLUR), grid)
         return unit_mean(blurred.squeeze(1).masked_fill(flat[:, None, None], 0.0))
     low, high = BANDS[kind] if band is None else band
     if kind == "border_geodesic":
-        colour = rgb_to_lab(_finite(_band_cells(images, low, high, grid)).clamp(0, 1))
+        colour = rgb_to_lab(_band_cells(images, low, high, grid).clamp(0, 1))
         return unit_mean(_distance_from_border(colour), _FLAT_LAB)
     tuned = kind == "frequency_tuned"
     wave = _gaussian_band(rgb_to_lab(images) if tuned else _luminance(images), low, high)
     centred = wave - wave.mean(dim=(-2, -1), keepdim=True)
-    cells = _cells(centred.square().sum(1, keepdim=True).sqrt(), grid)
+    cells = F.adaptive_avg_pool2d(centred.square().sum(1, keepdim=True).sqrt(), grid)
     if tuned:
         return unit_mean(cells.squeeze(1), _FLAT_LAB)
     return unit_mean(_smooth(cells).squeeze(1))
@@ -241,7 +243,7 @@ def _spectral_residual(images: Tensor, grid: int) -> Tensor:
     saliency = torch.fft.ifft2(torch.polar(residual, spectrum.angle())).abs() ** 2
     flat = (small.amax((1, 2, 3)) - small.amin((1, 2, 3))) < 1e-4  # its spectrum is rounding noise
     saliency = saliency.masked_fill(flat[:, None, None, None], 0.0)
-    return _smooth(_cells(saliency, grid)).squeeze(1)
+    return _smooth(F.adaptive_avg_pool2d(saliency, grid)).squeeze(1)
 
 
 def _distance_from_border(colour: Tensor) -> Tensor:
@@ -299,22 +301,6 @@ def _lowpass_means(length: int, edge: float, cells: int, device: torch.device) -
     identity = torch.eye(length, device=device)
     filtered = torch.fft.irfft(torch.fft.rfft(identity) * gain, n=length)
     return F.adaptive_avg_pool1d(filtered, cells).T
-
-
-def _cells(planes: Tensor, grid: int) -> Tensor:
-    """Mean over each cell: `[B, C, H, W]` -> `[B, C, grid, grid]`."""
-    return _finite(F.adaptive_avg_pool2d(planes, grid))
-
-
-def _finite(cells: Tensor) -> Tensor:
-    """`cells` unchanged.
-
-    Raises:
-        ValueError: they are not finite, since a filter spread NaN or infinite pixels.
-    """
-    if not torch.isfinite(cells).all():
-        raise ValueError("images hold NaN or infinite pixels")
-    return cells
 
 
 def _smooth(cells: Tensor) -> Tensor:

@@ -107,9 +107,7 @@ def _off(run: Pretrain) -> dict[str, Any]:
 def _refresh(kinds: list[str], steps: Steps) -> None:
     """Refresh the scores of one batch, as the refresh job does."""
     run = steps.run
-    with torch.autocast(
-        run.ranks.device.type, torch.bfloat16, enabled=run.config.precision == "bf16"
-    ):
+    with run.autocast():
         model_scores(kinds, run.model.encoder, normalise_images(steps.crops.images))
     if run.ranks.device.type == "cuda":
         torch.cuda.synchronize()
