@@ -152,7 +152,6 @@ def refresh_on_ray(
     state = ray.put(encoder)
     # Part of each actor; None while it starts.
     busy: dict[ray.ObjectRef, tuple[Any, Place, range | None]] = {}
-    idle: list[tuple[Any, Place]] = []
     losses: Counter[range | None] = Counter()
     reason, alone = "", False
 
@@ -166,10 +165,6 @@ def refresh_on_ray(
         start(place)
     patient_until = time.monotonic() + _PATIENCE
     while waiting or any(part for _, _, part in busy.values()):
-        while idle and waiting:
-            (actor, its), new = idle.pop(), waiting.popleft()
-            urls, ids = (each[new.start : new.stop] for each in (samples.urls, samples.shard_ids))
-            busy[actor.refresh.remote(urls, ids, workers.batch_size)] = actor, its, new
         if any(part for _, _, part in busy.values()):
             patient_until = time.monotonic() + _PATIENCE
         elif alone and not busy:
@@ -193,9 +188,6 @@ def refresh_on_ray(
             except ray.exceptions.RayError as error:  # the actor is gone
                 reason = str(error)
                 losses[part] += 1
-                for other, place_of_other in idle:  # may be lost too
-                    busy[other.ready.remote()] = other, place_of_other, None
-                idle.clear()
                 broken = isinstance(error, ray.exceptions.RayActorError) and error.actor_init_failed
                 if part or not (broken or losses[None] > _TRIES * count):
                     start(its)
@@ -204,6 +196,9 @@ def refresh_on_ray(
                 elif part:
                     yield part, reason
                 continue
-            idle.append((actor, its))
             if part:
                 yield part, outcome
+            if waiting:  # else Ray ends the actor, as nothing refers to it any more
+                new = waiting.popleft()
+                urls, ids = (of[new.start : new.stop] for of in (samples.urls, samples.shard_ids))
+                busy[actor.refresh.remote(urls, ids, workers.batch_size)] = actor, its, new
