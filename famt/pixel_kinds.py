@@ -27,6 +27,8 @@ BANDS: dict[str, tuple[float, float]] = {
     "border_geodesic": (0.0, 8.0),
 }
 
+_LEAST_EDGE = 0.01  # cycles per side; the square of a tiny one would be 0
+
 
 def check_pixel_score(grid: int, kind: str, band: tuple[float, float] | None) -> None:
     """Refuse parameters that `pixel_frequency` can't compute.
@@ -43,5 +45,7 @@ def check_pixel_score(grid: int, kind: str, band: tuple[float, float] | None) ->
     if kind not in BANDS:
         raise ValueError(f"{kind} looks at the whole spectrum and takes no band")
     low, high = band
-    if not 0 <= low < high:
-        raise ValueError(f"band must be 0 <= low < high, got {low} {high}")
+    if not 0 <= low < high or any(0 < edge < _LEAST_EDGE for edge in band):
+        raise ValueError(
+            f"band must be 0 <= low < high, no edge between 0 and {_LEAST_EDGE}, got {low} {high}"
+        )

@@ -273,6 +273,7 @@ def test_token_frequency_of_zeros_is_zero():
         (torch.full((1, 3, 8, 8), math.nan), {}, "NaN"),
         (torch.zeros(1, 3, 8, 8), {"kind": "wavelet"}, "wavelet.*lowpass"),
         (torch.zeros(1, 3, 8, 8), {"kind": "lowpass", "band": (5.0, 2.0)}, "low < high"),
+        (torch.zeros(1, 3, 8, 8), {"kind": "lowpass", "band": (0.0, 1e-200)}, "0 and 0.01"),
         (torch.zeros(1, 3, 8, 8), {"band": (0.0, 2.0)}, "no band"),
         (torch.zeros(1, 3, 8, 8), {"kind": "spectral_residual", "band": (0.0, 2.0)}, "no band"),
         (torch.zeros(1, 3, 8, 8), {"grid": 1}, "at least 2"),
