@@ -72,7 +72,7 @@ class Evaluation(EncoderOptions):
 
     @classmethod
     def evaluator(cls) -> str:
-        """Name of the evaluator: its command."""
+        """Name of the evaluator: its command and module."""
         return cls.__name__.lower()
 
     @property

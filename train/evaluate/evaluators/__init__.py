@@ -1,17 +1,21 @@
-"""Evaluators: a module each, with a class of options."""
+"""Evaluators: a module each, with a class of options of the same name (`knn.py`, class `Knn`)."""
 
+from functools import reduce
+from operator import or_
+from pkgutil import iter_modules, resolve_name
 from typing import Any
 
+from famt.train.config import TrainingOptions
 from famt.train.evaluate.evaluation import Evaluation
-from famt.train.evaluate.evaluators.finetune import Finetune
-from famt.train.evaluate.evaluators.knn import Knn
-from famt.train.evaluate.evaluators.probe import Probe
-from famt.train.evaluate.evaluators.segment import Segment
 
-EVALUATORS: dict[str, type[Evaluation]] = {
-    each.evaluator(): each for each in (Knn, Probe, Segment, Finetune)
+_found: list[type[Evaluation]] = [
+    resolve_name(f"{__name__}.{each.name}:{each.name.title()}") for each in iter_modules(__path__)
+]
+EVALUATORS = {
+    each.evaluator(): each
+    for each in sorted(_found, key=lambda each: issubclass(each, TrainingOptions))
 }
 """by name; those that train the encoder come last"""
 
-Evaluate: Any = Knn | Probe | Segment | Finetune
+Evaluate: Any = reduce(or_, EVALUATORS.values())
 """one of them, as on the command line"""
