@@ -28,12 +28,12 @@ from famt.train.signals.patch_weights import Weighed
 @torch.no_grad()
 def picture_of_crops(model: MaskedModel, weighed: Weighed, seed: int = 0) -> Image.Image:
     """A picture of crops, one row each, whose patches are drawn by `seed`; without an attention
-    signal, the model's attention is shown."""
+    signal, the attention of an encoder that has a class token is shown."""
     grid, patch_size = model.config.grid, model.config.patch_size
     crops, blend = weighed.crops, weighed.join.blend_at(weighed.progress)
     weights = blended_weights(weighed.weights, blend)
     shown = {name: found for name, (found, _) in weighed.scores.items()}
-    if "attention" not in shown:
+    if "attention" not in shown and model.encoder.has_class_token:
         pixels = normalise_images(crops.images)
         shown |= model_scores(["attention"], model.encoder, pixels)
     generator = torch.Generator(crops.images.device).manual_seed(seed)

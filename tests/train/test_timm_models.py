@@ -86,7 +86,7 @@ def trained(train):
     """One epoch of an architecture of timm's; gives the folder of the run."""
     return lambda name, size, **options: train(
         model=f"timm:{name}", image_size=size, decoder_width=32, decoder_depth=1, decoder_heads=2,
-        epochs=1, join=JoinConfig(mask_ratio=0.5, throw_ratio=0.25), picture_epochs=0, **options,
+        epochs=1, join=JoinConfig(mask_ratio=0.5, throw_ratio=0.25), **options,
     )  # fmt: skip
 
 
