@@ -41,6 +41,8 @@ PLACE = "a path or URL"
 class Since:
     """Note on an option of a run that older checkpoints of the same format lack.
 
+    Every option added to a run needs one, or all runs before it could not be resumed.
+
     Attributes:
         before: value that stands for the behaviour before there was the option, as JSON keeps it.
     """
@@ -94,6 +96,15 @@ def annotated(options: Any, above: str = "") -> Iterator[tuple[str, Any, tuple[A
             for inner, held, own in annotated(value, f"{name}."):
                 yield inner, held, (*notes, *own)
         else:
+            yield name, value, notes
+
+
+def differing(options: Any, **needed: Any) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
+    """`annotated` of those options that differ from the defaults in the code; `needed` holds values
+    for those that have none."""
+    defaults = {name: value for name, value, _ in annotated(type(options)(**needed))}
+    for name, value, notes in annotated(options):
+        if value != defaults[name]:
             yield name, value, notes
 
 

@@ -30,6 +30,7 @@ from famt.pipeline.options import (
     RandomView,
     Seed,
     annotated,
+    differing,
     restored,
 )
 from famt.pipeline.scores import ScoreSpec
@@ -319,10 +320,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     def differing(self) -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
         """(dotted name, value, notes) of the options that differ from the defaults in the code; an
         option added later is at its default in an older run."""
-        defaults = {name: value for name, value, _ in annotated(type(self)(**REQUIRED))}
-        for name, value, notes in annotated(self):
-            if value != defaults[name]:
-                yield name, value, notes
+        return differing(self, **REQUIRED)
 
     def without_effect(self) -> list[str]:
         """Options that were given but change nothing beside the others, each with the reason."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from annotated_types import Ge, Gt, Le
 
-from famt.pipeline.options import FREE, PLACE, Checked, Seed, notes_of
+from famt.pipeline.options import FREE, PLACE, Checked, Seed, differing
 from famt.train.config import APART, Device
 
 
@@ -61,11 +61,15 @@ class Evaluation(EncoderOptions):
     def conditions(self) -> dict[str, Any]:
         """What the result depends on besides the encoder, as plain data: the shards, and the
         options that differ from their defaults."""
-        notes = notes_of(type(self))
-        options = {"train": self.train, "val": self.val} | {
+        needed = {
             each.name: getattr(self, each.name)
             for each in fields(self)
-            if not {APART, FREE} & {*notes[each.name]} and getattr(self, each.name) != each.default
+            if each.default is each.default_factory is MISSING
+        }
+        options = {"train": self.train, "val": self.val} | {
+            name: value
+            for name, value, notes in differing(self, **needed)
+            if not {APART, FREE} & {*notes}
         }
         plain: dict[str, Any] = json.loads(json.dumps(options, default=str))
         return plain

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -6,7 +7,9 @@ from runs import log_events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.train.checkpoint import load_model
+from famt.train.evaluate.evaluators.finetune import Finetune, FinetuneOptimiser
 from famt.train.evaluate.evaluators.knn import Knn
+from famt.train.evaluate.evaluators.segment import Segment
 from famt.train.evaluate.run import run
 from famt.train.pretrain import main as pretrain
 
@@ -50,3 +53,14 @@ def test_a_resumed_run_keeps_what_was_found_of_it(trained, options):
     run(options(Knn, checkpoint=str(trained.out / "checkpoint-00000003.pt")))
     pretrain(trained)
     assert len(log_events(trained.out, "evaluation")) == 1
+
+
+def test_conditions_are_the_options_that_differ_from_the_defaults_one_by_one(tmp_path):
+    shards = {"train": ["train.tar"], "val": ["val.tar"]}
+    needed = {"checkpoint": "run", "cache": "scores", **shards}
+    assert Segment(**needed).conditions() == shards
+    assert Finetune(**needed, out=tmp_path).conditions() == shards
+    view = dataclasses.replace(Segment(**needed).view, flip=0.25)
+    assert Segment(**needed, view=view, threads=2).conditions() == {**shards, "view.flip": 0.25}
+    tuned = Finetune(**needed, out=tmp_path, optimiser=FinetuneOptimiser(layer_decay=0.7))
+    assert tuned.conditions() == {**shards, "optimiser.layer_decay": 0.7}
