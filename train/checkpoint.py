@@ -90,14 +90,13 @@ class Checkpoint:
 
     @property
     def ema(self) -> dict[str, Tensor] | None:
-        """The encoder's averaged weights, if the run keeps them."""
+        """Averaged weights, if the run keeps them: the encoder's, or in fine-tuning the model's."""
         return self.components["optimisation"]["ema"]
 
     @property
     def progress(self) -> float:
         """Share of the run done, in [0, 1]."""
-        whole_epochs = self.epoch / self.config["epochs"]  # for files of earlier versions
-        return float(self.components["optimisation"].get("progress", whole_epochs))
+        return float(self.components["optimisation"]["progress"])
 
     @property
     def signals(self) -> dict[str, dict[str, Any]]:
@@ -296,19 +295,10 @@ def resume(
     if config.resume == "never":
         raise UserError(f"{found} exists, and --resume never refuses folders with checkpoints")
     resumed = load(found)
-    notes = {name: beside for name, _, beside in annotated(config)}
-    before = {
-        name: note.before for name in notes for note in notes[name] if isinstance(note, Since)
-    }
-    then = {**before, **flat(resumed.config)}
-    now = flat({**config.describe(), **circumstances})
-    notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
-    bound = (name for name in sorted(now) if FREE not in notes.get(name, ()))
-    changed = [name for name in bound if then.get(name) != now[name]]
-    harmless = all(ELASTIC in notes.get(name, ()) for name in changed)
-    if config.elastic and changed and harmless:
+    changes, harmless = _changes(resumed, config, circumstances)
+    if config.elastic and changes and harmless:
         return resumed, False
-    if not changed:
+    if not changes:
         gone = ranks.from_main(lambda: lost(resumed))
         if gone and not config.elastic:
             raise UserError(
@@ -316,11 +306,33 @@ def resume(
                 "resumes from the start of the epoch with what is there"
             )
         return resumed, not gone
-    differences = "; ".join(f"{each}: {then.get(each)} -> {now[each]}" for each in changed)
     remedy = "use the same options, or another --out"
     if harmless:
         remedy += ", or --elastic to resume from the start of the epoch"
-    raise UserError(f"{found} belongs to a run with other options ({differences}); {remedy}")
+    raise UserError(f"{found} belongs to a run with other options ({'; '.join(changes)}); {remedy}")
+
+
+def _changes(
+    resumed: Checkpoint, config: TrainingOptions, circumstances: dict[str, Any]
+) -> tuple[list[str], bool]:
+    """What differs from the checkpoint and may not, except perhaps with --elastic.
+
+    Returns:
+        each such option or circumstance, with both values, and whether --elastic allows them all.
+    """
+    notes = {name: beside for name, _, beside in annotated(config)}
+    notes |= dict.fromkeys(_ELASTIC_CIRCUMSTANCES, (ELASTIC,))
+    then = {
+        name: note.before for name in notes for note in notes[name] if isinstance(note, Since)
+    } | flat(resumed.config)
+    now = flat({**config.describe(), **circumstances})
+    changed = [
+        name
+        for name, value in sorted(now.items())
+        if value != then.get(name) and FREE not in notes.get(name, ())
+    ]
+    texts = [f"{name}: {then.get(name)} -> {now[name]}" for name in changed]
+    return texts, all(ELASTIC in notes.get(name, ()) for name in changed)
 
 
 def _choose(folder: Path) -> Path | None:

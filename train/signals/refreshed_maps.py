@@ -103,24 +103,10 @@ class RefreshedMaps:
         known, wanted = self._ranks.from_main(lambda: self._epochs.at(epoch))
         if due:
             self._ranks.from_main(lambda: self._write_encoder(step, log))
-        if known:
+        if known:  # the run has begun this epoch before
             self._take_up(wanted, epoch, step, log)
-        while not known:
-            if due and self._config.refresh.wait:
-                if not self._await(step, stop, log):
-                    return False
-                wanted = step
-            else:
-                made = self._ranks.from_main(lambda: generations(self._folder.path))
-                wanted = step_of(made[-1]) if made else None
-            try:
-                self._take_up(wanted, epoch, step, log)
-                break
-            except GenerationError as error:  # remove it, and the job makes another
-                if self._ranks.is_main and wanted is not None:
-                    self._folder.generation(wanted).unlink(missing_ok=True)
-                if log:
-                    log.event(step, "generation removed", tell=True, reason=storage.reason(error))
+        elif not self._take_up_newest(due, epoch, step, stop, log):
+            return False
         self._begun = epoch
         self._ranks.from_main(lambda: self._record(epoch, step))
         if log:
@@ -216,6 +202,28 @@ class RefreshedMaps:
             if log:
                 self._report_job(step, log)
             time.sleep(_POLL)
+
+    def _take_up_newest(
+        self, due: bool, epoch: int, step: int, stop: Stop, log: Log | None
+    ) -> bool:
+        """Take up the newest generation, or the one that is due if the run waits for it; False if
+        asked to stop meanwhile."""
+        while True:
+            if due and self._config.refresh.wait:
+                if not self._await(step, stop, log):
+                    return False
+                wanted: int | None = step
+            else:
+                made = self._ranks.from_main(lambda: generations(self._folder.path))
+                wanted = step_of(made[-1]) if made else None
+            try:
+                self._take_up(wanted, epoch, step, log)
+                return True
+            except GenerationError as error:  # remove it, and the job makes another
+                if self._ranks.is_main and wanted is not None:
+                    self._folder.generation(wanted).unlink(missing_ok=True)
+                if log:
+                    log.event(step, "generation removed", tell=True, reason=storage.reason(error))
 
     def _take_up(self, wanted: int | None, epoch: int, step: int, log: Log | None) -> None:
         """Take up the generation of a step, unless it is in use."""
