@@ -119,7 +119,7 @@ class ModelScoreSpec:
     """A score by a certain encoder, and all that its numbers depend on."""
 
     kind: str
-    """key of `MODEL_KINDS`, or one that an installed package adds"""
+    """one of `MODEL_KINDS`, or of those that installed packages add"""
     grid: int
     """cells a side: the encoder's patches"""
     image_size: int

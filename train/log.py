@@ -122,7 +122,7 @@ class Log:
         self._bar.close()
 
     def close(self) -> None:
-        """End the progress bar and close TensorBoard."""
+        """End the progress bar and close TensorBoard and the tracker."""
         self.end_bar()
         for board in self._boards:
             board.close()

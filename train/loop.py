@@ -243,7 +243,7 @@ class Training(ABC, Generic[Batch]):
             self.log.close()
 
     def _epochs(self, stop: Stop) -> bool:
-        """Train, write a checkpoint and close the signals; False if asked to stop."""
+        """Train, write a checkpoint and call `close`; False if asked to stop."""
         stopped = False
         # The last epoch still has to be ended after the last step.
         while (self.step < self.last_step or self.loader.step) and not stopped:

@@ -84,8 +84,10 @@ def famt_loader(
         encoder: a timm ViT in training. Weights are multiplied by its rolling attention: an eighth
             of each batch is scored at half size.
         attention: crops `[B, S, S, 3]` uint8 -> `[B, N]`, >= 0, to multiply weights by instead.
+        epochs: passes over the images.
         rank, world_size: this process among those that share an epoch.
         device: of the batches; "cuda" decodes there.
+        seed: of order, crops and draws of patches.
 
     Yields:
         full batches, equally many on every rank.

@@ -1,4 +1,4 @@
-"""A model's score of every crop: computed for an eighth of each batch, remembered for the rest."""
+"""A model's score of every crop: computed for a part of each batch, remembered for the rest."""
 
 from __future__ import annotations
 

@@ -16,8 +16,9 @@ from famt.train.signals.signal import Context, Signal, Step
 class Banked(Signal):
     """A signal whose scores are kept in a `MapBank`, in the frame of each image.
 
-    Each image comes up once per epoch, on one rank. So the ranks of a machine write into one shared
-    bank at once, and machines exchange what they wrote after an epoch or before a checkpoint.
+    Each image comes up at most once per epoch, on one rank. So the ranks of a machine write into
+    one shared bank at once, and machines exchange what they wrote after an epoch or before a
+    checkpoint.
     """
 
     def __init__(self, exponent: float, context: Context) -> None:

@@ -104,7 +104,7 @@ class Signal:
         return True
 
     def learn(self, step: Step) -> None:
-        """Called after each forward and backward pass."""
+        """Called once a step, after the forward and backward passes of all its parts."""
 
     def synchronise(self) -> None:
         """Bring all machines to the same state, after an epoch and before a checkpoint."""
