@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import sys
@@ -103,7 +104,11 @@ def main() -> None:
     word, *rest = sys.argv[1:] or ["--help"]
     if word in ("-h", "--help"):
         commands = "\n".join(f"  {name:10} {each.about}" for name, each in COMMANDS.items())
-        print(_USAGE.format(commands=commands))
+        try:
+            print(_USAGE.format(commands=commands), flush=True)
+        except BrokenPipeError:  # nobody reads on, as after `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(128 + signal.SIGPIPE)
         return
     if word not in COMMANDS:
         print(f"error: {unknown(word, COMMANDS)} `famt --help` lists them", file=sys.stderr)

@@ -88,6 +88,7 @@ def test_a_ctrl_c_is_one_line(capsys):
 @pytest.mark.parametrize(
     "program",
     [
+        ["-m", "famt"],
         ["-m", "famt.train.evaluate", "knn"],
         ["-m", "famt.train.report"],
         ["-m", "famt.train.pretrain"],
