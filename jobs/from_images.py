@@ -132,7 +132,7 @@ def suggested(given: RayPretrain, words: list[str]) -> list[str]:
         if f"--{name}" not in taken
         for word in (f"--{name}", value)
     ]
-    classes = counted(images.classes, "class") if images.classes else "no classes"
+    classes = counted(images.classes, "class") if images.classes else "without classes"
     print(
         f"{given.data}: {counted(images.count, 'image')}, {classes}, median side "
         f"{images.side} px. Chosen for a first run on {where}: {' '.join(chosen) or 'nothing'}",

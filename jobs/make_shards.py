@@ -62,9 +62,9 @@ def main(args: MakeShards) -> int:
                 on_sample=bar.update,
             )
         describe_dataset(args.out, classes, split, written, args.seed, args.source)
-        kinds = counted(len(classes), "class") if classes else "no classes"
+        kinds = f"of {counted(len(classes), 'class')}" if classes else "without classes"
         print(
-            f"{split}: {counted(written.samples, 'image')} of {kinds} in "
+            f"{split}: {counted(written.samples, 'image')} {kinds} in "
             f"{counted(len(written.shards), 'shard')} at {args.out}"
         )
         if written.transparent:

@@ -133,6 +133,8 @@ def load(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         if not (found := latest(path)):
+            if (path / "config.json").is_file():
+                raise UserError(f"{path} is an exported encoder; give the run that it comes from")
             raise FileNotFoundError(f"{path} holds no checkpoint-*.pt; train one first")
         path = found
     try:

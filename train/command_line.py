@@ -69,7 +69,7 @@ def parse(
             name = arguments[position + 1]
         elif argument.startswith("--recipe="):
             name = argument.partition("=")[2]
-    default = _resolve(recipe.load(name), program)
+    default = resolve(recipe.load(name), program)
     missing = [
         each.name
         for each in dataclasses.fields(program)
@@ -86,7 +86,12 @@ def parse(
         return tyro.cli(short, prog=called(), args=arguments, default=default, description=about)
     arguments = ["--help" if each == "--help-all" else each for each in arguments]
     arguments = program.with_suggestions(arguments, default)
-    return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
+    try:
+        return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
+    except SystemExit as ended:
+        if ended.code:  # tyro's own hint is at --help
+            print(f"`{called()} --help-all` shows all options", file=sys.stderr)
+        raise
 
 
 def _short(program: type[Options]) -> type[Options]:
@@ -100,9 +105,9 @@ def _short(program: type[Options]) -> type[Options]:
     return dataclasses.make_dataclass(program.__name__, hidden, bases=(program,), frozen=True)
 
 
-def _resolve(each: recipe.Recipe, program: type[Options]) -> Options:
+def resolve(each: recipe.Recipe, program: type[Options]) -> Options:
     """A program's options as a recipe and those that it extends set them."""
-    default = _resolve(each.extends, program) if each.extends else program(**REQUIRED)
+    default = resolve(each.extends, program) if each.extends else program(**REQUIRED)
     with naming(str(each.path)):
         return tyro.cli(program, args=each.options, default=default)
 

@@ -268,7 +268,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
         try:
             patch_counts(units, self.join.mask_ratio, self.join.throw_ratio)
         except ValueError as error:
-            raise UserError(f"--join: {error}") from None
+            raise UserError(f"--join.mask-ratio, --join.throw-ratio: {error}") from None
         if self.batch_size % self.accumulate:
             raise UserError(
                 f"--batch-size {self.batch_size} must be a multiple of --accumulate "

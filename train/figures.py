@@ -4,7 +4,8 @@
         --out picture.png
 
 One row per image: crop, signals, the weights at the checkpoint's step, the split (masked patches
-dark, thrown ones crossed out) and the reconstruction. Refreshed scores are computed anew for these
+dark, thrown ones crossed out) and the reconstruction (visible patches are the crop's, grey ones
+were not reconstructed). Maps are scaled to each crop. Refreshed scores are computed anew for these
 crops by the checkpoint's encoder. Banked scores are shown for the run's own images; for others,
 attention is computed anew, and hardness, which only training yields, is even.
 """

@@ -176,7 +176,8 @@ def evaluation_table(line: Mapping[str, object]) -> str:
             rows.append((label, f"{100 * value:5.1f}{end}"))
         elif not name.startswith(("stderr", "train_", "val_")) and name not in _ABOUT:
             rows.append((name.replace("_", " "), f"{value}"))
-    step = f", step {line['step']}" if "step" in line else ""
+    trained = "step" in line and line["weights"] != "untrained"
+    step = f", step {line['step']}" if trained else ""
     head = f"{line['evaluate']} of {line['checkpoint']} ({line['weights']} weights{step})"
     images = f"{line['val_images']} images to test on, {line['train_images']} to learn from"
     width = max((len(label) for label, _ in rows), default=0)

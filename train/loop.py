@@ -130,7 +130,8 @@ class Training(ABC, Generic[Batch]):
         """Text with all numbers that follow from the options, printed at the start."""
         ranks = counted(self.ranks.world_size, "rank")
         lines = {
-            "run": f"{self.config.out} on {self.ranks.device}, {ranks}, {self.config.precision}",
+            "run": f"{self.config.out} on {self.ranks.device}, {ranks}, {self.config.precision}"
+            + (f", resumed from the checkpoint of step {self.step}" if self.step else ""),
             **self.derived(),
         }
         return "\n".join(f"{name:14}{text}" for name, text in lines.items())

@@ -27,13 +27,16 @@ from famt.train.signals.patch_weights import Weighed
 
 @torch.no_grad()
 def picture_of_crops(model: MaskedModel, weighed: Weighed, seed: int = 0) -> Image.Image:
-    """A picture of crops, one row each, whose patches are drawn by `seed`; without an attention
-    signal, the attention of an encoder that has a class token is shown."""
+    """A picture of crops, one row each, whose patches are drawn by `seed`.
+
+    Weights are left out if no signal weighs. If other signals than attention do, the attention of
+    an encoder that has a class token is shown beside them.
+    """
     grid, patch_size = model.config.grid, model.config.patch_size
     crops, blend = weighed.crops, weighed.join.blend_at(weighed.progress)
     weights = blended_weights(weighed.weights, blend)
     shown = {name: found for name, (found, _) in weighed.scores.items()}
-    if "attention" not in shown and model.encoder.has_class_token:
+    if shown and "attention" not in shown and model.encoder.has_class_token:
         pixels = normalise_images(crops.images)
         shown |= model_scores(["attention"], model.encoder, pixels)
     generator = torch.Generator(crops.images.device).manual_seed(seed)
@@ -42,7 +45,7 @@ def picture_of_crops(model: MaskedModel, weighed: Weighed, seed: int = 0) -> Ima
     columns = {
         "crop": crops.images,
         **{name: found.view(-1, grid, grid) for name, found in shown.items()},
-        "weights": weights.view(-1, grid, grid),
+        **({"weights": weights.view(-1, grid, grid)} if shown else {}),
         "split": unpatchify(_show_split(patches, batch.split), patch_size),
         "reconstruction": unpatchify(_reconstruct(model, patches, batch), patch_size),
     }

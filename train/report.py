@@ -31,7 +31,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.options import flat
 from famt.pipeline.wording import counted
 from famt.train import run_log
-from famt.train.command_line import parsed, run_program
+from famt.train.command_line import parsed, resolve, run_program
 from famt.train.comparison import (
     DATA,
     METRICS,
@@ -44,7 +44,9 @@ from famt.train.comparison import (
     mean_and_error,
     percent,
 )
+from famt.train.config import Pretrain, TrainingOptions
 from famt.train.program_options import Report
+from famt.train.recipe import DEFAULT, load
 from famt.train.run_log import History
 
 _COLOURS = [
@@ -262,8 +264,12 @@ def _differences(groups: Sequence[Group]) -> list[tuple[str, list[str]]]:
 
 
 def _changed(run: History) -> list[tuple[str, list[str]]]:
-    """Model and recipe of a run, and its options that differ from the defaults."""
-    defaults = flat(default_options()["checkpoint" in run.options].describe())
+    """Model and recipe of a run, and its options that differ from those of the default recipe."""
+    if "checkpoint" in run.options:
+        kind: TrainingOptions = default_options()[1]
+    else:
+        kind = resolve(load(DEFAULT), Pretrain)
+    defaults = flat(kind.describe())
     named = [name for name in ("model", "recipe") if name in run.options]
     changed = [
         name

@@ -21,6 +21,7 @@ from famt.pipeline.sharding.labels import class_names, find_label, read_labels
 from famt.pipeline.sharding.segmentation_masks import decode_mask
 from famt.pipeline.sharding.shards import NO_LABEL, count_endings
 
+_SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "unlabeled"}
 _TORCHVISION = {
     "cifar10": torchvision.datasets.CIFAR10,
     "cifar100": torchvision.datasets.CIFAR100,
@@ -81,7 +82,7 @@ def open_source(
     Raises:
         FileNotFoundError: no such folder or file, no images in it, or an image without its mask.
         UserError: another split of the digits than "train"; labels for something that is no folder,
-            or for none of its images.
+            or for none of its images; a folder of splits.
     """
     folder = Path(source)
     if labels and not folder.is_dir():
@@ -110,6 +111,10 @@ def open_source(
         return Source([], items, others)
     # Empty ones too: a class keeps its number in a split that has no image of it.
     classes = sorted(name for name in below if not name.startswith("."))
+    if classes and _SPLITS.issuperset(classes):
+        raise UserError(
+            f"{source} holds splits, not classes: {', '.join(classes)}; give one of these folders"
+        )
     label = {name: number for number, name in enumerate(classes)}
     items = [Item(str(name), label[name.parts[0]], partial(Path, folder, name)) for name in images]
     return Source(classes, items, others)

@@ -229,7 +229,7 @@ def test_a_flat_folder_has_no_classes(make, tmp_path, capsys):
     assert {s["__key__"].split("-")[-1] for s in samples} == {"a_1", "b", "c"}
     assert json.loads((tmp_path / "o" / "dataset.json").read_text())["classes"] == []
     out, err = capsys.readouterr()
-    assert "3 images of no classes" in out
+    assert "3 images without classes" in out
     assert "ignored files that are no images: 1 .txt" in err
 
 
@@ -267,6 +267,13 @@ def test_a_folder_without_images_is_refused(make, tmp_path):
     (tmp_path / "empty" / "class" / "a.gif").write_bytes(encode(photo(0), "GIF"))
     with pytest.raises(FileNotFoundError, match=r"holds no images, but 1 \.gif"):
         make(tmp_path / "empty")
+
+
+def test_a_folder_of_splits_is_no_folder_of_classes(make, tmp_path):
+    photos = _scatter(tmp_path / "photos", "train/cat/x.jpg", "val/cat/y.jpg")
+    with pytest.raises(UserError, match=r"photos holds splits, not classes: train, val; give one"):
+        make(photos)
+    assert _labels(make(photos / "train")) == [b"0"]
 
 
 @pytest.mark.parametrize("split", ["", "a/b", "tr{a,b}"])

@@ -60,7 +60,8 @@ def test_simmim_takes_a_recipe_with_a_decoder_that_it_has_not():
 @pytest.mark.parametrize("options", ["--join.mask-ratio 0.7", "--join.mask-ratio 0.001"])
 def test_ratios_that_leave_nothing_to_see_or_mask_are_refused(options):
     with pytest.raises(
-        UserError, match=f"--join: .*mask ratio {options.split()[1]} and throw ratio 0.4"
+        UserError,
+        match=f"-ratio, --join.throw-ratio: .*mask ratio {options.split()[1]} and throw ratio 0.4",
     ):
         _parse(options)
 

@@ -183,6 +183,10 @@ def test_a_folder_that_is_there_is_left_alone(tiny_run, tmp_path):
         _export(tiny_run, "timm", tmp_path / "out")
     with pytest.raises(FileNotFoundError):
         _export(tmp_path / "none", "timm", tmp_path / "new")
+    (tmp_path / "out" / "config.json").touch()
+    with pytest.raises(UserError, match="out is an exported encoder; give the run"):
+        _export(tmp_path / "out", "timm", tmp_path / "new")
+    (tmp_path / "out" / "config.json").unlink()
     assert not list((tmp_path / "out").iterdir())
     assert not (tmp_path / "new").exists()
 

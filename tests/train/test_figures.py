@@ -72,8 +72,7 @@ def test_a_refreshed_signal_without_a_generation_is_drawn_as_the_plain_run_it_is
 ):
     train(epochs=1, frequency=FrequencyConfig("refreshed"), attention=OFF)
     main(_figures(config, scored))
-    assert "frequency" not in drawn
-    _same(drawn["weights"], torch.ones(3, 64))
+    assert drawn.keys() == {"crop", "split", "reconstruction"}
     dark = (drawn["split"] != drawn["crop"]).any(-1)  # masked: three quarters, as MAE's
     assert dark.mean() == pytest.approx(0.75, abs=0.02)
 

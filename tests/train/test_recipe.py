@@ -178,6 +178,12 @@ def test_an_unknown_recipe_is_named():
         _parse("mea")
 
 
+def test_a_wrong_option_is_told_with_the_help_that_shows_all(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--mask-ratio", "0.5"], "Train.")
+    assert "--help-all` shows all options" in capsys.readouterr().err
+
+
 def test_help_lists_the_recipes_and_shows_what_the_one_given_sets(capsys):
     with pytest.raises(SystemExit):
         parse(["--recipe", "mae", "--help-all"], "Train.")

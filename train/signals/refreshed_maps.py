@@ -142,7 +142,9 @@ class RefreshedMaps:
         if self._pinned:
             return f"from {self._pinned}"
         due = self._config.refreshes
-        alone = due and not self._is_followed
+        if not due:
+            return "none of which is due in this run"
+        alone = not self._is_followed
         meanwhile = "waits for it" if self._config.refresh.wait else "goes on meanwhile"
         return (
             f"recomputed every {counted(due.step, 'epoch')}, {counted(len(due), 'time')}, by a "
