@@ -42,7 +42,7 @@ from famt.jobs.options import RayPretrain, RefreshWorkers
 from famt.jobs.refresh_scores import following
 from famt.jobs.refresh_workers import GPU_SHARE
 from famt.pipeline.errors import UserError
-from famt.train import pretrain, run_log
+from famt.train import pretrain
 from famt.train.command_line import parsed, run_program
 from famt.train.config import Pretrain
 from famt.train.distributed import require_device
@@ -76,11 +76,13 @@ def main(args: RayPretrain) -> None:
         return
     if args.gpu:
         raise UserError("--gpu needs --workers; without them, --device chooses")
-    refreshes = config.refreshes and os.environ.get("RANK", "0") == "0"  # torchrun's main rank
-    with following(config.out, beside(args)) if refreshes else nullcontext():
-        pretrain.main(config)
-    if args.data and run_log.read(config.out).finished:
+    is_main = os.environ.get("RANK", "0") == "0"  # of torchrun's ranks
+    with following(config.out, beside(args)) if config.refreshes and is_main else nullcontext():
+        finished = pretrain.main(config)
+    if finished and args.data:
         from_images.finish(config.out)
+    elif finished and is_main:
+        print(f"finished; its encoder: famt export {config.out} --to timm --out <folder>")
 
 
 def beside(args: RayPretrain) -> RefreshWorkers:

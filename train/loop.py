@@ -208,8 +208,9 @@ class Training(ABC, Generic[Batch]):
         bf16 = self.config.precision == "bf16"
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bf16)
 
-    def train(self, stop: Stop) -> None:
-        """Train until the last step, or until asked to stop, and write a checkpoint."""
+    def train(self, stop: Stop) -> bool:
+        """Train until the last step, or until asked to stop, and write a checkpoint; whether all
+        steps are done."""
         if self.ranks.is_main:
             print(self.plan(), flush=True)
             self.log = Log(
@@ -242,6 +243,7 @@ class Training(ABC, Generic[Batch]):
         if self.log:
             self.log.event(self.step, "finished" if finished else "stopped by a signal")
             self.log.close()
+        return finished
 
     def _epochs(self, stop: Stop) -> bool:
         """Train, write a checkpoint and call `close`; False if asked to stop."""

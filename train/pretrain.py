@@ -51,14 +51,15 @@ from famt.train.signals.signal import Context, Signal, Step
 from famt.train.stop import Stop
 
 
-def main(config: Pretrain) -> None:
-    """Train for `config.epochs`, resuming from the last checkpoint if there is one."""
+def main(config: Pretrain) -> bool:
+    """Train for `config.epochs`, resuming from the last checkpoint if there is one; False if asked
+    to stop before the end."""
     with (
         join_ranks(config.device) as ranks,
         own_folder(config.out) if ranks.is_main else contextlib.nullcontext(),
         Stop() as stop,
     ):
-        Run(config, ranks).train(stop)
+        return Run(config, ranks).train(stop)
 
 
 class Run(Training[PatchBatch]):

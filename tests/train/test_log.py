@@ -40,9 +40,9 @@ def test_a_run_that_is_begun_again_at_its_end_keeps_what_stands_there(tmp_path, 
 @pytest.mark.parametrize(
     ("seconds", "total", "steps", "told"),
     [
-        (2.0, 6021, 21, "about 3 h 20 min to go: 6000 steps of 2 s"),
-        (0.5, 46, 21, "about 12 s to go: 25 steps of 0.5 s"),
-        (45.0, 10003, 3, "about 5 d 5 h to go: 10000 steps of 45 s"),
+        (2.0, 6021, 21, "about 3 h 20 min to go at this rate: 6000 steps of 2 s"),
+        (0.5, 46, 21, "about 12 s to go at this rate: 25 steps of 0.5 s"),
+        (45.0, 10003, 3, "about 5 d 5 h to go at this rate: 10000 steps of 45 s"),
     ],
 )
 def test_how_long_a_run_will_take_is_said_once(
