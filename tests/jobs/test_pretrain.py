@@ -64,7 +64,7 @@ def test_one_command_brings_the_refresh_job_along_and_ends_it(scored, tmp_path, 
     plan, errors = process.communicate()
     assert process.returncode == 0, errors
     # No word of a job that is lacking; famt-paper waits by itself.
-    assert "every 2 epochs, 1 time, by a job that follows this run, which waits for it\n" in plan
+    assert "every 2 epochs, 1 time, by a job beside this run, which waits for it\n" in plan
     (event,) = log_events(out, "generation")
     assert event["generation"] == 12
     assert not log_events(out, "refresh job ended")

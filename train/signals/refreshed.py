@@ -43,9 +43,8 @@ class Refreshed(Signal):
         self._maps.saved()
 
     def describe(self) -> str:
-        return (
-            f"{self._kind} of whole images to the power {self.exponent:g}, {self._maps.describe()}"
-        )
+        power = "" if self.exponent == 1 else f" to the power {self.exponent:g}"
+        return f"{self._kind} of whole images{power}, {self._maps.describe()}"
 
     def close(self, *, finished: bool) -> None:
         self._maps.close(finished=finished)
@@ -71,4 +70,4 @@ class CachedThenRefreshed(Refreshed):
 
     def describe(self) -> str:
         self.exponent = self._own_exponent
-        return f"{self._cached.describe()} until there is {super().describe()}"
+        return f"{self._cached.describe()}, then {super().describe()}"

@@ -145,11 +145,11 @@ class RefreshedMaps:
         if not due:
             return "none of which is due in this run"
         alone = not self._is_followed
+        every = "epoch" if due.step == 1 else f"{due.step} epochs"
         meanwhile = "waits for it" if self._config.refresh.wait else "goes on meanwhile"
         return (
-            f"recomputed every {counted(due.step, 'epoch')}, {counted(len(due), 'time')}, by a "
-            f"job that follows this run, which {meanwhile}"
-            + (f"; none does: start `{self._job}`" if alone else "")
+            f"recomputed every {every}, {counted(len(due), 'time')}, by a job beside this run, "
+            f"which {meanwhile}" + (f"; none does: start `{self._job}`" if alone else "")
         )
 
     def close(self, *, finished: bool) -> None:
