@@ -30,7 +30,7 @@ from tqdm import tqdm
 from famt.jobs.options import MakeShards
 from famt.pipeline.sharding.dataset_json import check_dataset, describe_dataset
 from famt.pipeline.sharding.shards import NO_LABEL, count_endings
-from famt.pipeline.sharding.sources import open_source
+from famt.pipeline.sharding.sources import open_source, refuse_splits
 from famt.pipeline.sharding.writer import write_shards
 from famt.pipeline.wording import counted
 from famt.train.command_line import parsed, run_program
@@ -43,6 +43,8 @@ def main(args: MakeShards) -> int:
     )
     if args.unlabelled:
         classes, items = [], [dataclasses.replace(item, label=NO_LABEL) for item in items]
+    elif not args.labels:
+        refuse_splits(args.source, classes)
     order = np.random.default_rng(args.seed).permutation(len(items))
     held_out = set(order[: int(len(items) * args.holdout)].tolist())
     parts = {args.split: [item for n, item in enumerate(items) if n not in held_out]}

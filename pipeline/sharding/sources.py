@@ -82,7 +82,7 @@ def open_source(
     Raises:
         FileNotFoundError: no such folder or file, no images in it, or an image without its mask.
         UserError: another split of the digits than "train"; labels for something that is no folder,
-            or for none of its images; a folder of splits.
+            or for none of its images.
     """
     folder = Path(source)
     if labels and not folder.is_dir():
@@ -111,13 +111,22 @@ def open_source(
         return Source([], items, others)
     # Empty ones too: a class keeps its number in a split that has no image of it.
     classes = sorted(name for name in below if not name.startswith("."))
-    if classes and _SPLITS.issuperset(classes):
-        raise UserError(
-            f"{source} holds splits, not classes: {', '.join(classes)}; give one of these folders"
-        )
     label = {name: number for number, name in enumerate(classes)}
     items = [Item(str(name), label[name.parts[0]], partial(Path, folder, name)) for name in images]
     return Source(classes, items, others)
+
+
+def refuse_splits(source: str, classes: list[str]) -> None:
+    """Refuse to take folders of splits for classes.
+
+    Raises:
+        UserError: all folders are called as splits are.
+    """
+    if classes and _SPLITS.issuperset(classes):
+        raise UserError(
+            f"{source} holds splits, not classes: {', '.join(classes)}; give one of these folders, "
+            "or put all into shards without classes by `famt shards --unlabelled`"
+        )
 
 
 def _files(folder: Path, labels: Path | None = None) -> tuple[list[Path], dict[str, int]]:

@@ -274,6 +274,7 @@ def test_a_folder_of_splits_is_no_folder_of_classes(make, tmp_path):
     with pytest.raises(UserError, match=r"photos holds splits, not classes: train, val; give one"):
         make(photos)
     assert _labels(make(photos / "train")) == [b"0"]
+    assert _labels(make(photos, out="both", unlabelled=True)) == [None, None]
 
 
 @pytest.mark.parametrize("split", ["", "a/b", "tr{a,b}"])
