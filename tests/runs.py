@@ -1,4 +1,4 @@
-"""What a run left behind: its weights, and the lines of its log."""
+"""What runs and steps leave behind: weights, lines of a log, scores in a bank."""
 
 import json
 from collections.abc import Mapping
@@ -38,3 +38,18 @@ def log_points(folder: Path) -> list[dict[str, Any]]:
 def log_events(folder: Path, name: str) -> list[dict[str, Any]]:
     """The events of a name among the lines of a run's log."""
     return [line for line in log_lines(folder) if line.get("event") == name]
+
+
+def written_by_a_step(run):
+    """The batch of a run's first step, and what its one signal, a banked one, writes of it:
+    scores and whether each is known, `[B, N]`."""
+    (signal,) = run.signals
+    written = []
+    signal.bank.write = lambda *what: written.append(what)
+    batch = run.prepare(next(iter(run.loader)), 0)
+    run.forward_backward(batch)
+    signal.synchronise()
+    ((views, scores, step, known),) = written
+    assert views.rows.tolist() == batch.views.rows.tolist()
+    assert step == 0
+    return batch, scores, known

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from runs import written_by_a_step
 
 from famt.patches import normalise
 from famt.pipeline.options import JoinConfig
@@ -15,15 +16,7 @@ def test_a_step_writes_the_ranks_of_its_errors_at_the_cells_of_the_masked_patche
         join=JoinConfig(predicted_share=share),
         accumulate=2,
     )
-    (signal,) = run.signals
-    written = []
-    signal.bank.write = lambda *what: written.append(what)
-    batch = run.prepare(next(iter(run.loader)), 0)
-    run.forward_backward(batch)
-    signal.synchronise()
-    ((views, scores, step, known),) = written
-    assert torch.equal(views.rows, batch.views.rows)
-    assert step == 0
+    batch, scores, known = written_by_a_step(run)
     with torch.no_grad():
         predicted = run.model.predict(normalise(batch.visible), batch.split)
     for b in range(8):

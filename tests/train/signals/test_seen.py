@@ -1,5 +1,6 @@
 import pytest
 import torch
+from runs import written_by_a_step
 
 from famt.patches import normalise
 from famt.pipeline.errors import UserError
@@ -30,15 +31,7 @@ def _attention(run, batch):
 
 
 def test_a_step_writes_what_it_attends_to_at_the_cells_of_the_visible_patches(run):
-    (signal,) = run.signals
-    written = []
-    signal.bank.write = lambda *what: written.append(what)
-    batch = run.prepare(next(iter(run.loader)), 0)
-    run.forward_backward(batch)
-    signal.synchronise()
-    ((views, scores, step, known),) = written
-    assert torch.equal(views.rows, batch.views.rows)
-    assert step == 0
+    batch, scores, known = written_by_a_step(run)
     attention = _attention(run, batch)
     for b in range(8):
         visible = batch.split.visible[b].tolist()
