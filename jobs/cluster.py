@@ -40,6 +40,7 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         print("starting Ray and its workers on this machine", file=sys.stderr, flush=True)
+        options["include_dashboard"] = False  # half of its processes
     try:
         if address not in ("local", "auto"):
             host, _, port = address.rpartition("/")[2].rpartition(":")
