@@ -98,12 +98,6 @@ class Checkpoint:
         """Share of the run done, in [0, 1]."""
         return float(self.components["optimisation"]["progress"])
 
-    @property
-    def signals(self) -> dict[str, dict[str, Any]]:
-        """The state of each signal, by slot."""
-        others = ("model", "optimisation")
-        return {name: state for name, state in self.components.items() if name not in others}
-
 
 def save(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Write `<folder>/checkpoint-<step>.pt` atomically, then remove all but the last `keep`.

@@ -325,7 +325,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     def without_effect(self) -> list[str]:
         """Options that were given but change nothing beside the others, each with the reason."""
         weights = rf"({'|'.join(self.slots)}|spec|refresh)\.|join\.(visible|thrown|blend|loss)"
-        step_alone = ("live", "seen", "refreshed")
+        one_step = self.attention.sources.keys() - {"rolling"}  # a package's source may take them
         rules = [
             (not self.weighs, weights, "no signal weighs patches"),
             *(
@@ -334,7 +334,7 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
             ),
             (self.cached_score is None, r"spec\.", "no score is cached"),
             (not self.frequency.is_cached, r"frequency\.cached", "its score is not cached"),
-            (self.attention.source in step_alone, r"attention\.(every|image)", "it is not rolling"),
+            (self.attention.source in one_step, r"attention\.(every|image)", "it is not rolling"),
             (not self.refreshes, r"refresh\.(every|wait)", "no score is refreshed"),
             (self.join.predicted_share == 1, r"join\.predicted$", "all are predicted"),
             (not METHODS[self.method].has_decoder, "decoder", f"{self.method} has no decoder"),

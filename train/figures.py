@@ -89,7 +89,7 @@ def _signals(run: Checkpoint, options: Pretrain, context: Context) -> list[Signa
     signals: list[Signal] = []
     own = run.config["data"] == context.samples.digest
     for name, slot in options.slots.items():
-        state = run.signals.get(name, {})
+        state = run.components.get(name, {})
         signal: Signal | None = None
         if slot.is_refreshed:
             if state.get("generation") is not None:

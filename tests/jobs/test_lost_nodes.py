@@ -114,7 +114,7 @@ def test_a_training_and_the_refresh_beside_it_outlive_a_node_lost_during_each(
     lose(nodes, node)
     calm, disturbed = checkpoint.load(tmp_path / "undisturbed"), checkpoint.load(out)
     assert calm.step == disturbed.step == 24
-    assert calm.signals == disturbed.signals == {"frequency": {"generation": 18}}
+    assert calm.components["frequency"] == disturbed.components["frequency"] == {"generation": 18}
     assert equal(calm.model, disturbed.model)
     assert len(log_events(out, "start")) == 3
 

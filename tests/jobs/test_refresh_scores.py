@@ -97,7 +97,7 @@ def test_a_run_that_is_killed_as_its_jobs_are_ends_as_one_that_is_not(scored, tm
     samples, maps = load_samples(scored.shards, scored.cache), []
     for each in (undisturbed, out):
         state = checkpoint.load(each)
-        assert (state.step, state.signals) == (24, {"frequency": {"generation": 21}})
+        assert (state.step, state.components["frequency"]) == (24, {"generation": 21})
         record = json.loads((each / "refresh" / "epochs.json").read_text())["epochs"]
         assert record == {str(epoch): [3 * epoch, step] for epoch, step in enumerate(epochs)}
         (last,) = generations(each / "refresh")
@@ -124,7 +124,7 @@ def test_a_follower_serves_a_run_that_does_not_wait_until_it_is_finished(scored,
     events = log_events(out, "generation")
     assert events
     assert all(each["age_steps"] >= 0 for each in events)
-    used = checkpoint.load(out).signals["frequency"]["generation"]
+    used = checkpoint.load(out).components["frequency"]["generation"]
     assert used == events[-1]["generation"]
 
 

@@ -315,7 +315,7 @@ def lost_generations(resumed: Checkpoint, config: Pretrain, samples: SampleTable
         return []
     folder, lost = RefreshFolder(config.out), []
     needed = Epochs(folder, resumed.run).generations_since(resumed.step)
-    states = (state.get("generation") for state in resumed.signals.values())
+    states = (state.get("generation") for state in resumed.components.values())
     needed |= {step for step in states if step is not None}
     for path in map(folder.generation, sorted(needed)):
         try:
