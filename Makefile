@@ -22,8 +22,9 @@ docs: .venv/installed  ## the pages as a site, in build/docs
 	$(BIN)/pip install --quiet -e '.[docs]'
 	$(BIN)/mkdocs build --strict -f docs/site/mkdocs.yml
 
-test: lint  ## lint and the fast tests
-	$(BIN)/python -m pytest
+# Their models are so small that a second thread costs more than it gives.
+test: lint  ## lint and the fast tests, a file on each core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-all: lint  ## and the slow ones
 	$(BIN)/python -m pytest -m ''

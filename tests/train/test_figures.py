@@ -84,7 +84,7 @@ def test_a_cached_score_is_drawn_until_there_is_a_generation_then_the_encoders(
     main(_figures(config, scored))
     _same(drawn["frequency"], crop_scores(_maps(scored), _crops(scored), 8))
     state = checkpoint.load(config.out)
-    state.signals["frequency"]["generation"] = 3
+    state.components["frequency"]["generation"] = 3
     checkpoint.save(config.out, state, keep=1)
     before = drawn["frequency"]
     main(_figures(config, scored))
@@ -97,7 +97,7 @@ def test_the_runs_own_images_are_drawn_by_what_its_banks_hold(config, train, sco
     main(_figures(config, scored))
     crops = _crops(scored)
     for name in signals:
-        maps = checkpoint.load(config.out).signals[name]["maps"]
+        maps = checkpoint.load(config.out).components[name]["maps"]
         _same(drawn[name], crop_scores(maps, crops, 8))
     others = dataclasses.replace(_figures(config, scored), shards=scored.shards[:1])
     main(others)

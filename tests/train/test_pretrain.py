@@ -98,7 +98,7 @@ def test_plain_epochs_are_those_of_a_plain_mae(train, tmp_path):
     for step, same in ((3, True), (6, False)):
         name = f"checkpoint-{step:08d}.pt"
         assert equal(weights(plain / name), weights(late / name)) == same
-    written = checkpoint.load(late).signals["attention"]["refreshed"] >= 0
+    written = checkpoint.load(late).components["attention"]["refreshed"] >= 0
     assert written.sum() == 3  # of one epoch
 
 
@@ -133,7 +133,7 @@ def test_live_attention_leaves_the_gradients_alone(begin):
 def test_plain_mae_needs_no_score_maps(train, tmp_path):
     join = _parse("--recipe=mae").join
     out = train(join=join, cache=str(tmp_path / "unscored"), epochs=1, **OFF)
-    assert checkpoint.load(out).signals == {}
+    assert checkpoint.load(out).components.keys() == {"model", "optimisation"}
 
 
 def test_a_run_of_any_sizes_is_rebuilt_from_its_checkpoint_alone(train):

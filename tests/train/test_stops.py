@@ -221,7 +221,8 @@ def test_ranks_stop_after_the_same_step_and_go_on_to_the_bit(config, tmp_path, m
     one, other = (checkpoint.load(tmp_path / name) for name in ("stopped", "whole"))
     assert one.step == other.step == 120
     assert equal(one.model, other.model)
-    assert torch.equal(one.signals["attention"]["maps"], other.signals["attention"]["maps"])
+    maps, others = (each.components["attention"]["maps"] for each in (one, other))
+    assert torch.equal(maps, others)
 
 
 @pytest.mark.slow

@@ -214,7 +214,7 @@ def test_a_pinned_generation_serves_another_run(config, scored, refresh, tmp_pat
 
 def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config, train, folder, capfd):
     state = checkpoint.load(train(epochs=3))
-    assert (state.step, state.signals) == (9, {"frequency": {"generation": None}})
+    assert (state.step, state.components["frequency"]) == (9, {"generation": None})
     assert folder.finished.exists()
     plan, told = capfd.readouterr()
     assert f"none does: start `famt refresh --follow {config.out}`" in plan
@@ -272,7 +272,7 @@ def test_a_run_that_waits_for_a_generation_can_be_stopped(config, begin, folder)
         begin(refresh=WAITING, epochs=3, log_steps=4).train(stop)
     state = checkpoint.load(config.out)
     assert (state.step, state.epoch) == (3, 1)
-    assert state.signals == {"frequency": {"generation": None}}
+    assert state.components["frequency"] == {"generation": None}
     # The losses of the first epoch are logged before they are saved.
     assert [(line["step"], line["epoch"]) for line in log_points(config.out)] == [(3, 0)]
     assert not folder.finished.exists()
@@ -357,7 +357,7 @@ def test_a_run_whose_generations_are_lost_goes_on_only_if_elastic(
     with folder.followed():
         begin(refresh=WAITING, epochs=4).train(stop)
     left = checkpoint.load(config.out)
-    assert (left.step, left.signals) == (9, {"frequency": {"generation": 3}})
+    assert (left.step, left.components["frequency"]) == (9, {"generation": 3})
 
     lose(folder.generation(3))
     with pytest.raises(UserError, match=r"without .*generation-00000003\.zip; --elastic resumes"):
