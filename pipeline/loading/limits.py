@@ -1,9 +1,10 @@
-"""What this process may use of its machine: open files and CPU cores."""
+"""What this process may use of its machine: open files, CPU cores and memory."""
 
 from __future__ import annotations
 
 import os
 import resource
+from pathlib import Path
 
 _OTHERS = 256  # libraries, sockets, logs
 
@@ -12,6 +13,13 @@ def own_cores() -> int:
     """This rank's share of the machine's CPU cores."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def free_memory() -> int:
+    """Bytes of memory that programs can have, the page cache of files included."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kib = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+    return 1024 * int(kib)
 
 
 def allow_open_files(count: int) -> None:

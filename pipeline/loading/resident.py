@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from famt.device_copies import send
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dali_graphs import build_pipeline, rows_of, whole_image_graph
 from famt.pipeline.loading.dataset import SampleTable
+from famt.pipeline.loading.limits import free_memory
 from famt.pipeline.loading.loader import CropLoader, Views
 from famt.pipeline.options import LoaderConfig
 from famt.resample import resample
@@ -83,9 +83,7 @@ class ResidentLoader(CropLoader):
         """The images padded to that size, or a UserError if memory has no room for them."""
         needed = len(images) * height * width * 3
         free = (
-            torch.cuda.mem_get_info(self.device)[0]
-            if self.device.type == "cuda"
-            else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free_memory()
         )
         if needed > _ROOM * free:
             raise UserError(

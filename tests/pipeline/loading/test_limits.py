@@ -3,6 +3,7 @@ import resource
 import subprocess
 import sys
 
+import psutil
 import pytest
 from launch import program_file
 from samples import photo_members, score, tar_bytes
@@ -41,3 +42,7 @@ def test_a_limit_that_can_not_be_raised_is_an_error_that_says_how(monkeypatch):
     with pytest.raises(OSError, match=rf"open no more than {soft} .*`ulimit -n \d+`"):
         limits.allow_open_files(soft)
     limits.allow_open_files(0)
+
+
+def test_memory_that_caches_files_counts_as_free():
+    assert limits.free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.3)
