@@ -38,10 +38,10 @@ class PatchConfig:
         self._at_least_1("image_size", "patch_size", "unit")
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image size {self.image_size} is no multiple of patch size {self.patch_size}"
+                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
             )
         if self.grid % self.unit:
-            raise ValueError(f"{self.grid} patches a side do not divide into units of {self.unit}")
+            raise ValueError(f"unit {self.unit} must divide the {self.grid} patches a side")
         if self.low_pass is not None and not 0 <= self.low_pass < math.inf:
             raise ValueError(f"low_pass {self.low_pass} must be a number of at least 0")
 
@@ -100,13 +100,13 @@ class ModelConfig(PatchConfig):
                 f"fused {self.fused} must be rising numbers of blocks from 0 to {self.depth - 2}, "
                 "each before the last"
             )
-        for part, width, heads in (
-            ("encoder", self.width, self.heads),
-            ("decoder", self.decoder_width, self.decoder_heads),
+        for name, width, heads in (
+            ("width", self.width, self.heads),
+            ("decoder_width", self.decoder_width, self.decoder_heads),
         ):
             if width % heads or width % 4:
                 raise ValueError(
-                    f"{part} width {width} must be a multiple of its {heads} heads, and of 4 for "
+                    f"{name} {width} must be a multiple of its {heads} heads, and of 4 for "
                     "its sin-cos positions"
                 )
 

@@ -219,8 +219,9 @@ class ModelOptions(Checked):
             raise UserError(f"--model {self.model}: give {', '.join(MODELS)}, or timm:<name>")
         try:
             return dataclasses.replace(model, fused=self.fused, **changes)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        except ValueError as error:  # begins with the name of a size
+            name, _, rest = str(error).partition(" ")
+            raise UserError(f"--{name.replace('_', '-')} {rest}") from None
 
     @property
     def plain(self) -> JoinConfig:

@@ -21,11 +21,11 @@ def test_names_have_the_sizes_of_their_namesakes(name, millions):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 30, "patch_size": 8}, "30 is no multiple of patch size 8"),
+        ({"image_size": 30, "patch_size": 8}, "image_size 30 must be a multiple of patch_size 8"),
         ({"patch_size": 0}, "patch_size 0 must be at least 1"),
         ({"decoder": "croos"}, "decoder 'croos' must be self or cross"),
-        ({"heads": 5}, "encoder width 96 must be a multiple of its 5 heads"),
-        ({"decoder_width": 66}, "decoder width 66 must be .* of 4 for"),
+        ({"heads": 5}, "width 96 must be a multiple of its 5 heads"),
+        ({"decoder_width": 66}, "decoder_width 66 must be .* of 4 for"),
     ],
 )
 def test_sizes_that_make_no_model_are_refused(change, message):

@@ -65,5 +65,5 @@ def test_a_run_weighs_by_any_encoder_from_its_first_step(scored, source, tmp_pat
 
 def test_a_size_that_does_not_divide_into_patches_is_refused_by_the_source(source):
     args = RefreshScores(init=str(source), shards=["x.tar"], cache="scores", image_size=55)
-    with pytest.raises(UserError, match=f"{source}: image size 55 is no multiple of patch size"):
+    with pytest.raises(UserError, match=f"{source}: image_size 55 must be a multiple"):
         initial_encoder(args)
