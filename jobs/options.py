@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -75,6 +77,13 @@ class RayPretrain(Pretrain, Data):
         if "--help" in words or "--data" not in words:
             return arguments
         given = tyro.cli(cls, prog=called(), args=arguments, default=default)
+        if given.workers or "RANK" in os.environ:
+            if os.environ.get("RANK", "0") != "0":
+                time.sleep(10)  # torchrun ends this rank with the main one, which says why
+            raise UserError(
+                "--data trains in one process; for several ranks make shards with `famt shards`, "
+                "scores with `famt score`, and give --shards and --cache"
+            )
         from famt.jobs.from_images import suggested
 
         return [*suggested(given, words), *arguments]

@@ -60,11 +60,6 @@ def main(args: RayPretrain) -> None:
         **{each.name: getattr(args, each.name) for each in dataclasses.fields(Pretrain)}
     )
     if args.data:
-        if args.workers or "RANK" in os.environ:
-            raise UserError(
-                "--data trains in one process; for several ranks make shards with `famt shards`, "
-                "and give --shards and --cache"
-            )
         require_device(config.device)
         from_images.prepare(args.data, args.labels, config.out, config.cached_score)
     elif not (args.shards and args.cache):

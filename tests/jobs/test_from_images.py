@@ -77,6 +77,14 @@ def test_wrong_options_are_told_before_the_images_are_looked_at(capsys):
     assert "--shards" not in told
 
 
+@pytest.mark.slow
+def test_several_ranks_are_refused_once_and_before_the_images_are_looked_at():
+    ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "famt", "pretrain"]
+    told = run(*ranks, "--data", "missing", "--out", "run", code=1).stderr
+    assert told.count("error: --data trains in one process") == 1
+    assert "exitcode  : 2" in told
+
+
 def test_the_help_shows_data_first_and_that_it_is_enough(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"], None, RayPretrain)
