@@ -85,8 +85,8 @@ def parse(
         about += f"\n\nRecipes: {', '.join(recipe.names())}\n\n--help-all shows all options."
         return tyro.cli(short, prog=called(), args=arguments, default=default, description=about)
     arguments = ["--help" if each == "--help-all" else each for each in arguments]
-    arguments = program.with_suggestions(arguments, default)
     try:
+        arguments = program.with_suggestions(arguments, default)
         return tyro.cli(program, prog=called(), args=arguments, default=default, description=about)
     except SystemExit as ended:
         if ended.code:  # tyro's own hint is at --help

@@ -73,6 +73,7 @@ def test_wrong_options_are_told_before_the_images_are_looked_at(capsys):
         with pytest.raises(SystemExit):
             parse(["--data", "missing", *wrong], None, RayPretrain)
         assert "missing is no folder" not in (told := capsys.readouterr().err)
+        assert told.endswith("--help-all` shows all options\n")
     assert "--out" in told
     assert "--shards" not in told
 
