@@ -190,7 +190,7 @@ def finish(out: Path) -> None:
         export.main(Export(checkpoint=out, to="timm", out=exported))
     shards = _folder(out) / "shards"
     print(
-        f"\nencoder: {exported}, loaded by a line above\n"
+        f'\nencoder: timm.create_model("local-dir:{exported}", pretrained=True)\n'
         f"page:    famt report {out} --out {out / 'report.html'}"
     )
     if list(shards.glob("val-*.tar")):

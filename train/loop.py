@@ -211,6 +211,14 @@ class Training(ABC, Generic[Batch]):
     def train(self, stop: Stop) -> bool:
         """Train until the last step, or until asked to stop, and write a checkpoint; whether all
         steps are done."""
+        if self.step == self.last_step and not self.loader.step:
+            if self.ranks.is_main:
+                print(
+                    f"{self.config.out} is finished: all {self.step} steps were done before. A "
+                    "longer run is a new one: give another --out"
+                )
+            self.close(finished=True)
+            return True
         if self.ranks.is_main:
             print(self.plan(), flush=True)
             self.log = Log(

@@ -14,7 +14,8 @@ from runs import equal, log_events, log_points, weights
 from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.pretrain import Run
-from famt.train.signals.config import AttentionConfig
+from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
+from famt.train.signals.refresh_folder import RefreshFolder
 
 EVERY_STEP = {"checkpoint_minutes": 0.0, "keep_checkpoints": 99}
 
@@ -90,8 +91,18 @@ def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
     assert equal(weights(stopped), weights(whole))
 
 
-def test_a_finished_run_is_left_alone(train):
-    before, after = (checkpoint.latest(train()).stat() for _ in range(2))
+def test_a_finished_run_is_left_alone_and_says_so_in_place_of_its_plan(train, capsys):
+    refreshed = {"frequency": FrequencyConfig("refreshed"), "refresh": RefreshConfig(every=1)}
+    before = checkpoint.latest(train(**refreshed)).stat()
+    assert "maps used" in capsys.readouterr().err
+    out = train(**refreshed)
+    after = checkpoint.latest(out).stat()
+    told = capsys.readouterr()
+    assert told.out.startswith(f"{out} is finished: all 9 steps were done before.")
+    assert told.out.count("\n") == 1
+    assert "pretrain:" not in told.err
+    assert "maps used" not in told.err
+    assert RefreshFolder(out).finished.exists()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 

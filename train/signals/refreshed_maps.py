@@ -158,7 +158,7 @@ class RefreshedMaps:
         if not (finished and self._ranks.is_main) or self._folder.finished.exists():
             return
         self._folder.finish()
-        if not self._pinned and self._config.refreshes:
+        if self._begun >= 0 and self._config.refreshes:  # else the run was finished before
             used, due = len(self._epochs.generations_since(0)), len(self._config.refreshes)
             late = "none was ready in time: train for more epochs, or give --refresh.wait"
             why = late if self._is_followed else "no job followed the run to its end"

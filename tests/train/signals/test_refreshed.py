@@ -231,6 +231,7 @@ def test_a_finished_run_tells_once_how_many_generations_it_used(
         maps = _maps(config, scored)
         for epoch, generation in enumerate((None, *used)):
             maps._epochs.write(epoch, 3 * epoch, generation)
+        maps._begun = 3
         maps.close(finished=True)
         maps.close(finished=True)  # by the run's other signal
     errors = capsys.readouterr().err
