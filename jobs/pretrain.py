@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from contextlib import nullcontext
 from typing import Any
 
@@ -74,10 +75,15 @@ def main(args: RayPretrain) -> None:
     is_main = os.environ.get("RANK", "0") == "0"  # of torchrun's ranks
     with following(config.out, beside(args)) if config.refreshes and is_main else nullcontext():
         finished = pretrain.main(config)
-    if finished and args.data:
+    if not (finished and is_main):
+        return
+    if args.data:
         from_images.finish(config.out)
-    elif finished and is_main:
-        print(f"finished; its encoder: famt export {config.out} --to timm --out <folder>")
+    else:
+        print(f"encoder: famt export {config.out} --to timm --out <folder>")
+    inputs = ["--cache", config.cache, "--shards", config.shards[0]]
+    figures = ["--checkpoint", str(config.out), *inputs, "--out", str(config.out / "masks.png")]
+    print(f"masks:   famt figures {shlex.join(figures)}")
 
 
 def beside(args: RayPretrain) -> RefreshWorkers:

@@ -1,6 +1,7 @@
 """`famt pretrain --data`: from a folder of images to an encoder, in one line."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -158,15 +159,20 @@ def test_k_nn_is_suggested_before_a_probe_that_takes_seconds(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_folder_becomes_an_encoder_and_the_same_command_goes_on(photos, tmp_path):
-    def start(out, *more, code=0):
-        command = ["-m", "famt", "pretrain", "--data", "photos", "--out", out, *more]
+    def famt(*words, code=0):
         environment = {**RAY, "PYTHONPATH": str(Path(__file__).parents[2])}
-        return run(*command, code=code, cwd=tmp_path, env=environment)
+        return run("-m", "famt", *words, code=code, cwd=tmp_path, env=environment)
+
+    def start(out, *more, code=0):
+        return famt("pretrain", "--data", "photos", "--out", out, *more, code=code)
 
     options = "--epochs", "3", "--batch-size", "8", "--spec.kind", "bandpass"
     for name in ("train", "jobs", "pipeline"):  # of the user's own
         (tmp_path / f"{name}.py").write_text("raise RuntimeError")
-    start("run", *options)
+    *_, figures = start("run", *options).stdout.splitlines()
+    assert figures.startswith("masks:   famt figures ")
+    famt(*shlex.split(figures)[2:])
+    assert (tmp_path / "run" / "masks.png").exists()
     encoder = timm.create_model(f"local-dir:{tmp_path / 'run' / 'encoder'}", pretrained=True)
     assert encoder(torch.zeros(1, 3, 32, 32)).shape == (1, 96)
     start("run", *options)
