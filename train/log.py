@@ -79,8 +79,8 @@ class Log:
                 left = self._bar.total - self._bar.n
                 if left:
                     told = (
-                        f"about {_duration(seconds * left)} to go at this rate: "
-                        f"{left} steps of {seconds:.3g} s"
+                        f"about {_duration(seconds * left)} to go at this rate, refreshes and "
+                        f"evaluations not counted: {left} steps of {seconds:.3g} s"
                     )
                     tqdm.write(told, file=sys.stderr)
                 self._timed = -1

@@ -102,7 +102,7 @@ class RefreshedMaps:
         due = epoch in self._config.refreshes
         known, wanted = self._ranks.from_main(lambda: self._epochs.at(epoch))
         if due:
-            self._ranks.from_main(lambda: self._write_encoder(step, log))
+            self._ranks.from_main(lambda: self._write_encoder(epoch, step, log))
         if known:  # the run has begun this epoch before
             self._take_up(wanted, epoch, step, log)
         elif not self._take_up_newest(due, epoch, step, stop, log):
@@ -163,7 +163,7 @@ class RefreshedMaps:
             late = "none was ready in time: train for more epochs, or give --refresh.wait"
             why = late if self._is_followed else "no job followed the run to its end"
             tqdm.write(
-                f"generations of refreshed maps used: {used} of {due}{'' if used else f'; {why}'}",
+                f"new score maps used: {used} of {due}{'' if used else f'; {why}'}",
                 file=sys.stderr,
             )
 
@@ -237,13 +237,14 @@ class RefreshedMaps:
             log.event(
                 step,
                 "generation",
-                tell=True,
                 epoch=epoch,
                 generation=wanted,
                 kinds=self._kinds,
                 age_steps=step - wanted,
                 pause_ms=1000 * (time.perf_counter() - started),
             )
+            told = f"step {step}: new score maps in use, by the encoder of step {wanted}"
+            tqdm.write(told, file=sys.stderr)
 
     def _load(self, path: Path, run: str | None = None) -> None:
         """Replace the maps by those of a generation.
@@ -290,7 +291,7 @@ class RefreshedMaps:
             if self.current is not None and step < self.current and step not in needed:
                 path.unlink(missing_ok=True)
 
-    def _write_encoder(self, step: int, log: Log | None) -> None:
+    def _write_encoder(self, epoch: int, step: int, log: Log | None) -> None:
         path = self._folder.encoder(step)
         self._folder.failure(step).unlink(missing_ok=True)
         if path.exists():
@@ -306,7 +307,12 @@ class RefreshedMaps:
         )
         self._folder.save(encoder)
         if log:
-            log.event(step, "refresh due", tell=True, encoder=path)
+            log.event(step, "refresh due", encoder=path)
+            due = self._config.refreshes
+            told = f"step {step}: new score maps requested, {due.index(epoch) + 1} of {len(due)}"
+            if epoch != due.start and not generations(self._folder.path):
+                told += "; none is ready so far (--refresh.wait waits for each)"
+            tqdm.write(told, file=sys.stderr)
 
 
 def lost_generations(resumed: Checkpoint, config: Pretrain, samples: SampleTable) -> list[Path]:

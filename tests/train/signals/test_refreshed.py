@@ -218,7 +218,7 @@ def test_training_goes_on_with_plain_mae_when_nobody_refreshes(config, train, fo
     assert folder.finished.exists()
     plan, told = capfd.readouterr()
     assert f"none does: start `famt refresh --follow {config.out}`" in plan
-    assert "generations of refreshed maps used: 0 of 1; no job followed the run" in told
+    assert "new score maps used: 0 of 1; no job followed the run" in told
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_a_finished_run_tells_once_how_many_generations_it_used(
         maps.close(finished=True)
         maps.close(finished=True)  # by the run's other signal
     errors = capsys.readouterr().err
-    assert errors.count("generations of refreshed maps used: ") == 1
+    assert errors.count("new score maps used: ") == 1
     assert told in errors
 
 
@@ -297,6 +297,22 @@ def test_a_run_that_does_not_wait_says_why_the_job_failed_and_goes_on(config, sc
     _begin(maps, 2, 3, log=log)
     (event,) = log_events(config.out, "refresh failed")
     assert event["reason"] == "no room on the cluster"
+
+
+def test_a_run_tells_of_each_refresh_and_from_the_second_on_that_none_is_ready(
+    config, scored, log, refresh, capsys
+):
+    maps = _maps(config, scored)
+    _begin(maps, 1, 2, 3, log=log)
+    refresh(9)
+    _begin(maps, 4, 5, log=log)
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")] == [
+        "step 3: new score maps requested, 1 of 3",
+        "step 9: new score maps requested, 2 of 3; none is ready so far "
+        "(--refresh.wait waits for each)",
+        "step 12: new score maps in use, by the encoder of step 9",
+        "step 15: new score maps requested, 3 of 3",
+    ]
 
 
 def test_a_run_that_waits_does_not_begin_where_no_job_follows_it(config, train, monkeypatch, capfd):
