@@ -164,8 +164,9 @@ _WORDS = {
 _SHARES = ("top1", "held_out_top1", "miou", "iou", "pixel_accuracy")
 
 
-def evaluation_table(line: Mapping[str, object]) -> str:
-    """A result as `--json` prints it, as text: shares in percent, with binomial standard errors."""
+def evaluation_table(line: Mapping[str, object], classes: int) -> str:
+    """A result as `--json` prints it, as text: shares in percent, with binomial standard errors,
+    and the share that a guess among the classes has right."""
     rows = []
     for name, value in line.items():
         kind = next((each for each in _SHARES if name.startswith(each)), None)
@@ -181,6 +182,8 @@ def evaluation_table(line: Mapping[str, object]) -> str:
     step = f", step {line['step']}" if trained else ""
     head = f"{line['evaluate']} of {line['checkpoint']} ({line['weights']} weights{step})"
     images = f"{line['val_images']} images to test on, {line['train_images']} to learn from"
+    if any(name.startswith("top1") for name in line):
+        rows.append((f"chance, {classes} classes", f"{100 / classes:5.1f} %"))
     width = max((len(label) for label, _ in rows), default=0)
     return "\n".join([head, images, *(f"  {label:{width}}  {value}" for label, value in rows)])
 

@@ -69,10 +69,11 @@ def test_an_evaluation_is_shown_in_percent_with_its_standard_error():
         "val_data": "1cd", "top1_cls": 0.50234, "stderr_cls": 0.005, "held_out_top1_cls": 0.504,
         "learning_rate_cls": 0.03,
     }  # fmt: skip
-    assert evaluation_table(line).splitlines() == [
+    assert evaluation_table(line, 10).splitlines() == [
         "probe of run/checkpoint-00000003.pt (trained weights, step 3)",
         "10000 images to test on, 25000 to learn from",
         "  top-1, class token             50.2 ± 0.5 %",
         "  top-1, held out, class token   50.4 %",
         "  learning rate cls             0.03",
+        "  chance, 10 classes             10.0 %",
     ]

@@ -85,10 +85,11 @@ class Monitor:
         tested, labels = len(self._tested), table.labels
         shares = [f"{values[name] * 100:.1f}" for name in ("knn_cls", "knn_mean")]
         spread = 100 * standard_error(values["knn_mean"], tested)
+        classes = len(labels.unique())
         tqdm.write(
             f"step {step}: quick k-NN {' / '.join(shares)} % ± {spread:.1f} (class token / mean of "
             f"patches), tested on {tested} and learned from {len(table) - tested} images of "
-            f"{len(labels.unique())} classes",
+            f"{classes} classes (chance: {100 / classes:.1f} %)",
             file=sys.stderr,
         )
         values["seconds"] = time.monotonic() - started

@@ -59,7 +59,8 @@ def run(options: Evaluation) -> dict[str, Value]:
         values |= {f"{images.name}_images": len(images), f"{images.name}_data": images.table.digest}
     values |= found
     line = rounded(about | values)
-    print(json.dumps(line) if options.json else evaluation_table(line))
+    classes = len(val.table.labels.unique())
+    print(json.dumps(line) if options.json else evaluation_table(line, classes))
     if of_run:
         step, conditions = checkpoint.step_of(source), options.conditions()
         log_evaluation(source.parent, step, name, options.weights, values, conditions)

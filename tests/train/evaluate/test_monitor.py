@@ -65,6 +65,7 @@ def test_a_look_is_that_of_the_encoder_as_it_was(monitor, encoder, log, options,
     assert line["knn_mean"] == pytest.approx(top1(found, every.labels[tested]), abs=1e-5)
     told = capsys.readouterr().err
     assert f"tested on 5 and learned from {len(known)} images of " in told
+    assert " classes (chance: " in told
     assert f" / {100 * line['knn_mean']:.1f} % ± " in told
 
 
