@@ -133,8 +133,9 @@ def suggested(given: RayPretrain, words: list[str]) -> list[str]:
         for word in (f"--{name}", value)
     ]
     classes = counted(images.classes, "class") if images.classes else "without classes"
+    held_out = f", {_HELD_OUT:.0%} held out" if images.can_be_monitored else ""
     print(
-        f"{given.data}: {counted(images.count, 'image')}, {classes}, median side "
+        f"{given.data}: {counted(images.count, 'image')}{held_out}, {classes}, median side "
         f"{images.side} px. Chosen for a first run on {where}: {' '.join(chosen) or 'nothing'}",
         file=sys.stderr,
     )

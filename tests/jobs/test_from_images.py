@@ -95,10 +95,13 @@ def test_the_help_shows_data_first_and_that_it_is_enough(capsys):
     assert told.count("(needed without --data)") == 2
 
 
-def test_many_labelled_images_are_monitored(photos, monkeypatch):
+def test_many_labelled_images_are_monitored_and_the_held_out_share_is_said(
+    photos, monkeypatch, capsys
+):
     monkeypatch.setattr("famt.jobs.from_images._MONITORED", 40)
     chosen = parse(["--data", str(photos), "--out", "run"], None, RayPretrain)
     assert chosen.monitor == ["run/data/shards/val-*.tar"]
+    assert "40 images, 10% held out, 2 classes" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_lacking_is_told_before_shards_are_made(photos, tmp_path, monkeypatch):
