@@ -6,8 +6,9 @@
 One row per image: crop, signals, the weights at the checkpoint's step, the split (masked patches
 dark, thrown ones crossed out) and the reconstruction (visible patches are the crop's, grey ones
 were not reconstructed). Maps are scaled to each crop. Refreshed scores are computed anew for these
-crops by the checkpoint's encoder. Banked scores are shown for the run's own images; for others,
-attention is computed anew, and hardness, which only training yields, is even.
+crops by the checkpoint's encoder. Scores that training keeps for each image are shown for the
+run's own images; for others, attention is computed anew, and hardness, which only training yields,
+is even.
 """
 
 from __future__ import annotations

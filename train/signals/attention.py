@@ -62,6 +62,6 @@ class Rolling(Banked):
 
     def describe(self) -> str:
         return (
-            f"rolling {self._kind} to the power {self.exponent:g}, updated for 1/{self._every} of "
-            f"each batch, at {self._live.size} px"
+            f"rolling {self._kind}, kept for each image, to the power {self.exponent:g}, updated "
+            f"for 1/{self._every} of each batch, at {self._live.size} px"
         )
