@@ -35,7 +35,6 @@ from typing import Annotated, Any, Literal
 import torch
 from annotated_types import Ge, Gt
 
-from famt.jobs.benchmark import Benchmark
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.refresh import Refresh
@@ -105,7 +104,7 @@ def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
     batch, rounds, images = check.batch_size, check.rounds, 4 * check.photos
     names = (each.name for each in fields(BenchmarkOptions))
     options: dict[str, Any] = {name: getattr(check, name) for name in names} | {"shards": urls}
-    benchmarks: dict[str, Benchmark] = {
+    benchmarks: dict[str, Runs | Step | Loader | Refresh | Attention] = {
         "runs": Runs(steps=check.steps, **options),
         "compiled": Runs(steps=check.steps, options="--compile", **options),
         "step": Step(rounds=rounds, **options),

@@ -11,15 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import ray
 import torch
 from annotated_types import Ge
 from PIL import Image
 
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
-from famt.jobs.cluster import start_ray
-from famt.jobs.precompute_freq import score_shards
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.options import Checked
@@ -60,6 +57,11 @@ class Precompute(Checked):
 
 def _two_workers(data: bytes, spec: ScoreSpec, rounds: int) -> Report:
     """Shards/s of two Ray workers against one, eight shards a turn into an empty cache."""
+    import ray  # here, since other benchmarks run without
+
+    from famt.jobs.cluster import start_ray
+    from famt.jobs.precompute_freq import score_shards
+
     os.environ["RAY_ADDRESS"] = "local"  # a running cluster has another number of cores
     start_ray(num_cpus=2)
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from famt.jobs import cache as cache_command
-from famt.jobs import precompute_freq
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.jobs.options import PrecomputeFreq
@@ -40,6 +39,8 @@ class Scale(Checked):
     """rows of an entry; time grows with shards, memory with images"""
 
     def run(self) -> Iterator[Report]:
+        from famt.jobs import precompute_freq  # Ray, which other benchmarks run without
+
         spec, images, seconds = ScoreSpec(), self.shards * self.images_per_shard, {}
 
         @contextmanager
