@@ -12,7 +12,7 @@
     step, loader, refresh, attention
                 these benchmarks, on the GPU and in bf16
 
-The most telling parts come first, and the page is written after each. No part begins after
+The most telling parts come first, the page is written after each line, and none is begun after
 `--minutes`. Without a GPU every part is skipped; `--device cpu` runs all of the code on a CPU.
 """
 
@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,11 +46,13 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.loading.loader import CropLoader
 from famt.train.command_line import parsed, run_program
 from famt.train.pretrain import Run
+from famt.train.run_folder import written_whole
 
 _SYNC = "called a synchronizing CUDA operation"
 _CLOSE = 0.5  # of 255, mean over an image: decoders and resampling kernels differ
 _COMPARED = 20  # batches that are compared with the CPU's, at least
 _MARK = "mark." + "gpu"
+_FOR_TESTS = ("pytest", "pytest_timeout", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class GpuCheck(BenchmarkOptions):
     """page of results to write"""
     device: Literal["cuda", "cpu"] = "cuda"
     minutes: Annotated[float, Gt(0)] = 4.0
-    """begin no part after this time; the first part takes a minute to start"""
+    """begin nothing after this time; the first part takes a minute to start"""
     batch_size: Annotated[int, Ge(2)] = 256
     photos: Annotated[int, Ge(2)] = 1024
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -79,24 +82,40 @@ def main(check: GpuCheck) -> int:
     name = torch.cuda.get_device_name() if on_gpu else f"CPU, {platform.machine()}"
     built = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     page = [f"# {name}", "", f"{built}, {check}", ""]
-    failed, began = False, time.monotonic()
+    failed, end = False, time.monotonic() + 60 * check.minutes
     with contextlib.ExitStack() as opened:
         urls = [] if missing else opened.enter_context(measure.shards(check.shards, check.photos))
         for part, lines in _parts(check, urls).items():
-            started = time.monotonic()
-            late = started - began > 60 * check.minutes
-            skipped = missing or (f"--minutes {check.minutes:g} are over" if late else None)
-            verdict = f"skipped: {skipped}" if skipped else "passed"
+            started, verdict = time.monotonic(), "passed"
             page += [f"## {part}", ""]
             try:
-                page += [] if skipped else (f"    {line}" for line in lines)
+                if missing:
+                    raise _SkippedError(missing)
+                while True:
+                    if time.monotonic() > end:
+                        raise _SkippedError(f"--minutes {check.minutes:g} are over")
+                    if (line := next(lines, None)) is None:
+                        break
+                    page.append(f"    {line}")
+                    _write(page, check.out)
+            except _SkippedError as reason:
+                verdict = f"skipped: {reason}"
             except (AssertionError, OSError, RuntimeError, ValueError, UserError) as error:
                 failed, verdict = True, f"FAILED: {type(error).__name__}: {error}"
             page += ["", f"{verdict}, {time.monotonic() - started:.0f} s", ""]
             print(f"{part}: {verdict}", flush=True)
-            check.out.write_text("\n".join(page))
+            _write(page, check.out)
     print(f"page: {check.out}")
     return int(failed)
+
+
+class _SkippedError(Exception):
+    """A part, or the rest of it, is left out for this reason."""
+
+
+def _write(page: list[str], out: Path) -> None:
+    with written_whole(out) as file:
+        file.write("\n".join(page).encode())
 
 
 def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
@@ -122,12 +141,16 @@ def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
 
 def _tests(check: GpuCheck) -> Iterator[str]:
     if not check.tests:
-        yield "not asked for"
-        return
-    tests = Path(__file__).parents[1] / "tests"
+        raise _SkippedError("--no-tests")
+    lacking = [name for name in _FOR_TESTS if find_spec(name) is None]
+    if lacking:
+        raise _SkippedError(f"not installed: {', '.join(lacking)}")
+    tests = Path(__file__).resolve().parents[1] / "tests"  # famt/jobs is a link
+    if not tests.is_dir():
+        raise _SkippedError(f"{tests} does not exist; run this from a checkout")
     # Other files may import packages that a GPU machine lacks.
     files = [str(each) for each in sorted(tests.rglob("test_*.py")) if _MARK in each.read_text()]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-m", "gpu", *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tests.parent, check=False)
     yield from done.stdout.splitlines()[-20:]
     if done.returncode:

@@ -47,5 +47,5 @@ def scored(tmp_path: Path, spec: ScoreSpec, cache: ScoreCache) -> Scored:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
-            if "gpu" in item.keywords:
+            if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))

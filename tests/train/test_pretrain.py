@@ -8,7 +8,6 @@ from runs import equal, log_lines, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from famt.jobs.options import RefreshScores
-from famt.jobs.refresh_scores import follow
 from famt.models import MODELS
 from famt.pipeline.errors import UserError
 from famt.pipeline.options import JoinConfig
@@ -55,6 +54,8 @@ def test_without_signals_options_of_weights_are_told_to_have_no_effect(train, ca
         assert option in told
     assert "throw-ratio" not in told
     # Nor has a job that follows the run anything to wait for.
+    from famt.jobs.refresh_scores import follow  # needs Ray, and GPU tests of this file do not
+
     assert follow(out, RefreshScores(follow=out)) == 0
 
 
