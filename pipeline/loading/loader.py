@@ -245,8 +245,8 @@ class CropLoader:
     def _stream(self) -> torch.cuda.Stream | None:
         """The stream in which a GPU's batches are read.
 
-        DALI reuses a batch's memory only after the work queued in that stream. Without a stream it
-        reuses it as soon as Python drops the batch.
+        DALI lets that stream wait for the pixels; without it, the host would wait. It keeps memory
+        that DLPack shares until the GPU has done all work queued before Python drops it.
         """
         on_gpu = self.device.type == "cuda"
         return torch.cuda.current_stream(self.device) if on_gpu else None

@@ -14,6 +14,7 @@ from famt.pipeline.options import JoinConfig
 from famt.train import checkpoint
 from famt.train.command_line import parse
 from famt.train.config import OptimiserConfig, Pretrain
+from famt.train.side_stream import _tensors
 from famt.train.signals.config import AttentionConfig, FrequencyConfig
 from famt.train.signals.refresh_folder import load_encoder
 
@@ -198,6 +199,20 @@ def test_weights_count_more_as_the_run_goes_on(begin):
     ]
     assert shares[0] == pytest.approx(28 / 64, abs=0.12)
     assert shares[0] < shares[1] < shares[2] == 1.0
+
+
+@pytest.mark.parametrize("method", ["mae", "simmim"])
+def test_a_prepared_batch_holds_none_of_the_loaders_memory(begin, method):
+    """`SideStream.hand_over` keeps torch's memory for the main stream, and can't keep DALI's."""
+    run = begin(method=method)
+    crops = next(iter(run.loader))
+    (whole, *_), batch = _storages(crops), run.prepare(crops, 0)
+    assert whole == crops.images.untyped_storage().data_ptr()
+    assert whole not in _storages(batch)
+
+
+def _storages(batch):
+    return [each.untyped_storage().data_ptr() for each in _tensors(batch)]
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,8 @@ from famt.geometry import crop_maps
 from famt.patches import patchify
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheError, UserError
+from famt.pipeline.loading import loader as loading
+from famt.pipeline.loading.dali_graphs import build_pipeline
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.loading.resident import crop_loader
@@ -204,6 +206,28 @@ def test_a_batch_stays_as_it_was_while_others_are_read(table):
     loader = CropLoader(table, SMALL, drop_last=True)
     held = [(crops.images, crops.images.clone()) for _ in range(3) for crops in loader]
     assert all(torch.equal(image, copy) for image, copy in held)
+
+
+def test_a_gpu_batch_is_asked_for_in_the_stream_in_which_it_is_taken(table, monkeypatch):
+    """DALI lets that stream alone wait for the pixels: it must not be one of an earlier batch."""
+    asked = []
+
+    class OnCpu:
+        def __init__(self, graph, table, rows, config, device, **options):
+            self.pipeline = build_pipeline(
+                graph, table, rows, config, torch.device("cpu"), **options
+            )
+
+        def run(self, stream):
+            asked.append(stream)
+            return self.pipeline.run()
+
+    monkeypatch.setattr(loading, "build_pipeline", OnCpu)
+    crops = iter(CropLoader(table, SMALL, drop_last=True, device="cuda"))
+    for stream in ("main", "side"):
+        monkeypatch.setattr(torch.cuda, "current_stream", {torch.device("cuda"): stream}.get)
+        next(crops)
+    assert asked == ["main", "side"]
 
 
 def test_too_few_samples_for_a_batch_is_an_error(table):
