@@ -8,9 +8,12 @@
     waits       50 training steps under torch.cuda.set_sync_debug_mode("warn"): what makes the host
                 wait for the GPU
     runs        crops/s of whole training runs, with peak memory
-    compiled    the same with --compile
-    step, loader, refresh, attention
+    step, loader
                 these benchmarks, on the GPU and in bf16
+    checkpointed, compiled
+                whole runs again, with --checkpoint-blocks and with --compile
+    refresh, attention
+                these benchmarks
 
 The most telling parts come first, the page is written after each line, and none is begun after
 `--minutes`. Without a GPU every part is skipped; `--device cpu` runs all of the code on a CPU.
@@ -38,6 +41,7 @@ from annotated_types import Ge, Gt
 
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.loader import Loader
+from famt.jobs.benchmarks.measure import Report
 from famt.jobs.benchmarks.refresh import Refresh
 from famt.jobs.benchmarks.runs import Runs
 from famt.jobs.benchmarks.step import Attention, Step
@@ -85,17 +89,14 @@ def main(check: GpuCheck) -> int:
     failed, end = False, time.monotonic() + 60 * check.minutes
     with contextlib.ExitStack() as opened:
         urls = [] if missing else opened.enter_context(measure.shards(check.shards, check.photos))
-        for part, lines in _parts(check, urls).items():
+        for part, lines in _parts(check, urls, end).items():
             started, verdict = time.monotonic(), "passed"
             page += [f"## {part}", ""]
             try:
                 if missing:
                     raise _SkippedError(missing)
-                while True:
-                    if time.monotonic() > end:
-                        raise _SkippedError(f"--minutes {check.minutes:g} are over")
-                    if (line := next(lines, None)) is None:
-                        break
+                _keep_to(check, end)
+                for line in lines:
                     page.append(f"    {line}")
                     _write(page, check.out)
             except _SkippedError as reason:
@@ -113,21 +114,27 @@ class _SkippedError(Exception):
     """A part, or the rest of it, is left out for this reason."""
 
 
+def _keep_to(check: GpuCheck, end: float) -> None:
+    if time.monotonic() > end:
+        raise _SkippedError(f"--minutes {check.minutes:g} are over")
+
+
 def _write(page: list[str], out: Path) -> None:
     with written_whole(out) as file:
         file.write("\n".join(page).encode())
 
 
-def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
+def _parts(check: GpuCheck, urls: list[str], end: float) -> dict[str, Iterator[str]]:
     """The parts, by name: iterators over lines of the page that run the check as they are read."""
     batch, rounds, images = check.batch_size, check.rounds, 4 * check.photos
     names = (each.name for each in fields(BenchmarkOptions))
     options: dict[str, Any] = {name: getattr(check, name) for name in names} | {"shards": urls}
     benchmarks: dict[str, Runs | Step | Loader | Refresh | Attention] = {
         "runs": Runs(steps=check.steps, **options),
-        "compiled": Runs(steps=check.steps, options="--compile", **options),
         "step": Step(rounds=rounds, **options),
         "loader": Loader(urls, rounds, images, batch, check.threads, device=check.device),
+        "checkpointed": Runs(steps=check.steps, options="--checkpoint-blocks", **options),
+        "compiled": Runs(steps=check.steps, options="--compile", **options),
         "refresh": Refresh(rounds=rounds, scored_at_once=batch, **options),
         "attention": Attention(rounds=rounds, **options),
     }
@@ -135,8 +142,14 @@ def _parts(check: GpuCheck, urls: list[str]) -> dict[str, Iterator[str]]:
         "tests": _tests(check),
         "parity": _parity(check, urls),
         "waits": _waits(check, urls),
-        **{name: map(json.dumps, each.run()) for name, each in benchmarks.items()},
+        **{name: _reports(each.run(), check, end) for name, each in benchmarks.items()},
     }
+
+
+def _reports(reports: Iterator[Report], check: GpuCheck, end: float) -> Iterator[str]:
+    for report in reports:
+        yield json.dumps(report)
+        _keep_to(check, end)
 
 
 def _tests(check: GpuCheck) -> Iterator[str]:
