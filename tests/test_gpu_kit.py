@@ -135,6 +135,18 @@ def test_a_machines_packages_spare_theirs_and_what_they_require(load, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_left_out_is_packed_where_it_is_asked_for(load, tmp_path, monkeypatch):
+    pack, left_out = load("pack"), []
+    monkeypatch.setattr(pack, "fetch", lambda asked, have, without, *_: left_out.extend(without))
+    monkeypatch.setattr(pack, "install", lambda wheels, site, *_: site.mkdir())
+    (tmp_path / "have.txt").touch()
+    options = ["--have", tmp_path / "have.txt", "--also", "pytest", "ray[default]"]
+    monkeypatch.setattr(sys, "argv", ["pack.py", *map(str, options), "--out", str(tmp_path)])
+    pack.main()
+    assert "plotly" in left_out
+    assert "ray" not in left_out
+
+
 @pytest.mark.slow  # downloads
 def test_wheels_are_fetched_with_what_they_require_and_installed(load, tmp_path):
     pack = load("pack")

@@ -184,7 +184,7 @@ def main() -> None:
     option("--python", default="3.12", help="Python there (%(default)s)")
     option("--arch", type=int, nargs="*", default=[], help="GPU code to keep, 90 for H100; or all")
     option("--part-mib", type=int, default=1024, help="size of a part in MiB (%(default)s)")
-    option("--also", nargs="*", default=[], help="further requirements, such as pytest")
+    option("--also", nargs="*", default=[], help="further requirements, or left-out ones: ray")
     option("--without", nargs="*", default=_WITHOUT, help="patterns of names to leave out")
     option("--out", type=Path, default=Path("kit"), help="folder for the parts (%(default)s)")
     asked = parser.parse_args()
@@ -194,10 +194,12 @@ def main() -> None:
     for line in asked.have.read_text().splitlines():
         name, _, version = line.split("#")[0].partition("==")
         have[canonicalize_name(name.strip())] = version.strip()
+    also = {canonicalize_name(Requirement(each).name) for each in asked.also}
+    without = [each for each in asked.without if each not in also]
     project = tomllib.loads(_PROJECT.read_text())["project"]["dependencies"]
     with tempfile.TemporaryDirectory() as work:
         wheels, site = Path(work, "wheels"), Path(work, "site")
-        fetch([*project, *asked.also], have, asked.without, asked.python, wheels)
+        fetch([*project, *asked.also], have, without, asked.python, wheels)
         install(wheels, site, asked.python, set(asked.arch))
         write_parts(site, asked.out, asked.python, asked.part_mib << 20)
     for path in sorted(asked.out.iterdir()):
