@@ -86,7 +86,10 @@ def _costs(grid: Grid, results: Results, may_measure: bool) -> dict[str, StepCos
         key = step_key(config), step_key(reference)
         if key not in known and may_measure:
             print(f"timing the steps of {name}", flush=True)
-            known[key] = ray.get(_task(measured, results).remote(config, reference))
+            try:
+                known[key] = ray.get(_task(measured, results).remote(config, reference))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
             line = {"row": name, "cost": asdict(known[key]), "step": key[0], "reference": key[1]}
             lines.append(line)
             with written_whole(path) as file:

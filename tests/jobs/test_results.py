@@ -167,6 +167,16 @@ def test_gpus_that_no_machine_has_are_an_error_at_once(data, tmp_path):
 
 
 @pytest.mark.slow
+def test_scores_that_a_row_lacks_are_an_error_of_one_line(data, tmp_path):
+    path, row = tmp_path / "grid.toml", 'options = "--frequency.source cached --spec.grid 8"\n'
+    path.write_text(GRID.format(out=tmp_path, data=data) + ROW + row)
+    done = run("-m", "famt.jobs.results", str(path), code=2)
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(f"error: {data}/train.tar: ")
+    assert "Remedy: famt score" in error
+
+
+@pytest.mark.slow
 def test_a_grid_stopped_at_random_moments_gives_the_table_of_one_run(data, tmp_path):
     grids = {}
     for name in ("whole", "stopped"):
