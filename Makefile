@@ -48,7 +48,7 @@ gpu: .venv/installed  ## what only a GPU can show, before a long run; a page of 
 MINUTES ?= 8
 
 gpu-results: .venv/installed  ## four arms on one GPU, in pieces of MINUTES: docs/grids/gpu.toml
-	$(BIN)/famt results docs/grids/gpu.toml --gpus 0.25 --cpus 4 --minutes $(MINUTES)
+	$(BIN)/famt results docs/grids/gpu.toml --gpus 0.125 --cpus 3 --minutes $(MINUTES)
 
 HAVE ?= have.txt
 PYTHON_THERE ?= 3.12

@@ -88,12 +88,17 @@ def main(args: RayPretrain) -> None:
 
 def beside(args: RayPretrain) -> RefreshWorkers:
     """Actors of the refresh beside a training outside Ray: by default one per GPU, or one for every
-    second core."""
+    second core.
+
+    On a Ray of its own an actor counts as a whole GPU, so that no two meet on one. On a cluster, as
+    in a grid, the training may hold a share already, and an actor takes the usual one.
+    """
     asked = args.refresher
     if asked.workers is not None:
         return asked
     gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
-    if gpus and asked.gpus_per_worker is None:
+    own_ray = os.environ.get("RAY_ADDRESS", "local") in ("", "local")
+    if gpus and own_ray and asked.gpus_per_worker is None:
         return dataclasses.replace(asked, workers=gpus, gpus_per_worker=1.0)
     return dataclasses.replace(asked, workers=gpus or max(1, (os.cpu_count() or 1) // 2))
 

@@ -143,6 +143,7 @@ def test_gpus_of_ranks_are_for_ray_to_give(tmp_path):
 
 def test_a_refresh_takes_every_other_core_or_one_place_on_each_gpu(monkeypatch):
     args = RayPretrain(shards=["x"], cache="x", out=Path("x"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 12)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert beside(args) == RefreshWorkers(workers=6)
@@ -151,6 +152,8 @@ def test_a_refresh_takes_every_other_core_or_one_place_on_each_gpu(monkeypatch):
     assert beside(dataclasses.replace(args, device="cpu")) == RefreshWorkers(workers=6)
     told = RefreshWorkers(workers=3, batch_size=256)
     assert beside(dataclasses.replace(args, refresher=told)) == told
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # where the training may hold GPUs
+    assert beside(args) == RefreshWorkers(workers=8)
 
 
 @pytest.mark.slow
