@@ -10,6 +10,7 @@
     runs        crops/s of whole training runs, with peak memory
     step, loader
                 these benchmarks, on the GPU and in bf16
+    queues      whole runs of recipe famt without each of the ways in which the host does not wait
     checkpointed, compiled
                 whole runs again, with --checkpoint-blocks and with --compile
     refresh, attention
@@ -31,14 +32,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
+from unittest.mock import patch
 
 import torch
 from annotated_types import Ge, Gt
+from torch import Tensor
 
+from famt.device_copies import Fetched
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.measure import Report
@@ -51,6 +55,7 @@ from famt.pipeline.loading.loader import CropLoader
 from famt.train.command_line import parsed, run_program
 from famt.train.pretrain import Run
 from famt.train.run_folder import written_whole
+from famt.train.side_stream import SideStream
 
 _SYNC = "called a synchronizing CUDA operation"
 _CLOSE = 0.5  # of 255, mean over an image: decoders and resampling kernels differ
@@ -129,20 +134,22 @@ def _parts(check: GpuCheck, urls: list[str], end: float) -> dict[str, Iterator[s
     batch, rounds, images = check.batch_size, check.rounds, 4 * check.photos
     names = (each.name for each in fields(BenchmarkOptions))
     options: dict[str, Any] = {name: getattr(check, name) for name in names} | {"shards": urls}
-    benchmarks: dict[str, Runs | Step | Loader | Refresh | Attention] = {
-        "runs": Runs(steps=check.steps, **options),
-        "step": Step(rounds=rounds, **options),
-        "loader": Loader(urls, rounds, images, batch, check.threads, device=check.device),
-        "checkpointed": Runs(steps=check.steps, options="--checkpoint-blocks", **options),
-        "compiled": Runs(steps=check.steps, options="--compile", **options),
-        "refresh": Refresh(rounds=rounds, scored_at_once=batch, **options),
-        "attention": Attention(rounds=rounds, **options),
+    runs = Runs(steps=check.steps, **options)
+    benchmarks = {
+        "runs": runs.run(),
+        "step": Step(rounds=rounds, **options).run(),
+        "loader": Loader(urls, rounds, images, batch, check.threads, device=check.device).run(),
+        "queues": _queues(replace(runs, recipes=("famt",))),
+        "checkpointed": replace(runs, options="--checkpoint-blocks").run(),
+        "compiled": replace(runs, options="--compile").run(),
+        "refresh": Refresh(rounds=rounds, scored_at_once=batch, **options).run(),
+        "attention": Attention(rounds=rounds, **options).run(),
     }
     return {
         "tests": _tests(check),
         "parity": _parity(check, urls),
         "waits": _waits(check, urls),
-        **{name: _reports(each.run(), check, end) for name, each in benchmarks.items()},
+        **{name: _reports(each, check, end) for name, each in benchmarks.items()},
     }
 
 
@@ -211,6 +218,27 @@ def _waits(check: GpuCheck, urls: list[str]) -> Iterator[str]:
         if waits:
             raise RuntimeError(f"the hot loop waits for the GPU at {len(waits)} places")
         yield "the host never waited" if on_gpu else "no GPU to wait for"
+
+
+def _queues(runs: Runs) -> Iterator[Report]:
+    """Crops/s of a run as it is, and of one that waits where it otherwise would not."""
+
+    def wait(self: Fetched, tensor: Tensor) -> None:
+        self._tensor, self._copied = tensor.cpu(), None
+
+    none = SideStream(torch.device("cpu"))
+    waiting: dict[str, Any] = {
+        "a side stream": patch("famt.train.loop.SideStream", lambda _: none),
+        "pinned copies": patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+        "copies to the host behind the work": patch.object(Fetched, "__init__", wait),
+    }
+    (whole,) = runs.run()
+    yield whole
+    for name, patched in waiting.items():
+        with patched:
+            (report,) = runs.run()
+        unit, figure = f"{report['unit']}, without {name}", cast(float, report["figure"])
+        yield measure.line("queues", unit, figure, "with them", cast(float, whole["figure"]))
 
 
 @contextmanager

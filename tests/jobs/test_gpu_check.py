@@ -28,7 +28,7 @@ def test_every_part_runs_on_a_cpu(tmp_path, bare):
     out = tmp_path / "gpu.md"  # a process of its own, which takes 12 GB
     run(*_SMALL, "--minutes", "60", "--out", str(out), env=bare)
     page = out.read_text()
-    assert page.count("passed, ") == 10
+    assert page.count("passed, ") == 11
     assert "mean difference 0.000 of 255, worst image 0.000" in page
     assert page.count('"benchmark": "') > 10
 
@@ -36,7 +36,7 @@ def test_every_part_runs_on_a_cpu(tmp_path, bare):
 def test_without_a_gpu_every_part_is_skipped_with_the_reason(tmp_path, bare):
     environment = {**bare, "CUDA_VISIBLE_DEVICES": ""}
     run("-m", "famt.jobs.gpu_check", "--out", str(tmp_path / "gpu.md"), env=environment)
-    assert (tmp_path / "gpu.md").read_text().count("skipped: torch finds no GPU") == 10
+    assert (tmp_path / "gpu.md").read_text().count("skipped: torch finds no GPU") == 11
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_a_kill_loses_no_line_and_the_end_of_the_budget_leaves_out_the_rest(tmp_
     killed.wait()
     assert "mean difference" in _text(out)
     run(*_SMALL, "--no-tests", "--minutes", "0.001", "--out", str(out), env=bare)
-    assert _text(out).count("skipped: --minutes 0.001 are over") == 10
+    assert _text(out).count("skipped: --minutes 0.001 are over") == 11
 
 
 def _text(path: Path) -> str:
