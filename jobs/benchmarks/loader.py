@@ -26,8 +26,8 @@ from famt.patches import IMAGENET_MEAN, IMAGENET_STD, normalise
 from famt.pipeline.loading.dali_graphs import build_pipeline
 from famt.pipeline.loading.dataset import SampleTable, load_maps, load_samples
 from famt.pipeline.loading.limits import own_cores
-from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.loading.masking import crop_scores, split_crops
+from famt.pipeline.loading.resident import crop_loader
 from famt.pipeline.options import CACHED_EXPONENT, Checked, JoinConfig, LoaderConfig
 from famt.pipeline.scores import ScoreSpec
 from famt.sampling import patch_weights
@@ -55,6 +55,10 @@ class Loader(Checked):
     """threads of DALI, workers of torchvision"""
     crops: Annotated[tuple[int, ...], Ge(1)] = (2, 4)
     """also time the loader with this many crops per decoded image"""
+    resident: bool = False
+    """also time the loader that decodes each image once"""
+    model: Literal[tuple(MODELS)] = "vit_base"  # type: ignore[valid-type]
+    """crops and patches are of its size"""
     device: Literal["cpu", "cuda"] = "cpu"
     """decode here; torchvision decodes on CPUs only, and is left out on cuda"""
 
@@ -64,14 +68,20 @@ class Loader(Checked):
         with measure.scored(self.shards) as (urls, cache):
             table = load_samples(urls, cache, ScoreSpec())
             maps = load_maps(table, cache, ScoreSpec())
-            several = {f"{crops} crops per decoded image": crops for crops in self.crops}
+            config = self._config()
+            others = {
+                f"{crops} crops per decoded image": replace(config, crops_per_image=crops)
+                for crops in self.crops
+            }
+            if self.resident:
+                others["each image decoded once"] = replace(config, resident=True)
             bounds = {"bare DALI graph: decode, crop, resize, flip, normalise": self._bare(table)}
             if self.device == "cpu":
                 name = f"webdataset and torchvision, DataLoader of {self.threads} workers"
                 bounds[name] = self._torchvision(urls)
             takes = {
-                name: self._joined(table, maps, crops)
-                for name, crops in {"joined": 1, **several}.items()
+                name: self._joined(table, maps, each)
+                for name, each in {"joined": config, **others}.items()
             } | bounds
             busy: dict[str, list[float]] = {name: [] for name in takes}
             rivals = {
@@ -85,23 +95,23 @@ class Loader(Checked):
             f"crops/s with join, sampling and normalisation, {self.device}, {self.threads} threads"
         )
         lines = [("joined", unit, bound, bound) for bound in bounds]
-        lines += [(name, f"{unit}, {name}", "joined", "one crop") for name in several]
+        lines += [(name, f"{unit}, {name}", "joined", "one crop a decode") for name in others]
         for name, what, bound, against in lines:
             # Skip the warm-up. Other work on the machine only ever adds to a round: take the least.
             core = (crops + _READY * self.batch_size) / min(busy[name][1:])
             line = measure.line("loader", what, rates[name], against, rates[bound])
             yield {**line, "crops_per_busy_core": round(core, 1)}
 
-    def _joined(self, table: SampleTable, maps: torch.Tensor, crops_per_image: int) -> Take:
-        config = replace(self._config(), crops_per_image=crops_per_image)
-        loader = CropLoader(table, config, drop_last=True, device=self.device)
+    def _joined(self, table: SampleTable, maps: torch.Tensor, config: LoaderConfig) -> Take:
+        loader = crop_loader(table, config, drop_last=True, device=self.device)
         crops = itertools.chain.from_iterable(itertools.repeat(loader))
+        sizes = MODELS[self.model]
 
         def take() -> None:
             batch = next(crops)
-            scores = {"frequency": crop_scores(maps, batch, 14)}
+            scores = {"frequency": crop_scores(maps, batch, sizes.grid)}
             weights = patch_weights(scores, {"frequency": CACHED_EXPONENT})
-            patches = split_crops(batch, weights, MODELS["vit_base"], JoinConfig())
+            patches = split_crops(batch, weights, sizes, JoinConfig())
             normalise(patches.visible)
             normalise(patches.masked)
 
@@ -121,7 +131,9 @@ class Loader(Checked):
 
     def _torchvision(self, urls: list[str]) -> Take:
         crop = transforms.RandomResizedCrop(
-            224, scale=(0.2, 1.0), interpolation=InterpolationMode.BICUBIC
+            MODELS[self.model].image_size,
+            scale=(0.2, 1.0),
+            interpolation=InterpolationMode.BICUBIC,
         )
         last = transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
         augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), *last])
@@ -137,7 +149,11 @@ class Loader(Checked):
         return partial(next, iter(loader))
 
     def _config(self) -> LoaderConfig:
-        return LoaderConfig(batch_size=self.batch_size, threads=self.threads)
+        return LoaderConfig(
+            image_size=MODELS[self.model].image_size,
+            batch_size=self.batch_size,
+            threads=self.threads,
+        )
 
 
 def _turn(take: Take, batches: int, busy: list[float]) -> None:

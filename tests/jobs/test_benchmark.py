@@ -42,7 +42,11 @@ def test_the_flops_of_a_step_are_those_of_its_matrix_products_attention_among_th
     ("name", "options", "lines"),
     [
         ("precompute", {"rounds": 1, "images": 10}, 2),
-        ("loader", {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1}, 4),
+        (
+            "loader",
+            {"rounds": 1, "images": 20, "batch_size": 4, "threads": 1, "resident": True},
+            5,
+        ),
         ("step", {**TINY, "rounds": 1}, 5),
         ("attention", {**TINY, "rounds": 1}, 7),
         ("refresh", {**TINY, "rounds": 1}, 2),
