@@ -251,7 +251,8 @@ class Pretrain(TrainingOptions, ModelOptions, Inputs):
     """recompute each block's activations in the backward pass (gradient checkpointing): less
     memory, a third more time"""
     picture_epochs: Annotated[int, Ge(0), FREE] = 20
-    """epochs between pictures of crops, weights, splits and reconstructions; 0 draws none"""
+    """epochs between pictures of the same six crops with weights, splits and reconstructions, the
+    last one after the last step; 0 draws none"""
     monitor: Annotated[list[str], FREE, PLACE, MAIN] = field(default_factory=list)
     """labelled shards; k-NN and a quick linear probe of the encoder on them are plotted beside the
     loss. Training pauses meanwhile; the log says for how long"""

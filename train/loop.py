@@ -113,8 +113,8 @@ class Training(ABC, Generic[Batch]):
             else:
                 component.load_state_dict(resumed.components[name])
         own = self.own_components() if self.exact else {}
-        for name, component in own.items():
-            component.load_state_dict(resumed.ranks[self.ranks.rank][name])
+        for name, component in own.items():  # {}: the checkpoint is older than the component
+            component.load_state_dict(resumed.ranks[self.ranks.rank].get(name, {}))
 
     @property
     def step(self) -> int:
@@ -199,8 +199,9 @@ class Training(ABC, Generic[Batch]):
             "data": self.samples.digest,
         }
 
-    def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
-        """A picture of an epoch's first crops, if one is due; called on the main rank."""
+    def picture(self, crops: CropBatch | None, epoch: int) -> Image.Image | None:
+        """A picture of crops, if one is due; called on the main rank, with an epoch's first crops
+        at its start and with None after the last step."""
         return None
 
     def autocast(self) -> torch.autocast:
@@ -274,10 +275,8 @@ class Training(ABC, Generic[Batch]):
         self._first: CropBatch | None = None
         stopping = False
         batch = self._next(crops, self.step)
-        if self.log and self._first is not None:
-            picture = self.picture(self._first, epoch)
-            if picture is not None:
-                self.log.picture(self.step, picture)
+        if self._first is not None:
+            self._draw(self._first, epoch)
         while batch is not None:
             loss = self.forward_backward(batch.content)
             # Checkpoints hold no batches, so none is prepared before one is due.
@@ -300,6 +299,8 @@ class Training(ABC, Generic[Batch]):
             batch = ahead or self._next(crops, self.step)
         if not self.end_epoch(epoch, stop):
             return False
+        if self.step == self.last_step:
+            self._draw(None, epoch)
         next(crops, None)  # moves the loader to its next epoch
         return True
 
@@ -314,6 +315,11 @@ class Training(ABC, Generic[Batch]):
                 first = found.first(_SHOWN)
                 self._first = replace(first, images=first.images.clone())
             return _Next(self.prepare(found, step), found.rows)
+
+    def _draw(self, crops: CropBatch | None, epoch: int) -> None:
+        picture = self.picture(crops, epoch) if self.log else None
+        if self.log and picture is not None:
+            self.log.picture(self.step, picture)
 
     def _is_due(self) -> bool:
         """Whether a checkpoint is due, by this rank's clock."""

@@ -13,7 +13,7 @@ A run resumes from the last checkpoint in `--out`. SIGTERM and SIGUSR1 make it w
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -125,6 +125,7 @@ class Run(Training[PatchBatch]):
             steps_per_epoch=self.loader.steps_per_epoch,
             effective_batch=config.batch_size * ranks.world_size,
         )
+        self.pictured = _Pictured(ranks.device)
         self.monitor = Monitor(config, cache, ranks) if config.monitor and ranks.is_main else None
         self.restore()
         self.parallel_model, self._no_sync = data_parallel(
@@ -191,7 +192,8 @@ class Run(Training[PatchBatch]):
         return super().components() | {each.name: each for each in self.signals}
 
     def own_components(self) -> dict[str, Component]:
-        return super().own_components() | {"generator": _Generator(self.generator)}
+        own = super().own_components()
+        return own | {"generator": _Generator(self.generator), "pictured": self.pictured}
 
     def save(self) -> None:
         for signal in self.signals:
@@ -204,13 +206,14 @@ class Run(Training[PatchBatch]):
         for signal in self.signals:
             signal.close(finished=finished)
 
-    def picture(self, crops: CropBatch, epoch: int) -> Image.Image | None:
-        """Crops with signals, weights, split and reconstruction, as in training."""
+    def picture(self, crops: CropBatch | None, epoch: int) -> Image.Image | None:
+        """The run's first crops with signals, weights, split and reconstruction, as in training."""
         every = self.config.picture_epochs
-        if not every or epoch % every:
+        shown = self.pictured.crops = self.pictured.crops or crops
+        if not every or shown is None or (crops and epoch % every):
             return None
         self.side_stream.join()
-        return picture_of_crops(self.model, self._weigh(crops, self.step, look=True))
+        return picture_of_crops(self.model, self._weigh(shown, self.step, look=True))
 
     def derived(self) -> dict[str, str]:
         config, sizes = self.config, self.sizes
@@ -269,6 +272,22 @@ class _Generator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.generator.set_state(state["state"])
+
+
+@dataclass
+class _Pictured:
+    """The crops that all pictures of a run show, as a component; other ranks have none."""
+
+    device: torch.device
+    crops: CropBatch | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self.crops)) if self.crops else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            whole = CropBatch(**{name: part.clone() for name, part in state.items()})
+            self.crops = replace(whole, images=whole.images.to(self.device))
 
 
 def _counts(sizes: ModelConfig, join: JoinConfig) -> str:

@@ -31,7 +31,11 @@ def test_a_real_run_tells_its_options_losses_and_pictures(tiny_run):
     assert [point.step for point in run.points] == [1, 2, 3, 4]
     assert [point.epoch for point in run.points] == [0.5, 1.0, 1.5, 2.0]
     assert sum(run.stages.values()) == pytest.approx(1, abs=0.02)
-    assert [step for step, _ in run_log.pictures(tiny_run, 6)] == [0]
+    (first, start), (last, end) = run_log.pictures(tiny_run, 6)
+    assert (first, last) == (0, 4)
+    crops = (0, 0, start.width // 7, start.height)  # the left column
+    assert start.crop(crops) == end.crop(crops)
+    assert start != end
 
 
 def test_pauses_cost_nothing_and_a_run_is_finished_by_its_last_checkpoint(tmp_path):

@@ -14,6 +14,7 @@ from runs import equal, log_events, log_points, weights
 from famt.pipeline.errors import UserError
 from famt.train import checkpoint
 from famt.train.pretrain import Run
+from famt.train.run_log import pictures
 from famt.train.signals.config import AttentionConfig, FrequencyConfig, RefreshConfig
 from famt.train.signals.refresh_folder import RefreshFolder
 
@@ -89,6 +90,7 @@ def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
     assert checkpoint.load(stopped).step == step + 1
     train(**options)
     assert equal(weights(stopped), weights(whole))
+    assert pictures(stopped, 6) == pictures(whole, 6)
 
 
 def test_a_finished_run_is_left_alone_and_says_so_in_place_of_its_plan(train, capsys):
