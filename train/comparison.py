@@ -82,9 +82,9 @@ class Column(NamedTuple):
 
     @property
     def weight(self) -> tuple[bool, bool, int]:
-        """Orders columns by how much they say: probes most, evaluations more than the monitor."""
+        """Orders columns by how much they say: evaluations more than the monitor, probes most."""
         is_probe = self.metric.startswith("Probe")
-        return is_probe, self.evaluator != "monitor", list(METRICS).index(self.metric)
+        return self.evaluator != "monitor", is_probe, list(METRICS).index(self.metric)
 
     def of(self, group: Group, weights: str = "trained") -> list[float]:
         """The last value of each run that has one."""

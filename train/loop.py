@@ -239,6 +239,7 @@ class Training(ABC, Generic[Batch]):
                 steps_per_epoch=self.loader.steps_per_epoch,
                 total_steps=self.last_step,
                 effective_batch=self.optimisation.effective_batch,
+                images=len(self.samples),
                 options=self.config.describe(),
                 **self.identity(),
             )

@@ -222,12 +222,12 @@ def _headline(group: Group, columns: Sequence[Column]) -> str:
     what = ", ".join(str(each) for each in (model, recipe and f"recipe {recipe}") if each)
     seeds = f", {group.seeds} seeds" if group.seeds > 1 else ""
     shards = _option(run, "shards") or _option(run, "train") or []
-    data = f"{run.images:,} images" + (f" of {' '.join(shards)}" if shards else "")
+    data = run_log.images_of(run.images, shards)
     result = f"loss {group.loss:.4f}"
     measured = [each for each in columns if each.of(group)]
     if measured:
         best = max(measured, key=lambda each: each.weight)
-        result = f"{best.title.replace(', %)', ')')} {percent(best.of(group))} %"
+        result = f"{best.metric} {percent(best.of(group))} % right on {best.basis.tested}"
         if floor := best.of(group, "untrained"):
             result += f", untrained {percent(floor)} %"
     seconds = statistics.mean(end.seconds for end in group.ends)
@@ -235,7 +235,7 @@ def _headline(group: Group, columns: Sequence[Column]) -> str:
     epochs, done = _option(run, "epochs"), all(each.finished for each in group.runs)
     state = "finished" if done else f"not finished, {epochs} epochs are planned"
     time = f"{min(end.epoch for end in group.ends):.4g} epochs in {seconds / scale:.3g} {unit}"
-    return f"({what}{seeds}) on {data}: {result}; {time}, {state}."
+    return f"({what}{seeds}), trained on {data}: {result}; {time}, {state}."
 
 
 def _option(run: History, name: str) -> Any:
@@ -305,6 +305,8 @@ def _escaped(name: str) -> str:
 
 
 def _show(value: Any) -> str:
+    if isinstance(value, list) and value:
+        return " ".join(map(_show, value))
     return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 

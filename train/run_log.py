@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -48,10 +49,12 @@ class Basis:
     Attributes:
         key: identifies images and options, wherever the images lie.
         text: for display.
+        tested: the images tested on, for display in short.
     """
 
     key: str
     text: str = field(compare=False)
+    tested: str = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class History:
         found: results of evaluations, in the order they were logged.
         total_steps: of the whole run.
         finished: whether all steps are done and the last checkpoint is written.
-        images: images per epoch, without the last, incomplete batch.
+        images: trained on; by old logs, without the last, incomplete batch of an epoch.
         data: digest of the training images, if the log has it.
     """
 
@@ -135,7 +138,7 @@ class History:
         self._batch, self._steps_per_epoch, self.total_steps = batch, an_epoch, total
         self.options, self.data = options, line.get("data")
         crops = [value for name, value in options.items() if name.endswith("crops_per_image")]
-        self.images = an_epoch * batch // (crops[0] if crops else 1)
+        self.images = line.get("images") or an_epoch * batch // (crops[0] if crops else 1)
 
     def _advance(self, line: dict[str, Any]) -> None:
         step, last = line["step"], self.points[-1] if self.points else Point(0, 0.0, 0.0, 0.0)
@@ -165,8 +168,10 @@ class History:
 
     def _watched(self, line: dict[str, Any]) -> Basis:
         """Images of the monitor; old logs only have their patterns."""
-        shards = " ".join(self.options.get("monitor") or [])
-        return Basis(line.get("data", shards), f"{line.get('images', 'the')} images of {shards}")
+        shards, images = self.options.get("monitor") or [], line.get("images", "the")
+        text = f"{_count(images)} images of {' '.join(shards)}"
+        tested = f"a fifth of {images_of(images, shards)}"
+        return Basis(line.get("data", " ".join(shards)), text, tested)
 
 
 def read(folder: Path) -> History:
@@ -238,6 +243,17 @@ def pictures(folder: Path, most: int) -> list[tuple[int, Image.Image]]:
     return [(step, Image.open(io.BytesIO(drawn[step])).convert("RGB")) for step in steps]
 
 
+def images_of(count: int | str, patterns: Iterable[str]) -> str:
+    """A number of images and what their shards are called: `2,000 images of val`."""
+    names = (each.rstrip("/").rpartition("/")[2] for each in patterns)
+    short = dict.fromkeys(re.sub(r"[-_.]?\d*[*?[{].*", "", each) or each for each in names)
+    return f"{_count(count)} images" + (f" of {' '.join(short)}" if short else "")
+
+
+def _count(images: int | str) -> str:
+    return f"{images:,}" if isinstance(images, int) else images
+
+
 def _tested(line: dict[str, Any], options: dict[str, Any]) -> Basis:
     """Training and test images of an evaluation; old logs only have their patterns."""
     key, text = [], []
@@ -245,10 +261,12 @@ def _tested(line: dict[str, Any], options: dict[str, Any]) -> Basis:
         shards = " ".join(options.get(name, []))
         images = line.get(f"{name}_images", "the")
         key.append(line.get(f"{name}_data", f"{images} {shards}"))
-        text.append(f"{what}{images} images of {shards}")
+        text.append(f"{what}{_count(images)} images of {shards}")
     # These change neither the images nor what is measured.
     aside = {"train", "val", "batch_size", "seed"}
     for name, value in sorted(options.items()):
         if name not in aside:
-            text.append(f", --{name.replace('_', '-')} {json.dumps(value)}")
-    return Basis(" ".join(key + text[2:]), "".join(text))
+            shown = " ".join(map(str, value)) if isinstance(value, list) else json.dumps(value)
+            text.append(f", --{name.replace('_', '-')} {shown}")
+    tested = images_of(line.get("val_images", "the"), options.get("val", []))
+    return Basis(" ".join(key + text[2:]), "".join(text), tested)

@@ -31,7 +31,7 @@ def made_up_run(
     log = Log(folder, 0, steps, 8, clock, "made up")
     log.event(
         0, "start", run=folder.name, epoch=0, steps_per_epoch=10, total_steps=steps,
-        effective_batch=8, data=data,
+        effective_batch=8, images=83, data=data,
         options={"seed": seed, "epochs": 6, "join": {"mask_ratio": 0.45}, **options},
     )  # fmt: skip
     for step in range(1, steps + 1):
@@ -43,13 +43,30 @@ def made_up_run(
         if step % 5 == 0:
             log.point(step, (step - 1) // 10, {"loss": 1 / step + noise.random() / 100})
         if step % 10 == 0:
-            log.found(step, "monitor", {"knn_cls": probe * step / steps, "seconds": 1.0})
+            found = {"knn_cls": probe * step / steps, "probe_cls": 0.3, "seconds": 1.0}
+            log.found(step, "monitor", found, images=512)
     log.event(steps, "finished")
     log.close()
-    log_evaluation(folder, steps, "probe", "trained", {"top1_cls": probe, "pooling": "cls"}, {})
-    log_evaluation(folder, steps // 2, "probe", "trained", {"top1_cls": 0.2}, {})  # of an old one
-    log_evaluation(folder, steps, "probe", "untrained", {"top1_cls": 0.1}, {})
+    add_evaluation(folder, steps, "trained", probe)
+    add_evaluation(folder, steps // 2, "trained", 0.2)  # of an old checkpoint
+    add_evaluation(folder, steps, "untrained", 0.1)
     return folder
+
+
+def add_evaluation(
+    run: Path, step: int, weights: str, value: float, evaluator: str = "probe"
+) -> None:
+    """Log what an evaluation on 2,000 images found."""
+    found = {"top1_cls": value, "val_images": 2000}
+    log_evaluation(run, step, evaluator, weights, found, {"val": ["shards/val-*.tar"]})
+
+
+def without(run: Path, text: str) -> Path:
+    """The run, without the lines of its log that have a text."""
+    log = run / "log.jsonl"
+    kept = [line for line in log.read_text().splitlines() if text not in line]
+    log.write_text("".join(f"{line}\n" for line in kept))
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -101,16 +118,25 @@ def test_seeds_are_one_row_with_mean_and_standard_error(page):
 
 def test_a_headline_says_what_on_what_reached_what_in_what_time(runs, tmp_path):
     unfinished = made_up_run(tmp_path / "mae-0", 0, 0.5, model="vit_nano", shards=["a.tar"])
-    log = unfinished / "log.jsonl"
-    kept = [line for line in log.read_text().splitlines() if '"finished"' not in line]
-    log.write_text("".join(f"{line}\n" for line in kept))
+    without(unfinished, '"finished"')
     for folders, expected in (
-        (runs[:2], r"mae</strong> \(mae, 2 seeds\) on 80 images: Probe, class token \(test\) "
-         r"48\.5 ± 0\.5 %, untrained 10\.0 ± 0\.0 %; 6 epochs in \S+ s, finished\."),
-        ([unfinished], r"mae-0</strong> \(vit_nano\) on 80 images of a.tar: Probe.* 50\.0 %.*; "
+        (runs[:2], r"mae</strong> \(mae, 2 seeds\), trained on 83 images: Probe, class token "
+         r"48\.5 ± 0\.5 % right on 2,000 images of val, untrained 10\.0 ± 0\.0 %; "
+         r"6 epochs in \S+ s, finished\."),
+        ([unfinished], r"mae-0</strong> \(vit_nano\), trained on 83 images of a.tar: .* 50\.0 %.*; "
          r"6 epochs in \S+ s, not finished, 6 epochs are planned\."),
     ):  # fmt: skip
         assert re.search(expected, unescape(write_page(folders, tmp_path)))
+
+
+def test_a_headline_takes_an_evaluation_before_a_probe_of_the_monitor(tmp_path):
+    watched = ["shards/train-*.tar"]
+    run = without(made_up_run(tmp_path / "run", 0, 0.5, monitor=watched), '"probe"')
+    expected = "Probe, class token 30.0 % right on a fifth of 512 images of train;"
+    assert expected in write_page([run], tmp_path)
+    add_evaluation(run, 60, "trained", 0.2, "knn")
+    expected = "k-NN, class token 20.0 % right on 2,000 images of val;"
+    assert expected in write_page([run], tmp_path)
 
 
 def test_of_a_single_run_losses_model_recipe_and_changed_options_are_shown(tiny_run, tmp_path):
@@ -123,9 +149,7 @@ def test_of_a_single_run_losses_model_recipe_and_changed_options_are_shown(tiny_
 
 def test_what_fewer_runs_tell_or_seeds_that_come_twice_are_no_three_seeds(tmp_path):
     runs = [made_up_run(tmp_path / f"mae-{n}", seed, 0.5) for n, seed in enumerate((0, 0, 1))]
-    log = runs[0] / "log.jsonl"
-    lines = [line for line in log.read_text().splitlines() if '"probe"' not in line]
-    log.write_text("".join(f"{line}\n" for line in lines))
+    without(runs[0], '"probe"')
     page = write_page(runs, tmp_path)
     header, row, _ = cells(page, "table")
     assert row[1] == "2"
@@ -183,7 +207,7 @@ def test_a_column_is_a_metric_on_a_data_set(tmp_path):
         "<em>knn, test 2</em>: 39 images of a/few.tar, learned from 900 images of train-*.tar"
         in told
     )
-    assert "<em>knn, test 3</em>: 1000 images of a/val.tar" in told
+    assert "<em>knn, test 3</em>: 1,000 images of a/val.tar" in told
     assert told.count("--k 1") == 1
     marks = [each["name"] for each in charts(page)[2]["data"] if each["mode"] == "markers"]
     assert sorted(marks)[:2] == ["run, knn, test 1", "run, knn, test 2"]
