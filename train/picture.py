@@ -55,11 +55,11 @@ def picture_of_crops(model: MaskedModel, weighed: Weighed, seed: int = 0) -> Ima
 def draw(columns: dict[str, NDArray]) -> Image.Image:
     """Draw titled columns, each of images `[B, H, W, 3]` uint8 or maps `[B, G, G]`."""
     rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(2 * len(columns), 2 * rows + 0.3), dpi=100)
+    figure = Figure(figsize=(2 * len(columns), 2 * rows + 0.4), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(rows, len(columns), squeeze=False)
     for column, (title, panels) in enumerate(columns.items()):
-        axes[0][column].set_title(title, fontsize=11)
+        axes[0][column].set_title(title, fontsize=min(17, 240 / len(title)))
         for row in range(rows):
             axes[row][column].imshow(panels[row], cmap="magma", interpolation="nearest")
             axes[row][column].set_axis_off()

@@ -56,7 +56,7 @@ _STAGES = ["#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#e76f51", "#8
 _UNITS = (3600, "h", 10800), (60, "min", 180), (1, "s", 0)  # seconds, name, least seconds
 _PICTURES, _PICTURE_WIDTH = 6, 720  # per run, and px
 _LOOKS: dict[bool, dict[str, Any]] = {
-    True: {"mode": "lines+markers", "marker": {"size": 5}},  # the monitor
+    True: {"mode": "lines+markers", "marker": {"size": 7}},  # the monitor
     False: {
         "mode": "markers",
         "marker": {"size": 11, "symbol": "diamond", "line": {"color": "white", "width": 1}},
@@ -132,7 +132,7 @@ def write(
         stages=_stages(groups),
         options=_differences(groups) if len(groups) > 1 else _changed(groups[0].runs[0]),
         masks=[
-            (group.label(run), run is group.runs[0], shown)
+            (group.label(run), run is group.runs[0], run.total_steps, shown)
             for group in groups
             for run in group.runs
             if (shown := _pictures(run))
