@@ -1,5 +1,6 @@
 """Hooks of MkDocs: README.md becomes the front page, recipes become files of the site."""
 
+import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -20,3 +21,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Point links to recipes into the site."""
     return markdown.replace("](../train/recipes/", "](recipes/")
+
+
+def on_page_content(html: str, **_: object) -> str:
+    """Keep the name of an option in one line, and a figure with its error."""
+    html = html.replace(" ± ", "&nbsp;±&nbsp;")
+    option, whole = re.compile(r"--[a-z][\w.-]*"), r'<span class="option">\g<0></span>'
+    return re.sub(r"<code>[^<]*</code>", lambda code: option.sub(whole, code[0]), html)
