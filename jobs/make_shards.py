@@ -64,7 +64,9 @@ def main(args: MakeShards) -> int:
                 on_sample=bar.update,
             )
         describe_dataset(args.out, classes, split, written, args.seed, args.source)
-        kinds = f"of {counted(len(classes), 'class')}" if classes else "without classes"
+        kinds = "with masks" if any(each.mask for each in part) else "without classes"
+        if classes:
+            kinds = f"of {counted(len(classes), 'class')}"
         print(
             f"{split}: {counted(written.samples, 'image')} {kinds} in "
             f"{counted(len(written.shards), 'shard')} at {args.out}"

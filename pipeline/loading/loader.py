@@ -26,6 +26,7 @@ from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dali_graphs import build_pipeline, crop_graph, rows_of
 from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.options import LoaderConfig
+from famt.pipeline.wording import counted
 
 _PAUSES = (1.0, 4.0, 16.0, 60.0)  # seconds before each new attempt to read from a store that failed
 _PREFETCHED = 2  # batches
@@ -128,7 +129,7 @@ class CropLoader:
         images, least = config.images_per_batch, len(table) // world_size
         if least < (images if drop_last else 1):
             raise UserError(
-                f"{len(table)} samples over {world_size} ranks make no batch of "
+                f"{len(table)} samples over {counted(world_size, 'rank')} make no batch of "
                 f"{images}; lower the batch size"
             )
         self.rows = own_share(len(table), rank, world_size)

@@ -171,9 +171,10 @@ def masked(tmp_path):
     return tmp_path / "source"
 
 
-def test_masks_go_into_the_shards_beside_their_images(make, masked):
+def test_masks_go_into_the_shards_beside_their_images(make, masked, capsys):
     samples = make(masked)
     assert len(samples) == 5
+    assert "train: 5 images with masks in 1 shard" in capsys.readouterr().out
     for sample in samples:
         name = sample["__key__"].split("-")[1]
         assert sample["jpg"] == (masked / "images" / f"{name}.jpg").read_bytes()
