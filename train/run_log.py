@@ -9,12 +9,12 @@ from __future__ import annotations
 import io
 import json
 import re
-from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -109,9 +109,10 @@ class History:
         return {**stages, NO_STAGE: max(0.0, 1 - sum(stages.values()))}
 
     def seconds(self, step: int) -> float:
-        """Training time up to the last log point at or before a step; 0 before the first."""
-        before = bisect_right([point.step for point in self.points], step)
-        return self.points[before - 1].seconds if before else 0.0
+        """Training time up to a step, at an even pace between log points."""
+        known = [Point(0, 0.0, 0.0, 0.0), *self.points]
+        steps, seconds = [each.step for each in known], [each.seconds for each in known]
+        return float(np.interp(step, steps, seconds))
 
     def take(self, line: dict[str, Any]) -> None:
         """Take the next line of the log.

@@ -43,7 +43,7 @@ def test_pauses_cost_nothing_and_a_run_is_finished_by_its_last_checkpoint(tmp_pa
     assert not run_log.read(write(tmp_path, *lines)).finished  # before its last checkpoint
     run = run_log.read(write(tmp_path, *lines, {"step": 40, "event": "finished"}))
     assert [each.seconds for each in run.points] == [40, 80]  # 20 steps of 8 images at 4 a second
-    assert [run.seconds(step) for step in (0, 20, 30, 40)] == [0, 40, 40, 80]
+    assert [run.seconds(step) for step in (0, 10, 20, 30, 40)] == [0, 20, 40, 60, 80]
     assert run.finished
 
 
