@@ -23,7 +23,8 @@ def expand_shards(patterns: list[str]) -> list[str]:
 
     Args:
         patterns: such as `data/train-*.tar`, `s3://bucket/train-{000000..001023}.tar` or `data/`. A
-            path that exists is taken literally, whatever characters it holds.
+            path that exists is taken literally, whatever characters it holds; so is the folder of a
+            pattern.
 
     Returns:
         normalised URLs, each once.
@@ -53,10 +54,13 @@ def is_folder(pattern: str) -> bool:
 
 
 def _expand_braces(pattern: str) -> list[str]:
-    if not is_remote(pattern) and os.path.exists(pattern.removeprefix("file://")):
-        return [pattern]
+    folder, name = "", pattern
+    if not is_remote(pattern):
+        if os.path.exists(pattern.removeprefix("file://")):
+            return [pattern]
+        folder, name = _literal_folder(pattern)
     try:
-        return list(braceexpand.braceexpand(pattern, escape=False))
+        return [folder + each for each in braceexpand.braceexpand(name, escape=False)]
     except ValueError as error:
         raise UserError(f"{pattern}: {error}; give names such as train-{{000..099}}.tar") from None
 
@@ -75,7 +79,16 @@ def _matches(pattern: str) -> list[str]:
         path = os.path.join(glob.escape(path), "*.tar")
     if os.path.isfile(path):
         return [normalise_url(path)]
-    return [normalise_url(name) for name in sorted(glob.glob(path))]
+    folder, name = _literal_folder(path)
+    return [normalise_url(each) for each in sorted(glob.glob(glob.escape(folder) + name))]
+
+
+def _literal_folder(pattern: str) -> tuple[str, str]:
+    """A pattern in two: its folder with a slash, if that exists, and the rest."""
+    folder, slash, name = pattern.rpartition("/")
+    return (
+        (folder + slash, name) if os.path.isdir(folder.removeprefix("file://")) else ("", pattern)
+    )
 
 
 def _remedy(pattern: str) -> str:

@@ -69,6 +69,15 @@ def test_a_local_path_that_exists_is_taken_as_it_is(tmp_path, name):
     assert expand_shards([f"{tmp_path}/{name}"]) == [f"{tmp_path}/{name}"]
 
 
+@pytest.mark.parametrize("name", ["a [x]", "{a,b}", "it's * 'here'", "{"])
+def test_the_folder_of_a_pattern_is_taken_as_it_is(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "train-0.tar").write_bytes(b"x")
+    for pattern in (f"{folder}/train-*.tar", f"file://{folder}/train-{{0,0}}.tar"):
+        assert expand_shards([pattern]) == [f"{folder}/train-0.tar"]
+
+
 def test_backslashes_outlive_braces(tmp_path):
     for number in range(2):
         (tmp_path / f"a\\{number}.tar").write_bytes(b"x")
