@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -28,6 +29,7 @@ from famt.train.config import REQUIRED, Pretrain
 Config = TypeVar("Config")
 Options = TypeVar("Options", bound=Pretrain)
 
+_HOME = re.compile(r"(?:^|(?<==))~(?=/|$)")
 _STDOUT = 1  # its file descriptor
 _NO_MEMORY = ("out of memory", "can't allocate memory")  # as torch puts it, on GPUs and on CPUs
 
@@ -42,15 +44,19 @@ def is_users(error: BaseException) -> bool:
 
 
 def parsed(kind: Any, description: str | None) -> Any:
-    """Parse the command line into a program's options, a dataclass or a union of them."""
+    """Parse the command line into a program's options, a dataclass or a union of them.
+
+    `~` is the home folder also where shells leave it alone: in `--out=~/run` and in quotes.
+    """
+    arguments = [_HOME.sub(lambda _: os.path.expanduser("~"), each) for each in sys.argv[1:]]
     with _ending():
         if isinstance(kind, type) and issubclass(kind, Pretrain):
-            return parse(sys.argv[1:], description, kind)
+            return parse(arguments, description, kind)
         words = [each.__name__.lower() for each in get_args(kind)]
-        given = sys.argv[1] if sys.argv[1:] else "-"
+        given = arguments[0] if arguments else "-"
         if words and not given.startswith("-") and given not in words:
             raise UserError(f"{unknown(given, words)} `{called()} --help` lists them")
-        return tyro.cli(kind, prog=called(), description=description)
+        return tyro.cli(kind, prog=called(), args=arguments, description=description)
 
 
 def parse(

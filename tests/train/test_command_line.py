@@ -12,7 +12,8 @@ from famt.patches import unpatchify
 from famt.pipeline.errors import CacheError
 from famt.pipeline.options import RandomView
 from famt.pipeline.sharding.patterns import expand_shards
-from famt.train.command_line import run_program
+from famt.train.command_line import parsed, run_program
+from famt.train.config import Pretrain
 
 
 def _exit(main):
@@ -127,3 +128,12 @@ def test_a_program_calls_itself_as_one_types_it(program, name):
     )
     assert wrong.returncode == 2
     assert f"{name} --help" in " ".join(wrong.stderr.replace("│", " ").split())
+
+
+def test_a_tilde_that_the_shell_left_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    words = ["--shards", "~/a~/*.tar", "~x", "--cache=~/b", "--out=~"]
+    monkeypatch.setattr("sys.argv", ["famt pretrain", *words])
+    options = parsed(Pretrain, None)
+    assert options.shards == ["/home/me/a~/*.tar", "~x"]
+    assert (options.cache, str(options.out)) == ("/home/me/b", "/home/me")
