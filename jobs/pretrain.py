@@ -80,7 +80,7 @@ def main(args: RayPretrain) -> None:
     if args.data:
         from_images.finish(config.out)
     else:
-        print(f"encoder: famt export {config.out} --to timm --out <folder>")
+        print(f"encoder: famt export {shlex.quote(str(config.out))} --to timm --out <folder>")
     inputs = ["--cache", config.cache, "--shards", config.shards[0]]
     figures = ["--checkpoint", str(config.out), *inputs, "--out", str(config.out / "masks.png")]
     print(f"masks:   famt figures {shlex.join(figures)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import shlex
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -194,11 +195,10 @@ def load_maps(samples: SampleTable, cache: ScoreCache, spec: ScoreSpec) -> Tenso
 
 
 def _score_command(patterns: list[str], cache: ScoreCache, spec: ScoreSpec, *flags: str) -> str:
-    command = ["famt score", *flags, "--shards", *(f"'{each}'" for each in patterns)]
-    command.append(f"--cache {cache.url}")
+    command = ["famt", "score", *flags, "--shards", *patterns, "--cache", cache.url]
     for field in dataclasses.fields(ScoreSpec):
         value = getattr(spec, field.name)
         if value != field.default:
-            text = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            command.append(f"--spec.{field.name.replace('_', '-')} {text}")
-    return " ".join(command)
+            values = value if isinstance(value, tuple) else (value,)
+            command += [f"--spec.{field.name.replace('_', '-')}", *map(str, values)]
+    return shlex.join(command)
