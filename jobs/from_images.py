@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import statistics
 import sys
 from dataclasses import dataclass
@@ -153,7 +154,8 @@ def prepare(data: str, labels: Path | None, out: Path, spec: ScoreSpec | None) -
     """
     folder = _folder(out)
     shards, record = folder / "shards", folder / "source.json"
-    wanted = {"source": data, "images": _digest(data, labels), "complete": True}
+    source = _resolved(data)
+    wanted = {"source": source, "images": _digest(data, labels), "complete": True}
     known = json.loads(record.read_text()) if record.exists() else None
     if known is None and any(shards.glob("*.tar")):
         raise UserError(
@@ -169,11 +171,12 @@ def prepare(data: str, labels: Path | None, out: Path, spec: ScoreSpec | None) -
         make_shards.main(MakeShards(data, str(shards), holdout=held_out, labels=labels))
         with written_whole(record) as file:
             file.write(json.dumps(wanted).encode())
-    elif known["source"] != data:
+    elif _resolved(known["source"]) != source:
         raise UserError(
-            f"{shards} holds the images of {known['source']}; give another --out for {data}"
+            f"{shards} holds the images of {known['source']}; give another --out for {source}, or "
+            "train on the shards with --shards and --cache"
         )
-    elif known != wanted:
+    elif known["images"] != wanted["images"]:
         raise UserError(
             f"{shards} was made before the images or classes of {data} changed; give another "
             f"--out, or remove {out} to start over"
@@ -190,15 +193,15 @@ def finish(out: Path) -> None:
     if not exported.exists():
         export.main(Export(checkpoint=out, to="timm", out=exported))
     shards = _folder(out) / "shards"
+    page = shlex.join([str(out), "--out", str(out / "report.html")])
     print(
         f'\nencoder: timm.create_model("local-dir:{exported}", pretrained=True)\n'
-        f"page:    famt report {out} --out {out / 'report.html'}"
+        f"page:    famt report {page}"
     )
     if list(shards.glob("val-*.tar")):
-        inputs = (
-            f"--checkpoint {out} --cache {_folder(out) / 'scores'} --train '{shards}/train-*.tar' "
-            f"--val '{shards}/val-*.tar'"
-        )
+        words = ["--checkpoint", out, "--cache", _folder(out) / "scores"]
+        words += ["--train", shards / "train-*.tar", "--val", shards / "val-*.tar"]
+        inputs = shlex.join(map(str, words))
         # Attentive pooling takes most of a probe's time.
         print(f"k-NN:    famt evaluate knn {inputs}")
         print(f"probe:   famt evaluate probe {inputs} --poolings cls mean")
@@ -206,6 +209,11 @@ def finish(out: Path) -> None:
 
 def _folder(out: Path) -> Path:
     return out / "data"
+
+
+def _resolved(data: str) -> str:
+    """The one name of a folder; other names are those of data sets."""
+    return str(Path(data).resolve()) if Path(data).is_dir() else data
 
 
 def _digest(data: str, labels: Path | None) -> str:

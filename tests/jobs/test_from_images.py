@@ -129,6 +129,16 @@ def test_tars_of_others_are_never_removed_and_half_made_ones_are_made_again(phot
         prepare("digits", None, run, None)
 
 
+def test_the_same_folder_by_another_name_and_from_elsewhere_is_the_same_data(
+    photos, tmp_path, monkeypatch
+):
+    (tmp_path / "link").symlink_to(photos)
+    prepare(str(tmp_path / "link"), None, tmp_path / "run", None)
+    prepare(f"{photos}/", None, tmp_path / "run", None)
+    monkeypatch.chdir(tmp_path)
+    prepare("./photos", None, Path("run"), None)
+
+
 @pytest.mark.parametrize("change", ["an image more", "other labels", "other values of labels"])
 def test_shards_of_other_images_or_classes_are_never_trained_on(photos, tmp_path, change):
     table = tmp_path / "labels.csv"
@@ -151,12 +161,14 @@ def test_shards_of_other_images_or_classes_are_never_trained_on(photos, tmp_path
 
 
 def test_k_nn_is_suggested_before_a_probe_that_takes_seconds(tmp_path, capsys):
-    (tmp_path / "encoder").mkdir()
-    (tmp_path / "data" / "shards").mkdir(parents=True)
-    (tmp_path / "data" / "shards" / "val-000000.tar").touch()
-    finish(tmp_path)
-    *_, knn, probe = capsys.readouterr().out.splitlines()
-    assert "famt evaluate knn" in knn
+    out = tmp_path / "my run"
+    (out / "encoder").mkdir(parents=True)
+    (out / "data" / "shards").mkdir(parents=True)
+    (out / "data" / "shards" / "val-000000.tar").touch()
+    finish(out)
+    *_, page, knn, probe = capsys.readouterr().out.splitlines()
+    assert shlex.split(page)[1:] == ["famt", "report", str(out), "--out", f"{out}/report.html"]
+    assert shlex.split(knn)[1:6] == ["famt", "evaluate", "knn", "--checkpoint", str(out)]
     assert probe.endswith("--poolings cls mean")
 
 
