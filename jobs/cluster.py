@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -35,6 +36,8 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # After the error that ends a job, errors of its other tasks are noise.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    if not os.access(os.path.expanduser("~"), os.W_OK):  # where Ray would keep a token
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray announces that it generated an authentication token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS") or "local"

@@ -45,3 +45,9 @@ def test_only_a_cluster_that_was_named_is_joined():
         alone, joined = _start({}), _start({"RAY_ADDRESS": address})
     assert alone == (f"{os.cpu_count()}\n", "starting Ray and its workers on this machine\n")
     assert joined == ("99\n", f"joined the Ray cluster {address} (RAY_ADDRESS={address})\n")
+
+
+@pytest.mark.slow
+def test_a_home_that_can_not_be_written_is_no_hindrance():
+    out, _ = _start({"HOME": "/proc/none"})
+    assert int(out) == os.cpu_count()
