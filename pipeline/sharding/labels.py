@@ -30,7 +30,8 @@ def read_labels(path: Path) -> dict[str, str]:
         raise UserError(f"{path} is no text in UTF-8: {error}") from None
     first = text.partition("\n")[0]
     delimiter = next((each for each in "\t,;" if each in first), ",")
-    rows = [row for row in csv.reader(text.splitlines(), delimiter=delimiter) if row]
+    lines = csv.reader(text.splitlines(), delimiter=delimiter, skipinitialspace=True)
+    rows = [row for row in lines if row]
     name, label, start = 0, 1, 0
     if rows and not any(has_file_allowed_extension(cell, IMG_EXTENSIONS) for cell in rows[0]):
         columns, start = [cell.strip().lower() for cell in rows[0]], 1
@@ -45,6 +46,7 @@ def read_labels(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, row in enumerate(rows[start:], start=start + 1):
         cells = [row[each].strip() if each < len(row) else "" for each in (name, label)]
+        cells[0] = cells[0].removeprefix("./")
         if not all(cells):
             raise UserError(f"{path}, row {number}: no image or no class")
         if found.setdefault(*cells) != cells[1]:

@@ -161,6 +161,13 @@ def _labelled(folder: Path, path: Path) -> Source:
     classes = class_names(labels)
     number = {name: each for each, name in enumerate(classes)}
     found = {image: find_label(labels, image) for image in images}
+    alike = Counter(image.name for image in images)
+    for image, label in found.items():
+        if label is not None and alike[image.name] > 1 and image.as_posix() not in labels:
+            raise UserError(
+                f"{path} does not say which of the {alike[image.name]} images {image.name} in "
+                f"{folder} it means; name them as {image}"
+            )
     unlisted = [str(image) for image, label in found.items() if label is None]
     if len(unlisted) == len(images):
         raise UserError(

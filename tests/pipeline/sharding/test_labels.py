@@ -13,6 +13,7 @@ TABLES = {
     "file_name,label\na.jpg,cat\nb.jpg,dog\n": {"a.jpg": "cat", "b.jpg": "dog"},
     "id;Class\na;10\nb;9\n": {"a": "10", "b": "9"},
     "a.jpg\tn01\t0\t0\t62\t57\nb.jpg\tn02\t1\t1\t2\t2\n": {"a.jpg": "n01", "b.jpg": "n02"},
+    'label, file\ncat, "./a.jpg"\n"dog", "x/b.jpg"\n': {"a.jpg": "cat", "x/b.jpg": "dog"},
     '\ufeffpath,text,label\r\n"x/a.jpg","one, two",cat\r\n': {"x/a.jpg": "cat"},
 }
 
@@ -68,3 +69,10 @@ def test_images_are_found_by_path_name_or_stem_and_the_others_are_said(folder):
 def test_a_table_of_other_images_is_refused(folder):
     with pytest.raises(UserError, match=r"lists none of the images .*: it lists z.jpg"):
         _source(folder, "z.jpg,cat\n")
+
+
+def test_a_name_that_two_folders_hold_needs_its_folder(folder):
+    Image.new("RGB", (8, 8)).save(folder / "y" / "a.jpg")
+    with pytest.raises(UserError, match=r"which of the 2 images a\.jpg .* name them as x/a\.jpg"):
+        _source(folder, "a.jpg,cat\nc.png,dog\n")
+    assert _source(folder, "x/a.jpg,cat\n").unlisted == ["x/b.jpg", "y/a.jpg", "y/c.png"]
