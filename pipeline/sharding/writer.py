@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +65,7 @@ def write_shards(
 
     Raises:
         FileExistsError: `out` has shards of this split already.
+        OSError: TMPDIR has no room for a tar.
     """
     store = storage.open_store(out, create=True)
     taken = obstore.list_with_delimiter(store)["objects"]
@@ -88,20 +91,30 @@ def write_shards(
             verbose=0,
             mtime=0,
         )
-        for number in np.random.default_rng(seed).permutation(len(items)).tolist():
-            item = items[number]
-            try:
-                extension, data, alpha = _encode(item.load(), encoding)
-                mask = {MASK_EXTENSION: item.mask()} if item.mask else {}
-            except (OSError, ValueError, UserError, Image.DecompressionBombError) as error:
-                skipped.append((item.name, storage.reason(error)))
-            else:
-                key = f"{number:08d}-{safe_key(item.name)}"
-                label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
-                writer.write({"__key__": key, extension: data, **label, **mask})
-                transparent += alpha
-            on_sample()
-        writer.close()
+        try:
+            for number in np.random.default_rng(seed).permutation(len(items)).tolist():
+                item = items[number]
+                try:
+                    extension, data, alpha = _encode(item.load(), encoding)
+                    mask = {MASK_EXTENSION: item.mask()} if item.mask else {}
+                except (OSError, ValueError, UserError, Image.DecompressionBombError) as error:
+                    skipped.append((item.name, storage.reason(error)))
+                else:
+                    key = f"{number:08d}-{safe_key(item.name)}"
+                    label = {} if item.label == NO_LABEL else {"cls": str(item.label).encode()}
+                    writer.write({"__key__": key, extension: data, **label, **mask})
+                    transparent += alpha
+                on_sample()
+            writer.close()
+        except OSError as error:
+            with suppress(OSError, AttributeError):  # else its collection prints a traceback
+                writer.tarstream.close()
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                f"no room in {scratch} for a whole tar: set TMPDIR to a folder with more, or lower "
+                "--samples-per-shard"
+            ) from error
     return Written(shards, len(items) - len(skipped), skipped, transparent)
 
 

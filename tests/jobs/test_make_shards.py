@@ -1,5 +1,7 @@
+import errno
 import io
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -150,6 +152,12 @@ def test_what_cannot_be_read_is_skipped_reported_and_fails_the_job(make, folder,
 def test_shards_are_never_written_over(make, folder):
     make(folder)
     with pytest.raises(FileExistsError, match="has train shards already"):
+        make(folder)
+
+
+def test_a_full_tmpdir_is_named_with_the_remedy(make, folder, monkeypatch):
+    monkeypatch.setattr("tarfile.TarFile.addfile", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match=r"no room in .*famt-shards-.*: set TMPDIR"):
         make(folder)
 
 
