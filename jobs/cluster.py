@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -43,6 +44,9 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         print("starting Ray and its workers on this machine", file=sys.stderr, flush=True)
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            # Each process maps the whole store, by default three tenths of the memory, or aborts.
+            options["object_store_memory"] = min(limit // 8, 1 << 30)
         options["include_dashboard"] = False  # half of its processes
     try:
         if address not in ("local", "auto"):

@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -24,7 +25,7 @@ def test_a_ray_that_does_not_start_is_reported(monkeypatch):
         start_ray()
 
 
-def _start(address):
+def _start(address, limits=lambda: None):
     """What a program that starts Ray has of CPUs, and what it says."""
     program = "import ray; from famt.jobs.cluster import start_ray; start_ray(); {}".format(
         "print(int(ray.cluster_resources()['CPU']))"
@@ -32,7 +33,7 @@ def _start(address):
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-c", program], env={**environment, **address},
-        capture_output=True, text=True, check=True,
+        capture_output=True, text=True, check=True, preexec_fn=limits,
     )  # fmt: skip
     return done.stdout, done.stderr
 
@@ -50,4 +51,11 @@ def test_only_a_cluster_that_was_named_is_joined():
 @pytest.mark.slow
 def test_a_home_that_can_not_be_written_is_no_hindrance():
     out, _ = _start({"HOME": "/proc/none"})
+    assert int(out) == os.cpu_count()
+
+
+@pytest.mark.slow
+def test_a_limit_of_addresses_is_no_hindrance():
+    most = 6_000_000_000
+    out, _ = _start({}, lambda: resource.setrlimit(resource.RLIMIT_AS, (most, most)))
     assert int(out) == os.cpu_count()
