@@ -327,7 +327,10 @@ def _changes(
         for name, value in sorted(now.items())
         if value != then.get(name) and FREE not in notes.get(name, ())
     ]
-    texts = [f"{name}: {then.get(name)} -> {now[name]}" for name in changed]
+    texts = [
+        "other training images" if name == "data" else f"{name}: {then.get(name)} -> {now[name]}"
+        for name in changed
+    ]
     return texts, all(ELASTIC in notes.get(name, ()) for name in changed)
 
 
