@@ -129,8 +129,8 @@ class CropLoader:
         images, least = config.images_per_batch, len(table) // world_size
         if least < (images if drop_last else 1):
             raise UserError(
-                f"{len(table)} samples over {counted(world_size, 'rank')} make no batch of "
-                f"{images}; lower the batch size"
+                f"{counted(len(table), 'image')} over {counted(world_size, 'rank')} make no batch "
+                f"of {images}; lower --batch-size"
             )
         self.rows = own_share(len(table), rank, world_size)
         self._runs = -(-len(self.rows) // images)
@@ -218,7 +218,7 @@ class CropLoader:
 
         Raises:
             CacheError: an image can't be decoded.
-            OSError: the store failed at every attempt.
+            OSError: a local tar is gone or changed, or the store failed at every attempt.
         """
         for pause in (*_PAUSES, None):
             try:
@@ -264,10 +264,16 @@ class CropLoader:
         return f"{self._table.paths[shards[0]]}{others}"
 
     def _explain(self, error: RuntimeError) -> None:
-        """Raise a CacheError if DALI failed on an image; only failed decodes name its row."""
+        """Raise a CacheError if DALI failed on an image, an OSError if it failed on a local tar;
+        only failed decodes name the image's row."""
         decoding = re.search(r"Failed to decode sample #\d+ : .*:(\d+)$", str(error), re.M)
         if decoding is None and "nvImageCodec failure" not in str(error):
-            return
+            if self._remote or "readers.webdataset" not in str(error):
+                return
+            raise OSError(
+                f"{self._read_now()}: moved or changed while it was read ({_reason(error)}); put "
+                "back what was scored, and run again to go on from the last checkpoint"
+            ) from error
         sample = self._table.key(int(decoding[1])) if decoding else "an image of these shards"
         raise CacheError(
             f"{sample}: DALI can't decode it, though it could when its shard was scored: the tar "

@@ -183,7 +183,7 @@ def test_a_mistake_ends_the_run_at_the_first_try_and_its_reason_is_the_last_word
     done = run(*command[1:], code=2)
     assert (done.stdout + done.stderr).count("Started training worker group of size") == 1
     last = done.stderr.rstrip().splitlines()[-1]
-    assert last.startswith("error: 26 samples over 2 ranks make no batch of 400")
+    assert last.startswith("error: 26 images over 2 ranks make no batch of 400")
 
 
 def _machine(cpus, gpus=0, alive=True):

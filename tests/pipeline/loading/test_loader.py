@@ -231,7 +231,7 @@ def test_a_gpu_batch_is_asked_for_in_the_stream_in_which_it_is_taken(table, monk
 
 
 def test_too_few_samples_for_a_batch_is_an_error(table):
-    with pytest.raises(UserError, match="lower the batch size"):
+    with pytest.raises(UserError, match=r"over 1 rank make no batch of .* lower --batch-size"):
         CropLoader(table, dataclasses.replace(SMALL, batch_size=27), drop_last=True)
 
 
@@ -414,3 +414,13 @@ def test_an_image_that_ends_an_epoch_is_named_with_the_remedy(scored, content, s
     loader = CropLoader(table, config, drop_last=False)
     with pytest.raises(CacheError, match=rf"{sample}.*--retry-bad --shards .* --cache"):
         list(loader)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda tar: tar.write_bytes(b"")])
+def test_a_tar_that_goes_while_it_is_read_is_named_with_the_remedy(table, scored, change):
+    loader = CropLoader(table, SMALL, drop_last=True)
+    next(iter(loader))
+    for tar in scored.shards:
+        change(Path(tar))
+    with pytest.raises(OSError, match=r"\.tar.*: moved or changed while .*; put back"):
+        [list(loader) for _ in range(9)]
