@@ -37,8 +37,6 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # After the error that ends a job, errors of its other tasks are noise.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    if not os.access(os.path.expanduser("~"), os.W_OK):  # where Ray would keep a token
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Ray announces that it generated an authentication token.
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -48,6 +46,8 @@ def start_ray(*, log_to_driver: bool = False, **options: Any) -> None:
             # Each process maps the whole store, by default three tenths of the memory, or aborts.
             options["object_store_memory"] = min(limit // 8, 1 << 30)
         options["include_dashboard"] = False  # half of its processes
+        if not os.access(os.path.expanduser("~"), os.W_OK):  # where Ray would keep a token
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         if address not in ("local", "auto"):
             host, _, port = address.rpartition("/")[2].rpartition(":")
