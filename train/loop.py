@@ -252,6 +252,11 @@ class Training(ABC, Generic[Batch]):
                 self.log.end_bar()  # so that an error is the last line on the terminal
         if self.log:
             self.log.event(self.step, "finished" if finished else "stopped by a signal")
+            if not finished:
+                print(
+                    f"{self.config.out} stopped after step {self.step} of {self.last_step}, with a "
+                    "checkpoint; the same command resumes"
+                )
             self.log.close()
         return finished
 

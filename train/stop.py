@@ -48,8 +48,5 @@ class Stop:
         self.asked = True
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)
-            message = (
-                "\nstopping after this step, with a checkpoint: the same command goes on from it; "
-                "Ctrl-C again quits at once"
-            )
+            message = "\nstopping after this step, with a checkpoint; Ctrl-C again quits at once"
             print(message, flush=True)

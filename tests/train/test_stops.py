@@ -84,8 +84,10 @@ def test_a_signal_stops_a_run_after_the_step_in_hand_and_costs_no_bit(
     monkeypatch.setattr(Run, "forward_backward", interrupted)
     stopped = train(**options)
     monkeypatch.undo()
-    told = "stopping after this step" in capsys.readouterr().out
-    assert told == (asked == signal.SIGINT)
+    told = capsys.readouterr().out
+    assert ("stopping after this step" in told) == (asked == signal.SIGINT)
+    where = f"after step {step + 1} of {9 * crops_per_image}, with a checkpoint"
+    assert told.endswith(f" stopped {where}; the same command resumes\n")
     assert log_events(stopped, "stopped by a signal")
     assert checkpoint.load(stopped).step == step + 1
     train(**options)
