@@ -38,7 +38,8 @@ class PatchConfig:
         self._at_least_1("image_size", "patch_size", "unit")
         if self.image_size % self.patch_size:
             raise ValueError(
-                f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}"
+                f"image_size {self.image_size} must be a multiple of the patch size, "
+                f"{self.patch_size}"
             )
         if self.grid % self.unit:
             raise ValueError(f"unit {self.unit} must divide the {self.grid} patches a side")

@@ -21,7 +21,10 @@ def test_names_have_the_sizes_of_their_namesakes(name, millions):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_size": 30, "patch_size": 8}, "image_size 30 must be a multiple of patch_size 8"),
+        (
+            {"image_size": 30, "patch_size": 8},
+            "image_size 30 must be a multiple of the patch size, 8",
+        ),
         ({"patch_size": 0}, "patch_size 0 must be at least 1"),
         ({"decoder": "croos"}, "decoder 'croos' must be self or cross"),
         ({"heads": 5}, "width 96 must be a multiple of its 5 heads"),

@@ -152,7 +152,7 @@ def test_a_size_on_the_command_line_overrides_the_models():
     assert _parse(*base).sizes == MODELS["vit_small"]
     given = _parse(*base, "--image-size", "96", "--patch-size", "8").sizes
     assert (given.grid, given.width, given.depth) == (12, 384, 12)
-    with pytest.raises(UserError, match="--image-size 96 must be a multiple of patch_size 7"):
+    with pytest.raises(UserError, match="--image-size 96 must be a multiple of the patch size, 7"):
         Pretrain(shards=[], cache="c", out=Path("o"), image_size=96, patch_size=7)
 
 
