@@ -84,7 +84,7 @@ def _run_once(args: PrecomputeFreq) -> int:
     started = time.monotonic()
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
-    with tqdm(total=len(todo), desc="precompute", unit="shard", disable=not todo) as bar:
+    with tqdm(total=len(todo), desc="scoring", unit="shard", disable=not todo) as bar:
         bar.set_postfix_str("starting workers")
         for url, outcome in score_and_publish(
             todo,
