@@ -177,7 +177,9 @@ def evaluation_table(line: Mapping[str, object], classes: int) -> str:
             label = ", ".join(_WORDS.get(each, each) for each in (kind, place) if each)
             rows.append((label, f"{100 * value:5.1f}{end}"))
         elif not name.startswith(("stderr", "train_", "val_")) and name not in _ABOUT:
-            rows.append((name.replace("_", " "), f"{value}"))
+            stem, _, place = name.rpartition("_")
+            label = f"{stem}, {_WORDS[place]}" if place in _WORDS else name
+            rows.append((label.replace("_", " "), f"{value}"))
     trained = "step" in line and line["weights"] != "untrained"
     step = f", step {line['step']}" if trained else ""
     head = f"{line['evaluate']} of {line['checkpoint']} ({line['weights']} weights{step})"

@@ -74,6 +74,6 @@ def test_an_evaluation_is_shown_in_percent_with_its_standard_error():
         "10000 images to test on, 25000 to learn from",
         "  top-1, class token             50.2 ± 0.5 %",
         "  top-1, held out, class token   50.4 %",
-        "  learning rate cls             0.03",
+        "  learning rate, class token    0.03",
         "  chance, 10 classes             10.0 %",
     ]
