@@ -60,7 +60,10 @@ class Log:
         self._boards: list[Board] = [TensorBoard(folder, purge_step=step + 1)]
         if tracked:
             self._boards += open_tracker(folder, tracked)
-        self._bar = tqdm(total=total_steps, initial=step, desc=name, unit="step", mininterval=1)
+        interval = 1 if sys.stderr.isatty() else 10  # in a file each drawing stays
+        self._bar = tqdm(
+            total=total_steps, initial=step, desc=name, unit="step", mininterval=interval
+        )
         self._since, self._steps = time.perf_counter(), 0
         self._first: float | None = None  # when the first step was done
         self._timed = 0  # steps since then, until the end is foretold
@@ -97,7 +100,8 @@ class Log:
         _append(self._folder, {"step": step, "epoch": epoch, **everything})
         self._bar.set_postfix_str(
             f"loss {scalars['loss']:.4f}, {rate:.0f} images/s, "
-            f"{shares.get('time/data_wait', 0):.0%} waiting for data"
+            f"{shares.get('time/data_wait', 0):.0%} waiting for data",
+            refresh=False,
         )
         self._since, self._steps = now, 0
 

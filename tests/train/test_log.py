@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -77,3 +79,15 @@ def test_an_evaluation_is_shown_in_percent_with_its_standard_error():
         "  learning rate, class token    0.03",
         "  chance, 10 classes             10.0 %",
     ]
+
+
+@pytest.mark.parametrize(("terminal", "drawn"), [(True, range(15, 50)), (False, range(1, 6))])
+def test_a_bar_in_a_file_is_drawn_seldom(tmp_path, monkeypatch, capsys, terminal, drawn):
+    monkeypatch.setattr(log_module.sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setattr("tqdm.std.time", itertools.count().__next__)  # a second at each look
+    log = Log(tmp_path, 0, 100, 8, Clock(torch.device("cpu")), "train")
+    for step in range(20):
+        log.step()
+        log.point(step, 0, {"loss": 1.0})
+    log.close()
+    assert capsys.readouterr().err.count("train:") in drawn
