@@ -193,11 +193,7 @@ def finish(out: Path) -> None:
     if not exported.exists():
         export.main(Export(checkpoint=out, to="timm", out=exported))
     shards = _folder(out) / "shards"
-    page = shlex.join([str(out), "--out", str(out / "report.html")])
-    print(
-        f'\nencoder: timm.create_model("local-dir:{exported}", pretrained=True)\n'
-        f"page:    famt report {page}"
-    )
+    print(f'\nencoder: timm.create_model("local-dir:{exported}", pretrained=True)')
     if list(shards.glob("val-*.tar")):
         words = ["--checkpoint", out, "--cache", _folder(out) / "scores"]
         words += ["--train", shards / "train-*.tar", "--val", shards / "val-*.tar"]

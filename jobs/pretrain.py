@@ -81,6 +81,8 @@ def main(args: RayPretrain) -> None:
         from_images.finish(config.out)
     else:
         print(f"encoder: famt export {shlex.quote(str(config.out))} --to timm --out <folder>")
+    page = [str(config.out), "--out", str(config.out / "report.html")]
+    print(f"page:    famt report {shlex.join(page)}")
     inputs = ["--cache", config.cache, "--shards", config.shards[0]]
     figures = ["--checkpoint", str(config.out), *inputs, "--out", str(config.out / "masks.png")]
     print(f"masks:   famt figures {shlex.join(figures)}")
