@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import atexit
 import dataclasses
+import gc
 import io
 import os
 import re
@@ -147,6 +149,7 @@ def run_program(main: Callable[[Config], object], config: Config) -> NoReturn:
     A user's error and Ctrl-C (exit code 130) print one line; any other error, its traceback. If
     the reader of the output is gone, as after `| head`, the program ends silently.
     """
+    atexit.register(gc.freeze)  # else Python examines all objects of torch as it ends: seconds
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # print names in any script to any terminal
             stream.reconfigure(errors="backslashreplace")
