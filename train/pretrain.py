@@ -93,8 +93,9 @@ class Run(Training[PatchBatch]):
         self.samples = stage_shards(samples, cache, config.stage, parts, show=ranks.is_main)
         self.loader = self.open_loader(self.sizes.image_size)
         encoder = self.model.encoder
+        ended = self.resumed is not None and self.resumed.progress == 1
         refreshed = (
-            RefreshedMaps(self.id, config, self.samples, encoder, ranks)
+            RefreshedMaps(self.id, config, self.samples, encoder, ranks, ended=ended)
             if config.refreshed_kinds
             else None
         )

@@ -99,7 +99,8 @@ def test_a_finished_run_is_left_alone_and_says_so_in_place_of_its_plan(train, ca
     refreshed = {"frequency": FrequencyConfig("refreshed"), "refresh": RefreshConfig(every=1)}
     before = checkpoint.latest(train(**refreshed)).stat()
     assert "maps used" in capsys.readouterr().err
-    out = train(**refreshed)
+    # A job would leave at once, and the run that waits for one would end with an error.
+    out = train(**refreshed | {"refresh": RefreshConfig(every=1, wait=True)})
     after = checkpoint.latest(out).stat()
     told = capsys.readouterr()
     assert told.out.startswith(f"{out} is finished: all 9 steps were done before.")

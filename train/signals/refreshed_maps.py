@@ -39,6 +39,9 @@ class RefreshedMaps:
     `famt.train.signals.refresh_folder`. All ranks call the same methods; those of a machine share
     the maps.
 
+    Args:
+        ended: the run has done its last step, and needs no job.
+
     Attributes:
         current: step of the generation in use; None before the first.
         grid: cells a side of the maps.
@@ -55,6 +58,8 @@ class RefreshedMaps:
         samples: SampleTable,
         encoder: VisionTransformer,
         ranks: Ranks,
+        *,
+        ended: bool = False,
     ) -> None:
         self._run, self._config, self._samples = run, config, samples
         self._encoder, self._ranks, self._kinds = encoder, ranks, config.refreshed_kinds
@@ -74,14 +79,14 @@ class RefreshedMaps:
             self._load(self._pinned)
             return
         self._epochs: Epochs = ranks.from_main(lambda: Epochs(self._folder, run))
-        if ranks.is_main:
+        if ranks.is_main and not ended:
             self._folder.finished.unlink(missing_ok=True)
             if self._epochs.new:  # an earlier run wrote no checkpoint; remove what it left
                 self._folder.remove_encoders()
                 for path in generations(self._folder.path):
                     path.unlink()
         self._job = f"famt refresh --follow {config.out}"
-        self._is_followed = ranks.from_main(self._find_job)
+        self._is_followed = not ended and ranks.from_main(self._find_job)
 
     def read(self, kind: str, crops: CropBatch) -> Tensor | None:
         """Scores of crops, `[B, grid**2]` float32 on their device; None before a generation."""
