@@ -191,7 +191,7 @@ class RefreshedMaps:
         """Log, once, that the job ended."""
         if self._is_followed and not self._folder.is_followed():
             self._is_followed = False
-            log.event(step, "refresh job ended", tell=True, to_start_one=self._job)
+            log.event(step, "refresh job ended", tell=True, start=self._job)
 
     def _await(self, step: int, stop: Stop, log: Log | None) -> bool:
         """Wait for the generation of a step; False if any rank is asked to stop instead."""

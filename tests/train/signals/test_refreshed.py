@@ -341,7 +341,7 @@ def test_a_run_says_once_that_the_job_beside_it_ended(config, scored, folder, lo
     _begin(maps, 1, 2, log=log)
     (event,) = log_events(config.out, "refresh job ended")
     assert event["step"] == 3
-    assert str(config.out) in event["to_start_one"]
+    assert str(config.out) in event["start"]
 
 
 def test_a_run_begun_anew_forgets_what_an_attempt_without_checkpoint_left(
