@@ -49,6 +49,7 @@ from famt.train.config import Pretrain
 from famt.train.distributed import require_device
 
 _MOST_THREADS = 16  # enough to decode for one GPU, docs/scale.md
+_REFRESH_THREADS = 4  # at most; the training has cores to itself
 
 
 def main(args: RayPretrain) -> None:
@@ -99,10 +100,12 @@ def beside(args: RayPretrain) -> RefreshWorkers:
     if asked.workers is not None:
         return asked
     gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
+    half = max(1, (os.cpu_count() or 1) // (2 * max(1, gpus)))
     own_ray = os.environ.get("RAY_ADDRESS", "local") in ("", "local")
     if gpus and own_ray and asked.gpus_per_worker is None:
-        return dataclasses.replace(asked, workers=gpus, gpus_per_worker=1.0)
-    return dataclasses.replace(asked, workers=gpus or max(1, (os.cpu_count() or 1) // 2))
+        cores = asked.cpus_per_worker or min(half, _REFRESH_THREADS)
+        return dataclasses.replace(asked, workers=gpus, gpus_per_worker=1.0, cpus_per_worker=cores)
+    return dataclasses.replace(asked, workers=gpus or half)
 
 
 def _train_on_ray(args: RayPretrain, config: Pretrain) -> None:
@@ -165,7 +168,7 @@ def _cores_of_a_gpu(args: RayPretrain, nodes: list[dict[str, Any]]) -> int:
         raise UserError(
             "--gpu: no machine of the cluster has a GPU; give --cpus-per-worker if one will join"
         )
-    left = min(shares) - (args.refresher.cpus_per_worker if args.refreshes else 0)
+    left = min(shares) - ((args.refresher.cpus_per_worker or 1) if args.refreshes else 0)
     return max(1, min(_MOST_THREADS, int(left)))
 
 

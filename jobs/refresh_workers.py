@@ -65,7 +65,7 @@ class Place:
         gpus = workers.gpus_per_worker
         if gpus is None:
             gpus = GPU_SHARE if device == "cuda" and cluster.get("GPU") else 0.0
-        place = cls(workers.cpus_per_worker, gpus)
+        place = cls(workers.cpus_per_worker or 1, gpus)
         if not place.room(cluster):
             raise UserError(
                 f"the cluster is too small for a worker of {place.cpus} CPUs and {gpus:g} GPUs; "
@@ -157,7 +157,7 @@ def refresh_on_ray(
 
     def start(place: Place) -> None:
         actor = _Refresher.options(num_cpus=place.cpus, num_gpus=place.gpus).remote(  # type: ignore[attr-defined]
-            state, cache, specs, workers.cpus_per_worker, place
+            state, cache, specs, workers.cpus_per_worker or 1, place
         )
         busy[actor.ready.remote()] = actor, place, None
 

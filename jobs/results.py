@@ -152,16 +152,21 @@ def run(training: Training, threads: int, gpus: int) -> str:
     # Ray cancels by SIGINT, which programs that a shell starts with `&` inherit as ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for command in training.left(gpus):
-        if code := _call(command, training.grid, threads):
+        if code := _call(command, training.grid, threads, own_ray=gpus > 0):
             return f"exit code {code}, see {training.grid.out / 'output.txt'}"
         if not any(line.get("event") == "finished" for line in training.log()):
             return ""  # stopped by someone else: nothing to evaluate yet
     return ""
 
 
-def _call(command: Sequence[str], grid: Grid, threads: int) -> int:
-    """Run a program at low priority, tied to the life of this one; returns its exit code."""
-    address = ray.get_runtime_context().gcs_address
+def _call(command: Sequence[str], grid: Grid, threads: int, *, own_ray: bool) -> int:
+    """Run a program at low priority, tied to the life of this one; returns its exit code.
+
+    Args:
+        own_ray: let its refresh job start a Ray of its own, on the GPUs that the run holds whole:
+            the cluster has given them away. Else the job asks the cluster for room.
+    """
+    address = "local" if own_ray else ray.get_runtime_context().gcs_address
     with open(grid.out / "output.txt", "ab") as output:
         output.write(f"\n$ {shlex.join(command[1:])}\n".encode())
         output.flush()

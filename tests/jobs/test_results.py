@@ -133,6 +133,19 @@ def test_a_stop_has_runs_write_a_checkpoint_also_where_a_script_began_them(data,
     assert [*tmp_path.glob("runs/*/*.pt")]
 
 
+@pytest.mark.parametrize(("gpus", "address"), [(0, "10.0.0.1:6379"), (1, "local"), (8, "local")])
+def test_a_run_of_whole_gpus_refreshes_on_them_by_a_ray_of_its_own(
+    gpus, address, tmp_path, monkeypatch
+):
+    command = [sys.executable, "-c", "import os; print(os.environ['RAY_ADDRESS'])"]
+    context = Mock(gcs_address="10.0.0.1:6379")
+    monkeypatch.setattr(results.ray, "get_runtime_context", lambda: context)
+    training = Mock(grid=Mock(out=tmp_path), **{"left.return_value": [command]})
+    training.log.return_value = []
+    assert results.run(training, 1, gpus) == ""
+    assert (tmp_path / "output.txt").read_text().splitlines()[-1] == address
+
+
 @pytest.mark.slow
 def test_a_training_that_somebody_else_stops_is_not_evaluated(data, tmp_path, monkeypatch):
     path = tmp_path / "grid.toml"
