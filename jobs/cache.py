@@ -32,6 +32,7 @@ from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.options import Checked, LoaderConfig, Seed, WholeView
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import score_shard
 from famt.pipeline.sharding.shards import content_id, judgement_ids
@@ -102,7 +103,7 @@ class Verify(Checked):
         chosen = random.Random(self.seed).sample(known, min(self.sample, len(known)))
         stored = {entry.shard_id: entry for entry in cache.entries()}
         wrong = 0
-        for url, record in tqdm(chosen, desc="verify", unit="shard"):
+        for url, record in progress_bar(chosen, desc="verify", unit="shard"):
             entry = stored.get(record.shard_id)
             try:
                 specs = entry.specs if entry else []

@@ -25,9 +25,9 @@ import dataclasses
 import sys
 
 import numpy as np
-from tqdm import tqdm
 
 from famt.jobs.options import MakeShards
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.sharding.dataset_json import check_dataset, describe_dataset
 from famt.pipeline.sharding.shards import NO_LABEL, count_endings
 from famt.pipeline.sharding.sources import open_source, refuse_splits
@@ -53,7 +53,7 @@ def main(args: MakeShards) -> int:
     check_dataset(args.out, classes)
     skipped = 0
     for split, part in parts.items():
-        with tqdm(total=len(part), desc=f"{split} shards", unit=" images") as bar:
+        with progress_bar(total=len(part), desc=f"{split} shards", unit=" images") as bar:
             written = write_shards(
                 part,
                 args.out,

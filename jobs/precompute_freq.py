@@ -31,7 +31,6 @@ from pathlib import Path
 import obstore.exceptions
 import ray
 import torch
-from tqdm import tqdm
 
 from famt.jobs.cluster import failure, start_ray
 from famt.jobs.options import PrecomputeFreq, seconds
@@ -39,6 +38,7 @@ from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.caching.validity import look_up
 from famt.pipeline.errors import CacheError, UserError
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import ShardReport, precompute_shard
 from famt.pipeline.scoring.publish import score_and_publish
@@ -84,7 +84,7 @@ def _run_once(args: PrecomputeFreq) -> int:
     started = time.monotonic()
     reports: list[ShardReport] = []
     failed: dict[str, str] = {}
-    with tqdm(total=len(todo), desc="scoring", unit="shard", disable=not todo) as bar:
+    with progress_bar(total=len(todo), desc="scoring", unit="shard", disable=not todo) as bar:
         bar.set_postfix_str("starting workers")
         for url, outcome in score_and_publish(
             todo,

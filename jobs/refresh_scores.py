@@ -45,6 +45,7 @@ from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import UserError
 from famt.pipeline.loading.dataset import SampleTable, load_samples
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.scores import ModelScoreSpec, check_model_kinds, encoder_digest
 from famt.pipeline.scoring.generation import generation_path, write_generation
 from famt.pipeline.sharding.patterns import expand_shards
@@ -154,7 +155,10 @@ def follow(run: Path, args: RefreshScores, left: threading.Event | None = None) 
 
     retry_at, failure = 0.0, None
     shown = "{desc}: {n_fmt} [{elapsed}]"
-    with folder.followed(), tqdm(desc=f"generations made for {run}", bar_format=shown) as bar:
+    with (
+        folder.followed(),
+        progress_bar(desc=f"generations made for {run}", bar_format=shown) as bar,
+    ):
         while not over():
             step = folder.due()
             if step is None or (failure and time.monotonic() < retry_at):
@@ -269,7 +273,7 @@ def _score_all(
     """Fill in the maps of all images; returns tars that failed, with reasons."""
     failed, urls = {}, samples.urls
     names = ", ".join(spec.kind for spec in maps)
-    with tqdm(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
+    with progress_bar(total=len(urls), desc=f"step {encoder.step}: {names}", unit="shard") as bar:
         bar.set_postfix_str("starting workers")
         for part, outcome in refresh_on_ray(samples, encoder, cache, [*maps], args, over):
             if isinstance(outcome, str):

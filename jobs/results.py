@@ -37,6 +37,7 @@ from famt.jobs.grid import Grid, Training, load
 from famt.jobs.options import Results
 from famt.jobs.tables import GridResult, RowResult, probes_against_cost, table
 from famt.pipeline.errors import UserError
+from famt.pipeline.progress import progress_bar
 from famt.train import report, run_log
 from famt.train.command_line import parsed, run_program
 from famt.train.comparison import Group
@@ -127,7 +128,7 @@ def _run_all(grid: Grid, lacking: Sequence[Training], results: Results, end: flo
         signal.signal(signum, signal.default_int_handler)
     failed = False
     try:
-        with tqdm(total=len(lacking), desc=grid.title, unit="run") as bar:
+        with progress_bar(total=len(lacking), desc=grid.title, unit="run") as bar:
             while running:
                 left = max(0.0, end - time.monotonic()) if end is not None else None
                 ready, _ = ray.wait([*running], timeout=left)

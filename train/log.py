@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from famt.pipeline.progress import progress_bar
 from famt.train.run_folder import BusyError, own_folder, written_whole
 from famt.train.run_log import read_lines
 from famt.train.timing import Clock
@@ -60,10 +61,7 @@ class Log:
         self._boards: list[Board] = [TensorBoard(folder, purge_step=step + 1)]
         if tracked:
             self._boards += open_tracker(folder, tracked)
-        interval = 1 if sys.stderr.isatty() else 10  # in a file each drawing stays
-        self._bar = tqdm(
-            total=total_steps, initial=step, desc=name, unit="step", mininterval=interval
-        )
+        self._bar = progress_bar(total=total_steps, initial=step, desc=name, unit="step")
         self._since, self._steps = time.perf_counter(), 0
         self._first: float | None = None  # when the first step was done
         self._timed = 0  # steps since then, until the end is foretold

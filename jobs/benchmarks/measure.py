@@ -11,10 +11,10 @@ from functools import partial
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.options import Encoding
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.scoring.precompute import precompute_shard
 from famt.pipeline.scoring.publish import publish
@@ -58,7 +58,7 @@ def seconds(
         clock: `time.process_time` excludes the time of other processes.
     """
     taken: dict[str, list[float]] = {name: [] for name in rivals}
-    for round_ in tqdm(range(rounds + 1), desc="rounds"):
+    for round_ in progress_bar(range(rounds + 1), desc="rounds"):
         for name, work in rivals.items():
             time.sleep(pause)
             started = clock()
@@ -97,6 +97,6 @@ def scored(patterns: list[str], photos: int = 500) -> Iterator[tuple[list[str], 
     """The shards of `shards`, and a temporary cache with their default scores."""
     with shards(patterns, photos) as urls, tempfile.TemporaryDirectory() as folder:
         cache = ScoreCache(folder, create=True)
-        for url in tqdm(urls, desc="scoring", unit="shard"):
+        for url in progress_bar(urls, desc="scoring", unit="shard"):
             publish([precompute_shard(url, cache, ScoreSpec())], cache, ScoreSpec())
         yield urls, cache

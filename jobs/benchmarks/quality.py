@@ -14,12 +14,12 @@ import torch
 from annotated_types import Ge
 from PIL import Image
 from sklearn.metrics import roc_auc_score
-from tqdm import tqdm
 
 from famt.frequency import pixel_frequency
 from famt.jobs.benchmarks import measure
 from famt.jobs.benchmarks.measure import Report
 from famt.pipeline.options import Checked
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.scores import ScoreSpec
 from famt.pixel_kinds import PIXEL_KINDS
 
@@ -46,7 +46,7 @@ class Quality(Checked):
         size = ScoreSpec(grid=self.grid).size
         images, truths = [], []
         masks = {path.stem: path for path in self.masks.iterdir()}
-        for photo in tqdm(sorted(self.photos.iterdir()), desc="photos"):
+        for photo in progress_bar(sorted(self.photos.iterdir()), desc="photos"):
             mask = _resized(masks[photo.stem], "L", self.grid)
             truth = mask.flatten() > 127.5  # more than half covered by the object
             if truth.any() and not truth.all():

@@ -15,7 +15,6 @@ from typing import Annotated
 import numpy as np
 from annotated_types import Ge
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from famt.jobs import cache as cache_command
 from famt.jobs.benchmarks import measure
@@ -26,6 +25,7 @@ from famt.pipeline.caching.cache import ScoreCache, ShardTable
 from famt.pipeline.caching.manifest import ShardRecord
 from famt.pipeline.loading.dataset import load_maps, load_samples
 from famt.pipeline.options import Checked
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.scores import ScoreSpec
 
 
@@ -88,7 +88,7 @@ class Scale(Checked):
         folder.mkdir()
         table, maps = self._entry(spec)
         records = {}
-        for number in tqdm(range(self.shards), desc="entries", unit="shard"):
+        for number in progress_bar(range(self.shards), desc="entries", unit="shard"):
             path, shard_id = folder / f"train-{number:06d}.tar", f"{number:032x}"
             path.touch()
             cache.write(shard_id, table, spec, maps[number % len(maps)])

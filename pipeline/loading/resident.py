@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.dlpack import from_dlpack
-from tqdm import tqdm
 
 from famt.device_copies import send
 from famt.pipeline.errors import UserError
@@ -17,6 +16,7 @@ from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.limits import free_memory
 from famt.pipeline.loading.loader import CropLoader, Views
 from famt.pipeline.options import LoaderConfig
+from famt.pipeline.progress import progress_bar
 from famt.resample import resample
 
 _BATCH = 256  # images that are decoded at a time
@@ -62,7 +62,7 @@ class ResidentLoader(CropLoader):
         pipeline = build_pipeline(
             whole_image_graph, self._table, self.rows, self.config, self.device, batch_size=_BATCH
         )
-        with tqdm(total=len(self.rows), desc="decoding once", unit="img") as bar:
+        with progress_bar(total=len(self.rows), desc="decoding once", unit="img") as bar:
             while bar.n < len(self.rows):
                 try:
                     source, extent, decoded = pipeline.run(self._stream())

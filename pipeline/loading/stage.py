@@ -25,12 +25,12 @@ from typing import BinaryIO
 import obstore
 from blake3 import blake3
 from obstore.exceptions import BaseError
-from tqdm import tqdm
 
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheError
 from famt.pipeline.loading.dataset import SampleTable
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.sharding.shards import judgement_ids
 
 _SIDE_BY_SIDE = 16
@@ -75,7 +75,7 @@ def stage_shards(
     lacking = list({each.path: each for each in wanted.values() if not each.is_there()}.values())
     _check_room(folder, lacking)
     total, left = (sum(each.size for each in some) for some in (wanted.values(), lacking))
-    bar = tqdm(
+    bar = progress_bar(
         desc=f"staging {len(lacking)} of {len(wanted)} tars",
         total=total,
         initial=total - left,

@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
 from famt.pipeline import storage
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheFullError, UserError
+from famt.pipeline.progress import progress_bar
 from famt.pipeline.scoring.precompute import ShardReport, precompute_shard
 from famt.pipeline.scoring.publish import score_and_publish
 from famt.pipeline.sharding.shards import passed_over_line
@@ -45,7 +44,7 @@ def judge_shards(urls: list[str], cache: ScoreCache, *, known_only: bool = False
     with (
         warnings.catch_warnings(),  # here, since threads would undo each other's
         _quiet_decoders(),
-        tqdm(total=len(urls), desc="checking shards", unit="shard", mininterval=1) as bar,
+        progress_bar(total=len(urls), desc="checking shards", unit="shard") as bar,
     ):
         for url, outcome in score_and_publish(
             urls, lambda urls: _judge(urls, cache, known_only), cache, None

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from famt.pipeline.errors import UserError
+from famt.pipeline.progress import progress_bar
 from famt.train.evaluate.evaluators.probe import Pooling, Probe
 from famt.train.evaluate.features import (
     Features,
@@ -134,8 +134,8 @@ def fit(
     steps = epochs * steps_per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(options.seed)
-    with tqdm(
-        total=steps, desc=f"{len(settings)} classifiers", mininterval=1, disable=not progress
+    with progress_bar(
+        total=steps, desc=f"{len(settings)} classifiers", disable=not progress
     ) as bar:
         for _ in range(epochs):
             for drawn in torch.randperm(count, generator=generator).split(options.step_images):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from tqdm import tqdm
 
 from famt.patches import normalise_images
 from famt.pipeline.caching.cache import ScoreCache
@@ -18,6 +17,7 @@ from famt.pipeline.loading.dataset import SampleTable, load_samples
 from famt.pipeline.loading.loader import CropBatch, CropLoader
 from famt.pipeline.loading.stage import stage_shards
 from famt.pipeline.options import CentreView, LoaderConfig, View
+from famt.pipeline.progress import progress_bar
 from famt.train.distributed import Ranks
 from famt.train.evaluate.evaluation import EncoderOptions
 from famt.train.stop import Stop
@@ -119,11 +119,10 @@ class Images:
             device=self.device,
             seed=seed,
         )
-        with tqdm(
+        with progress_bar(
             total=len(self) * epochs // loader.world_size,
             desc=self.name,
             unit=" images",
-            mininterval=1,
             disable=not self.name,
         ) as bar:
             for _ in range(epochs):
