@@ -74,6 +74,8 @@ class RayPretrain(Pretrain, Data):
 
         What is wrong with the given ones is told before the images are looked at.
         """
+        if arguments and not arguments[0].startswith("-"):
+            raise UserError(f"{arguments[0]!r} belongs to an option: --data {arguments[0]}?")
         words = [each.partition("=")[0] for each in arguments]
         if "--help" in words or "--data" not in words:
             return arguments

@@ -82,6 +82,9 @@ def main(args: RayPretrain) -> None:
         from_images.finish(config.out)
     else:
         print(f"encoder: famt export {shlex.quote(str(config.out))} --to timm --out <folder>")
+        places = ["--checkpoint", str(config.out), "--cache", config.cache]
+        places += ["--train", *config.shards, "--val"]
+        print(f"k-NN:    famt evaluate knn {shlex.join(places)} <shards with labels>")
     page = [str(config.out), "--out", str(config.out / "report.html")]
     print(f"page:    famt report {shlex.join(page)}")
     inputs = ["--cache", config.cache, "--shards", config.shards[0]]

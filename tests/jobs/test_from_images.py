@@ -79,6 +79,11 @@ def test_wrong_options_are_told_before_the_images_are_looked_at(capsys):
     assert "--shards" not in told
 
 
+def test_images_without_the_name_of_an_option_are_told_which_it_may_be():
+    with pytest.raises(UserError, match="--data photos"):
+        parse(["photos", "--out", "run"], None, RayPretrain)
+
+
 @pytest.mark.slow
 def test_several_ranks_are_refused_once_and_before_the_images_are_looked_at():
     ranks = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "famt", "pretrain"]
