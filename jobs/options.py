@@ -28,8 +28,8 @@ class RefreshWorkers:
     workers: Annotated[int | None, Ge(1)] = None
     """number of actors; as many as fit now if left out"""
     cpus_per_worker: Annotated[int | None, Ge(1)] = None
-    """CPU cores and decoding threads per actor. If left out: up to four beside a training on this
-    machine's GPUs, else 1"""
+    """CPU cores and decoding threads per actor. If left out: up to four for an actor of a
+    whole GPU, else 1"""
     gpus_per_worker: Annotated[float | None, Ge(0)] = None
     """share of a GPU per actor; 0 computes on CPUs. If left out: a quarter if the run trains on
     GPUs and the cluster has any, else 0"""

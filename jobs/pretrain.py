@@ -15,7 +15,7 @@ job.
 `--recipe` sets defaults that other options override: the name of a recipe below, or a file.
 
 The same command resumes a run from the last checkpoint in --out. SIGTERM, SIGUSR1 and Ctrl-C make
-the run write a checkpoint and exit.
+the run write a checkpoint and exit; with --workers it loses the steps since the last one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ from famt.train.config import Pretrain
 from famt.train.distributed import require_device
 
 _MOST_THREADS = 16  # enough to decode for one GPU, docs/scale.md
-_REFRESH_THREADS = 4  # at most; the training has cores to itself
 
 
 def main(args: RayPretrain) -> None:
@@ -103,12 +102,10 @@ def beside(args: RayPretrain) -> RefreshWorkers:
     if asked.workers is not None:
         return asked
     gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
-    half = max(1, (os.cpu_count() or 1) // (2 * max(1, gpus)))
     own_ray = os.environ.get("RAY_ADDRESS", "local") in ("", "local")
     if gpus and own_ray and asked.gpus_per_worker is None:
-        cores = asked.cpus_per_worker or min(half, _REFRESH_THREADS)
-        return dataclasses.replace(asked, workers=gpus, gpus_per_worker=1.0, cpus_per_worker=cores)
-    return dataclasses.replace(asked, workers=gpus or half)
+        return dataclasses.replace(asked, workers=gpus, gpus_per_worker=1.0)
+    return dataclasses.replace(asked, workers=gpus or max(1, (os.cpu_count() or 1) // 2))
 
 
 def _train_on_ray(args: RayPretrain, config: Pretrain) -> None:

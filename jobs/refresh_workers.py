@@ -28,6 +28,7 @@ from famt.train.signals.refresh_folder import Encoder
 
 GPU_SHARE = 0.25
 """share of a GPU that an actor takes beside a training"""
+_MOST_CPUS = 4
 
 _POLL = 2.0  # seconds
 _NICE = 19
@@ -65,7 +66,9 @@ class Place:
         gpus = workers.gpus_per_worker
         if gpus is None:
             gpus = GPU_SHARE if device == "cuda" and cluster.get("GPU") else 0.0
-        place = cls(workers.cpus_per_worker or 1, gpus)
+        # Half of a GPU's cores at most: the other half decodes for the training.
+        beside = int(cluster.get("CPU", 0) // (2 * cluster["GPU"])) if gpus >= 1 else 1
+        place = cls(workers.cpus_per_worker or max(1, min(beside, _MOST_CPUS)), gpus)
         if not place.room(cluster):
             raise UserError(
                 f"the cluster is too small for a worker of {place.cpus} CPUs and {gpus:g} GPUs; "
@@ -157,7 +160,7 @@ def refresh_on_ray(
 
     def start(place: Place) -> None:
         actor = _Refresher.options(num_cpus=place.cpus, num_gpus=place.gpus).remote(  # type: ignore[attr-defined]
-            state, cache, specs, workers.cpus_per_worker or 1, place
+            state, cache, specs, workers.cpus_per_worker or max(1, place.cpus), place
         )
         busy[actor.ready.remote()] = actor, place, None
 

@@ -22,6 +22,17 @@ def test_a_refresh_computes_on_gpus_where_its_run_does(asked, device, cluster, g
     assert Place.of(RefreshWorkers(gpus_per_worker=asked), device, cluster) == Place(1, gpus)
 
 
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "told", "cores"),
+    [(112, 8, None, 4), (16, 1, None, 4), (32, 8, None, 2), (8, 8, None, 1), (112, 8, 7, 7)],
+)
+def test_an_actor_of_a_whole_gpu_decodes_with_up_to_four_cores_and_half_of_those_there_are(
+    cpus, gpus, told, cores
+):
+    asked = RefreshWorkers(gpus_per_worker=1.0, cpus_per_worker=told)
+    assert Place.of(asked, "cuda", {"CPU": cpus, "GPU": gpus}) == Place(cores, 1.0)
+
+
 def test_there_is_room_for_as_many_actors_as_cpus_and_shares_of_gpus_are_free():
     assert Place(1, 0.0).room({"CPU": 3.5}) == 3
     assert Place(2, 0.25).room({"CPU": 64.0, "GPU": 2.0}) == 8
