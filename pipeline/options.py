@@ -191,8 +191,9 @@ View = RandomView | CentreView | WholeView
 class DecodeConfig:
     """How images are decoded for a GPU; a CPU ignores it."""
 
-    on: Literal["gpu", "cpu"] = "gpu"
-    """device that decodes; with cpu the GPU resizes what threads decode"""
+    on: Literal["auto", "gpu", "cpu"] = "auto"
+    """device that decodes; with cpu the GPU resizes what threads decode. auto: cpu for crops below
+    128 px, whose images are small too and suit a GPU's decoder badly"""
     hardware_share: Annotated[float, Ge(0), Le(1)] = 0.65
     """share of a batch for the GPU's hardware decoder, if it has one; threads and CUDA cores decode
     the rest, so more threads want a smaller share"""

@@ -26,6 +26,7 @@ from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.loading.limits import allow_open_files, own_cores
 from famt.pipeline.options import CentreView, LoaderConfig, RandomView, View
 
+_SUITS_A_GPU = 128  # side of crops, px
 _INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 
 
@@ -92,9 +93,9 @@ def whole_image_graph(
 ) -> tuple[DataNode, ...]:
     """Source and extent of images, and their pixels, padded to the largest of the batch."""
     encoded = _read(paths, index_paths)
-    images = fn.decoders.image(encoded, **_decoder(on_gpu))
+    images = fn.decoders.image(encoded, **decoder(config, on_gpu))
     source = fn.get_property(encoded, key="source_info")
-    return source, fn.peek_image_shape(encoded)[:2], fn.pad(images)
+    return source, fn.peek_image_shape(encoded)[:2], fn.pad(images.gpu() if on_gpu else images)
 
 
 def _read(paths: list[str], index_paths: list[str], **options: Any) -> DataNode:
@@ -109,37 +110,39 @@ def _read(paths: list[str], index_paths: list[str], **options: Any) -> DataNode:
     )
 
 
-def _decoder(on_gpu: bool) -> dict[str, Any]:
-    if not on_gpu:
+def decoder(config: LoaderConfig, on_gpu: bool) -> dict[str, Any]:
+    """Arguments of DALI's image decoders."""
+    decode = config.decode
+    automatic = "gpu" if config.image_size >= _SUITS_A_GPU else "cpu"
+    if not on_gpu or (automatic if decode.on == "auto" else decode.on) == "cpu":
         return {"output_type": types.RGB, "device": "cpu"}
-    # Chroma is interpolated as by libjpeg-turbo, on whose pixels the maps were scored.
-    return {"output_type": types.RGB, "device": "mixed", "jpeg_fancy_upsampling": True}
+    return {
+        "output_type": types.RGB,
+        "device": "mixed",
+        "jpeg_fancy_upsampling": True,  # as libjpeg-turbo, on whose pixels the maps were scored
+        "hw_decoder_load": decode.hardware_share,
+        "preallocate_width_hint": decode.preallocate,
+        "preallocate_height_hint": decode.preallocate,
+    }
 
 
 def _pixels(encoded: DataNode, cuts: list[_Cut], config: LoaderConfig, on_gpu: bool) -> DataNode:
     """Decode, cut and resize: of each image `[crops, S, S, 3]` uint8."""
-    decode = config.decode
-    decoder = _decoder(on_gpu and decode.on == "gpu")
-    if decoder["device"] == "mixed":
-        decoder |= {
-            "hw_decoder_load": decode.hardware_share,
-            "preallocate_width_hint": decode.preallocate,
-            "preallocate_height_hint": decode.preallocate,
-        }
+    decoding = decoder(config, on_gpu)
     resize = partial(
         fn.resize,
         size=[config.image_size, config.image_size],
         interp_type=_INTERPOLATIONS[config.interpolation],
         antialias=True,
     )
-    if decoder["device"] == "cpu" and len(cuts) == 1:
+    if decoding["device"] == "cpu" and len(cuts) == 1:
         region = fn.decoders.image_slice(
-            encoded, cuts[0].anchor, cuts[0].shape, axes=[0, 1], **decoder
+            encoded, cuts[0].anchor, cuts[0].shape, axes=[0, 1], **decoding
         )
         crops = [resize(region.gpu() if on_gpu else region)]
     else:
         # No region is decoded on a GPU: nvImageCodec is reported to crash there (its issue 55).
-        whole = fn.decoders.image(encoded, **decoder)
+        whole = fn.decoders.image(encoded, **decoding)
         whole = whole.gpu() if on_gpu else whole
         crops = [
             resize(

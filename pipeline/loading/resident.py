@@ -82,9 +82,11 @@ class ResidentLoader(CropLoader):
     def _grown(self, images: Tensor, height: int, width: int) -> Tensor:
         """The images padded to that size, or a UserError if memory has no room for them."""
         needed = len(images) * height * width * 3
-        free = (
-            torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free_memory()
-        )
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of smaller images
+            free = torch.cuda.mem_get_info(self.device)[0] + images.numel()
+        else:
+            free = free_memory()
         if needed > _ROOM * free:
             raise UserError(
                 f"--resident: {len(images)} images of up to {width} x {height} px take "

@@ -18,15 +18,17 @@ from famt.patches import patchify
 from famt.pipeline.caching.cache import ScoreCache
 from famt.pipeline.errors import CacheError, UserError
 from famt.pipeline.loading import loader as loading
-from famt.pipeline.loading.dali_graphs import build_pipeline
+from famt.pipeline.loading.dali_graphs import build_pipeline, decoder
 from famt.pipeline.loading.dataset import load_samples
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.loading.resident import crop_loader
-from famt.pipeline.options import CentreView, LoaderConfig, RandomView, WholeView
+from famt.pipeline.options import CentreView, DecodeConfig, LoaderConfig, RandomView, WholeView
 from famt.pipeline.scores import ScoreSpec
 from famt.pipeline.sharding.shards import list_shard
 
-SMALL = LoaderConfig(batch_size=4, image_size=32, shuffle_buffer=8, threads=2)
+SMALL = LoaderConfig(
+    batch_size=4, image_size=32, shuffle_buffer=8, threads=2, decode=DecodeConfig(on="gpu")
+)
 
 
 def _rows(loader):
@@ -379,6 +381,16 @@ def test_pixels_survive_until_a_stream_that_lags_has_read_them(table):
                         torch.cuda.synchronize()
         sums[lag] = torch.stack(found).tolist()
     assert sums[0] == sums[20_000_000]
+
+
+@pytest.mark.parametrize(
+    ("on", "image_size", "device"),
+    [("auto", 224, "mixed"), ("auto", 64, "cpu"), ("gpu", 64, "mixed"), ("cpu", 224, "cpu")],
+)
+def test_a_gpu_decodes_large_images_and_what_it_is_told_to(on, image_size, device):
+    config = LoaderConfig(image_size=image_size, decode=DecodeConfig(on=on))
+    assert decoder(config, on_gpu=True)["device"] == device
+    assert decoder(config, on_gpu=False)["device"] == "cpu"
 
 
 @pytest.mark.gpu
