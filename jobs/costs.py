@@ -29,6 +29,7 @@ from famt.train.config import Pretrain
 from famt.train.signals.config import OFF
 
 _ROUNDS = 15
+_STEPS_ON_A_GPU = 4  # a round's, so that preparing a batch can overlap the step before
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,15 @@ def measured(run: Pretrain, reference: Pretrain) -> StepCost:
         timed["plain"] = dataclasses.replace(run, plain_epochs=0, join=run.plain, **_off(run))
     with ExitStack() as stack:
         runs = {name: stack.enter_context(open_steps(each)) for name, each in timed.items()}
-        rivals: dict[str, Callable[[], None]] = {name: each.step for name, each in runs.items()}
+        on_gpu = runs["reference"].run.ranks.device.type == "cuda"
+        count = _STEPS_ON_A_GPU if on_gpu else 1
+        rivals: dict[str, Callable[[], None]] = {
+            name: partial(each.take, count) for name, each in runs.items()
+        }
         if step_key(run) == step_key(reference):
             del rivals["weighed"]  # 1 by definition
         if run.refreshed_kinds:
-            rivals["refresh"] = partial(_refresh, run.refreshed_kinds, runs["weighed"])
-        on_gpu = runs["reference"].run.ranks.device.type == "cuda"
+            rivals["refresh"] = partial(_refresh, run.refreshed_kinds, runs["weighed"], count)
         clock = time.perf_counter if on_gpu else time.process_time
         taken = measure.seconds(rivals, _ROUNDS, clock=clock)
     reference_seconds = taken.pop("reference")
@@ -104,10 +108,11 @@ def _off(run: Pretrain) -> dict[str, Any]:
     return {name: type(slot)(source=OFF) for name, slot in run.slots.items()}
 
 
-def _refresh(kinds: list[str], steps: Steps) -> None:
-    """Refresh the scores of one batch, as the refresh job does."""
+def _refresh(kinds: list[str], steps: Steps, count: int) -> None:
+    """Refresh the scores of one batch, `count` times, as the refresh job does."""
     run = steps.run
-    with run.autocast():
-        model_scores(kinds, run.model.encoder, normalise_images(steps.crops.images))
+    for _ in range(count):
+        with run.autocast():
+            model_scores(kinds, run.model.encoder, normalise_images(steps.crops.images))
     if run.ranks.device.type == "cuda":
         torch.cuda.synchronize()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +91,8 @@ class Run(Training[PatchBatch]):
         )
         count, size = len(samples), ranks.world_size
         parts = [own_share(count, rank, size) for rank in ranks.of_machine()]
-        self.samples = stage_shards(samples, cache, config.stage, parts, show=ranks.is_main)
+        staged = stage_shards(samples, cache, config.stage, parts, show=ranks.is_main)
+        self.samples = staged
         self.loader = self.open_loader(self.sizes.image_size)
         encoder = self.model.encoder
         ended = self.resumed is not None and self.resumed.progress == 1
@@ -106,7 +108,8 @@ class Run(Training[PatchBatch]):
             sizes=self.sizes,
             encoder=encoder,
             ranks=ranks,
-            cached=lambda: load_maps(self.samples, cache, config.spec),
+            # Without `self`: a cycle would keep an ended run's memory.
+            cached=partial(load_maps, staged, cache, config.spec),
             score=config.spec.id,
             seed=config.seed,
             parts=config.accumulate,
@@ -283,7 +286,8 @@ class _Pictured:
     crops: CropBatch | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(vars(self.crops)) if self.crops else {}
+        # On the CPU: another rank would unpickle them on this one's GPU.
+        return {name: part.cpu() for name, part in vars(self.crops).items()} if self.crops else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:

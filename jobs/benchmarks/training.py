@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import shlex
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +66,7 @@ class BenchmarkOptions(Checked):
 @contextmanager
 def open_run(config: Pretrain) -> Iterator[Run]:
     """A run of these options in a temporary folder, without monitor and refresh job."""
+    gc.collect()  # a run before it may be in a cycle, and its memory would be counted here
     with tempfile.TemporaryDirectory(prefix="famt-run-") as out, join_ranks(config.device) as ranks:
         refresh = dataclasses.replace(config.refresh, wait=False)
         run = Run(dataclasses.replace(config, out=Path(out), monitor=[], refresh=refresh), ranks)
@@ -86,8 +88,14 @@ class Steps:
         """Signals, sampling, gathering, forward and backward pass."""
         self.run.forward_backward(self.run.prepare(self.crops, self.run.step))
 
+    def take(self, count: int) -> None:
+        """Steps as the loop takes them, see `take_steps`; returns when the GPU is done."""
+        take_steps(self.run, count, self.crops)
+        if self.run.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+
     def step(self) -> None:
-        """A whole training step; returns when the GPU is done."""
+        """A whole training step, nothing ahead; returns when the GPU is done."""
         self.accumulate()
         self.run.update()
         if self.run.ranks.device.type == "cuda":
@@ -101,18 +109,23 @@ def open_steps(config: Pretrain) -> Iterator[Steps]:
         yield Steps(run, next(iter(run.loader)))
 
 
-def take_steps(run: Run, count: int) -> None:
-    """Take training steps as the loop does, with the next batch ahead in the side stream."""
+def take_steps(run: Run, count: int, held: CropBatch | None = None) -> None:
+    """Take training steps as the loop does, with the next batch ahead in the side stream: of the
+    loader's crops, or always of those held."""
     crops: Iterator[CropBatch] = iter(())
     ahead: PatchBatch | None = None
-    for _ in range(count + 1):
+    for number in range(count + 1):
         now = ahead
         if now is not None:
             run.forward_backward(now)
-        with run.side_stream:
-            with run.clock.stage("data_wait", on_host=True):
-                while (loaded := next(crops, None)) is None:  # an epoch may be over
-                    crops = iter(run.loader)
-            ahead = run.prepare(loaded, run.step + 1)
+        if number < count:
+            with run.side_stream:
+                loaded = held
+                with run.clock.stage("data_wait", on_host=True):
+                    while loaded is None:
+                        loaded = next(crops, None)
+                        if loaded is None:  # an epoch is over
+                            crops = iter(run.loader)
+                ahead = run.prepare(loaded, run.step + 1)
         if now is not None:
             run.update()

@@ -1,6 +1,8 @@
 """What a benchmark's figures mean, and that each runs."""
 
+import gc
 import json
+import weakref
 
 import pytest
 from launch import run
@@ -10,7 +12,7 @@ from famt.jobs.benchmark import BENCHMARKS, parse
 from famt.jobs.benchmarks.loader import Loader
 from famt.jobs.benchmarks.measure import seconds
 from famt.jobs.benchmarks.step import Step, count_flops
-from famt.jobs.benchmarks.training import BenchmarkOptions, open_steps
+from famt.jobs.benchmarks.training import BenchmarkOptions, open_run, open_steps, take_steps
 
 TINY = {"model": "vit_nano", "batch_size": 8, "threads": 1}
 
@@ -25,6 +27,22 @@ def test_rivals_take_turns_and_the_first_round_does_not_count():
     taken = seconds({"a": lambda: turns.append("a"), "b": lambda: turns.append("b")}, rounds=2)
     assert turns == ["a", "b"] * 3
     assert [len(each) for each in taken.values()] == [2, 2]
+
+
+@pytest.mark.parametrize("recipe", ["mae", "famt --frequency.source cached"])
+def test_a_run_that_ended_keeps_no_memory(recipe, scored):
+    gc.collect()
+    gc.disable()  # a cycle would wait for the collector, its memory counted to the next run
+    try:
+        options = f"--recipe {recipe} --spec.grid 7"
+        config = BenchmarkOptions(**TINY).config(scored.shards, scored.cache.url, options)
+        with open_run(config) as run:
+            take_steps(run, 1)
+            kept = [weakref.ref(run), weakref.ref(run.model)]
+        del run
+        assert [each() for each in kept] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_the_flops_of_a_step_are_those_of_its_matrix_products_attention_among_them(scored):
