@@ -190,7 +190,7 @@ class Training:
         log, python, commands = self.log(), [sys.executable, "-m"], []
         finished = any(line.get("event") == "finished" for line in log)
         if not finished:
-            ranks = ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"]
+            ranks = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(gpus), "-m"]
             commands.append([
                 *python, *(ranks if gpus > 1 else []), "famt.jobs.pretrain",
                 *self.grid.arguments(self.row, self.epochs), "--out", str(self.folder),

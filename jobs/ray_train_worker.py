@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from ray.train import UserCallback
+from ray.train import UserCallback, get_context
 
 from famt.pipeline import storage
 from famt.train import pretrain
 from famt.train.command_line import is_users
 from famt.train.config import Pretrain
-from famt.train.run_folder import BusyError
+from famt.train.distributed import SEEN_WITHIN
+from famt.train.run_folder import BusyError, await_folder
 
 
 class MistakeError(Exception):
@@ -23,15 +24,22 @@ def train(config: Pretrain) -> None:
     Raises:
         MistakeError: the input is wrong.
         BusyError: a lost worker still holds the lock on the run's folder; worth a retry.
+        OSError: a disk or a store failed; worth a retry.
     """
+    if get_context().get_world_rank() == 0:
+        await_folder(config.out, SEEN_WITHIN)
     try:
         pretrain.main(config)
-    except BusyError:
-        raise
     except Exception as error:
-        if not is_users(error):
+        if not is_mistake(error):
             raise
         raise MistakeError(storage.reason(error)) from None
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether an error is wrong input; a lock that is held and a disk that fails may pass."""
+    passing = isinstance(error, (BusyError, *storage.UNREACHABLE))
+    return is_users(error) and (not passing or isinstance(error, FileNotFoundError))
 
 
 class EndAtMistakes(UserCallback):

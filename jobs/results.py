@@ -41,7 +41,8 @@ from famt.pipeline.progress import progress_bar
 from famt.train import report, run_log
 from famt.train.command_line import parsed, run_program
 from famt.train.comparison import Group
-from famt.train.run_folder import written_whole
+from famt.train.distributed import SEEN_WITHIN
+from famt.train.run_folder import await_folder, written_whole
 
 _LEAVE = 60.0  # seconds for runs to write a checkpoint and leave
 
@@ -116,8 +117,10 @@ def _task(function, results: Results):  # type: ignore[no-untyped-def]  # as Ray
         print(f"{lack} yet; waiting for one to join the cluster", file=sys.stderr)
     # Runs of a lost machine resume elsewhere from their checkpoints.
     return ray.remote(max_calls=1)(function).options(  # else a worker keeps the memory of a call
-        num_cpus=results.cpus, num_gpus=results.gpus, max_retries=-1
-    )
+        num_cpus=results.cpus, num_gpus=results.gpus, max_retries=-1,
+        # Ray leaves all GPUs visible to a task that asked for none.
+        runtime_env={} if results.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+    )  # fmt: skip
 
 
 def _run_all(grid: Grid, lacking: Sequence[Training], results: Results, end: float | None) -> bool:
@@ -152,6 +155,7 @@ def run(training: Training, threads: int, gpus: int) -> str:
     """Run the remaining commands of a training in a Ray task; returns the error, or ""."""
     # Ray cancels by SIGINT, which programs that a shell starts with `&` inherit as ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    await_folder(training.folder, SEEN_WITHIN)  # Ray starts the run of a lost worker at once
     for command in training.left(gpus):
         if code := _call(command, training.grid, threads, own_ray=gpus > 0):
             return f"exit code {code}, see {training.grid.out / 'output.txt'}"

@@ -6,8 +6,9 @@ import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -87,3 +88,13 @@ def own_folder(folder: Path) -> Iterator[None]:
             if os.listdir(folder) == ["lock"]:  # the run failed before it started
                 (folder / "lock").unlink()
                 folder.rmdir()
+
+
+def await_folder(folder: Path, seconds: float) -> None:
+    """Wait until no other process trains in a run's folder, such as that of a lost machine, whose
+    lock a network file system keeps for a while; at most some seconds."""
+    until = time.monotonic() + seconds
+    while folder.exists() and time.monotonic() < until:
+        with suppress(BusyError), own_folder(folder):
+            return
+        time.sleep(1)

@@ -140,7 +140,9 @@ def test_a_run_of_whole_gpus_refreshes_on_them_by_a_ray_of_its_own(
     command = [sys.executable, "-c", "import os; print(os.environ['RAY_ADDRESS'])"]
     context = Mock(gcs_address="10.0.0.1:6379")
     monkeypatch.setattr(results.ray, "get_runtime_context", lambda: context)
-    training = Mock(grid=Mock(out=tmp_path), **{"left.return_value": [command]})
+    training = Mock(
+        grid=Mock(out=tmp_path), folder=tmp_path / "run", **{"left.return_value": [command]}
+    )
     training.log.return_value = []
     assert results.run(training, 1, gpus) == ""
     assert (tmp_path / "output.txt").read_text().splitlines()[-1] == address
