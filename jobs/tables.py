@@ -52,8 +52,9 @@ class GridResult(BaseModel):
     rows: list[RowResult]
 
     def write(self, path: Path) -> None:
-        """Write the log lines that the table needs, with one loss per run, as compressed JSON."""
-        needed, kept = ("start", "evaluation", "finished"), []
+        """Write the log lines that tell what was trained and found, with one loss per run, as
+        compressed JSON."""
+        needed, kept = ("start", "generation", "evaluation", "finished"), []
         for row in self.rows:
             ends = [[each for each in log if "event" not in each][-1] for log in row.logs]
             logs = [
