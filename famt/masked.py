@@ -157,7 +157,10 @@ class MaskedModel(nn.Module):
         (Chen et al., arXiv 1604.06174)."""
         if not self.checkpoint_blocks or not torch.is_grad_enabled():
             return list(blocks)
-        return [partial(checkpoint, block, use_reentrant=False) for block in blocks]
+        return [
+            partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)  # no dropout
+            for block in blocks
+        ]
 
     def encode(self, patches: Tensor, index: Tensor) -> Tensor:
         """Patches `[B, V, P*P*3]` at positions `index [B, V]` -> tokens `[B, prefix+V, width]`."""

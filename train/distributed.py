@@ -200,8 +200,6 @@ def join_ranks(device: str) -> Iterator[Ranks]:
     chosen = torch.device(device, local) if device == "cuda" else torch.device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        # The host has little to compute; more threads would spin beside those that decode.
-        torch.set_num_threads(1)
     ours = int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized()
     if ours:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")

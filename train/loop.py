@@ -74,6 +74,9 @@ class Training(ABC, Generic[Batch]):
     ) -> None:
         if ranks.is_main:
             require(config.track)
+        if ranks.device.type == "cuda":
+            # The host has little to compute; more threads would spin beside those that decode.
+            torch.set_num_threads(1)
         self.config, self.samples, self.ranks = config, samples, ranks
         self.clock, self.side_stream = Clock(ranks.device), SideStream(ranks.device)
         self.resumed, self.exact = resume(config, self.identity(), ranks, lost)
@@ -129,8 +132,10 @@ class Training(ABC, Generic[Batch]):
     def plan(self) -> str:
         """Text with all numbers that follow from the options, printed at the start."""
         ranks = counted(self.ranks.world_size, "rank")
+        slow = self.ranks.device.type == "cuda" and self.config.precision == "fp32"
         lines = {
             "run": f"{self.config.out} on {self.ranks.device}, {ranks}, {self.config.precision}"
+            + (" (bf16 is several times as fast on a GPU)" if slow else "")
             + (f", resumed from the checkpoint of step {self.step}" if self.step else ""),
             **self.derived(),
         }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from famt.device_copies import send
+from famt.device_copies import Fetched, send
 from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.options import ROLLING_EVERY
 from famt.pipeline.scoring.memory_bank import MapBank
@@ -26,7 +26,8 @@ class RollingScores:
         grid: patches a side of a crop.
         score: crops `[B, S, S, 3]` uint8 -> `[B, n**2]` float, >= 0.
         every: see above.
-        write: called with views, new scores and the step; writes them into the bank if left out.
+        write: called with views, new scores and the step; if left out, they are stored at the next
+            read.
     """
 
     def __init__(
@@ -38,10 +39,14 @@ class RollingScores:
         write: Callable[[Views, Tensor, int], None] | None = None,
     ) -> None:
         self._bank, self._grid, self._score, self._every = bank, grid, score, every
-        self._write = write or (lambda views, scores, step: bank.write(views, scores.cpu(), step))
+        self._write = write or self._hold
+        self._held: tuple[Views, Fetched, int] | None = None
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
         """Scores `[B, grid**2]` float32 on the crops' device; ones for an image not scored yet."""
+        if self._held is not None:
+            views, fetched, at = self._held
+            self._bank.write(views, fetched.get(), at)
         scores = self._bank.read(crops, self._grid)
         chosen = self._bank.oldest(crops.rows, -(-len(crops.rows) // self._every))
         seen = crops.take(chosen)
@@ -53,3 +58,7 @@ class RollingScores:
         scores[send(chosen, scores.device)] = maps.flatten(1)
         self._write(seen.views, found, step)
         return scores
+
+    def _hold(self, views: Views, scores: Tensor, step: int) -> None:
+        """Keep scores for the next read; writing them now would wait for a GPU."""
+        self._held = (views, Fetched(scores), step)
