@@ -34,6 +34,7 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
     TrainingFailedError,
+    WorkerGroupError,
 )
 from ray.train.torch import TorchTrainer
 
@@ -44,7 +45,7 @@ from famt.jobs.refresh_scores import following
 from famt.jobs.refresh_workers import GPU_SHARE
 from famt.pipeline.errors import UserError
 from famt.train import pretrain
-from famt.train.command_line import parsed, run_program
+from famt.train.command_line import is_users, parsed, run_program
 from famt.train.config import Pretrain
 from famt.train.distributed import require_device
 
@@ -82,8 +83,7 @@ def main(args: RayPretrain) -> None:
     else:
         print(f"encoder: famt export {shlex.quote(str(config.out))} --to timm --out <folder>")
         places = ["--checkpoint", str(config.out), "--cache", config.cache]
-        places += ["--train", *config.shards, "--val"]
-        print(f"k-NN:    famt evaluate knn {shlex.join(places)} <shards with labels>")
+        print(f"k-NN:    famt evaluate knn {shlex.join(places)} --train <shards> --val <shards>")
     page = [str(config.out), "--out", str(config.out / "report.html")]
     print(f"page:    famt report {shlex.join(page)}")
     inputs = ["--cache", config.cache, "--shards", config.shards[0]]
@@ -95,8 +95,8 @@ def beside(args: RayPretrain) -> RefreshWorkers:
     """Actors of the refresh beside a training outside Ray: by default one per GPU, or one for every
     second core.
 
-    On a Ray of its own an actor counts as a whole GPU, so that no two meet on one. On a cluster, as
-    in a grid, the training may hold a share already, and an actor takes the usual one.
+    On a Ray of its own an actor counts as a whole GPU, so that no two meet on one. On a cluster
+    the training may hold a share already, and an actor takes the usual one.
     """
     asked = args.refresher
     if asked.workers is not None:
@@ -137,6 +137,9 @@ def _train_on_ray(args: RayPretrain, config: Pretrain) -> None:
         cause: Exception = error
         while isinstance(cause, ControllerError):
             cause = cause.controller_failure
+        if isinstance(cause, WorkerGroupError):  # its own text is a traceback, which a bug needs
+            first = ray_train_worker.raised(next(iter(cause.worker_failures.values())))
+            cause = first if is_users(first) else cause
         ray.shutdown()  # so that our message is the last line
         raise UserError(str(cause)) from error
 

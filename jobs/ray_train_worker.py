@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
+from obstore.exceptions import GenericError
 from ray.train import UserCallback, get_context
 
 from famt.pipeline import storage
@@ -12,6 +14,10 @@ from famt.train.command_line import is_users
 from famt.train.config import Pretrain
 from famt.train.distributed import SEEN_WITHIN
 from famt.train.run_folder import BusyError, await_folder
+
+_PASSING = {
+    errno.ECONNREFUSED, errno.ECONNRESET, errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.ETIMEDOUT,
+}  # fmt: skip
 
 
 class MistakeError(Exception):
@@ -37,9 +43,19 @@ def train(config: Pretrain) -> None:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether an error is wrong input; a lock that is held and a disk that fails may pass."""
-    passing = isinstance(error, (BusyError, *storage.UNREACHABLE))
-    return is_users(error) and (not passing or isinstance(error, FileNotFoundError))
+    """Whether an error is wrong input; a lock that is held, or a disk or store that fails, may
+    pass."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (BusyError, GenericError)) or getattr(cause, "errno", 0) in _PASSING:
+            return False
+        cause = cause.__cause__
+    return is_users(error)
+
+
+def raised(error: Exception) -> Exception:
+    """What a worker raised, which Ray wraps with its traceback."""
+    return getattr(error, "_base_exc", error)
 
 
 class EndAtMistakes(UserCallback):
@@ -51,6 +67,5 @@ class EndAtMistakes(UserCallback):
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         """Called by Ray Train after workers raised."""
         for error in worker_exceptions.values():
-            raised = getattr(error, "_base_exc", error)  # Ray wraps it with its traceback
-            if isinstance(raised, MistakeError):
-                raise raised
+            if isinstance(mistake := raised(error), MistakeError):
+                raise mistake

@@ -67,8 +67,9 @@ class Place:
         if gpus is None:
             gpus = GPU_SHARE if device == "cuda" and cluster.get("GPU") else 0.0
         # Half of a GPU's cores at most: the other half decodes for the training.
-        beside = int(cluster.get("CPU", 0) // (2 * cluster["GPU"])) if gpus >= 1 else 1
-        place = cls(workers.cpus_per_worker or max(1, min(beside, _MOST_CPUS)), gpus)
+        of_a_gpu = cluster.get("CPU", 0) / cluster["GPU"] if cluster.get("GPU") else 0
+        beside = min(int(of_a_gpu / 2), _MOST_CPUS) if gpus >= 1 else 1
+        place = cls(workers.cpus_per_worker or max(1, beside), gpus)
         if not place.room(cluster):
             raise UserError(
                 f"the cluster is too small for a worker of {place.cpus} CPUs and {gpus:g} GPUs; "

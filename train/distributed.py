@@ -282,3 +282,8 @@ def _warn_of_an_idle_gpu() -> None:
             "check that the container has access to the GPU, or give --device cpu",
             file=sys.stderr,
         )
+
+
+def allow_tf32() -> None:
+    """Let this process round the operands of float32 products to TF32 on a GPU that has it."""
+    torch.backends.cuda.matmul.allow_tf32 = True

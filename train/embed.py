@@ -32,7 +32,7 @@ from famt.pipeline.loading.dataset import SampleTable
 from famt.pipeline.wording import counted
 from famt.train import checkpoint
 from famt.train.command_line import parsed, run_program
-from famt.train.distributed import join_ranks
+from famt.train.distributed import allow_tf32, join_ranks
 from famt.train.evaluate.features import Images, open_images, pool
 from famt.train.initial import build_initial_encoder
 from famt.train.program_options import Embed
@@ -60,6 +60,7 @@ def main(args: Embed) -> None:
         if checkpoint.is_finetuned(args.checkpoint)
         else build_initial_encoder(args.checkpoint, ema=args.ema)
     )
+    allow_tf32()
     with join_ranks(args.device) as ranks:
         images = open_images(args, encoder, "shards", ranks)
         table, images = images.table, replace(images, name="features")

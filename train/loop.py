@@ -135,7 +135,7 @@ class Training(ABC, Generic[Batch]):
         slow = self.ranks.device.type == "cuda" and self.config.precision == "fp32"
         lines = {
             "run": f"{self.config.out} on {self.ranks.device}, {ranks}, {self.config.precision}"
-            + (" (bf16 is several times as fast on a GPU)" if slow else "")
+            + (" (without tensor cores; --precision bf16 uses them)" if slow else "")
             + (f", resumed from the checkpoint of step {self.step}" if self.step else ""),
             **self.derived(),
         }

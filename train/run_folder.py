@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -95,6 +95,10 @@ def await_folder(folder: Path, seconds: float) -> None:
     lock a network file system keeps for a while; at most some seconds."""
     until = time.monotonic() + seconds
     while folder.exists() and time.monotonic() < until:
-        with suppress(BusyError), own_folder(folder):
+        try:
+            with own_folder(folder):
+                return
+        except BusyError:
+            time.sleep(1)
+        except (UserError, OSError):  # whoever trains there will tell
             return
-        time.sleep(1)

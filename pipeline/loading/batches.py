@@ -86,7 +86,7 @@ def famt_loader(
         attention: crops `[B, S, S, 3]` uint8 -> `[B, N]`, >= 0, to multiply weights by instead.
         epochs: passes over the images.
         rank, world_size: this process among those that share an epoch.
-        device: of the batches; "cuda" decodes there.
+        device: of the batches; "cuda" decodes large images there.
         seed: of order, crops and draws of patches.
 
     Yields:

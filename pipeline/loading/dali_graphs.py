@@ -1,8 +1,8 @@
 """The DALI graphs: tar shards in; crops, or whole images, and their rows out.
 
-Each graph serves CPU and GPU; on a GPU the JPEGs are decoded there (`mixed`). A CPU that cuts one
-crop from an image decodes that region alone. Everything else decodes images whole and cuts while it
-resizes, once a crop.
+Each graph serves CPU and GPU; on a GPU, JPEGs for large crops are decoded there (`mixed`). A CPU
+that cuts one crop from an image decodes that region alone. Everything else decodes images whole and
+cuts while it resizes, once a crop.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ class CropLoader:
     Args:
         drop_last: True for training, False for evaluation.
         rank, world_size: this process among those that share the epoch.
-        device: where crops end up; "cuda" decodes there.
+        device: where crops end up; "cuda" decodes large ones there.
         seed: of shuffle, crops and flips, equal on all ranks; each rank draws its own.
         first_epoch: number of epochs counted as done; each has its own shuffle and crops.
 

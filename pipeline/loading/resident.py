@@ -84,9 +84,10 @@ class ResidentLoader(CropLoader):
         needed = len(images) * height * width * 3
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # of smaller images
-            free = torch.cuda.mem_get_info(self.device)[0] + images.numel()
+            free = torch.cuda.mem_get_info(self.device)[0]
         else:
             free = free_memory()
+        free += images.numel()  # bytes that these images hold now
         if needed > _ROOM * free:
             raise UserError(
                 f"--resident: {len(images)} images of up to {width} x {height} px take "

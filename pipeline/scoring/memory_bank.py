@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from famt.device_copies import Fetched
 from famt.geometry import crop_maps, paste_maps
 from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.loading.masking import crop_scores
@@ -31,6 +32,7 @@ class MapBank:
         self.maps = torch.ones(rows, grid, grid, dtype=torch.float16)
         self.written_at = torch.full((rows,), _NEVER, dtype=torch.int32)
         self._synced = 0  # other banks have all rows written before this step
+        self._later: tuple[Views, Fetched, int, Fetched | None] | None = None
 
     def oldest(self, rows: Tensor, count: int) -> Tensor:
         """Positions in `rows [B]` of the `count` rows written longest ago, `[count]` int64.
@@ -42,7 +44,23 @@ class MapBank:
 
     def read(self, crops: CropBatch, grid: int) -> Tensor:
         """Scores of crops, `[B, grid**2]` float32 on their device, >= 0; ones if never written."""
+        self.flush()
         return crop_scores(self.maps, crops, grid)
+
+    def write_later(
+        self, views: Views, scores: Tensor, step: int, known: Tensor | None = None
+    ) -> None:
+        """As `write`, of scores on any device, when something is read, or written later, next: they
+        are copied from a GPU meanwhile."""
+        self.flush()
+        self._later = (views, Fetched(scores), step, None if known is None else Fetched(known))
+
+    def flush(self) -> None:
+        """Write now what is left to write later."""
+        if self._later is not None:
+            views, scores, step, known = self._later
+            self._later = None
+            self.write(views, scores.get(), step, None if known is None else known.get())
 
     def write(self, views: Views, scores: Tensor, step: int, known: Tensor | None = None) -> None:
         """Write scores of crops into the maps of their rows.

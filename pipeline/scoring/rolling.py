@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from famt.device_copies import Fetched, send
-from famt.pipeline.loading.loader import CropBatch, Views
+from famt.device_copies import send
+from famt.pipeline.loading.loader import CropBatch
 from famt.pipeline.options import ROLLING_EVERY
 from famt.pipeline.scoring.memory_bank import MapBank
 
@@ -26,8 +26,6 @@ class RollingScores:
         grid: patches a side of a crop.
         score: crops `[B, S, S, 3]` uint8 -> `[B, n**2]` float, >= 0.
         every: see above.
-        write: called with views, new scores and the step; if left out, they are stored at the next
-            read.
     """
 
     def __init__(
@@ -36,17 +34,11 @@ class RollingScores:
         grid: int,
         score: Callable[[Tensor], Tensor],
         every: int = ROLLING_EVERY,
-        write: Callable[[Views, Tensor, int], None] | None = None,
     ) -> None:
         self._bank, self._grid, self._score, self._every = bank, grid, score, every
-        self._write = write or self._hold
-        self._held: tuple[Views, Fetched, int] | None = None
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
         """Scores `[B, grid**2]` float32 on the crops' device; ones for an image not scored yet."""
-        if self._held is not None:
-            views, fetched, at = self._held
-            self._bank.write(views, fetched.get(), at)
         scores = self._bank.read(crops, self._grid)
         chosen = self._bank.oldest(crops.rows, -(-len(crops.rows) // self._every))
         seen = crops.take(chosen)
@@ -56,9 +48,5 @@ class RollingScores:
         if side != self._grid:
             maps = F.interpolate(maps, self._grid, mode="bilinear")
         scores[send(chosen, scores.device)] = maps.flatten(1)
-        self._write(seen.views, found, step)
+        self._bank.write_later(seen.views, found, step)
         return scores
-
-    def _hold(self, views: Views, scores: Tensor, step: int) -> None:
-        """Keep scores for the next read; writing them now would wait for a GPU."""
-        self._held = (views, Fetched(scores), step)

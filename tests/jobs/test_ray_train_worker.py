@@ -33,3 +33,9 @@ def test_wrong_input_is_not_tried_again(error):
 )
 def test_a_failing_disk_or_store_a_held_folder_and_a_defect_are_tried_again(error):
     assert not is_mistake(error)
+
+
+def test_what_a_message_explains_counts_too():
+    error = OSError("the shards can't be listed")
+    error.__cause__ = OSError(errno.EIO, "input/output error")
+    assert not is_mistake(error)

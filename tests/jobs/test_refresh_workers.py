@@ -40,7 +40,14 @@ def test_there_is_room_for_as_many_actors_as_cpus_and_shares_of_gpus_are_free():
     assert Place(1, 0.25).room({"CPU": 3.0}) == 0
 
 
-@pytest.mark.parametrize("asked", [{"cpus_per_worker": 65}, {"gpus_per_worker": 9.0}])
-def test_what_the_whole_cluster_has_no_room_for_is_refused(asked):
+@pytest.mark.parametrize(
+    ("asked", "cluster"),
+    [
+        ({"cpus_per_worker": 65}, GPUS),
+        ({"gpus_per_worker": 9.0}, GPUS),
+        ({"gpus_per_worker": 1.0}, CPUS),
+    ],
+)
+def test_what_the_whole_cluster_has_no_room_for_is_refused(asked, cluster):
     with pytest.raises(UserError, match="too small for a worker"):
-        Place.of(RefreshWorkers(**asked), "cuda", GPUS)
+        Place.of(RefreshWorkers(**asked), "cuda", cluster)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -150,7 +149,7 @@ class Images:
         kept = torch.empty(
             count if tokens else 0, encoder.patch_embed.num_patches, width, dtype=torch.float16
         )
-        with torch.inference_mode(), _tf32():
+        with torch.inference_mode():
             for crops in self.crops():
                 if stop:
                     stop.check()
@@ -168,17 +167,6 @@ class Images:
                 "finite: the training diverged; use an earlier checkpoint of the run"
             )
         return Features(cls, mean, kept if tokens else None, self.table.labels)
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Let matrix products of float32 round their operands to TF32 on a GPU that has it."""
-    products = torch.backends.cuda.matmul
-    before, products.allow_tf32 = products.allow_tf32, True
-    try:
-        yield
-    finally:
-        products.allow_tf32 = before
 
 
 def pool(encoder: VisionTransformer, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.sharding.dataset_json import NAME, described
 from famt.pipeline.wording import counted
 from famt.train import checkpoint
-from famt.train.distributed import join_ranks
+from famt.train.distributed import allow_tf32, join_ranks
 from famt.train.evaluate.evaluation import Evaluation
 from famt.train.evaluate.features import Images, Value, open_images
 from famt.train.initial import build_initial_encoder
@@ -43,6 +43,7 @@ def run(options: Evaluation) -> dict[str, Value]:
         source, options = last, dataclasses.replace(options, checkpoint=str(last))
     of_run = source.is_file() and checkpoint.is_checkpoint(source)
     encoder = open_encoder(options)
+    allow_tf32()
     with join_ranks(options.device) as ranks:
         encoder = encoder.to(ranks.device)
         train, val = (open_images(options, encoder, each, ranks) for each in ("train", "val"))

@@ -52,12 +52,9 @@ class Rolling(Banked):
         self._kind, self._every = slot.kind, slot.every
         half = half_size(context.sizes.image_size, context.sizes.patch_size)
         self._live = Live(slot, context, slot.image_size or half)
-        self._rolling = RollingScores(
-            self.bank, self.grid, self._live.score, slot.every, write=self.write
-        )
+        self._rolling = RollingScores(self.bank, self.grid, self._live.score, slot.every)
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
-        self._flush()
         return self._rolling.read(crops, step)
 
     def describe(self) -> str:

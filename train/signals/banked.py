@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from famt.device_copies import Fetched
 from famt.pipeline.loading.loader import CropBatch, Views
 from famt.pipeline.scoring.memory_bank import MapBank
 from famt.train.signals.config import HardnessConfig
@@ -26,33 +25,22 @@ class Banked(Signal):
         self._ranks = context.ranks
         self._data, rows = context.samples.digest, len(context.samples)
         self.bank = self._ranks.share(lambda: MapBank(rows, context.grid))
-        self._unwritten: tuple[Views, Fetched, int, Fetched | None] | None = None
 
     def look(self, crops: CropBatch, step: int) -> Tensor:
         """Scores from the bank, `[B, grid**2]` float32 on the crops' device."""
-        self._flush()
         return self.bank.read(crops, self.grid)
 
     def read(self, crops: CropBatch, step: int) -> Tensor:
         return self.look(crops, step)
 
-    def write(self, views: Views, scores: Tensor, step: int) -> None:
-        """Store scores `[B, n**2]` of all patches of crops, on any device.
-
-        They are copied asynchronously from a GPU, and written at the next call.
-        """
-        self._flush()
-        self._unwritten = (views, Fetched(scores), step, None)
-
     def write_at(self, views: Views, index: Tensor, scores: Tensor, step: int) -> None:
-        """As `write`, of the patches at `index [B, M]` only; scores are `[B, M]`."""
-        self._flush()
+        """Store scores `[B, M]` of the patches at `index [B, M]` of crops, on any device."""
         everywhere = scores.new_zeros(len(scores), self.grid**2).scatter(1, index, scores)
         known = everywhere.new_zeros(everywhere.shape).scatter(1, index, 1.0).bool()
-        self._unwritten = (views, Fetched(everywhere), step, Fetched(known))
+        self.bank.write_later(views, everywhere, step, known)
 
     def synchronise(self) -> None:
-        self._flush()
+        self.bank.flush()
         ranks = self._ranks
         nodes = ranks.gather(ranks.node)  # also waits for all ranks' last writes
         if len(set(nodes)) > 1:
@@ -72,12 +60,6 @@ class Banked(Signal):
 
     def scalars(self) -> dict[str, float]:
         return {f"{self.name}_coverage": self.bank.coverage}
-
-    def _flush(self) -> None:
-        if self._unwritten is not None:
-            views, scores, step, known = self._unwritten
-            self._unwritten = None
-            self.bank.write(views, scores.get(), step, None if known is None else known.get())
 
 
 class Errors(Banked):

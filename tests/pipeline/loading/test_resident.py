@@ -7,9 +7,11 @@ from famt.pipeline.errors import UserError
 from famt.pipeline.loading import resident
 from famt.pipeline.loading.loader import CropLoader
 from famt.pipeline.loading.resident import ResidentLoader
-from famt.pipeline.options import LoaderConfig
+from famt.pipeline.options import DecodeConfig, LoaderConfig
 
-CONFIG = LoaderConfig(batch_size=8, image_size=48, shuffle_buffer=16, threads=1)
+CONFIG = LoaderConfig(
+    batch_size=8, image_size=48, shuffle_buffer=16, threads=1, decode=DecodeConfig(on="gpu")
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
